@@ -1,0 +1,164 @@
+"""Optimizers by name, parameter groups and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+OptimizerName = Literal["sgd", "momentum", "adam", "adamw", "adafactor", "muon"]
+ScheduleName = Literal["constant", "linear", "cosine", "wsd"]
+
+
+@dataclass
+class OptimizerConfig:
+    """Which optimizer, and its settings."""
+
+    name: OptimizerName = "muon"
+    """sgd, momentum (SGD with momentum), adam, adamw, adafactor, or muon (Muon on hidden matrices, AdamW on the rest)."""
+    lr: float = 3e-3
+    """Peak learning rate; with muon that of embeddings, norms and biases."""
+    matrix_lr: float = 0.02
+    """Peak learning rate of the hidden matrices; muon only."""
+    weight_decay: float = 0.01
+    """Decay of matrices and embeddings; norms and biases are never decayed. In sgd, momentum and adam it is an L2 term."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay rates of Adam's moments (adam, adamw, muon)."""
+    eps: float = 1e-8
+    """Adam's denominator offset (adam, adamw, muon)."""
+    momentum: float = 0.95
+    """Momentum of momentum (SGD) and muon."""
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate as a function of the step."""
+
+    name: ScheduleName = "wsd"
+    """constant, linear, cosine, or wsd (warm-up, stable, linear decay)."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up; shortened with a notice if the run is shorter."""
+    decay_share: float = 0.5
+    """Share of all steps in which wsd decays."""
+    final_share: float = 0.0
+    """Learning rate at the end, as a share of the peak (linear, cosine, wsd)."""
+
+
+class CombinedOptimizer(Optimizer):
+    """Several optimizers over disjoint parameters as one: one `step`, one state, one schedule.
+
+    Parameter groups are shared with the inner optimizers, in order, so a schedule that sets a group's `lr` is seen.
+    """
+
+    def __init__(self, optimizers: list[Optimizer]) -> None:
+        self.optimizers = optimizers
+        super().__init__([group for inner in optimizers for group in inner.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        self.param_groups = [group for inner in self.optimizers for group in inner.param_groups]
+        self.state.clear()
+        for inner in self.optimizers:
+            self.state.update(inner.state)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Run the closure once, then every inner optimizer; return the closure's result."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        for inner in self.optimizers:
+            inner.step()
+        self._share()  # the first step creates the state
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, each inner optimizer its own groups."""
+        groups, offset = list(state_dict["param_groups"]), 0
+        for inner in self.optimizers:
+            own, groups = groups[: len(inner.param_groups)], groups[len(inner.param_groups) :]
+            ids = [index for group in own for index in group["params"]]
+            state = {index: state_dict["state"][index] for index in ids if index in state_dict["state"]}
+            # inner optimizers number their parameters from 0
+            local = [{**group, "params": [index - offset for index in group["params"]]} for group in own]
+            inner.load_state_dict({"state": {i - offset: s for i, s in state.items()}, "param_groups": local})
+            offset += len(ids)
+        self._share()
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """Return the optimizer named by `config` over the trainable parameters of `model`.
+
+    Sources: torch.optim; Muon (Jordan et al. 2024) as `torch.optim.Muon`, on the two-dimensional weights inside
+    the network, with AdamW on embeddings, norms, biases and the output layer.
+    """
+    decayed, plain, matrices = _split_parameters(model, muon=config.name == "muon")
+    groups = [
+        {"params": parameters, "weight_decay": weight_decay}
+        for parameters, weight_decay in ((decayed, config.weight_decay), (plain, 0.0))
+        if parameters
+    ]
+    adam: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if config.name == "muon":
+        muon = torch.optim.Muon(
+            matrices, lr=config.matrix_lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+        return CombinedOptimizer([muon, torch.optim.AdamW(groups, fused=True, **adam)])
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **adam)
+    if config.name == "adam":
+        return torch.optim.Adam(groups, fused=True, **adam)
+    if config.name == "adafactor":
+        return torch.optim.Adafactor(groups, lr=config.lr)
+    momentum = config.momentum if config.name == "momentum" else 0.0
+    return torch.optim.SGD(groups, lr=config.lr, momentum=momentum)
+
+
+def _split_parameters(model: nn.Module, *, muon: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Return (decayed, not decayed, for Muon); a parameter shared by two modules is counted once."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    decayed: list[Tensor] = []
+    plain: list[Tensor] = []
+    matrices: list[Tensor] = []
+    for parameter in trainable(model.parameters()):
+        if parameter.ndim < 2:
+            plain.append(parameter)
+        elif muon and parameter.ndim == 2 and id(parameter) not in embeddings:
+            matrices.append(parameter)
+        else:
+            decayed.append(parameter)
+    return decayed, plain, matrices
+
+
+def trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Return the parameters that require a gradient."""
+    return [parameter for parameter in parameters if parameter.requires_grad]
+
+
+def learning_rate_factor(config: ScheduleConfig, step: int, total_steps: int) -> float:
+    """Return the share of the peak learning rate used by update number `step` (from 0) of `total_steps`.
+
+    A pure function of both: a finished run that is extended goes on where the longer schedule stands at that step.
+    wsd is the warm-up-stable-decay schedule of Hu et al. 2024 (MiniCPM), with a linear decay.
+    """
+    warmup = effective_warmup(config, total_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.name == "constant":
+        return 1.0
+    start = warmup if config.name != "wsd" else max(warmup, round(total_steps * (1 - config.decay_share)))
+    progress = min(1.0, max(0.0, (step - start) / max(1, total_steps - start)))
+    share = 0.5 * (1 + math.cos(math.pi * progress)) if config.name == "cosine" else 1 - progress
+    return config.final_share + (1 - config.final_share) * share
+
+
+def effective_warmup(config: ScheduleConfig, total_steps: int) -> int:
+    """Return the warm-up steps, at most a tenth of the run when the setting does not fit into it."""
+    if total_steps <= 0 or config.warmup_steps < total_steps:
+        return config.warmup_steps
+    return total_steps // 10
