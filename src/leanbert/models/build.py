@@ -1,0 +1,118 @@
+"""One function that makes a masked language model ready to train, in an order that does not change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from leanbert.errors import UserError
+from leanbert.models.attention import SelfAttention
+from leanbert.models.config import EncoderConfig
+from leanbert.models.convert import read_huggingface
+from leanbert.models.embeddings import INIT_STD
+from leanbert.models.encoder import FeedForward
+from leanbert.models.mlm import MaskedLanguageModel
+from leanbert.models.weights import StateDict, read_checkpoint
+
+
+def build_model(
+    config: EncoderConfig,
+    vocab_size: int,
+    *,
+    init_from: str | Path | None = None,
+    unigram_counts: np.ndarray | None = None,
+    compile_blocks: bool = False,
+) -> MaskedLanguageModel:
+    """Build, load or initialise, and compile, always in this order; in torch's default dtype and device.
+
+    `init_from` is a Hugging Face folder or a LeanBERT checkpoint: its architecture and weights replace those
+    of `config`, of which only `dropout` and `attention_dropout`, where set, count. `unigram_counts` (integers
+    [V]) sets the head's bias of a new model to the log frequencies. `compile_blocks` compiles each block.
+    Raises `UserError` for settings or weights that do not fit, or if the weights are for another vocabulary.
+    """
+    if init_from is None:
+        model = MaskedLanguageModel(config.resolved().with_vocabulary(vocab_size))
+        initialise(model)
+        if unigram_counts is not None:
+            set_unigram_bias(model, unigram_counts)
+    else:
+        model = _load(config, vocab_size, Path(init_from))
+    if compile_blocks:
+        for block in model.encoder.blocks:
+            block.compile()
+    return model
+
+
+@torch.no_grad()
+def initialise(model: MaskedLanguageModel) -> None:
+    """Draw new weights: normal with standard deviation 0.02, biases 0, norms 1; stored padding rows 0.
+
+    With pre-norm the output projections of both branches are 0, so that each block begins as the identity
+    (Bachlechner et al. 2020, arXiv 2003.04887, gate the branches to the same end).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            module.weight.normal_(std=INIT_STD)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            module.bias.zero_()
+    model.encoder.embeddings.token.weight[model.head.vocab_size :].zero_()
+    if model.config.norm_position == "pre":
+        for module in model.modules():
+            if isinstance(module, SelfAttention | FeedForward):
+                module.output.weight.zero_()
+
+
+@torch.no_grad()
+def set_unigram_bias(model: MaskedLanguageModel, counts: np.ndarray) -> None:
+    """Let the head begin at the log unigram frequencies, with one added to each count.
+
+    `counts` are integers [V], occurrences per token id. Raises `ValueError` for another length.
+    """
+    size = model.head.vocab_size
+    if counts.shape != (size,):
+        raise ValueError(f"unigram counts have shape {counts.shape}, the vocabulary has {size} tokens")
+    smoothed = counts.astype(np.float64) + 1.0
+    model.head.bias[:size] = torch.tensor(np.log(smoothed / smoothed.sum()), dtype=model.head.bias.dtype)
+
+
+def _load(config: EncoderConfig, vocab_size: int, source: Path) -> MaskedLanguageModel:
+    stored, state = read_huggingface(source) if source.is_dir() else read_checkpoint(source)
+    if stored.vocab_size != vocab_size:
+        raise UserError(
+            f"{source}: the model knows {stored.vocab_size} tokens, the tokenizer has {vocab_size}. "
+            "Use the tokenizer that belongs to the model (data.tokenizer)"
+        )
+    rates = {"dropout": config.dropout, "attention_dropout": config.attention_dropout}
+    changed: dict[str, Any] = {name: rate for name, rate in rates.items() if rate is not None}
+    model = MaskedLanguageModel(replace(stored, **changed).resolved())
+    initialise(model)
+    load_weights(model, state, source)
+    return model
+
+
+def load_weights(model: MaskedLanguageModel, state: StateDict, source: Path) -> None:
+    """Copy `state` into `model`; a state without any head leaves the model's head as it is.
+
+    Raises `UserError`, naming `source`, if a key is missing, unexpected or of another shape.
+    """
+    wanted = model.state_dict()
+    headless = not any(name.startswith("head.") for name in state)
+    missing = [name for name in wanted if name not in state and not (headless and name.startswith("head."))]
+    unknown = [name for name in state if name not in wanted]
+    for problem, names in (("lack", missing), ("have unexpected", unknown)):
+        if names:
+            raise UserError(
+                f"{source}: the weights {problem} {names[0]} ({len(names)} in all). Save it again"
+            )
+    for name, tensor in state.items():
+        if (found := list(tensor.shape)) != (shape := list(wanted[name].shape)):
+            raise UserError(
+                f"{source}: {name} has shape {found}, the model asks for {shape}. "
+                "Take weights of the same architecture"
+            )
+    model.load_state_dict(state, strict=False)

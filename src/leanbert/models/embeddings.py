@@ -1,0 +1,59 @@
+"""Token, segment and absolute position embeddings.
+
+Shapes: B batch, S sequence, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from leanbert.models.config import ResolvedConfig
+from leanbert.models.dropout import dropout
+
+INIT_STD = 0.02
+ROW_MULTIPLE = 64
+
+
+def padded_rows(vocab_size: int) -> int:
+    """Rows that are stored for `vocab_size` tokens: the next multiple of 64, which matrix kernels like."""
+    return -(-vocab_size // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def sinusoidal_table(positions: int, width: int) -> Tensor:
+    """Return the fixed table [positions, width] of Vaswani et al. 2017 (arXiv 1706.03762), float32.
+
+    Scaled to the root mean square with which learned embeddings begin: at full size it would drown tokens.
+    """
+    wavelength = 10_000.0 ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+    angle = torch.arange(positions, dtype=torch.float32)[:, None] / wavelength
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1) * (INIT_STD * 2**0.5)
+
+
+class Embeddings(nn.Module):
+    """Sum of token, segment and absolute position embeddings, normalised: [B, S] -> [B, S, D]."""
+
+    fixed_position: Tensor | None
+
+    def __init__(self, config: ResolvedConfig) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("the encoder is built after the tokenizer: config.vocab_size is None")
+        width = config.hidden_size
+        self.token = nn.Embedding(padded_rows(config.vocab_size), width)
+        self.segment = nn.Embedding(config.type_vocab_size, width) if config.type_vocab_size else None
+        self.position = nn.Embedding(config.max_positions, width) if config.position == "learned" else None
+        fixed = sinusoidal_table(config.max_positions, width) if config.position == "sinusoidal" else None
+        self.register_buffer("fixed_position", fixed, persistent=False)
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor | None) -> Tensor:
+        """Embed int64 ids; without `segment_ids` all tokens are in segment 0."""
+        hidden = self.token(input_ids)
+        if self.segment is not None:
+            hidden = hidden + (self.segment.weight[0] if segment_ids is None else self.segment(segment_ids))
+        table = self.fixed_position if self.position is None else self.position.weight
+        if table is not None:
+            hidden = hidden + nn.functional.embedding(position_ids, table)
+        return dropout(self.norm(hidden), self.dropout, self.training)

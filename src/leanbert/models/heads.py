@@ -1,0 +1,35 @@
+"""Output heads on the encoder's hidden states.
+
+Shapes: N any leading dimensions, D hidden, V vocabulary, R rows stored for it (V padded to a multiple of 64).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leanbert.models.config import ResolvedConfig
+from leanbert.models.embeddings import padded_rows
+
+
+class MaskedLMHead(nn.Module):
+    """Dense, GELU, norm, then scores against the token embedding: [N, D] -> [N, V].
+
+    The matrix of the last step is the embedding's own, passed in by the caller; only its bias lives here.
+    """
+
+    def __init__(self, config: ResolvedConfig) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("the head is built after the tokenizer: config.vocab_size is None")
+        self.vocab_size = config.vocab_size
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.bias)
+        self.bias = nn.Parameter(torch.zeros(padded_rows(config.vocab_size)))
+
+    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        """Return logits [N, V] for `hidden` [N, D] and the token embedding [R, D]."""
+        scores = F.linear(self.norm(F.gelu(self.dense(hidden))), embedding, self.bias)  # [N, R]
+        # Cutting the scores keeps the padding rows out of every softmax, and their gradient at zero.
+        return scores if scores.shape[-1] == self.vocab_size else scores[..., : self.vocab_size]

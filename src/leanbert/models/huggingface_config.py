@@ -1,0 +1,164 @@
+"""Hugging Face's `config.json` of BERT and ModernBERT, to and from `EncoderConfig`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from leanbert.errors import UserError
+from leanbert.models.config import EncoderConfig, ResolvedConfig
+
+GATES = {"gelu": "geglu", "silu": "swiglu"}
+GLOBAL, LOCAL = "full_attention", "sliding_attention"
+
+# The values below are those that the classes of transformers take where config.json is silent.
+BERT_DEFAULTS = {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "layer_norm_eps": 1e-12,
+}
+MODERNBERT_DEFAULTS = {
+    "vocab_size": 50368,
+    "hidden_size": 768,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 12,
+    "intermediate_size": 1152,
+    "max_position_embeddings": 8192,
+    "mlp_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "norm_eps": 1e-5,
+    "local_attention": 128,
+    "norm_bias": False,
+}
+SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+}
+BERT_FIELDS = SIZES | {
+    "type_vocab_size": "type_vocab_size",
+    "dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+    "norm_eps": "layer_norm_eps",
+}
+MODERNBERT_FIELDS = SIZES | {
+    "dropout": "mlp_dropout",
+    "attention_dropout": "attention_dropout",
+    "norm_eps": "norm_eps",
+}
+
+
+def read_bert(settings: dict[str, Any], path: Path) -> ResolvedConfig:
+    """Read `BertConfig`; raises `UserError` for what our encoder cannot do."""
+    for name, ours, default in (
+        ("hidden_act", "gelu", "gelu"),
+        ("position_embedding_type", "absolute", "absolute"),
+        ("is_decoder", False, False),
+        ("tie_word_embeddings", True, True),
+    ):
+        _require(settings, name, ours, default, path)
+    values = BERT_DEFAULTS | settings
+    return _resolve({ours: values[theirs] for ours, theirs in BERT_FIELDS.items()} | {"preset": "bert"}, path)
+
+
+def bert_settings(config: ResolvedConfig) -> dict[str, Any]:
+    """`config.json` of `BertForMaskedLM`, without special token ids."""
+    fixed = {"model_type": "bert", "hidden_act": "gelu", "tie_word_embeddings": True}
+    return fixed | {theirs: getattr(config, ours) for ours, theirs in BERT_FIELDS.items()}
+
+
+def read_modernbert(settings: dict[str, Any], path: Path) -> ResolvedConfig:
+    """Read `ModernBertConfig`, old and new style; raises `UserError` for what our encoder cannot do."""
+    values = MODERNBERT_DEFAULTS | settings
+    bias = bool(values["norm_bias"])
+    for name in ("attention_bias", "mlp_bias", "classifier_bias"):
+        _require(settings, name, bias, False, path)
+    _require(settings, "decoder_bias", True, True, path)
+    _require(settings, "classifier_activation", "gelu", "gelu", path)
+    _require(settings, "tie_word_embeddings", True, True, path)
+    gate = settings.get("hidden_activation", "gelu")
+    if gate not in GATES:
+        raise UserError(
+            f"{path}: hidden_activation {gate!r} is not supported. Only {' and '.join(GATES)} are"
+        )
+    local_every = _global_every(_layer_types(settings, values["num_hidden_layers"]), path)
+    return _resolve(
+        {ours: values[theirs] for ours, theirs in MODERNBERT_FIELDS.items()}
+        | {
+            "preset": "modern",
+            "activation": GATES[gate],
+            "bias": bias,
+            "rotary_theta": _theta(settings, GLOBAL, "global_rope_theta", 160_000.0, path),
+            "local_rotary_theta": _theta(settings, LOCAL, "local_rope_theta", 10_000.0, path),
+            "local_window": values["local_attention"] if local_every else 0,
+            "global_every": local_every,
+        },
+        path,
+    )
+
+
+def modernbert_settings(config: ResolvedConfig) -> dict[str, Any]:
+    """`config.json` of `ModernBertForMaskedLM`, without special token ids."""
+    biases = ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias")
+    theta = {GLOBAL: config.rotary_theta, LOCAL: config.local_rotary_theta}
+    return {
+        "model_type": "modernbert",
+        **{theirs: getattr(config, ours) for ours, theirs in MODERNBERT_FIELDS.items()},
+        **dict.fromkeys(biases, config.bias),
+        "embedding_dropout": config.dropout,
+        "hidden_activation": next(name for name, ours in GATES.items() if ours == config.activation),
+        "classifier_activation": "gelu",
+        "decoder_bias": True,
+        "tie_word_embeddings": True,
+        "local_attention": config.local_window or MODERNBERT_DEFAULTS["local_attention"],
+        "layer_types": [LOCAL if config.is_local(layer) else GLOBAL for layer in range(config.num_layers)],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": value} for kind, value in theta.items()
+        },
+    }
+
+
+def _resolve(values: dict[str, Any], path: Path) -> ResolvedConfig:
+    try:
+        return EncoderConfig(**values).resolved()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except TypeError:
+        raise UserError(f"{path}: a size is not a number. Copy the file again") from None
+
+
+def _require(settings: dict[str, Any], name: str, ours: Any, default: Any, path: Path) -> None:
+    if (value := settings.get(name, default)) != ours:
+        raise UserError(f"{path}: {name} {value!r} is not supported. Only {ours!r} is")
+
+
+def _layer_types(settings: dict[str, Any], layers: int) -> list[str]:
+    every = settings.get("global_attn_every_n_layers", 3)
+    return settings.get("layer_types") or [LOCAL if layer % every else GLOBAL for layer in range(layers)]
+
+
+def _global_every(kinds: list[str], path: Path) -> int | None:
+    """Smallest n with global attention in layers 0, n, 2n, ... and local in others; None: all are global."""
+    if set(kinds) == {GLOBAL}:
+        return None
+    for every in range(2, len(kinds) + 1):
+        if kinds == [LOCAL if layer % every else GLOBAL for layer in range(len(kinds))]:
+            return every
+    raise UserError(f"{path}: layer_types have no regular pattern. Global layers must be 0, n, 2n, ...")
+
+
+def _theta(settings: dict[str, Any], kind: str, old_name: str, default: float, path: Path) -> float:
+    rope = (settings.get("rope_parameters") or {}).get(kind) or {}
+    if settings.get("rope_scaling") or rope.get("rope_type", "default") != "default":
+        raise UserError(f"{path}: scaled rotary positions are not supported. Only rope_type 'default' is")
+    return float(rope.get("rope_theta", settings.get(old_name, default)))
