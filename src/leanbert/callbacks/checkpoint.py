@@ -1,0 +1,95 @@
+"""Checkpoints of a run: the newest by steps or minutes, the best by validation, the last at the end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from leanbert.checkpoints import BEST, step_name
+from leanbert.errors import UserError
+
+
+class RunCheckpoint(Checkpoint):
+    """Save into `<run>/checkpoints/`; files are written atomically (see `leanbert.checkpoints`).
+
+    Args:
+        every_n_steps: Optimizer steps between two checkpoints.
+        every_n_minutes: Save also when this much time has passed; None: by steps only.
+        keep: Newest checkpoints that are kept; two, so that a damaged one has one before it.
+        monitor: Metric whose smallest value is kept as `best.ckpt`.
+
+    Raises:
+        UserError: A setting is not positive.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 500,
+        every_n_minutes: float | None = 10.0,
+        keep: int = 2,
+        monitor: str = "val/loss",
+    ) -> None:
+        for setting, value in (("every_n_steps", every_n_steps), ("keep", keep), ("every_n_minutes", every_n_minutes)):
+            if value is not None and value <= 0:
+                raise UserError(f"checkpoint.{setting}: is {value}. Give a positive number.")
+        self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
+        self.keep, self.monitor = keep, monitor
+        self.best: float | None = None
+        self.best_path: str | None = None
+        self.last_path: str | None = None
+        self._saved_at = time.monotonic()
+        self._saved_step = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what decides about later saves."""
+        return {"best": self.best, "best_path": self.best_path}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the best value so far."""
+        self.best, self.best_path = state_dict["best"], state_dict["best_path"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count minutes from here; what was loaded need not be saved again."""
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Save when steps or minutes are due."""
+        minutes = (time.monotonic() - self._saved_at) / 60
+        overdue = self.every_n_minutes is not None and minutes >= self.every_n_minutes
+        overdue = trainer.strategy.broadcast(overdue) if trainer.world_size > 1 else overdue
+        if overdue or trainer.global_step % self.every_n_steps == 0:
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the best so far."""
+        value = trainer.callback_metrics.get(self.monitor)
+        if trainer.state.fn != "fit" or value is None or trainer.global_step == 0:
+            return
+        if self.best is None or float(value) < self.best:
+            self.best = float(value)
+            self.best_path = str(self._folder(trainer) / BEST)
+            trainer.save_checkpoint(self.best_path)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last state."""
+        self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Save the state after the last completed step, unless it is saved already, and drop old files."""
+        if trainer.global_step == self._saved_step:
+            return
+        path = self._folder(trainer) / step_name(trainer.global_step)
+        trainer.save_checkpoint(path)
+        self.last_path = str(path)
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+        if trainer.is_global_zero:
+            for old in sorted(path.parent.glob("step-*.ckpt"))[: -self.keep]:
+                old.unlink()
+
+    @staticmethod
+    def _folder(trainer: Trainer) -> Path:
+        return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"

@@ -1,0 +1,76 @@
+"""Ctrl-C and SIGTERM end a run between two steps, with a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from leanbert.callbacks.checkpoint import RunCheckpoint
+from leanbert.callbacks.progress import say
+
+
+class Interrupted(Exception):
+    """The user or the scheduler asked the run to stop, and its state is saved."""
+
+    def __init__(self, signal_number: int) -> None:
+        self.exit_code = 128 + signal_number
+        super().__init__(signal.Signals(signal_number).name)
+
+
+class StopBetweenSteps(Callback):
+    """On the first signal finish the step, save and raise `Interrupted`; a second one ends at once.
+
+    A step is never cut in half: weights and optimizer state in the checkpoint belong together.
+    """
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over the signals; outside the main thread Python does not allow it."""
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._receive) for number in self.signals}
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.received = number
+        self._restore()
+        say(f"{signal.Signals(number).name}: stopping after this step (again: at once)")
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Stop here if asked to, on all ranks together."""
+        received = self.received or 0
+        if trainer.world_size > 1:
+            received = max(_gather(trainer, pl_module, received))
+        if received:
+            for callback in trainer.checkpoint_callbacks:
+                if isinstance(callback, RunCheckpoint):
+                    callback.save(trainer)
+            raise Interrupted(received)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Stop within a long validation; the step before it is complete."""
+        if trainer.state.fn == "fit" and trainer.world_size == 1 and self.received:
+            raise Interrupted(self.received)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        self._restore()
+
+
+def _gather(trainer: Trainer, module: LightningModule, value: int) -> list[int]:
+    import torch
+
+    gathered = trainer.strategy.all_gather(torch.tensor(value, device=module.device))
+    return [int(item) for item in gathered.flatten()]

@@ -1,0 +1,29 @@
+"""Answers of `predict` as JSON lines on standard output, in input order, as they come."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from leanbert.errors import UserError
+
+
+class PredictionWriter(Callback):
+    """Write each answer of `predict_step` as one JSON object a line."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse several devices: their lines would mix."""
+        if trainer.world_size > 1:
+            raise UserError("trainer.devices: predict writes in input order from one device. Set it to 1.")
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any
+    ) -> None:
+        """Write the batch's answers."""
+        for answer in outputs:
+            sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
+        sys.stdout.flush()

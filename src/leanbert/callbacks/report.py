@@ -1,0 +1,127 @@
+"""What a run says of itself: a summary before step 1, `summary.json` and a closing word at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from leanbert.callbacks.checkpoint import RunCheckpoint
+from leanbert.callbacks.interrupt import Interrupted
+from leanbert.callbacks.monitor import StepMonitor
+from leanbert.callbacks.progress import say
+from leanbert.memory.measure import device_bytes, peak_rss_bytes
+from leanbert.units import format_duration
+
+BACKWARD_TO_FORWARD = 3.0  # a training step costs about three forward passes: one forward, two in backward
+
+
+class StartReport(Callback):
+    """Print corpus, model, device and estimated time once, before step 1."""
+
+    def __init__(self) -> None:
+        self._validation_started = 0.0
+        self._seconds_per_token: float | None = None
+        self._tokens = 0
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Time the validation before step 1: the only measurement there is so far."""
+        self._validation_started, self._tokens = time.perf_counter(), 0
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        """Count its tokens."""
+        self._tokens += batch.input_ids.numel()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep its speed."""
+        if self._tokens:
+            self._seconds_per_token = (time.perf_counter() - self._validation_started) / self._tokens
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the report."""
+        for line in start_report(trainer, pl_module, self._seconds_per_token):
+            say(line)
+
+
+def start_report(trainer: Trainer, module: Any, seconds_per_token: float | None) -> list[str]:
+    """Return the lines of the report; `seconds_per_token` is that of a forward pass, None: not measured."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    config = module.model.config
+    parameters = sum(parameter.numel() for parameter in module.model.parameters())
+    steps = int(trainer.estimated_stepping_batches) - trainer.global_step
+    tokens = steps * data.batch_size * data.max_length
+    lines = [f"{name:<11} {text}" for name, text in data.describe().items()]
+    lines.append(
+        f"{'Model':<11} {config.preset}, {config.num_layers} x {config.hidden_size}, "
+        f"vocabulary {config.vocab_size:,}, {parameters:,} parameters"
+    )
+    threads = f", {torch.get_num_threads()} threads" if module.device.type == "cpu" else ""
+    lines.append(
+        f"{'Device':<11} {module.device.type} x {trainer.world_size}{threads}, precision {trainer.precision}"
+    )
+    estimate = ""
+    if seconds_per_token is not None:
+        seconds = tokens * seconds_per_token * BACKWARD_TO_FORWARD / trainer.world_size
+        estimate = f", about {format_duration(seconds)} without validation"
+    lines.append(
+        f"{'Run':<11} {steps:,} steps of {data.batch_size} x {data.max_length} tokens "
+        f"= {steps / data.batches_per_epoch:.2f} epochs{estimate}"
+    )
+    return lines
+
+
+class RunSummary(Callback):
+    """Write `summary.json` into the run's folder, atomically, however the run ends; print where things are."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the summary of a finished run, after the last checkpoint."""
+        self._write(trainer, pl_module, "finished")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write the summary of an interrupted or failed run."""
+        if trainer.state.fn == "fit" and getattr(pl_module, "model", None) is not None:
+            stopped = isinstance(exception, (Interrupted, KeyboardInterrupt))
+            self._write(trainer, pl_module, "interrupted" if stopped else "failed")
+
+    def _write(self, trainer: Trainer, module: LightningModule, status: str) -> None:
+        if trainer.is_global_zero and trainer.log_dir is not None:
+            write_json(Path(trainer.log_dir) / "summary.json", run_summary(trainer, module, status))
+
+
+def run_summary(trainer: Trainer, module: Any, status: str) -> dict[str, Any]:
+    """Return the contents of `summary.json`; sizes are in bytes, `peak_bytes` only where the device counts them."""
+    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+    monitor = next(callback for callback in callbacks if isinstance(callback, StepMonitor))
+    checkpoint = next(callback for callback in callbacks if isinstance(callback, RunCheckpoint))
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    per_device = data.batch_size // trainer.world_size
+    summary = {
+        "status": status,
+        "metrics": {tag: float(value) for tag, value in trainer.callback_metrics.items() if "/" in tag},
+        "steps": trainer.global_step,
+        "tokens": monitor.tokens,
+        "seconds": monitor.seconds,
+        "tokens_per_second": monitor.tokens_per_second,
+        "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
+        "micro_batch_sequences": module.micro_batch or per_device,
+        "effective_batch_sequences": data.batch_size,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "checkpoint": checkpoint.last_path,
+    }
+    peak = device_bytes(module.device).get("peak")
+    return summary if peak is None else {**summary, "peak_bytes": peak}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON to a temporary file beside `path` and rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,157 @@
+"""Checkpoint files: written atomically, read without executing anything, found again after a kill."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from leanbert.errors import UserError
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+BEST = "best.ckpt"
+
+
+def step_name(step: int) -> str:
+    """Return the file name of the checkpoint after `step` optimizer steps."""
+    return f"step-{step:08d}.ckpt"
+
+
+def save(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Stream a checkpoint to a temporary file beside `path` and rename it: no copy in memory, no half-written file.
+
+    Raises:
+        UserError: The disk is full; the temporary file is gone and an older `path` is untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            stream = _Stream(file)
+            try:
+                torch.save(checkpoint, stream)  # type: ignore[arg-type]
+            except RuntimeError:  # torch's writer hides the reason; the stream has kept it
+                raise stream.error or RuntimeError(f"torch could not write {path}") from stream.error
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise UserError(
+                f"{path}: the disk is full, the checkpoint was not written; older ones are whole. "
+                "Free space or set --trainer.default_root_dir to another disk."
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class _Stream:
+    """A binary file that remembers why writing failed."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, memory-mapped, restricted to tensors and plain values.
+
+    Raises:
+        UserError: The file is missing, damaged, of another kind, or carries code (nothing of it is executed).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint. Check --ckpt_path (a file, or last, or best).")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        if not zipfile.is_zipfile(path):
+            raise _damaged(path) from error
+        raise UserError(
+            f"{path}: holds Python objects other than tensors and plain values, which could execute code; "
+            "refused. Use a checkpoint that LeanBERT wrote."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise _damaged(path) from error
+    if not isinstance(checkpoint, dict) or "leanbert" not in checkpoint or "state_dict" not in checkpoint:
+        raise UserError(f"{path}: not a LeanBERT checkpoint. Weights of other programs go to --model.init_from.")
+    return checkpoint
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path}: damaged or not a checkpoint. Use --ckpt_path last, which falls back to the one before.")
+
+
+def is_whole(path: Path) -> bool:
+    """Return whether every record of a checkpoint file passes its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, OSError, EOFError):
+        return False
+
+
+def newest_run(task_folder: Path) -> Path | None:
+    """Return the `version_N` folder with the largest N that holds checkpoints or a configuration."""
+    runs = {
+        int(match[1]): folder
+        for folder in task_folder.glob("version_*")
+        if (match := re.fullmatch(r"version_(\d+)", folder.name)) and folder.is_dir()
+    }
+    return runs[max(runs)] if runs else None
+
+
+def find(which: str, task_folder: Path) -> Path:
+    """Return the checkpoint that `last` or `best` means: of the newest run below `task_folder`.
+
+    `last` is the newest file that is whole: one damaged by a crash falls back to the one before.
+
+    Raises:
+        UserError: There is no run, or none of its checkpoints is usable.
+    """
+    run = newest_run(task_folder)
+    if run is None:
+        raise UserError(f"--ckpt_path {which}: no run below {task_folder}. Leave --ckpt_path out to start one.")
+    folder = run / "checkpoints"
+    names = [BEST] if which == "best" else sorted((p.name for p in folder.glob("step-*.ckpt")), reverse=True)
+    for name in names:
+        if (folder / name).is_file() and (which == "best" or is_whole(folder / name)):
+            return folder / name
+    raise UserError(
+        f"--ckpt_path {which}: no usable checkpoint in {folder}. Give a file, or leave --ckpt_path out to start anew."
+    )
+
+
+class StreamedCheckpointIO(CheckpointIO):
+    """Lightning's checkpoint files through `save` and `load` of this module."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write atomically; see `save`."""
+        save(checkpoint, path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read with `weights_only`; see `load`."""
+        return load(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete the file if it is there."""
+        Path(path).unlink(missing_ok=True)

@@ -1,0 +1,321 @@
+"""The command line: `python train.py SUBCOMMAND --config FILE ...`, the same as `leanbert SUBCOMMAND ...`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shlex
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from leanbert import checkpoints
+from leanbert.callbacks.checkpoint import RunCheckpoint
+from leanbert.callbacks.interrupt import Interrupted, StopBetweenSteps
+from leanbert.callbacks.monitor import StepMonitor
+from leanbert.callbacks.prediction import PredictionWriter
+from leanbert.callbacks.progress import ProgressBar, say
+from leanbert.callbacks.report import RunSummary, StartReport
+from leanbert.callbacks.samples import FilledMasks
+from leanbert.callbacks.validation import ValidateAtEnds
+from leanbert.errors import UserError
+from leanbert.memory.precision import default_precision
+from leanbert.models.config import EncoderConfig
+from leanbert.trainer import Trainer
+
+WITHOUT_DEVICE = {"prepare", "export"}
+SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parents[2] / "configs")  # in the wheel; in a checkout
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser, whose errors are one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
+        """Raise the message as a UserError."""
+        raise UserError(one_line(message)) from ex
+
+
+def one_line(message: str) -> str:
+    """Return a parser's message of several lines as one, without its tree of attempts."""
+    lines = [line.strip(" -") for line in str(message).splitlines() if line.strip(" -")]
+    return re.sub(r"\s+", " ", " ".join(lines))[:600]
+
+
+class CLI(LightningCLI):
+    """LightningCLI with LeanBERT's subcommands, defaults and run folders."""
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        self.checkpoint: dict[str, Any] | None = None
+        super().__init__(
+            trainer_class=Trainer,
+            args=args,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},  # a resumed run goes on in its folder
+            parser_class=Parser,
+            parser_kwargs={"description": "LeanBERT trains BERT encoders inside a device-memory budget."},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            trainer_defaults={
+                "default_root_dir": "runs",
+                "use_distributed_sampler": False,  # ranks take their share of a stream, see MaskedLMData
+                "num_sanity_val_steps": 0,  # validation before step 1 is the check
+            },
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the subcommands and the arguments that the configuration fills."""
+        return {
+            **LightningCLI.subcommands(),
+            "prepare": {"model", "datamodule"},
+            "export": {"model", "datamodule"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the settings of checkpoints, which every run writes."""
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+
+    # ---- before anything is built
+
+    def _parse_ckpt_path(self) -> None:
+        """Find and read the checkpoint; Lightning's own version would look for hyper-parameters in it."""
+        config = self._settings
+        which = config.get("ckpt_path")
+        if which is None:
+            return
+        if which in ("last", "best"):
+            config["ckpt_path"] = str(checkpoints.find(which, self._task_folder))
+        self.checkpoint = checkpoints.load(config["ckpt_path"])
+
+    @property
+    def _settings(self) -> Any:
+        """The configuration of the chosen subcommand."""
+        return self.config[self.config["subcommand"]]
+
+    @property
+    def _task_folder(self) -> Path:
+        module, _, name = self._settings["model"]["class_path"].rpartition(".")
+        task = getattr(__import__(module, fromlist=[name]), name)
+        return Path(self._settings["trainer"]["default_root_dir"]) / task.name
+
+    def before_instantiate_classes(self) -> None:
+        """Check and complete the settings."""
+        settings, trainer = self._settings, self._settings["trainer"]
+        if trainer["accumulate_grad_batches"] != 1:
+            raise UserError(
+                "trainer.accumulate_grad_batches: would change the batch. data.batch_size is the batch of one optimizer "
+                "step over all devices; leave this at 1."
+            )
+        refuse_duplicates(trainer["callbacks"] or [])
+        if self.subcommand in WITHOUT_DEVICE:
+            trainer.update({"accelerator": "cpu", "devices": 1, "strategy": "auto"})
+        if trainer["precision"] is None:
+            trainer["precision"] = default_precision(device_type(trainer["accelerator"]))
+        for part in ("model", "data"):
+            settings[part]["init_args"]["seed"] = int(settings["seed_everything"])
+        data, model = settings["data"]["init_args"], settings["model"]["init_args"]
+        if data["tokenizer"] is None:
+            data["tokenizer"] = model["init_from"]
+        if self.subcommand == "predict":
+            settings["return_predictions"] = False  # they are written as they come
+        if self.subcommand in ("validate", "test"):
+            settings["verbose"] = False
+
+    def after_instantiate_classes(self) -> None:
+        """Take tokenizer and, where nothing is trained, the architecture from the checkpoint."""
+        torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
+        if self.checkpoint is None:
+            return
+        stored = self.checkpoint["leanbert"]
+        self.datamodule.use_tokenizer(stored["tokenizer"])
+        if self.subcommand != "fit" or self.model.init_from is not None:
+            self.model.encoder_config = EncoderConfig(**stored["encoder"])
+        self.model.init_from = None
+        self.checkpoint = None  # Lightning reads the file again; do not hold it twice
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Return the trainer with the callbacks that every run has, its run folder and its checkpoint files."""
+        settings = self._settings["trainer"]
+        extra: dict[str, Any] = {
+            "callbacks": [*(self._get(self.config_init, "trainer")["callbacks"] or []), *self._callbacks()],
+            "plugins": [*(settings["plugins"] or []), checkpoints.StreamedCheckpointIO()],
+            "enable_checkpointing": self.subcommand == "fit",
+            "enable_model_summary": False,
+        }
+        if self.subcommand != "fit":
+            extra["logger"] = False
+        elif settings["logger"] in (None, True):
+            extra["logger"] = self._logger()
+        return super().instantiate_trainer(**extra)  # type: ignore[return-value]
+
+    def _callbacks(self) -> list[Any]:
+        if self.subcommand == "fit":
+            return [
+                ProgressBar(),
+                StepMonitor(),
+                ValidateAtEnds(),
+                StartReport(),  # after the validation before step 1, from which it estimates the time
+                FilledMasks(),
+                RunSummary(),
+                StopBetweenSteps(),
+            ]
+        return [ProgressBar(), *([PredictionWriter()] if self.subcommand == "predict" else [])]
+
+    def _logger(self) -> TensorBoardLogger:
+        """Return the logger of a new run, or of the run that the checkpoint belongs to."""
+        folder = self._task_folder
+        run = Path(self._settings["ckpt_path"]).resolve().parents[1] if self.checkpoint else None
+        if run is not None and run.parent == folder.resolve() and run.name.startswith("version_"):
+            step = self.checkpoint["global_step"]  # type: ignore[index]
+            # what was logged after the checkpoint is computed, and logged, again
+            return TensorBoardLogger(folder.parent, folder.name, version=run.name, purge_step=step + 1)
+        return TensorBoardLogger(folder.parent, folder.name)
+
+    # ---- subcommands
+
+    def validate(self, **kwargs: Any) -> None:
+        """Print the metrics as one JSON line."""
+        print(json.dumps(self.trainer.validate(**kwargs)[0]))
+
+    def test(self, **kwargs: Any) -> None:
+        """Print the metrics as one JSON line."""
+        print(json.dumps(self.trainer.test(**kwargs)[0]))
+
+    def after_fit(self) -> None:
+        """Say what came out and how to go on."""
+        trainer: Any = self.trainer
+        metrics = {tag: float(value) for tag, value in trainer.callback_metrics.items()}
+        if "val/loss" in metrics:
+            say(f"val/loss {metrics['val/loss']:.3f}, unigram counts {metrics['val/unigram_loss']:.3f}, "
+                f"accuracy {metrics['val/accuracy']:.1%}")  # fmt: skip
+        checkpoint = next(c for c in trainer.callbacks if isinstance(c, RunCheckpoint))
+        program, configs = program_name(), config_arguments(sys.argv[1:])
+        say(f"Checkpoint   {checkpoint.last_path}")
+        say(f"TensorBoard  tensorboard --logdir {shlex.quote(str(trainer.default_root_dir))}")
+        say(f"Fill masks   echo 'The {self.datamodule.tokenizer.mask_token} of the function.' | {program} predict "
+            f"{configs} --ckpt_path last --data.predict_files -")  # fmt: skip
+
+
+def refuse_duplicates(callbacks: list[Any]) -> None:
+    """Raise UserError if a callback is configured twice, which Lightning would accept."""
+    counts = Counter(callback["class_path"] for callback in callbacks)
+    for class_path, count in counts.items():
+        if count > 1:
+            raise UserError(f"trainer.callbacks: {class_path} is given {count} times. Leave one of the overlays out.")
+
+
+def device_type(accelerator: Any) -> str:
+    """Return cpu, cuda or mps for Lightning's accelerator setting."""
+    if accelerator in ("cuda", "gpu", "auto", None) and torch.cuda.is_available():
+        return "cuda"
+    if accelerator in ("mps", "gpu", "auto", None) and torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
+
+
+def program_name() -> str:
+    """Return how the user calls this program."""
+    return "leanbert" if Path(sys.argv[0]).name.startswith("leanbert") else f"python {sys.argv[0]}"
+
+
+def config_arguments(arguments: list[str]) -> str:
+    """Return the `--config` options and the run's root among `arguments`, as a shell would take them."""
+    kept: list[str] = []
+    for index, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name in ("--config", "-c", "--trainer.default_root_dir"):
+            kept += [name, value or arguments[index + 1]]
+    return shlex.join(kept)
+
+
+def find_shipped(arguments: list[str]) -> list[str]:
+    """Return the arguments, with `configs/...` that is not in the working folder replaced by the shipped file.
+
+    Raises:
+        UserError: A configuration file is in neither place.
+    """
+    found = list(arguments)
+    for index, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name not in ("--config", "-c") or (not value and index + 1 == len(arguments)):
+            continue
+        path = value or arguments[index + 1]
+        if not path.lstrip().startswith("{"):
+            found[index if value else index + 1] = f"{name}={locate(path)}" if value else locate(path)
+    return found
+
+
+def locate(path: str) -> str:
+    """Return the configuration file that `path` names, in the working folder or among the shipped ones."""
+    if Path(path).is_file():
+        return path
+    relative = Path(path).relative_to("configs") if path.startswith("configs/") else Path(path)
+    for folder in SHIPPED:
+        if (folder / relative).is_file():
+            return str(folder / relative)
+    shipped = sorted(str(f.relative_to(d)) for d in SHIPPED if d.is_dir() for f in d.rglob("*.yaml"))
+    raise UserError(f"--config: no file {path}. Shipped ones: {', '.join('configs/' + name for name in shipped)}.")
+
+
+def resume_command(arguments: list[str]) -> str:
+    """Return the command that goes on with the run that `arguments` started."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip or argument.startswith("--ckpt_path="):
+            skip = False
+        elif argument == "--ckpt_path":
+            skip = True
+        else:
+            kept.append(argument)
+    return f"{program_name()} {shlex.join([*kept, '--ckpt_path', 'last'])}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; bad input ends with one line on standard error and exit code 2."""
+    quiet_libraries()
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        sys.argv[1:] = find_shipped(given)
+        CLI()
+    except Interrupted as stopped:
+        say(f"Stopped by {stopped} and saved. To go on:\n  {resume_command(given)}")
+        sys.exit(stopped.exit_code)
+    except (UserError, MisconfigurationException) as error:
+        fail(one_line(str(error)), error)
+    except OSError as error:
+        if error.errno not in checkpoints.DISK_FULL:
+            raise
+        fail(f"{error.filename or 'output'}: the disk is full. Free space or set --trainer.default_root_dir.", error)
+
+
+def fail(message: str, error: BaseException) -> None:
+    """Print the one line and leave with exit code 2; LEANBERT_DEBUG=1 shows the traceback instead."""
+    if os.environ.get("LEANBERT_DEBUG") == "1":
+        raise error
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def quiet_libraries() -> None:
+    """Silence what would bury LeanBERT's own lines; warnings about the user's settings stay."""
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*dataloader is not resumable.*",
+        ".*isn't allowed for logging.*",
+        ".*IterableDataset.*__len__.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*number of training batches .* is smaller than the logging interval.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+    ):
+        warnings.filterwarnings("ignore", pattern)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,50 @@
+"""Metrics of each task, exact over batches of unequal size and over several devices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+
+IGNORED = -100
+
+
+class MaskedLMMetrics(nn.Module):
+    """Loss, perplexity and accuracy over masked positions, beside the loss of unigram counts on the same targets.
+
+    Args:
+        unigram_counts: Occurrences of each token in the training set, shape [V]; None: no baseline.
+    """
+
+    unigram_log_probability: Tensor | None
+
+    def __init__(self, unigram_counts: Tensor | None = None) -> None:
+        super().__init__()
+        self.loss, self.accuracy, self.unigram_loss = MeanMetric(), MeanMetric(), MeanMetric()
+        log_probability = None
+        if unigram_counts is not None:
+            smoothed = unigram_counts.double() + 1  # add-one: a target never seen in training has a finite loss
+            log_probability = (smoothed / smoothed.sum()).log().float()
+        self.register_buffer("unigram_log_probability", log_probability, persistent=False)
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Add a batch: logits [B, M, V] of any float type, targets [B, M] int64 with -100 in unused slots."""
+        used = targets != IGNORED  # [B, M]
+        weight = used.float()
+        nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none")
+        self.loss.update(nll, weight.flatten())
+        self.accuracy.update((logits.argmax(-1) == targets).float(), weight)
+        if self.unigram_log_probability is not None:
+            known = torch.where(used, targets, 0)
+            self.unigram_loss.update(-self.unigram_log_probability[known], weight)
+
+    def compute(self) -> dict[str, float]:
+        """Return the values by TensorBoard tag and start afresh."""
+        loss = self.loss.compute()
+        values = {"val/loss": loss, "val/perplexity": loss.exp(), "val/accuracy": self.accuracy.compute()}
+        if self.unigram_log_probability is not None:
+            values["val/unigram_loss"] = self.unigram_loss.compute()
+        for metric in (self.loss, self.accuracy, self.unigram_loss):
+            metric.reset()
+        return {tag: float(value) for tag, value in values.items()}

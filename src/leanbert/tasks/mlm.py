@@ -1,0 +1,124 @@
+"""Masked-language-model pretraining."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from leanbert.data.batch import MLMBatch, PredictBatch
+from leanbert.memory.optimizers import OptimizerConfig, ScheduleConfig
+from leanbert.models.build import build_model
+from leanbert.models.config import EncoderConfig
+from leanbert.tasks.base import Task
+from leanbert.tasks.metrics import IGNORED, MaskedLMMetrics
+
+
+class MaskedLM(Task):
+    """BERT's masked language model (Devlin et al. 2019), without next-sentence prediction.
+
+    Args:
+        encoder: Architecture of the encoder.
+        optimizer: Optimizer and its settings.
+        schedule: Learning rate by step.
+        init_from: Hugging Face folder or LeanBERT checkpoint whose weights and architecture to start from.
+        compile: Compile each block with torch.compile: faster steps after about a minute of compilation.
+        seed: Seed of initial weights and dropout (the CLI sets it to seed_everything).
+        top_k: Candidates for each mask in the answers of `predict`.
+    """
+
+    name: ClassVar[str] = "mlm"
+
+    def __init__(
+        self,
+        encoder: EncoderConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
+        schedule: ScheduleConfig | None = None,
+        init_from: str | None = None,
+        compile: bool = False,
+        seed: int = 0,
+        top_k: int = 5,
+    ) -> None:
+        super().__init__(encoder, optimizer, schedule, init_from, compile, seed)
+        self.top_k = top_k
+        self.metrics: MaskedLMMetrics | None = None
+
+    def build_model(self) -> nn.Module:
+        """Return the model whose vocabulary is the tokenizer's."""
+        counts = self._data.unigram_counts
+        self.metrics = MaskedLMMetrics(None if counts is None else torch.from_numpy(counts))
+        return build_model(
+            self.encoder_config,
+            self._data.tokenizer.vocab_size,
+            init_from=self.init_from,
+            unigram_counts=counts,
+            compile_blocks=self.compile_blocks,
+        )
+
+    def forward(self, batch: MLMBatch) -> Tensor:
+        """Return logits [B, M, V] at the target positions."""
+        return self.model(
+            batch.input_ids,
+            position_ids=batch.position_ids,
+            document_ids=batch.document_ids,
+            target_index=batch.target_index,
+        )
+
+    def count_targets(self, batch: MLMBatch) -> Tensor:
+        """Return the number of masked positions, shape []."""
+        return (batch.targets != IGNORED).sum()
+
+    def loss_sum(self, batch: MLMBatch) -> Tensor:
+        """Return the cross entropy in nats summed over masked positions, shape []."""
+        logits = self(batch).flatten(0, 1)  # [B * M, V]
+        return F.cross_entropy(logits.float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+    def validation_step(self, batch: MLMBatch, batch_idx: int) -> None:
+        """Add a batch to the metrics; logits are not kept."""
+        assert self.metrics is not None
+        self.metrics.update(self(batch), batch.targets)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics at the number of completed steps."""
+        assert self.metrics is not None
+        values = self.metrics.compute()
+        self.log_dict(values, logger=False)
+        self.log("val_loss", values["val/loss"], prog_bar=True, logger=False)
+        if self.logger is not None and not self.trainer.sanity_checking:
+            self.logger.log_metrics(values, step=self.global_step)
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, batch: PredictBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Return one answer per text; see `fill_masks`."""
+        return fill_masks(self.model, self._data.tokenizer, batch, self.top_k)
+
+
+def fill_masks(model: nn.Module, tokenizer: Any, batch: PredictBatch, top_k: int) -> list[dict[str, Any]]:
+    """Return for each text `{"text", "masks": [[{"token", "probability"}, ...], ...]}`, best first.
+
+    Args:
+        model: A MaskedLanguageModel.
+        tokenizer: Its TextTokenizer.
+        batch: Texts with their padded ids [B, S].
+        top_k: Candidates for each mask.
+    """
+    rows, columns = (batch.input_ids == tokenizer.mask_id).nonzero(as_tuple=True)  # [K] each, row by row
+    answers: list[dict[str, Any]] = [{"text": text, "masks": []} for text in batch.texts]
+    if len(rows) == 0:
+        return answers
+    logits = model(
+        batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids
+    )  # [B, S, V]
+    best = logits[rows, columns].float().softmax(-1).topk(min(top_k, logits.shape[-1]))  # [K, top_k]
+    for row, probabilities, tokens in zip(rows.tolist(), best.values.tolist(), best.indices.tolist(), strict=True):
+        answers[row]["masks"].append(
+            [
+                {"token": tokenizer.decode([token]), "probability": round(probability, 6)}
+                for token, probability in zip(tokens, probabilities, strict=True)
+            ]
+        )
+    return answers
