@@ -1,0 +1,102 @@
+import os
+import pickle
+import signal
+
+import pytest
+import torch
+
+from leanbert import checkpoints
+from leanbert.errors import UserError
+
+WHOLE = {"leanbert": {"task": "mlm"}, "state_dict": {"weight": torch.arange(5)}, "global_step": 3}
+
+
+def make_run(root, version, steps):
+    folder = root / "mlm" / f"version_{version}" / "checkpoints"
+    for step in steps:
+        checkpoints.save(WHOLE, folder / checkpoints.step_name(step))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def test_round_trip_leaves_one_file(tmp_path):
+    checkpoints.save(WHOLE, tmp_path / "a" / "x.ckpt")
+    assert os.listdir(tmp_path / "a") == ["x.ckpt"]
+    loaded = checkpoints.load(tmp_path / "a" / "x.ckpt")
+    assert torch.equal(loaded["state_dict"]["weight"], WHOLE["state_dict"]["weight"])
+
+
+def test_a_full_disk_keeps_the_older_file(tmp_path):
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "x.ckpt"
+    checkpoints.save(WHOLE, path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+        with pytest.raises(UserError, match=r"x\.ckpt: the disk is full.*default_root_dir"):
+            checkpoints.save({**WHOLE, "big": torch.zeros(1 << 20)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert os.listdir(tmp_path) == ["x.ckpt"]
+    assert path.read_bytes() == before
+
+
+def test_last_is_the_newest_of_the_newest_run(tmp_path):
+    make_run(tmp_path, 2, [900])
+    folder = make_run(tmp_path, 10, [100, 200])
+    assert checkpoints.find("last", tmp_path / "mlm") == folder / "step-00000200.ckpt"
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_last_falls_back_from_a_damaged_file(tmp_path, damage):
+    folder = make_run(tmp_path, 0, [100, 200])
+    newest = folder / "step-00000200.ckpt"
+    content = bytearray(newest.read_bytes())
+    if damage == "cut":
+        content = content[: len(content) // 2]
+    else:
+        position = content.index(torch.arange(5).numpy().tobytes())
+        content[position] ^= 1
+    newest.write_bytes(content)
+    assert checkpoints.find("last", tmp_path / "mlm") == folder / "step-00000100.ckpt"
+
+
+def test_nothing_to_go_on_from(tmp_path):
+    with pytest.raises(UserError, match="no run below"):
+        checkpoints.find("last", tmp_path / "mlm")
+    make_run(tmp_path, 0, [])
+    for which in ("last", "best"):
+        with pytest.raises(UserError, match="no usable checkpoint"):
+            checkpoints.find(which, tmp_path / "mlm")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.system, ("touch bomb",))
+
+
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({**WHOLE, "bomb": Bomb()}, "x.ckpt")
+    with pytest.raises(UserError, match="could execute code"):
+        checkpoints.load("x.ckpt")
+    with open("y.ckpt", "wb") as file:
+        pickle.dump(Bomb(), file)
+    with pytest.raises(UserError, match=r"y\.ckpt: damaged or not a checkpoint"):
+        checkpoints.load("y.ckpt")
+    assert not (tmp_path / "bomb").exists()
+
+
+def test_missing_cut_and_foreign_files(tmp_path):
+    with pytest.raises(UserError, match="no such checkpoint"):
+        checkpoints.load(tmp_path / "none.ckpt")
+    checkpoints.save(WHOLE, tmp_path / "x.ckpt")
+    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "x.ckpt").read_bytes()[:300])
+    with pytest.raises(UserError, match="damaged"):
+        checkpoints.load(tmp_path / "cut.ckpt")
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "foreign.ckpt")
+    with pytest.raises(UserError, match="init_from"):
+        checkpoints.load(tmp_path / "foreign.ckpt")
