@@ -106,13 +106,10 @@ def load_weights(model: MaskedLanguageModel, state: StateDict, source: Path) -> 
     unknown = [name for name in state if name not in wanted]
     for problem, names in (("lack", missing), ("have unexpected", unknown)):
         if names:
-            raise UserError(
-                f"{source}: the weights {problem} {names[0]} ({len(names)} in all). Save it again"
-            )
+            raise UserError(f"{source}: the weights {problem} {names[0]} ({len(names)} in all). Save it again")
     for name, tensor in state.items():
         if (found := list(tensor.shape)) != (shape := list(wanted[name].shape)):
             raise UserError(
-                f"{source}: {name} has shape {found}, the model asks for {shape}. "
-                "Take weights of the same architecture"
+                f"{source}: {name} has shape {found}, the model asks for {shape}. Take weights of the same architecture"
             )
     model.load_state_dict(state, strict=False)

@@ -187,9 +187,7 @@ def _check_choices(config: ResolvedConfig) -> None:
     }
     for name, known in choices.items():
         if getattr(config, name) not in known:
-            raise UserError(
-                f"{SETTING}.{name}: {getattr(config, name)!r} is unknown. Choose from {', '.join(known)}"
-            )
+            raise UserError(f"{SETTING}.{name}: {getattr(config, name)!r} is unknown. Choose from {', '.join(known)}")
 
 
 def _check_ranges(config: ResolvedConfig) -> None:

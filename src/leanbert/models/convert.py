@@ -95,9 +95,7 @@ def write_huggingface(
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(
-        _their_state(model, family), folder / "model.safetensors", metadata={"format": "pt"}
-    )
+    safetensors.torch.save_file(_their_state(model, family), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
@@ -137,8 +135,7 @@ def _normalised(state: StateDict, family: Family) -> StateDict:
     """Bring old and headless files to the names of today, and leave out what is not ours."""
     headless = not any(name.startswith(family.prefix) for name in state)
     renamed = {
-        (family.prefix if headless else "")
-        + name.replace(".gamma", ".weight").replace(".beta", ".bias"): tensor
+        (family.prefix if headless else "") + name.replace(".gamma", ".weight").replace(".beta", ".bias"): tensor
         for name, tensor in state.items()
     }
     return {name: tensor for name, tensor in renamed.items() if not name.startswith(family.ignored)}

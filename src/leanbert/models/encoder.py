@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanbert.models.attention import AttentionContext, SelfAttention, additive_mask, rotary_angles
+from leanbert.models.attention import AttentionContext, SelfAttention, additive_mask, product_dtype, rotary_angles
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.dropout import dropout
 from leanbert.models.embeddings import Embeddings
@@ -97,9 +97,7 @@ class Encoder(nn.Module):
             position_ids = torch.arange(length, device=input_ids.device)[None]  # [1, S]
         hidden = self.embeddings(input_ids, position_ids, segment_ids)
         local_layers = [self.config.is_local(layer) for layer in range(self.config.num_layers)]
-        contexts = {
-            local: self._context(local, position_ids, document_ids, hidden) for local in set(local_layers)
-        }
+        contexts = {local: self._context(local, position_ids, document_ids, hidden) for local in set(local_layers)}
         for block, local in zip(self.blocks, local_layers, strict=True):
             hidden = block(hidden, contexts[local])
         return hidden if self.final_norm is None else self.final_norm(hidden)
@@ -111,6 +109,7 @@ class Encoder(nn.Module):
         window = config.local_window if local else 0
         mask = additive_mask(document_ids, hidden.shape[1], window, hidden)
         if config.position != "rotary":
-            return AttentionContext(mask, None, None)
+            return AttentionContext(mask, None)
         theta = config.local_rotary_theta if local else config.rotary_theta
-        return AttentionContext(mask, *rotary_angles(position_ids, config.head_size, theta))
+        angles = rotary_angles(position_ids, config.head_size, theta, product_dtype(hidden))
+        return AttentionContext(mask, angles)

@@ -88,9 +88,7 @@ def read_modernbert(settings: dict[str, Any], path: Path) -> ResolvedConfig:
     _require(settings, "tie_word_embeddings", True, True, path)
     gate = settings.get("hidden_activation", "gelu")
     if gate not in GATES:
-        raise UserError(
-            f"{path}: hidden_activation {gate!r} is not supported. Only {' and '.join(GATES)} are"
-        )
+        raise UserError(f"{path}: hidden_activation {gate!r} is not supported. Only {' and '.join(GATES)} are")
     local_every = _global_every(_layer_types(settings, values["num_hidden_layers"]), path)
     return _resolve(
         {ours: values[theirs] for ours, theirs in MODERNBERT_FIELDS.items()}
@@ -122,9 +120,7 @@ def modernbert_settings(config: ResolvedConfig) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "local_attention": config.local_window or MODERNBERT_DEFAULTS["local_attention"],
         "layer_types": [LOCAL if config.is_local(layer) else GLOBAL for layer in range(config.num_layers)],
-        "rope_parameters": {
-            kind: {"rope_type": "default", "rope_theta": value} for kind, value in theta.items()
-        },
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": value} for kind, value in theta.items()},
     }
 
 

@@ -32,7 +32,7 @@ class MaskedLanguageModel(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the model as it is published and exported: without the padding rows of the vocabulary."""
+        """Parameters as published and exported: without the padding rows of the vocabulary."""
         stored, width = self.encoder.embeddings.token.weight.shape
         padding = (stored - self.head.vocab_size) * (width + 1)  # each row has a bias in the head
         return sum(parameter.numel() for parameter in self.parameters()) - padding
@@ -46,9 +46,7 @@ class MaskedLanguageModel(nn.Module):
         segment_ids: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [B, S, D]; arguments as in `Encoder.forward`."""
-        return self.encoder(
-            input_ids, position_ids=position_ids, document_ids=document_ids, segment_ids=segment_ids
-        )
+        return self.encoder(input_ids, position_ids=position_ids, document_ids=document_ids, segment_ids=segment_ids)
 
     def forward(
         self,
@@ -60,9 +58,7 @@ class MaskedLanguageModel(nn.Module):
         target_index: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, M, V] at `target_index` (int64 [B, M], positions inside each row), else [B, S, V]."""
-        hidden = self.encode(
-            input_ids, position_ids=position_ids, document_ids=document_ids, segment_ids=segment_ids
-        )
+        hidden = self.encode(input_ids, position_ids=position_ids, document_ids=document_ids, segment_ids=segment_ids)
         if target_index is not None:
             hidden = gather_rows(hidden, target_index)
         return self.head(hidden, self.encoder.embeddings.token.weight)

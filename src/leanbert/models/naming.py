@@ -29,9 +29,7 @@ def bert_names(config: ResolvedConfig) -> Names:
     for layer in range(config.num_layers):
         ours, theirs = f"encoder.blocks.{layer}", f"bert.encoder.layer.{layer}"
         modules |= {
-            f"{ours}.attention.qkv": tuple(
-                f"{theirs}.attention.self.{part}" for part in ("query", "key", "value")
-            ),
+            f"{ours}.attention.qkv": tuple(f"{theirs}.attention.self.{part}" for part in ("query", "key", "value")),
             f"{ours}.attention.output": (f"{theirs}.attention.output.dense",),
             f"{ours}.attention_norm": (f"{theirs}.attention.output.LayerNorm",),
             f"{ours}.feed_forward.input": (f"{theirs}.intermediate.dense",),

@@ -41,9 +41,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file. Name a folder saved by save_pretrained or by export"
-        ) from None
+        raise UserError(f"{path}: no such file. Name a folder saved by save_pretrained or by export") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: broken JSON ({error.msg}). Copy the file again") from None
     except (OSError, UnicodeDecodeError) as error:
