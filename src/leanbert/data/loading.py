@@ -1,0 +1,137 @@
+"""Positions of a stream to batches: the sampler, the rows to train and evaluate on, the lines to predict.
+
+Letters: B rows, S row length, M targets per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import Dataset, DistributedSampler, IterableDataset
+
+from leanbert.data.batch import MLMBatch, PredictBatch
+from leanbert.data.cache import TokenCache
+from leanbert.data.masking import MaskingRule, mask_rows
+from leanbert.data.packing import PADDING_DOCUMENT, PackedRows, read_rows, row_count
+from leanbert.data.randomness import mix, permute
+from leanbert.data.sources import prediction_lines
+from leanbert.data.tokenizer import TextTokenizer
+
+MASK_PLACEHOLDER = "[MASK]"
+"""What users write, whatever the tokenizer's own mask token is."""
+
+_EVALUATION = 0x5EED
+
+
+class RowDataset(Dataset[MLMBatch]):
+    """Masked rows of a token cache; the index is an array of stream positions, the item a whole batch.
+
+    Position p of the training stream is row `permutation(seed, p // rows)[p % rows]`. Without a `seed`, for
+    evaluation, it is row p, and its mask depends on nothing else.
+    """
+
+    def __init__(self, cache: TokenCache, length: int, pad_id: int, rule: MaskingRule, seed: int | None = None) -> None:
+        self.cache, self.length, self.pad_id, self.rule, self.seed = cache, length, pad_id, rule, seed
+        self.rows = row_count(cache.tokens, length)
+
+    def __getitem__(self, positions: np.ndarray) -> MLMBatch:
+        """Return the batch of the rows at `positions`, int64 [B]."""
+        rows, key = self._locate(positions)
+        packed = read_rows(self.cache, rows, self.length, self.pad_id)
+        return _to_batch(packed, key, self.rule)
+
+    def _locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if self.seed is None:
+            return positions, mix(_EVALUATION, positions)
+        epochs, indices = np.divmod(positions, self.rows)
+        rows = permute(indices, self.rows, self.seed, epochs)
+        return rows, mix(self.seed, epochs, rows)
+
+
+class PositionSampler(DistributedSampler[np.ndarray]):
+    """Yields `batches` arrays of stream positions, from `start()` on; a rank takes every `world_size`-th one.
+
+    It is a `DistributedSampler` in name, so that Lightning leaves it in place on several devices.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        batches: int,
+        *,
+        start: Callable[[], int] = int,
+        end: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.batch_size, self.batches, self.start, self.end = batch_size, batches, start, end
+        self.rank, self.world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        first = self.start()
+        for begin in range(first, first + self.batches * self.batch_size, self.batch_size):
+            stop = begin + self.batch_size if self.end is None else min(begin + self.batch_size, self.end)
+            positions = np.arange(begin + self.rank, stop, self.world_size)
+            if len(positions):
+                yield positions
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def set_epoch(self, epoch: int) -> None:
+        """Do nothing: the epoch follows from the position."""
+
+
+class PredictionLines(IterableDataset[PredictBatch]):
+    """Batches of the lines of text files, or of standard input, as they come; a rank takes its turns."""
+
+    def __init__(
+        self,
+        files: Sequence[str],
+        tokenizer: TextTokenizer,
+        length: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.files, self.tokenizer, self.length, self.batch_size = files, tokenizer, length, batch_size
+        self.rank, self.world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[PredictBatch]:
+        lines = prediction_lines(self.files)
+        batches = iter(lambda: list(islice(lines, self.batch_size)), [])
+        cut = 0
+        for texts in islice(batches, self.rank, None, self.world_size):
+            batch, truncated = encode_lines(texts, self.tokenizer, self.length)
+            cut += truncated
+            yield batch
+        if cut:
+            rank_zero_warn(f"{cut} lines were longer than data.max_length ({self.length} tokens) and were cut")
+
+
+def encode_lines(texts: list[str], tokenizer: TextTokenizer, length: int) -> tuple[PredictBatch, int]:
+    """Return texts with `[MASK]` in them as a padded batch [B, S <= length], and how many were cut to fit."""
+    before, after = tokenizer.template
+    room = length - len(before) - len(after)
+    own = [text.replace(MASK_PLACEHOLDER, tokenizer.mask_token) for text in texts]
+    encoded = tokenizer.encode_bare(own, literal=False)
+    rows = [before + ids[:room] + after for ids in encoded]
+    width = max(1, *map(len, rows)) if rows else 1
+    ids = np.full((len(rows), width), tokenizer.pad_id, dtype=np.int64)
+    documents = np.full_like(ids, PADDING_DOCUMENT)
+    for row, values in enumerate(rows):
+        ids[row, : len(values)] = values
+        documents[row, : len(values)] = 0
+    positions = np.where(documents == 0, np.arange(width), 0)
+    batch = PredictBatch(texts, *map(torch.from_numpy, (ids, positions, documents)))
+    return batch, sum(len(ids) > room for ids in encoded)
+
+
+def _to_batch(packed: PackedRows, key: np.ndarray, rule: MaskingRule) -> MLMBatch:
+    masked = mask_rows(packed, key, rule)
+    arrays = (masked.ids, packed.positions, packed.documents, masked.index, masked.targets)
+    return MLMBatch(*map(torch.from_numpy, arrays))

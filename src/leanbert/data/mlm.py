@@ -1,0 +1,241 @@
+"""The data module of masked language modelling: settings, tokenizer, caches, loaders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from leanbert.data.batch import MLMBatch, PredictBatch
+from leanbert.data.cache import TokenCache
+from leanbert.data.loading import PositionSampler, PredictionLines, RowDataset
+from leanbert.data.masking import MaskingRule
+from leanbert.data.packing import row_count
+from leanbert.data.prepare import CorpusSettings, Prepared
+from leanbert.data.sources import Separator
+from leanbert.data.tokenizer import TextTokenizer
+from leanbert.data.tokenizer_training import Kind
+from leanbert.errors import UserError
+
+
+@dataclass(frozen=True)
+class CorpusStatistics:
+    """Size of a prepared corpus; `tokens_per_row` is the mean of real tokens in a row of `max_length`."""
+
+    documents: int
+    tokens: int
+    unknown_share: float
+    rows: int
+    tokens_per_row: float
+
+
+class MaskedLMData(LightningDataModule):
+    """Text files to batches of packed, masked rows.
+
+    After `setup` there are `tokenizer` (a `TextTokenizer`), `unigram_counts` (int64 [V], of the training
+    text), `statistics` ("train" and "val" to `CorpusStatistics`) and `batches_per_epoch`. The training stream
+    goes on from `samples_consumed`, a count of rows over all devices, which the task keeps.
+
+    Args:
+        train_files: Paths, globs such as `'corpus/**/*.txt'` or `hf:NAME[:SPLIT]`; .txt .jsonl .csv .tsv
+            (each also .gz) and .parquet. Default: the docstrings of Python and the installed libraries.
+        val_files: The same for validation. Default: a share of the documents is held out.
+        predict_files: Text files whose lines are to be filled, or `-` for standard input.
+        text_field: JSON field or table column that holds the text.
+        document_separator: What separates documents in text files: a blank line, or the line's end.
+        val_share: Share of documents held out where there are no `val_files`, chosen by their hash.
+        tokenizer: tokenizer.json, vocab.txt, a folder with one, or a .ckpt. Default: trained on the corpus.
+        tokenizer_kind: Kind of tokenizer to train.
+        lowercase: Whether a trained tokenizer lowercases (WordPiece: and strips accents).
+        vocab_size: Entries of a trained tokenizer.
+        max_length: Tokens in a row.
+        batch_size: Rows in one optimizer step, over all devices.
+        val_batch_size: Rows in one evaluation batch, over all devices. Default: `batch_size`.
+        mask_rate: Share of tokens to predict.
+        mask_split: Share of them replaced by the mask token, by a random token, and left.
+        whole_word: Mask whole words.
+        val_mask_rate: Share of tokens to predict in evaluation, where masks never change.
+        num_workers: Processes that load batches. Default: 0 on a CPU, 2 with an accelerator.
+        cache_dir: Folder of tokenizers and token caches. Default: leanbert in the user's cache folder.
+        seed: Decides the order of rows and the masks of training.
+
+    """
+
+    def __init__(
+        self,
+        train_files: str | list[str] | None = None,
+        val_files: str | list[str] | None = None,
+        predict_files: str | list[str] | None = None,
+        text_field: str = "text",
+        document_separator: Separator = "blank_line",
+        val_share: float = 0.02,
+        tokenizer: str | None = None,
+        tokenizer_kind: Kind = "wordpiece",
+        lowercase: bool = True,
+        vocab_size: int = 8192,
+        max_length: int = 128,
+        batch_size: int = 32,
+        val_batch_size: int | None = None,
+        mask_rate: float = 0.2,
+        mask_split: tuple[float, float, float] = (0.8, 0.1, 0.1),
+        whole_word: bool = False,
+        val_mask_rate: float = 0.15,
+        num_workers: int | None = None,
+        cache_dir: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        _check(self.hparams)
+        self.samples_consumed = 0
+        self.tokenizer: TextTokenizer
+        self.unigram_counts: np.ndarray
+        self.statistics: dict[str, CorpusStatistics] = {}
+        self._prepared: Prepared | None = None
+
+    def prepare(self) -> Prepared:
+        """Make, or find, tokenizer and token caches; needs no device and prints nothing to standard output."""
+        if self._prepared is None:
+            names = CorpusSettings.__dataclass_fields__
+            settings = {name: value for name, value in self.hparams.items() if name in names}
+            for name in ("train_files", "val_files"):
+                settings[name] = _as_list(settings[name])
+            self._prepared = CorpusSettings(**settings).prepare()
+        return self._prepared
+
+    def prepare_data(self) -> None:
+        """Prepare once per machine, before the other processes look."""
+        if not self._predicting():
+            self.prepare()
+
+    def setup(self, stage: str) -> None:
+        """Load what was prepared; prediction needs the tokenizer only, and never trains one."""
+        if stage == "predict":
+            self._setup_prediction()
+            return
+        prepared = self.prepare()
+        self.tokenizer = prepared.tokenizer
+        self.unigram_counts = prepared.train.unigram_counts
+        self.statistics = {
+            name: _statistics(cache, self.tokenizer.unk_id, self.hparams["max_length"])
+            for name, cache in (("train", prepared.train), ("val", prepared.val))
+        }
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the training rows, at least 1."""
+        return max(1, self.statistics["train"].rows // self.hparams["batch_size"])
+
+    def train_dataloader(self) -> DataLoader[MLMBatch]:
+        """Return batches of the training stream, each time from `samples_consumed` on, for one epoch's steps."""
+        rank, world_size = self._rank()
+        batch_size = self.hparams["batch_size"]
+        if batch_size % world_size:
+            raise UserError(
+                f"data.batch_size: {batch_size} is the batch over all devices and not divisible by their number "
+                f"({world_size}). Set a multiple of {world_size}"
+            )
+        sampler = PositionSampler(
+            batch_size,
+            self.batches_per_epoch,
+            start=lambda: self.samples_consumed,
+            rank=rank,
+            world_size=world_size,
+        )
+        rows = self._rows(self.prepare().train, self.hparams["mask_rate"], seed=self.hparams["seed"])
+        return self._loader(rows, sampler)
+
+    def val_dataloader(self) -> DataLoader[MLMBatch]:
+        """Return all validation rows in order, with masks that depend on the place in the text only."""
+        rank, world_size = self._rank()
+        batch_size = self.hparams["val_batch_size"] or self.hparams["batch_size"]
+        rows = self._rows(self.prepare().val, self.hparams["val_mask_rate"])
+        sampler = PositionSampler(
+            batch_size, row_count(rows.rows, batch_size), end=rows.rows, rank=rank, world_size=world_size
+        )
+        return self._loader(rows, sampler)
+
+    def predict_dataloader(self) -> DataLoader[PredictBatch]:
+        """Return the lines of `predict_files`, `batch_size` at a time, in order."""
+        files = _as_list(self.hparams["predict_files"])
+        if not files:
+            raise UserError("data.predict_files: nothing to predict. Give text files, or - for standard input")
+        rank, world_size = self._rank()
+        batch_size = self.hparams["batch_size"]
+        lines = PredictionLines(files, self.tokenizer, self.hparams["max_length"], batch_size, rank, world_size)
+        return DataLoader(lines, batch_size=None)
+
+    def _setup_prediction(self) -> None:
+        if self.hparams["tokenizer"] is not None:
+            self.tokenizer = TextTokenizer.from_file(self.hparams["tokenizer"])
+        if not hasattr(self, "tokenizer"):
+            raise UserError("data.tokenizer: predict needs the model's tokenizer. Give --ckpt_path, or its path")
+
+    def _predicting(self) -> bool:
+        return self.trainer is not None and self.trainer.predicting
+
+    def _rows(self, cache: TokenCache, rate: float, seed: int | None = None) -> RowDataset:
+        rule = self._masking_rule(rate)
+        return RowDataset(cache, self.hparams["max_length"], self.tokenizer.pad_id, rule, seed)
+
+    def _masking_rule(self, rate: float) -> MaskingRule:
+        special = np.zeros(self.tokenizer.vocab_size, dtype=bool)
+        special[self.tokenizer.special_ids] = True
+        continues = self.tokenizer.continuation_table() if self.hparams["whole_word"] else None
+        if continues is not None and not continues.any():
+            raise UserError("data.whole_word: no token of this tokenizer continues a word. Set it to false")
+        return MaskingRule(rate, tuple(self.hparams["mask_split"]), self.tokenizer.mask_id, special, continues)
+
+    def _loader(self, rows: RowDataset, sampler: PositionSampler) -> DataLoader[MLMBatch]:
+        device = self._device_type()
+        workers = self.hparams["num_workers"]
+        if workers is None:
+            workers = 0 if device == "cpu" else 2
+        return DataLoader(
+            rows,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=workers,
+            pin_memory=device == "cuda",
+            persistent_workers=workers > 0,
+            # Without a generator of its own each pass would draw from the global one, and shift dropout.
+            generator=torch.Generator().manual_seed(self.hparams["seed"]),
+        )
+
+    def _rank(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
+
+    def _device_type(self) -> str:
+        if self.trainer is None:
+            return "cpu"
+        return str(self.trainer.strategy.root_device.type)
+
+
+def _check(settings: Any) -> None:
+    """Raise `UserError` for a setting that cannot work, before anything is read."""
+    for name in ("mask_rate", "val_mask_rate", "val_share"):
+        if not 0 < settings[name] < 1:
+            raise UserError(f"data.{name}: {settings[name]} is not between 0 and 1. Set a share such as 0.15")
+    split = tuple(settings["mask_split"])
+    if len(split) != 3 or min(split) < 0 or abs(sum(split) - 1) > 1e-6:
+        raise UserError(f"data.mask_split: {list(split)} are not three shares that add up to 1. Set [0.8, 0.1, 0.1]")
+    least = {"max_length": 8, "batch_size": 1, "val_batch_size": 1, "num_workers": 0}
+    for name, lowest in least.items():
+        if settings[name] is not None and settings[name] < lowest:
+            raise UserError(f"data.{name}: {settings[name]} is too small. Set at least {lowest}")
+
+
+def _statistics(cache: TokenCache, unk_id: int | None, length: int) -> CorpusStatistics:
+    rows = row_count(cache.tokens, length)
+    unknown = 0 if unk_id is None else int(cache.unigram_counts[unk_id])
+    return CorpusStatistics(cache.documents, cache.tokens, unknown / cache.tokens, rows, cache.tokens / rows)
+
+
+def _as_list(files: str | list[str] | None) -> list[str] | None:
+    return [files] if isinstance(files, str) else files

@@ -1,0 +1,142 @@
+"""Tokenizer and token caches of a training and a validation corpus, made once and found again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+from leanbert.data.cache import EmptyCorpusError, TokenCache, build_cache
+from leanbert.data.digests import corpus_digest
+from leanbert.data.docstrings import embedded_corpus
+from leanbert.data.sources import Corpus, Separator, Split, document_hash
+from leanbert.data.storage import locked, write_text_atomically
+from leanbert.data.tokenizer import TextTokenizer
+from leanbert.data.tokenizer_training import Kind, sample_evenly
+from leanbert.errors import UserError
+
+TRAINING_FORMAT = 1
+"""Part of a trained tokenizer's key: raise it when training changes."""
+
+SAMPLE_BYTES = 256 << 20
+"""A tokenizer is trained on about so much text, spread evenly over a larger corpus."""
+
+COMPRESSION = 3
+"""How much text a compressed byte stands for, about, when the share to sample is reckoned."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training needs of a corpus."""
+
+    tokenizer: TextTokenizer
+    train: TokenCache
+    val: TokenCache
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    """The settings of `MaskedLMData` that decide what is prepared; the same names."""
+
+    train_files: Sequence[str] | None = None
+    val_files: Sequence[str] | None = None
+    text_field: str = "text"
+    document_separator: Separator = "blank_line"
+    val_share: float = 0.02
+    tokenizer: str | None = None
+    tokenizer_kind: Kind = "wordpiece"
+    lowercase: bool = True
+    vocab_size: int = 8192
+    cache_dir: str | None = None
+
+    def prepare(self) -> Prepared:
+        """Make, or find, tokenizer and caches. Raises `UserError` for whatever is wrong with the input."""
+        train, val = self._splits()
+        content = corpus_digest(train.corpus, self.cache_folder)
+        tokenizer = self._tokenizer(train, content)
+        val_content = corpus_digest(val.corpus, self.cache_folder)
+        return Prepared(
+            tokenizer,
+            train=self._cache(train, content, tokenizer, "Training text"),
+            val=self._cache(val, val_content, tokenizer, "Validation text"),
+        )
+
+    @cached_property
+    def cache_folder(self) -> Path:
+        """Where tokenizers and token caches are kept."""
+        if self.cache_dir is not None:
+            return Path(self.cache_dir).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leanbert"
+
+    def _corpus(self, files: Sequence[str] | None, setting: str) -> Corpus:
+        if files is None:
+            return Corpus((str(embedded_corpus(self.cache_folder)),), setting=setting)
+        return Corpus(tuple(files), self.text_field, self.document_separator, setting)
+
+    def _splits(self) -> tuple[Split, Split]:
+        corpus = self._corpus(self.train_files, "data.train_files")
+        if self.val_files is not None:
+            return Split(corpus), Split(self._corpus(self.val_files, "data.val_files"))
+        share = self.val_share
+        lowest = _lowest_hash(corpus, share)
+        if lowest >= share:
+            share = lowest + 2.0**-48
+        return Split(corpus, low=share), Split(corpus, high=share)
+
+    def _cache(self, split: Split, content: str, tokenizer: TextTokenizer, label: str) -> TokenCache:
+        try:
+            return build_cache(split, content, tokenizer, self.cache_folder, label)
+        except EmptyCorpusError as error:
+            if split.whole:
+                raise
+            raise UserError(
+                f"data.val_share: {self.val_share} leaves no document to train on. Give data.val_files"
+            ) from error
+
+    def _tokenizer(self, train: Split, content: str) -> TextTokenizer:
+        if self.tokenizer is not None:
+            return TextTokenizer.from_file(self.tokenizer)
+        path = self.cache_folder / "tokenizers" / f"{self._tokenizer_key(train, content)}.json"
+        if not path.exists():
+            with locked(path):
+                if not path.exists():
+                    write_text_atomically(path, self._train_tokenizer(train).to_json())
+        return TextTokenizer.from_file(path)
+
+    def _train_tokenizer(self, train: Split) -> TextTokenizer:
+        share = SAMPLE_BYTES / max(1, _text_bytes(train.corpus))
+
+        def texts() -> Iterator[str]:
+            return sample_evenly((piece.text for piece in train.pieces()), share)
+
+        return TextTokenizer.train(
+            texts, kind=self.tokenizer_kind, vocab_size=self.vocab_size, lowercase=self.lowercase
+        )
+
+    def _tokenizer_key(self, train: Split, content: str) -> str:
+        facts = [TRAINING_FORMAT, version("tokenizers"), content, self.text_field, self.document_separator]
+        facts += [train.low, self.tokenizer_kind, self.lowercase, self.vocab_size]
+        return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+
+
+def _lowest_hash(corpus: Corpus, enough: float) -> float:
+    """Return the lowest document hash of a corpus, or the first that is below `enough`."""
+    lowest = 1.0
+    for piece in corpus.pieces():
+        if piece.begins:
+            lowest = min(lowest, document_hash(piece.text))
+            if lowest < enough:
+                break
+    if lowest == 1.0:
+        raise EmptyCorpusError(f"{corpus.setting}: the corpus is empty. Give files with text")
+    return lowest
+
+
+def _text_bytes(corpus: Corpus) -> int:
+    packed = {".gz", ".parquet"}
+    return sum(path.stat().st_size * (COMPRESSION if path.suffix in packed else 1) for path in corpus.files)
