@@ -114,7 +114,8 @@ class TextTokenizer:
     @property
     def mask_id(self) -> int:
         """Id of the mask token."""
-        index: int = self._tokenizer.token_to_id(self.mask_token)
+        index = self._id(self.mask_token)
+        assert index is not None
         return index
 
     @cached_property
