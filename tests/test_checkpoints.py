@@ -68,9 +68,10 @@ def test_nothing_to_go_on_from(tmp_path):
     with pytest.raises(UserError, match="no run below"):
         checkpoints.find("last", tmp_path / "mlm")
     make_run(tmp_path, 0, [])
-    for which in ("last", "best"):
-        with pytest.raises(UserError, match="no usable checkpoint"):
-            checkpoints.find(which, tmp_path / "mlm")
+    with pytest.raises(UserError, match="no usable checkpoint"):
+        checkpoints.find("last", tmp_path / "mlm")
+    with pytest.raises(UserError, match="has not validated yet"):
+        checkpoints.find("best", tmp_path / "mlm")
 
 
 class Bomb:

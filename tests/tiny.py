@@ -41,9 +41,7 @@ def unequal_batch(rows=8, length=16, targets=6, seed=0) -> MLMBatch:
     index = torch.stack([torch.randperm(length, generator=generator)[:targets].sort().values for _ in range(rows)])
     truth = ids.gather(1, index)
     used = torch.arange(targets)[None] <= (torch.arange(rows) % targets)[:, None]
-    return MLMBatch(
-        ids.scatter(1, index, 4), place - cut * documents, documents, index, truth.masked_fill(~used, -100)
-    )
+    return MLMBatch(ids.scatter(1, index, 4), place - cut * documents, documents, index, truth.masked_fill(~used, -100))
 
 
 class PlainTask:

@@ -29,6 +29,7 @@ def save(checkpoint: dict[str, Any], path: str | Path) -> None:
 
     Raises:
         UserError: The disk is full; the temporary file is gone and an older `path` is untouched.
+
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +78,7 @@ def load(path: str | Path) -> dict[str, Any]:
 
     Raises:
         UserError: The file is missing, damaged, of another kind, or carries code (nothing of it is executed).
+
     """
     path = Path(path)
     if not path.is_file():
@@ -127,18 +129,30 @@ def find(which: str, task_folder: Path) -> Path:
 
     Raises:
         UserError: There is no run, or none of its checkpoints is usable.
+
     """
     run = newest_run(task_folder)
     if run is None:
         raise UserError(f"--ckpt_path {which}: no run below {task_folder}. Leave --ckpt_path out to start one.")
+    if which == "last":
+        return newest_whole(run)
+    best = run / "checkpoints" / BEST
+    if not best.is_file():
+        raise UserError(f"--ckpt_path best: no {best}. The run has not validated yet: use last, or give a file.")
+    return best
+
+
+def newest_whole(run: Path) -> Path:
+    """Return the newest checkpoint of a run's folder that passes its checksums.
+
+    Raises:
+        UserError: There is none.
+    """
     folder = run / "checkpoints"
-    names = [BEST] if which == "best" else sorted((p.name for p in folder.glob("step-*.ckpt")), reverse=True)
-    for name in names:
-        if (folder / name).is_file() and (which == "best" or is_whole(folder / name)):
-            return folder / name
-    raise UserError(
-        f"--ckpt_path {which}: no usable checkpoint in {folder}. Give a file, or leave --ckpt_path out to start anew."
-    )
+    for path in sorted(folder.glob("step-*.ckpt"), reverse=True):
+        if is_whole(path):
+            return path
+    raise UserError(f"--ckpt_path: no usable checkpoint in {folder}. Give a file, or leave it out to start anew.")
 
 
 class StreamedCheckpointIO(CheckpointIO):

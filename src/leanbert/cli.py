@@ -27,13 +27,17 @@ from leanbert.callbacks.progress import ProgressBar, say
 from leanbert.callbacks.report import RunSummary, StartReport
 from leanbert.callbacks.samples import FilledMasks
 from leanbert.callbacks.validation import ValidateAtEnds
+from leanbert.data.workers import available_cpus
 from leanbert.errors import UserError
 from leanbert.memory.precision import default_precision
 from leanbert.models.config import EncoderConfig
 from leanbert.trainer import Trainer
 
 WITHOUT_DEVICE = {"prepare", "export"}
-SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parents[2] / "configs")  # in the wheel; in a checkout
+SHIPPED = (
+    Path(__file__).parent / "configs",
+    Path(__file__).parents[2] / "configs",
+)  # in the wheel; in a checkout
 
 
 class Parser(LightningArgumentParser):
@@ -112,8 +116,8 @@ class CLI(LightningCLI):
         settings, trainer = self._settings, self._settings["trainer"]
         if trainer["accumulate_grad_batches"] != 1:
             raise UserError(
-                "trainer.accumulate_grad_batches: would change the batch. data.batch_size is the batch of one optimizer "
-                "step over all devices; leave this at 1."
+                "trainer.accumulate_grad_batches: would change the batch. data.batch_size is the batch of one "
+                "optimizer step over all devices; leave this at 1."
             )
         refuse_duplicates(trainer["callbacks"] or [])
         if self.subcommand in WITHOUT_DEVICE:
@@ -136,7 +140,7 @@ class CLI(LightningCLI):
         if self.checkpoint is None:
             return
         stored = self.checkpoint["leanbert"]
-        self.datamodule.use_tokenizer(stored["tokenizer"])
+        self.datamodule.hparams["tokenizer"] = self._settings["ckpt_path"]  # never train another one
         if self.subcommand != "fit" or self.model.init_from is not None:
             self.model.encoder_config = EncoderConfig(**stored["encoder"])
         self.model.init_from = None
@@ -242,6 +246,7 @@ def find_shipped(arguments: list[str]) -> list[str]:
 
     Raises:
         UserError: A configuration file is in neither place.
+
     """
     found = list(arguments)
     for index, argument in enumerate(arguments):
@@ -294,7 +299,10 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         if error.errno not in checkpoints.DISK_FULL:
             raise
-        fail(f"{error.filename or 'output'}: the disk is full. Free space or set --trainer.default_root_dir.", error)
+        fail(
+            f"{error.filename or 'output'}: the disk is full. Free space or set --trainer.default_root_dir.",
+            error,
+        )
 
 
 def fail(message: str, error: BaseException) -> None:

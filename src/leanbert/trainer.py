@@ -34,6 +34,7 @@ class Trainer(pl.Trainer):
             datamodule: Not used.
             ckpt_path: Checkpoint file, or `last` or `best` of the newest run; else --model.init_from is exported.
             format: hf: config.json, model.safetensors and the tokenizer, as `transformers` loads them.
+
         """
         from leanbert.api import load
 

@@ -15,6 +15,7 @@ def parse_size(text: str) -> int:
 
     Raises:
         UserError: The text is not a number followed by B, KiB, MiB, GiB or TiB.
+
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B)\s*", text)
     if match is None:

@@ -74,7 +74,11 @@ def test_a_schedule_moves_every_group_of_muon():
     optimizer = build_optimizer(tiny_model(), OptimizerConfig(name="muon", lr=3e-3, matrix_lr=0.02))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
     assert schedule.get_last_lr() == [0.01, 1.5e-3, 1.5e-3]
-    assert [group["lr"] for inner in optimizer.optimizers for group in inner.param_groups] == [0.01, 1.5e-3, 1.5e-3]
+    assert [group["lr"] for inner in optimizer.optimizers for group in inner.param_groups] == [
+        0.01,
+        1.5e-3,
+        1.5e-3,
+    ]
 
 
 def factors(total=100, **settings):

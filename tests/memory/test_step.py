@@ -69,7 +69,10 @@ def test_dropout_is_a_function_of_position():
     def loss(step):
         model.zero_grad(set_to_none=True)
         return backpropagate_all_but_last(
-            PlainTask(model), batch, micro_batch=2, seed_micro_batch=lambda index: seed_position(7, step, 0, index)
+            PlainTask(model),
+            batch,
+            micro_batch=2,
+            seed_micro_batch=lambda index: seed_position(7, step, 0, index),
         )[1]
 
     first = loss(3)

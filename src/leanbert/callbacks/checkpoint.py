@@ -24,6 +24,7 @@ class RunCheckpoint(Checkpoint):
 
     Raises:
         UserError: A setting is not positive.
+
     """
 
     def __init__(
@@ -33,7 +34,11 @@ class RunCheckpoint(Checkpoint):
         keep: int = 2,
         monitor: str = "val/loss",
     ) -> None:
-        for setting, value in (("every_n_steps", every_n_steps), ("keep", keep), ("every_n_minutes", every_n_minutes)):
+        for setting, value in (
+            ("every_n_steps", every_n_steps),
+            ("keep", keep),
+            ("every_n_minutes", every_n_minutes),
+        ):
             if value is not None and value <= 0:
                 raise UserError(f"checkpoint.{setting}: is {value}. Give a positive number.")
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
@@ -72,7 +77,7 @@ class RunCheckpoint(Checkpoint):
         if self.best is None or float(value) < self.best:
             self.best = float(value)
             self.best_path = str(self._folder(trainer) / BEST)
-            trainer.save_checkpoint(self.best_path)
+            trainer.save_checkpoint(self.best_path, weights_only=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last state."""
@@ -83,7 +88,7 @@ class RunCheckpoint(Checkpoint):
         if trainer.global_step == self._saved_step:
             return
         path = self._folder(trainer) / step_name(trainer.global_step)
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         self.last_path = str(path)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
         if trainer.is_global_zero:

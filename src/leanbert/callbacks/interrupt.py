@@ -13,7 +13,7 @@ from leanbert.callbacks.checkpoint import RunCheckpoint
 from leanbert.callbacks.progress import say
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 - not an error
     """The user or the scheduler asked the run to stop, and its state is saved."""
 
     def __init__(self, signal_number: int) -> None:

@@ -54,28 +54,29 @@ class StartReport(Callback):
 def start_report(trainer: Trainer, module: Any, seconds_per_token: float | None) -> list[str]:
     """Return the lines of the report; `seconds_per_token` is that of a forward pass, None: not measured."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    config = module.model.config
-    parameters = sum(parameter.numel() for parameter in module.model.parameters())
+    config, rows, length = module.model.config, data.hparams["batch_size"], data.hparams["max_length"]
     steps = int(trainer.estimated_stepping_batches) - trainer.global_step
-    tokens = steps * data.batch_size * data.max_length
-    lines = [f"{name:<11} {text}" for name, text in data.describe().items()]
+    lines = [f"{name:<11} {_describe_corpus(statistics, length)}" for name, statistics in data.statistics.items()]
     lines.append(
-        f"{'Model':<11} {config.preset}, {config.num_layers} x {config.hidden_size}, "
-        f"vocabulary {config.vocab_size:,}, {parameters:,} parameters"
+        f"{'model':<11} {config.preset}, {config.num_layers} x {config.hidden_size}, "
+        f"vocabulary {config.vocab_size:,}, {module.model.num_parameters:,} parameters"
     )
     threads = f", {torch.get_num_threads()} threads" if module.device.type == "cpu" else ""
-    lines.append(
-        f"{'Device':<11} {module.device.type} x {trainer.world_size}{threads}, precision {trainer.precision}"
-    )
+    lines.append(f"{'device':<11} {module.device.type} x {trainer.world_size}{threads}, precision {trainer.precision}")
     estimate = ""
     if seconds_per_token is not None:
-        seconds = tokens * seconds_per_token * BACKWARD_TO_FORWARD / trainer.world_size
-        estimate = f", about {format_duration(seconds)} without validation"
-    lines.append(
-        f"{'Run':<11} {steps:,} steps of {data.batch_size} x {data.max_length} tokens "
-        f"= {steps / data.batches_per_epoch:.2f} epochs{estimate}"
-    )
+        seconds = steps * rows * length * seconds_per_token * BACKWARD_TO_FORWARD / trainer.world_size
+        estimate = f", about {format_duration(seconds)} and validation"
+    epochs = steps / data.batches_per_epoch
+    lines.append(f"{'run':<11} {steps:,} steps of {rows} x {length} tokens = {epochs:.2f} epochs{estimate}")
     return lines
+
+
+def _describe_corpus(statistics: Any, length: int) -> str:
+    return (
+        f"{statistics.documents:,} documents, {statistics.tokens:,} tokens ({statistics.unknown_share:.2%} unknown), "
+        f"{statistics.rows:,} rows of {length} ({statistics.tokens_per_row / length:.1%} real tokens)"
+    )
 
 
 class RunSummary(Callback):
@@ -102,7 +103,7 @@ def run_summary(trainer: Trainer, module: Any, status: str) -> dict[str, Any]:
     monitor = next(callback for callback in callbacks if isinstance(callback, StepMonitor))
     checkpoint = next(callback for callback in callbacks if isinstance(callback, RunCheckpoint))
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    per_device = data.batch_size // trainer.world_size
+    batch_size = data.hparams["batch_size"]
     summary = {
         "status": status,
         "metrics": {tag: float(value) for tag, value in trainer.callback_metrics.items() if "/" in tag},
@@ -110,9 +111,9 @@ def run_summary(trainer: Trainer, module: Any, status: str) -> dict[str, Any]:
         "tokens": monitor.tokens,
         "seconds": monitor.seconds,
         "tokens_per_second": monitor.tokens_per_second,
-        "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
-        "micro_batch_sequences": module.micro_batch or per_device,
-        "effective_batch_sequences": data.batch_size,
+        "parameters": module.model.num_parameters,
+        "micro_batch_sequences": module.micro_batch or batch_size // trainer.world_size,
+        "effective_batch_sequences": batch_size,
         "peak_rss_bytes": peak_rss_bytes(),
         "checkpoint": checkpoint.last_path,
     }

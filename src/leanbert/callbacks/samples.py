@@ -19,6 +19,7 @@ class FilledMasks(Callback):
     Args:
         count: Rows of the table.
         context: Tokens shown on each side of the mask.
+
     """
 
     def __init__(self, count: int = 12, context: int = 10) -> None:
@@ -26,7 +27,12 @@ class FilledMasks(Callback):
         self._batch: MLMBatch | None = None
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Keep the first batch."""
         if batch_idx == 0:
@@ -53,6 +59,7 @@ def filled_masks_table(batch: MLMBatch, logits: torch.Tensor, tokenizer: Any, co
         logits: Scores at the targets, [B, M, V].
         tokenizer: The TextTokenizer that made the ids.
         context: Tokens shown on each side of the mask.
+
     """
     best = logits.float().softmax(-1).topk(3)  # [B, M, 3]
     lines = ["| text | truth | model |", "| --- | --- | --- |"]
@@ -67,7 +74,9 @@ def filled_masks_table(batch: MLMBatch, logits: torch.Tensor, tokenizer: Any, co
         right = tokenizer.decode(ids[place + 1 : place + 1 + context])
         guesses = ", ".join(
             f"{tokenizer.decode([token])} ({probability:.0%})"
-            for token, probability in zip(best.indices[row, slot].tolist(), best.values[row, slot].tolist(), strict=True)
+            for token, probability in zip(
+                best.indices[row, slot].tolist(), best.values[row, slot].tolist(), strict=True
+            )
         )
         truth = tokenizer.decode([int(batch.targets[row, slot])])
         cells = (f"{left} **[{tokenizer.mask_token.strip('[]<>')}]** {right}", truth, guesses)

@@ -20,13 +20,13 @@ class OptimizerConfig:
     """Which optimizer, and its settings."""
 
     name: OptimizerName = "muon"
-    """sgd, momentum (SGD with momentum), adam, adamw, adafactor, or muon (Muon on hidden matrices, AdamW on the rest)."""
+    """sgd, momentum (SGD with momentum), adam, adamw, adafactor, or muon (on hidden matrices; AdamW on the rest)."""
     lr: float = 3e-3
     """Peak learning rate; with muon that of embeddings, norms and biases."""
     matrix_lr: float = 0.02
     """Peak learning rate of the hidden matrices; muon only."""
     weight_decay: float = 0.01
-    """Decay of matrices and embeddings; norms and biases are never decayed. In sgd, momentum and adam it is an L2 term."""
+    """Decay of matrices and embeddings, never of norms and biases; an L2 term in sgd, momentum and adam."""
     betas: tuple[float, float] = (0.9, 0.98)
     """Decay rates of Adam's moments (adam, adamw, muon)."""
     eps: float = 1e-8

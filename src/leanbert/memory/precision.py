@@ -14,6 +14,7 @@ def default_precision(device_type: str) -> DefaultPrecision:
 
     Args:
         device_type: "cpu", "cuda" or "mps". On MPS autocast to bf16 is not faster, so it stays in fp32.
+
     """
     if device_type == "cuda":
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"

@@ -74,6 +74,7 @@ def backpropagate_all_but_last(
     Returns:
         The scaled loss of the last micro-batch, shape [], still to be back-propagated; and this rank's part of the
         loss of the whole effective batch, shape [], detached (the sum over ranks of it is the loss).
+
     """
     count = task.count_targets(batch)
     if sum_over_ranks is not None:

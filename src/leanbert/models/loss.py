@@ -19,7 +19,7 @@ CPU_CHUNK, DEVICE_CHUNK = 2**19, 2**25
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the cross entropies (nats, float32 scalar) of `logits` [..., V] at `targets` (int64 [...]).
+    """Sum of the cross entropies (nats; float32 scalar, or float64 of float64) of `logits` [..., V] at `targets` (int64 [...]).
 
     Targets of -100 do not count. Equals `F.cross_entropy(logits.float(), ..., reduction="sum")`, but float32
     values and probabilities exist for a few rows at a time only, in the forward and again in the backward.
@@ -33,8 +33,9 @@ class _CrossEntropySum(torch.autograd.Function):
         counted = targets != IGNORED  # [N]
         wanted = targets.clamp(min=0)[:, None]  # [N, 1]
         rows = _rows_per_chunk(logits)
-        normaliser = torch.cat([chunk.float().logsumexp(-1) for chunk in logits.split(rows)])  # [N]
-        score = logits.gather(1, wanted).squeeze(1).float()  # [N]
+        wide = _wide_dtype(logits)
+        normaliser = torch.cat([chunk.to(wide).logsumexp(-1) for chunk in logits.split(rows)])  # [N]
+        score = logits.gather(1, wanted).squeeze(1).to(wide)  # [N]
         ctx.save_for_backward(logits, wanted, counted, normaliser)
         return torch.where(counted, normaliser - score, 0.0).sum()
 
@@ -47,9 +48,13 @@ class _CrossEntropySum(torch.autograd.Function):
         each = (gradient, logits, wanted, normaliser[:, None], scale)
         rows = _rows_per_chunk(logits)
         for out, chunk, target, norm, factor in zip(*(x.split(rows) for x in each), strict=True):
-            probability = chunk.float().sub(norm).exp_()
+            probability = chunk.to(norm.dtype).sub(norm).exp_()
             out.copy_(probability.mul_(factor).scatter_add_(1, target, -factor))
         return gradient, None
+
+
+def _wide_dtype(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def _rows_per_chunk(logits: Tensor) -> int:

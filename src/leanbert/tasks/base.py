@@ -38,6 +38,7 @@ class Task(LightningModule):
         init_from: Hugging Face folder or LeanBERT checkpoint whose weights and architecture to start from.
         compile: Compile each block with torch.compile: faster steps after about a minute of compilation.
         seed: Seed of initial weights and dropout (the CLI sets it to seed_everything).
+
     """
 
     name: ClassVar[str]
@@ -160,6 +161,7 @@ class Task(LightningModule):
 
         Raises:
             UserError: The checkpoint is of another task or shape.
+
         """
         stored = checkpoint["leanbert"]
         if stored["task"] != self.name:

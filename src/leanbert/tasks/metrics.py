@@ -15,6 +15,7 @@ class MaskedLMMetrics(nn.Module):
 
     Args:
         unigram_counts: Occurrences of each token in the training set, shape [V]; None: no baseline.
+
     """
 
     unigram_log_probability: Tensor | None

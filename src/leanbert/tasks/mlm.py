@@ -27,6 +27,7 @@ class MaskedLM(Task):
         compile: Compile each block with torch.compile: faster steps after about a minute of compilation.
         seed: Seed of initial weights and dropout (the CLI sets it to seed_everything).
         top_k: Candidates for each mask in the answers of `predict`.
+
     """
 
     name: ClassVar[str] = "mlm"
@@ -47,7 +48,7 @@ class MaskedLM(Task):
 
     def build_model(self) -> nn.Module:
         """Return the model whose vocabulary is the tokenizer's."""
-        counts = self._data.unigram_counts
+        counts = getattr(self._data, "unigram_counts", None)  # predict reads no corpus
         self.metrics = MaskedLMMetrics(None if counts is None else torch.from_numpy(counts))
         return build_model(
             self.encoder_config,
@@ -105,14 +106,13 @@ def fill_masks(model: nn.Module, tokenizer: Any, batch: PredictBatch, top_k: int
         tokenizer: Its TextTokenizer.
         batch: Texts with their padded ids [B, S].
         top_k: Candidates for each mask.
+
     """
     rows, columns = (batch.input_ids == tokenizer.mask_id).nonzero(as_tuple=True)  # [K] each, row by row
     answers: list[dict[str, Any]] = [{"text": text, "masks": []} for text in batch.texts]
     if len(rows) == 0:
         return answers
-    logits = model(
-        batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids
-    )  # [B, S, V]
+    logits = model(batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids)  # [B, S, V]
     best = logits[rows, columns].float().softmax(-1).topk(min(top_k, logits.shape[-1]))  # [K, top_k]
     for row, probabilities, tokens in zip(rows.tolist(), best.values.tolist(), best.indices.tolist(), strict=True):
         answers[row]["masks"].append(
