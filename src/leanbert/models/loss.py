@@ -19,7 +19,7 @@ CPU_CHUNK, DEVICE_CHUNK = 2**19, 2**25
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the cross entropies (nats; float32 scalar, or float64 of float64) of `logits` [..., V] at `targets` (int64 [...]).
+    """Sum of the cross entropies (nats, at least float32) of `logits` [..., V] at `targets` (int64 [...]).
 
     Targets of -100 do not count. Equals `F.cross_entropy(logits.float(), ..., reduction="sum")`, but float32
     values and probabilities exist for a few rows at a time only, in the forward and again in the backward.

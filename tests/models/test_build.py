@@ -1,0 +1,116 @@
+import numpy as np
+import pytest
+import torch
+
+from leanbert.errors import UserError
+from leanbert.models import EncoderConfig, build_model
+from leanbert.models.build import load_weights
+
+SIZES = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_positions": 64}
+
+
+def save_checkpoint(path, model, **changes):
+    encoder = vars(model.config) | changes
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"state_dict": state | {"metric.total": torch.ones(1)}, "leanbert": {"encoder": encoder}}, path)
+    return path
+
+
+def test_parameters_of_bert_base_are_the_published_number():
+    with torch.device("meta"):
+        config = EncoderConfig(preset="bert", num_layers=12, hidden_size=768, num_heads=12)
+        model = build_model(config, 30_522)
+    assert model.num_parameters == 109_514_298
+
+
+def test_parameters_of_the_modern_mini():
+    # Per block: 3 d^2 + d^2 + 3 d i and two norms (one in block 0); embedding and final norm; head d^2, norm, bias.
+    model = build_model(EncoderConfig(), 8_200)
+    block = 4 * 256**2 + 3 * 256 * 682
+    norms = (2 * 4 - 1 + 2) * 256
+    assert model.num_parameters == 8_200 * 256 + 4 * block + norms + 256**2 + 256 + 8_200
+
+
+def test_modern_blocks_begin_as_the_identity():
+    model = build_model(EncoderConfig(**SIZES), 99).eval()
+    ids = torch.randint(99, (2, 8))
+    embedded = model.encoder.embeddings(ids, torch.arange(8)[None], None)
+    assert torch.equal(model.encode(ids), model.encoder.final_norm(embedded))
+    assert model.encoder.embeddings.token.weight[:99].std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_bert_draws_all_weights_with_the_same_spread():
+    model = build_model(EncoderConfig(**SIZES, preset="bert"), 990)
+    for name, parameter in model.named_parameters():
+        if name.endswith("weight") and "norm" not in name and parameter.numel() >= 1000:
+            drawn = parameter[:990] if "token" in name else parameter
+            assert drawn.std().item() == pytest.approx(0.02, rel=0.1), name
+        elif "norm" in name:
+            assert parameter.unique().tolist() == [1.0 if name.endswith("weight") else 0.0]
+
+
+def test_seed_decides_the_weights():
+    models = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        models.append(build_model(EncoderConfig(**SIZES), 99).state_dict())
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_head_begins_at_the_unigram_frequencies():
+    counts = np.arange(99)
+    model = build_model(EncoderConfig(**SIZES), 99, unigram_counts=counts)
+    expected = (counts + 1) / (counts + 1).sum()
+    assert np.allclose(model.head.bias[:99].detach().exp().numpy(), expected, rtol=1e-5)
+    assert model.head.bias[99:].abs().max() == 0
+    with pytest.raises(ValueError, match="98"):
+        build_model(EncoderConfig(**SIZES), 99, unigram_counts=counts[:98])
+
+
+def test_checkpoint_brings_architecture_and_weights(tmp_path):
+    source = build_model(EncoderConfig(**SIZES, preset="bert"), 99)
+    path = save_checkpoint(tmp_path / "a.ckpt", source)
+    counts = np.ones(99, dtype=np.int64)
+    model = build_model(EncoderConfig(), 99, init_from=path, unigram_counts=counts)
+    assert model.config == source.config
+    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_dropout_of_the_user_wins_over_the_checkpoint(tmp_path):
+    path = save_checkpoint(tmp_path / "a.ckpt", build_model(EncoderConfig(**SIZES, preset="bert"), 99))
+    model = build_model(EncoderConfig(dropout=0.3, num_layers=7), 99, init_from=path)
+    assert (model.config.dropout, model.config.attention_dropout) == (0.3, 0.1)
+    assert model.encoder.blocks[1].dropout == 0.3
+    assert len(model.encoder.blocks) == 2
+
+
+def test_another_vocabulary_is_refused(tmp_path):
+    path = save_checkpoint(tmp_path / "a.ckpt", build_model(EncoderConfig(**SIZES), 99))
+    with pytest.raises(UserError, match=r"a\.ckpt: the model knows 99 tokens, the tokenizer has 100\. [^\n]*$"):
+        build_model(EncoderConfig(), 100, init_from=path)
+
+
+def test_checkpoint_of_another_shape_is_refused(tmp_path):
+    model = build_model(EncoderConfig(**SIZES), 99)
+    path = save_checkpoint(tmp_path / "a.ckpt", model, intermediate_size=100)
+    with pytest.raises(UserError, match=r"feed_forward\.input\.weight has shape \[168, 32\], .* \[200, 32\]"):
+        build_model(EncoderConfig(), 99, init_from=path)
+
+
+def test_missing_and_unexpected_weights_are_named():
+    model = build_model(EncoderConfig(**SIZES), 99)
+    state = model.state_dict()
+    lost = {name: tensor for name, tensor in state.items() if name != "head.bias"}
+    with pytest.raises(UserError, match=r"^x: the weights lack head\.bias"):
+        load_weights(model, lost, "x")
+    with pytest.raises(UserError, match=r"^x: the weights have unexpected pooler"):
+        load_weights(model, state | {"pooler": torch.ones(1)}, "x")
+
+
+def test_compiled_blocks_give_the_same_logits():
+    torch.manual_seed(0)
+    plain = build_model(EncoderConfig(**SIZES), 99).eval()
+    compiled = build_model(EncoderConfig(**SIZES), 99, compile_blocks=True).eval()
+    compiled.load_state_dict(plain.state_dict())
+    assert all(block._compiled_call_impl is not None for block in compiled.encoder.blocks)
+    assert list(compiled.state_dict()) == list(plain.state_dict())

@@ -1,0 +1,61 @@
+from dataclasses import asdict
+
+import pytest
+
+from leanbert.errors import UserError
+from leanbert.models.config import EncoderConfig
+
+
+def test_presets_fill_what_is_left_open():
+    bert = EncoderConfig(preset="bert").resolved()
+    assert (bert.position, bert.norm_position, bert.activation, bert.bias) == ("learned", "post", "gelu", True)
+    assert (bert.intermediate_size, bert.type_vocab_size, bert.dropout, bert.norm_eps) == (1024, 2, 0.1, 1e-12)
+    modern = EncoderConfig(preset="modern").resolved()
+    assert (modern.position, modern.norm_position, modern.activation) == ("rotary", "pre", "geglu")
+    assert (modern.intermediate_size, modern.type_vocab_size, modern.dropout) == (682, 0, 0.0)
+
+
+def test_what_is_set_wins_over_the_preset():
+    config = EncoderConfig(preset="bert", dropout=0.0, bias=False, type_vocab_size=0).resolved()
+    assert (config.dropout, config.bias, config.type_vocab_size) == (0.0, False, 0)
+
+
+def test_settings_survive_a_dictionary():
+    config = EncoderConfig(preset="bert", local_window=16, vocab_size=77).resolved()
+    assert EncoderConfig(**asdict(config)).resolved() == config
+
+
+def test_local_layers_lie_between_global_ones():
+    config = EncoderConfig(num_layers=5, local_window=8, global_every=2).resolved()
+    assert [config.is_local(layer) for layer in range(5)] == [False, True, False, True, False]
+    assert not any(EncoderConfig().resolved().is_local(layer) for layer in range(4))
+
+
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        ("hidden_size", {"hidden_size": 10, "num_heads": 4}),
+        ("num_heads", {"hidden_size": 12, "num_heads": 4}),
+        ("hidden_size", {"hidden_size": 5, "num_heads": 1, "position": "sinusoidal"}),
+        ("num_layers", {"num_layers": 0}),
+        ("preset", {"preset": "gpt"}),
+        ("position", {"position": "alibi"}),
+        ("activation", {"activation": "relu"}),
+        ("norm_position", {"norm_position": "both"}),
+        ("dropout", {"dropout": 1.0}),
+        ("attention_dropout", {"attention_dropout": -0.1}),
+        ("norm_eps", {"norm_eps": 0.0}),
+        ("local_window", {"local_window": -1}),
+        ("global_every", {"global_every": 0}),
+    ],
+)
+def test_bad_settings_are_named(setting, values):
+    with pytest.raises(UserError, match=rf"^model\.encoder\.{setting}: [^\n]*$"):
+        EncoderConfig(**values).resolved()
+
+
+def test_rows_longer_than_the_positions_are_refused():
+    config = EncoderConfig(max_positions=128).resolved()
+    config.check_length(128)
+    with pytest.raises(UserError, match=r"^data\.max_length: 129 tokens, but the model has 128 positions"):
+        config.check_length(129)

@@ -1,0 +1,219 @@
+import json
+import logging
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from leanbert.errors import UserError
+from leanbert.models import EncoderConfig, build_model, read_huggingface, write_huggingface
+
+SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+OURS = {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "max_positions": 64}
+
+
+def randomise(model):
+    """Weights of a size at which every part of the model shows in the logits."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def bert(kind=transformers.BertForMaskedLM, **changes):
+    return randomise(kind(transformers.BertConfig(**SIZES | changes)))
+
+
+def modernbert(kind=transformers.ModernBertForMaskedLM, **changes):
+    settings = SIZES | IDS | {"local_attention": 8} | changes
+    return randomise(kind(transformers.ModernBertConfig(**settings)))
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 99, (3, 40), generator=generator)
+    real = (torch.arange(40) < torch.tensor([[40], [31], [7]])).long()
+    return ids, real, torch.randint(0, 2, (3, 40), generator=generator)
+
+
+def difference(ours, theirs, segments):
+    """Largest difference of logits at real tokens, in rows with padding."""
+    ids, real, kinds = inputs()
+    extra = ({"segment_ids": kinds}, {"token_type_ids": kinds}) if segments else ({}, {})
+    with torch.no_grad():
+        mine = ours(ids, document_ids=real - 1, **extra[0])
+        other = theirs(ids, attention_mask=real, **extra[1]).logits
+    assert other.std() > 0.1
+    return ((mine - other).abs() * real[:, :, None]).max().item()
+
+
+def imported(model, folder, **save):
+    model.save_pretrained(folder, **save)
+    return build_model(EncoderConfig(), 99, init_from=folder).eval()
+
+
+def exported(model, folder):
+    write_huggingface(model, folder, {"pad_token_id": 0})
+    found, report = transformers.AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values())
+    return found.eval()
+
+
+def test_bert_both_ways(tmp_path):
+    theirs = bert()
+    ours = imported(theirs, tmp_path / "in")
+    assert difference(ours, theirs, segments=True) <= 1e-5
+    back = exported(ours, tmp_path / "out")
+    assert type(back) is transformers.BertForMaskedLM
+    assert difference(ours, back, segments=True) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"global_attn_every_n_layers": 2, "hidden_activation": "silu"},
+        {"layer_types": ["full_attention"] * 5},
+        dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"), True),
+    ],
+)
+def test_modernbert_both_ways(tmp_path, changes):
+    theirs = modernbert(**changes)
+    ours = imported(theirs, tmp_path / "in")
+    assert difference(ours, theirs, segments=False) <= 1e-4
+    back = exported(ours, tmp_path / "out")
+    assert type(back) is transformers.ModernBertForMaskedLM
+    assert back.config.layer_types == theirs.config.layer_types
+    assert difference(ours, back, segments=False) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "settings", [{"preset": "bert"}, {"preset": "modern"}, {"preset": "bert", "position": "sinusoidal"}]
+)
+def test_our_own_models_leave_with_equal_logits(tmp_path, settings):
+    ours = randomise(build_model(EncoderConfig(**OURS, **settings), 99))
+    theirs = exported(ours, tmp_path)
+    assert difference(ours, theirs, segments=settings["preset"] == "bert") <= 1e-5
+    assert theirs.num_parameters() == ours.num_parameters + (64 * 32 if "position" in settings else 0)
+    assert theirs.config.pad_token_id == 0
+
+
+def test_bfloat16_weights_stay_bfloat16(tmp_path):
+    theirs = exported(randomise(build_model(EncoderConfig(**OURS), 99)).bfloat16(), tmp_path)
+    assert {parameter.dtype for parameter in theirs.parameters()} == {torch.bfloat16}
+
+
+def test_shards_and_pickles_hold_the_same_model(tmp_path):
+    theirs = bert()
+    ours = imported(theirs, tmp_path / "shards", max_shard_size="20KB")
+    assert (tmp_path / "shards" / "model.safetensors.index.json").is_file()
+    assert difference(ours, theirs, segments=True) <= 1e-5
+    theirs.config.save_pretrained(tmp_path / "pickle")
+    torch.save(theirs.state_dict(), tmp_path / "pickle" / "pytorch_model.bin")
+    ours = build_model(EncoderConfig(), 99, init_from=tmp_path / "pickle").eval()
+    assert difference(ours, theirs, segments=True) <= 1e-5
+
+
+def test_names_of_old_files_are_understood(tmp_path):
+    theirs = bert(transformers.BertForPreTraining)
+    theirs.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    old = {key.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): state[key] for key in state}
+    save_file(old, tmp_path / "model.safetensors")
+    ours = build_model(EncoderConfig(), 99, init_from=tmp_path).eval()
+    alone = transformers.BertForMaskedLM(theirs.config).eval()
+    alone.load_state_dict(theirs.state_dict(), strict=False)
+    assert difference(ours, alone, segments=True) <= 1e-5
+
+
+@pytest.mark.parametrize(("make", "kind"), [(bert, "BertModel"), (modernbert, "ModernBertModel")])
+def test_encoder_without_head_gets_a_fresh_one_and_says_so(tmp_path, caplog, make, kind):
+    theirs = make(getattr(transformers, kind))
+    with caplog.at_level(logging.WARNING):
+        ours = imported(theirs, tmp_path)
+    assert "starts from fresh weights" in caplog.text
+    ids, real, _ = inputs()
+    with torch.no_grad():
+        hidden = ours.encode(ids, document_ids=real - 1) - theirs(ids, attention_mask=real).last_hidden_state
+    assert (hidden.abs() * real[:, :, None]).max() <= 1e-4
+    assert ours.head.bias.abs().max() == 0
+    assert ours.head.dense.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_settings_come_back_from_an_export(tmp_path):
+    config = EncoderConfig(**OURS, activation="swiglu", local_window=6, global_every=2, rotary_theta=500.0)
+    model = build_model(config, 99)
+    write_huggingface(model, tmp_path)
+    found, state = read_huggingface(tmp_path)
+    assert found == model.config
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        ("activation", {"preset": "modern", "activation": "gelu"}),
+        ("norm_position", {"preset": "modern", "norm_position": "post"}),
+        ("type_vocab_size", {"preset": "modern", "type_vocab_size": 2}),
+        ("norm_position", {"preset": "bert", "norm_position": "pre"}),
+        ("bias", {"preset": "bert", "bias": False}),
+        ("local_window", {"preset": "bert", "local_window": 8}),
+        ("type_vocab_size", {"preset": "bert", "type_vocab_size": 0}),
+    ],
+)
+def test_what_no_class_expresses_is_refused(tmp_path, setting, values):
+    model = build_model(EncoderConfig(**OURS, **values), 99)
+    with pytest.raises(UserError, match=rf"^model\.encoder\.{setting}: [^\n]* to export$"):
+        write_huggingface(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "message"),
+    [
+        (bert, {"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
+        (bert, {"model_type": "roberta"}, "model_type 'roberta' is not supported"),
+        (bert, {"architectures": ["BertForTokenClassification"]}, "BertForTokenClassification is not supported"),
+        (bert, {"tie_word_embeddings": False}, "tie_word_embeddings False is not supported"),
+        (bert, {"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key'"),
+        (bert, {"num_attention_heads": 5}, r"hidden_size: 32 is not divisible by num_heads 5"),
+        (bert, {"hidden_size": "wide"}, "a size is not a number"),
+        (modernbert, {"hidden_activation": "relu"}, "hidden_activation 'relu' is not supported"),
+        (modernbert, {"mlp_bias": True}, "mlp_bias True is not supported"),
+        (modernbert, {"decoder_bias": False}, "decoder_bias False is not supported"),
+        (modernbert, {"layer_types": ["sliding_attention"] * 5}, "layer_types have no regular pattern"),
+        (modernbert, {"rope_scaling": {"factor": 2.0}}, "scaled rotary positions are not supported"),
+    ],
+)
+def test_foreign_settings_are_refused(tmp_path, make, changes, message):
+    make().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=rf"config\.json: [^\n]*{message}"):
+        read_huggingface(tmp_path)
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    bert().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    state = load_file(path)
+    norm = "bert.encoder.layer.4.output.LayerNorm.weight"
+    for broken, message in (
+        ({key: state[key] for key in state if key != norm}, rf"lack {norm} \(1 in all\)"),
+        (state | {"bert.extra": torch.ones(1)}, r"have unexpected bert\.extra \(1 in all\)"),
+        (state | {norm: torch.ones(31)}, rf"{norm} has shape \[31\], config\.json asks for \[32\]"),
+    ):
+        save_file(broken, path)
+        with pytest.raises(UserError, match=rf"^{tmp_path}: [^\n]*{message}"):
+            read_huggingface(tmp_path)

@@ -1,0 +1,59 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from leanbert.models import loss
+from leanbert.models.loss import cross_entropy_sum
+
+
+def reference(logits, targets):
+    flat = logits.flatten(0, -2).float()
+    return F.cross_entropy(flat, targets.flatten(), ignore_index=-100, reduction="sum")
+
+
+@pytest.mark.parametrize("chunk", [1, 200, 2**19])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_value_and_gradient_equal_torchs(monkeypatch, chunk, dtype):
+    monkeypatch.setattr(loss, "CPU_CHUNK", chunk)
+    generator = torch.Generator().manual_seed(0)
+    logits = (5 * torch.randn(3, 7, 50, generator=generator)).to(dtype).requires_grad_()
+    targets = torch.randint(0, 50, (3, 7), generator=generator)
+    targets[0, 3] = targets[2, 6] = -100
+    ours, theirs = cross_entropy_sum(logits, targets), reference(logits, targets)
+    assert ours.dtype == torch.float32
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    (gradient,) = torch.autograd.grad(ours / 19, logits)
+    (expected,) = torch.autograd.grad(theirs / 19, logits)
+    assert torch.allclose(gradient, expected, rtol=max(1e-5, 2 * torch.finfo(dtype).eps), atol=1e-7)
+    assert gradient[0, 3].abs().max() == 0
+
+
+def test_huge_logits_do_not_overflow():
+    logits = torch.tensor([[3e4, -3e4], [-3e4, 3e4]], requires_grad=True)
+    value = cross_entropy_sum(logits, torch.tensor([0, 0]))
+    assert value.item() == 6e4
+    value.backward()
+    assert logits.grad.tolist() == [[0.0, 0.0], [-1.0, 1.0]]
+
+
+def test_only_ignored_targets_give_zero_and_no_nan():
+    logits = torch.randn(2, 5, requires_grad=True)
+    value = cross_entropy_sum(logits, torch.full((2,), -100))
+    value.backward()
+    assert value.item() == 0.0
+    assert torch.equal(logits.grad, torch.zeros(2, 5))
+
+
+def test_gradient_of_logits_that_were_cut_from_padding():
+    wide = torch.randn(4, 64, requires_grad=True)
+    cross_entropy_sum(wide[:, :50], torch.arange(4)).backward()
+    assert wide.grad[:, 50:].abs().max() == 0
+    assert wide.grad[:, :50].abs().min() > 0
+
+
+def test_float64_gradients_pass_gradcheck():
+    logits = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    value = cross_entropy_sum(logits, torch.tensor([1, -100, 3]))
+    (gradient,) = torch.autograd.grad(value, logits)
+    expected = logits.softmax(-1) - F.one_hot(torch.tensor([1, 0, 3]), 4)
+    assert torch.allclose(gradient[[0, 2]], expected[[0, 2]], atol=1e-12)
