@@ -94,11 +94,11 @@ def build_cache(split: Split, content: str, tokenizer: TextTokenizer, cache_dir:
         if cache := TokenCache.open(folder):
             return cache
         with replaced_folder(folder) as building, _progress(split, label) as bar:
-            _write(building, split.pieces(bar.update), tokenizer)
+            documents = _write(building, split.pieces(bar.update), tokenizer)
+            if documents == 0:
+                raise EmptyCorpusError(f"{split.corpus.setting}: the corpus is empty. Give files with text")
     cache = TokenCache.open(folder)
     assert cache is not None, folder
-    if cache.documents == 0:
-        raise EmptyCorpusError(f"{split.corpus.setting}: the corpus is empty. Give files with text")
     return cache
 
 
@@ -117,7 +117,8 @@ def _progress(split: Split, label: str) -> tqdm:
     return tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None, leave=False)
 
 
-def _write(folder: Path, pieces: Iterable[Piece], tokenizer: TextTokenizer) -> None:
+def _write(folder: Path, pieces: Iterable[Piece], tokenizer: TextTokenizer) -> int:
+    """Write the files of a cache and return how many documents it holds."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     documents = tokens = 0
@@ -137,6 +138,7 @@ def _write(folder: Path, pieces: Iterable[Piece], tokenizer: TextTokenizer) -> N
     facts = asdict(TokenCache(folder, documents, tokens, dtype.name, tokenizer.vocab_size))
     del facts["folder"]
     write_text_atomically(folder / "meta.json", json.dumps(facts))
+    return documents
 
 
 def encode_pieces(pieces: list[Piece], tokenizer: TextTokenizer, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:

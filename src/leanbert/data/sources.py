@@ -147,9 +147,10 @@ def document_hash(text: str) -> float:
 def split_documents(lines: Iterable[str], separator: Separator) -> Iterator[tuple[str, bool]]:
     r"""Yield (text, ends) of the documents in `lines` (with their "\n"), long ones in several pieces."""
     parts: list[str] = []
-    size, open_document = 0, False
+    size, open_document, at_line_start = 0, False, True
     for line in lines:
-        blank = line.isspace()
+        blank = at_line_start and line.isspace()
+        at_line_start = line.endswith("\n")
         if not blank:
             parts.append(line)
             size += len(line)
@@ -158,7 +159,7 @@ def split_documents(lines: Iterable[str], separator: Separator) -> Iterator[tupl
             cut = _border(text)
             yield text[:cut], False
             parts, size, open_document = [text[cut:]], len(text) - cut, True
-        ends = blank if separator == "blank_line" else line.endswith("\n")
+        ends = blank if separator == "blank_line" else at_line_start
         if ends and (parts or open_document):
             yield "".join(parts).rstrip(), True
             parts, size, open_document = [], 0, False

@@ -129,10 +129,10 @@ class TextTokenizer:
     @cached_property
     def template(self) -> tuple[list[int], list[int]]:
         """Ids that the tokenizer itself puts before and after a text."""
-        encoding = self._tokenizer.encode("a", add_special_tokens=True)
-        bare = len(self._tokenizer.encode("a", add_special_tokens=False).ids)
-        start = encoding.special_tokens_mask.index(0) if 0 in encoding.special_tokens_mask else 0
-        return encoding.ids[:start], encoding.ids[start + bare :]
+        probe = next(text for text in ("a", *self._tokenizer.get_vocab()) if self.encode_bare([text])[0])
+        encoding = self._tokenizer.encode(probe, add_special_tokens=True)
+        start = encoding.special_tokens_mask.index(0)
+        return encoding.ids[:start], encoding.ids[start + len(self.encode_bare([probe])[0]) :]
 
     def continuation_table(self) -> np.ndarray:
         """Return bool [V], for whole-word masking: whether the token continues the word before it."""

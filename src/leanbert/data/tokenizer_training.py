@@ -23,6 +23,9 @@ Kind = Literal["wordpiece", "bpe", "unigram"]
 ALPHABET_SHARE = 0.5
 """Largest share of the vocabulary that single characters may take (Chinese would take all of it)."""
 
+# Where tokens carry the space before a word, the mask takes it too, as it stands for such a token.
+_SPACED_SPECIALS = [AddedToken(token, special=True, lstrip=token == "[MASK]") for token in SPECIAL_TOKENS]
+
 _MISSING_CHARACTER_STEP = 1e-4
 """Unigram scores characters that lost their piece from the lowest score up in these steps, in random order."""
 
@@ -95,7 +98,7 @@ def _train_bpe(texts: Callable[[], Iterable[str]], vocab_size: int, lowercase: b
         vocab_size=vocab_size,
         min_frequency=2,
         show_progress=False,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=_SPACED_SPECIALS,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     tokenizer.train_from_iterator(_not_empty(texts()), trainer)
@@ -115,12 +118,12 @@ def _train_unigram(texts: Callable[[], Iterable[str]], vocab_size: int, lowercas
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(
-        vocab_size=vocab_size, show_progress=False, special_tokens=list(SPECIAL_TOKENS), unk_token="[UNK]"
+        vocab_size=vocab_size, show_progress=False, special_tokens=_SPACED_SPECIALS, unk_token="[UNK]"
     )
     tokenizer.train_from_iterator(_not_empty(texts()), trainer)
     pieces = [tuple(piece) for piece in json.loads(tokenizer.to_str())["model"]["vocab"]]
     tokenizer.model = models.Unigram(_canonical(pieces), unk_id=1, byte_fallback=False)
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(_SPACED_SPECIALS)
     return tokenizer
 
 
