@@ -43,7 +43,7 @@ SHIPPED = (
 class Parser(LightningArgumentParser):
     """Lightning's parser, whose errors are one line."""
 
-    def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raise the message as a UserError."""
         raise UserError(one_line(message)) from ex
 

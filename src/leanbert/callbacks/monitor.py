@@ -67,7 +67,8 @@ class StepMonitor(Callback):
         self._started = now
         tokens = batch.input_ids.numel() * trainer.world_size
         self._count(tokens, seconds)
-        if trainer.global_step % trainer.log_every_n_steps == 0 or trainer.global_step == trainer.max_steps:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step % every == 0 or trainer.global_step == trainer.max_steps:
             self._log(trainer, pl_module.device, outputs)
 
     def _count(self, tokens: int, seconds: float) -> None:

@@ -23,7 +23,7 @@ def _to_stderr(bar: Tqdm) -> Tqdm:
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, on standard error, counting optimizer steps of the whole run."""
+    """Lightning's bar, on standard error."""
 
     def __init__(self) -> None:
         # a bar that is not on a terminal writes a line at each refresh: keep log files short

@@ -82,6 +82,12 @@ def _describe_corpus(statistics: Any, length: int) -> str:
 class RunSummary(Callback):
     """Write `summary.json` into the run's folder, atomically, however the run ends; print where things are."""
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the tokenizer beside the checkpoints."""
+        if trainer.is_global_zero and trainer.log_dir is not None:
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            data.tokenizer.save(Path(trainer.log_dir) / "tokenizer")
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the summary of a finished run, after the last checkpoint."""
         self._write(trainer, pl_module, "finished")

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from leanbert.data.batch import MLMBatch
-from leanbert.tasks.metrics import IGNORED
+from leanbert.models.loss import IGNORED
 
 
 class FilledMasks(Callback):

@@ -66,7 +66,7 @@ class CombinedOptimizer(Optimizer):
         for inner in self.optimizers:
             self.state.update(inner.state)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run the closure once, then every inner optimizer; return the closure's result."""
         result = None
         if closure is not None:

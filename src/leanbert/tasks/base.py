@@ -93,7 +93,7 @@ class Task(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Run a step up to the last backward pass, which Lightning does."""
-        strategy = self.trainer.strategy
+        strategy: Any = self.trainer.strategy
         world_size = self.trainer.world_size
         parallel = isinstance(strategy, ParallelStrategy) and world_size > 1
         last, loss = backpropagate_all_but_last(
@@ -111,7 +111,7 @@ class Task(LightningModule):
         return {"loss": last, "step_loss": loss, "learning_rate": self._learning_rate()}
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(value.clone(), reduce_op="sum")  # type: ignore[return-value]
+        return self.trainer.strategy.reduce(value.clone(), reduce_op="sum")
 
     def _learning_rate(self) -> float:
         """Return the rate of this step: the last group is AdamW's where Muon has its own."""

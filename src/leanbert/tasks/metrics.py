@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-IGNORED = -100
+from leanbert.models.loss import IGNORED, cross_entropy_sum
 
 
 class MaskedLMMetrics(nn.Module):
@@ -33,8 +32,8 @@ class MaskedLMMetrics(nn.Module):
         """Add a batch: logits [B, M, V] of any float type, targets [B, M] int64 with -100 in unused slots."""
         used = targets != IGNORED  # [B, M]
         weight = used.float()
-        nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none")
-        self.loss.update(nll, weight.flatten())
+        count = weight.sum()
+        self.loss.update(cross_entropy_sum(logits, targets) / count.clamp(min=1), count)
         self.accuracy.update((logits.argmax(-1) == targets).float(), weight)
         if self.unigram_log_probability is not None:
             known = torch.where(used, targets, 0)

@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from leanbert.data.batch import MLMBatch, PredictBatch
 from leanbert.memory.optimizers import OptimizerConfig, ScheduleConfig
 from leanbert.models.build import build_model
 from leanbert.models.config import EncoderConfig
+from leanbert.models.loss import IGNORED, cross_entropy_sum
 from leanbert.tasks.base import Task
-from leanbert.tasks.metrics import IGNORED, MaskedLMMetrics
+from leanbert.tasks.metrics import MaskedLMMetrics
 
 
 class MaskedLM(Task):
@@ -73,8 +73,7 @@ class MaskedLM(Task):
 
     def loss_sum(self, batch: MLMBatch) -> Tensor:
         """Return the cross entropy in nats summed over masked positions, shape []."""
-        logits = self(batch).flatten(0, 1)  # [B * M, V]
-        return F.cross_entropy(logits.float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return cross_entropy_sum(self(batch), batch.targets)
 
     def validation_step(self, batch: MLMBatch, batch_idx: int) -> None:
         """Add a batch to the metrics; logits are not kept."""
@@ -117,7 +116,7 @@ def fill_masks(model: nn.Module, tokenizer: Any, batch: PredictBatch, top_k: int
     for row, probabilities, tokens in zip(rows.tolist(), best.values.tolist(), best.indices.tolist(), strict=True):
         answers[row]["masks"].append(
             [
-                {"token": tokenizer.decode([token]), "probability": round(probability, 6)}
+                {"token": tokenizer.token(token), "probability": round(probability, 6)}
                 for token, probability in zip(tokens, probabilities, strict=True)
             ]
         )

@@ -1,0 +1,341 @@
+"""The program as a user runs it: subprocesses, exit codes, what is printed and what is left on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import leanbert
+from tests.corpus import write_corpus
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "--model.encoder.num_layers=2",
+    "--model.encoder.hidden_size=32",
+    "--model.encoder.num_heads=2",
+    "--data.max_length=32",
+    "--data.batch_size=8",
+    "--data.vocab_size=300",
+    "--trainer.log_every_n_steps=1",
+]
+
+
+def command(*arguments, config="configs/mlm.yaml"):
+    subcommand, *rest = arguments
+    return [sys.executable, str(ROOT / "train.py"), subcommand, "--config", config, *rest]
+
+
+def run(folder, *arguments, expect=0, **kwargs):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command(*arguments), cwd=folder, env=environment, capture_output=True, text=True, timeout=300, **kwargs
+    )
+    assert result.returncode == expect, result.stderr[-3000:]
+    return result
+
+
+def scalars(run_folder):
+    """Values of a run by tag and step; of a step logged twice (before and after a kill) the last."""
+    events = EventAccumulator(str(run_folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder / "train.txt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(corpus):
+    """A finished run of 30 steps, validated every 10, and what it printed."""
+    result = run(
+        corpus, "fit", *TINY, "--data.train_files=train.txt", "--trainer.max_steps=30",
+        "--trainer.val_check_interval=10", "--checkpoint.every_n_steps=7",
+    )  # fmt: skip
+    return corpus / "runs" / "mlm" / "version_0", result
+
+
+def test_fit_prints_a_report_and_how_to_go_on(trained):
+    folder, result = trained
+    assert result.stdout == ""
+    for text in ("documents", "unknown", "real tokens", "parameters", "precision", "epochs", "about"):
+        assert text in result.stderr, text
+    last_lines = result.stderr.strip().splitlines()[-4:]
+    assert "val/loss" in last_lines[0]
+    assert "unigram" in last_lines[0]
+    assert str(Path("runs") / "mlm" / "version_0" / "checkpoints" / "step-00000030.ckpt") in last_lines[1]
+    assert "tensorboard --logdir runs" in last_lines[2]
+    assert "--data.predict_files -" in last_lines[3]
+
+
+def test_the_run_folder_is_whole(trained):
+    folder, _ = trained
+    assert (folder / "config.yaml").is_file()
+    assert (folder / "tokenizer" / "tokenizer.json").is_file()
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert names == {"step-00000028.ckpt", "step-00000030.ckpt", "best.ckpt"}
+
+
+def test_tensorboard_holds_the_tags_of_the_contract(trained):
+    values = scalars(trained[0])
+    assert set(values["val/loss"]) == {0, 10, 20, 30}
+    assert set(values["val/perplexity"]) == set(values["val/accuracy"]) == {0, 10, 20, 30}
+    for tag in ("train/loss", "train/learning_rate", "train/tokens_per_second", "memory/rss_mib"):
+        assert set(values[tag]) == set(range(1, 31)), tag
+    assert values["val/loss"][30] < values["val/loss"][0]
+    events = EventAccumulator(str(trained[0])).Reload()
+    assert "samples/filled_masks/text_summary" in events.Tags()["tensors"]
+
+
+def test_summary_json(trained):
+    summary = json.loads((trained[0] / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["steps"] == 30
+    assert summary["tokens"] == 30 * 8 * 32
+    assert summary["effective_batch_sequences"] == summary["micro_batch_sequences"] == 8
+    assert summary["metrics"]["val/loss"] == pytest.approx(scalars(trained[0])["val/loss"][30])
+    assert summary["peak_rss_bytes"] > 100 * 2**20
+    assert summary["tokens_per_second"] > 0
+    assert summary["checkpoint"].endswith("step-00000030.ckpt")
+    model = leanbert.load(trained[0]).model
+    assert summary["parameters"] == model.num_parameters
+
+
+def test_validate_gives_the_same_loss_again(trained, corpus):
+    result = run(corpus, "validate", *TINY, "--data.train_files=train.txt", "--ckpt_path=last")
+    metrics = json.loads(result.stdout)
+    assert metrics["val/loss"] == pytest.approx(scalars(trained[0])["val/loss"][30], abs=1e-6)
+
+
+def test_predict_from_a_file_and_from_standard_input(trained, corpus):
+    lines = "the [MASK] sat\n\nno mask here\n[MASK] and [MASK]\n"
+    (corpus / "lines.txt").write_text(lines)
+    # the checkpoint says what the model is: its sizes need not be given again
+    from_file = run(corpus, "predict", "--ckpt_path=best", "--data.predict_files=lines.txt")
+    from_input = run(corpus, "predict", "--ckpt_path=best", "--data.predict_files=-", input=lines)
+    assert from_file.stdout == from_input.stdout
+    answers = [json.loads(line) for line in from_file.stdout.splitlines()]
+    assert [answer["text"] for answer in answers] == lines.splitlines()
+    assert [len(answer["masks"]) for answer in answers] == [1, 0, 0, 2]
+    candidates = answers[0]["masks"][0]
+    assert len(candidates) == 5
+    probabilities = [candidate["probability"] for candidate in candidates]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert 0 < sum(probabilities) <= 1.0001
+
+
+def test_load_answers_as_predict_does(trained, corpus):
+    model = leanbert.load(trained[0])
+    answer = model.fill_mask(["the [MASK] sat"], top_k=3)[0]
+    assert len(answer["masks"][0]) == 3
+    together = model.encode(["the cat sat", "a much longer text about the dog and the house"])
+    alone = model.encode(["the cat sat"])
+    assert together.shape == (2, 32)
+    torch.testing.assert_close(together[:1], alone, rtol=1e-4, atol=1e-5)  # padding does not change an answer
+
+
+def test_export_loads_in_transformers_with_equal_logits(trained, corpus):
+    transformers = pytest.importorskip("transformers")
+    run(corpus, "export", "--ckpt_path=last", "--format=hf", "--output=exported")
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(corpus / "exported").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(corpus / "exported")
+    ours = leanbert.load(trained[0] / "checkpoints" / "step-00000030.ckpt")
+    encoded = tokenizer("the [MASK] sat on the house", return_tensors="pt")
+    assert encoded["input_ids"].tolist() == ours.tokenizer.encode_batch(["the [MASK] sat on the house"])
+    with torch.no_grad():
+        expected = theirs(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits
+        actual = ours.model(encoded["input_ids"])
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= 1e-4
+
+
+def test_training_goes_on_from_an_exported_folder(trained, corpus):
+    run(corpus, "export", "--ckpt_path=last", "--output=start")
+    run(
+        corpus, "fit", *TINY, "--data.train_files=train.txt", "--model.init_from=start", "--trainer.max_steps=1",
+        "--trainer.default_root_dir=continued",
+    )  # fmt: skip
+    first = scalars(corpus / "continued" / "mlm" / "version_0")["val/loss"][0]
+    assert first == pytest.approx(scalars(trained[0])["val/loss"][30], abs=1e-5)
+
+
+def test_prepare_builds_what_fit_then_finds(tmp_path):
+    write_corpus(tmp_path / "train.txt")
+    settings = [*TINY, "--data.train_files=train.txt"]
+    run(tmp_path, "prepare", *settings, "--trainer.accelerator=gpu")  # a login node has none
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.bin")}
+    assert made
+    assert not (tmp_path / "runs").exists()
+    run(tmp_path, "fit", *settings, "--trainer.max_steps=1")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.bin")} == made
+
+
+@pytest.mark.parametrize("name", ["mini", "small", "base", "large"])
+def test_print_config_takes_the_size(tmp_path, name):
+    result = run(tmp_path, "fit", "--config", f"configs/size/{name}.yaml", "--print_config")
+    sizes = {"mini": (4, 256), "small": (4, 512), "base": (12, 768), "large": (24, 1024)}[name]
+    assert f"num_layers: {sizes[0]}\n" in result.stdout
+    assert f"hidden_size: {sizes[1]}\n" in result.stdout
+
+
+# ---- interrupted and resumed
+
+RESUME = [
+    *TINY, "--data.train_files=train.txt", "--trainer.max_steps=24", "--trainer.val_check_interval=6",
+    "--checkpoint.every_n_steps=3", "--trainer.precision=32-true", "--model.encoder.dropout=0.1",
+    "--model.encoder.attention_dropout=0.1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus):
+    run(corpus, "fit", *RESUME, "--trainer.default_root_dir=undisturbed")
+    return scalars(corpus / "undisturbed" / "mlm" / "version_0")
+
+
+def start(corpus, *arguments):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(corpus / "cache"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(*arguments), cwd=corpus, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(path: Path, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def same_losses(expected, actual):
+    for tag in ("train/loss", "train/learning_rate", "val/loss", "val/accuracy"):
+        assert actual[tag] == expected[tag], tag
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("seen", [6, 15])  # right after a validation is due, and in the middle
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(corpus, undisturbed, workers, seen):
+    root = f"killed-{workers}-{seen}"
+    settings = [*RESUME, f"--trainer.default_root_dir={root}", f"--data.num_workers={workers}"]
+    process = start(corpus, "fit", *settings)
+    checkpoints = corpus / root / "mlm" / "version_0" / "checkpoints"
+    wait_for(checkpoints / f"step-{seen:08d}.ckpt", process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (checkpoints / "step-00000024.ckpt").exists(), "killed too late to test anything"
+    run(corpus, "fit", *settings, "--ckpt_path=last")
+    assert [path.name for path in (corpus / root / "mlm").iterdir()] == ["version_0"]
+    same_losses(undisturbed, scalars(corpus / root / "mlm" / "version_0"))
+
+
+def test_ctrl_c_saves_and_prints_the_command_that_goes_on(corpus, undisturbed):
+    settings = [*RESUME, "--trainer.default_root_dir=interrupted"]
+    process = start(corpus, "fit", *settings)
+    folder = corpus / "interrupted" / "mlm" / "version_0"
+    wait_for(folder / "checkpoints" / "step-00000003.ckpt", process)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 130
+    assert errors.strip().splitlines()[-1].strip().endswith("--ckpt_path last")
+    assert "Traceback" not in errors
+    assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
+    run(corpus, "fit", *settings, "--ckpt_path=last")
+    same_losses(undisturbed, scalars(folder))
+    assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
+
+
+def test_a_finished_run_is_extended(corpus):
+    settings = [*RESUME, "--trainer.default_root_dir=extended", "--model.schedule.name=constant"]
+    run(corpus, "fit", *settings, "--trainer.max_steps=8")
+    run(corpus, "fit", *settings, "--trainer.max_steps=12", "--ckpt_path=last")
+    run(corpus, "fit", *settings, "--trainer.max_steps=12", "--trainer.default_root_dir=straight")
+    extended = scalars(corpus / "extended" / "mlm" / "version_0")["train/loss"]
+    assert extended == scalars(corpus / "straight" / "mlm" / "version_0")["train/loss"]
+    assert set(extended) == set(range(1, 13))
+
+
+# ---- bad input: one line, exit code 2, the setting and the fix
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.system, ("touch bomb",))
+
+
+def refused(folder, *arguments, says):
+    result = run(folder, *arguments, expect=2)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, result.stderr
+    assert result.stderr.strip().splitlines()[-1] == lines[0]
+    assert "Traceback" not in result.stderr
+    for text in says:
+        assert text in lines[0], lines[0]
+    return lines[0]
+
+
+SETTINGS = [
+    (["--trainer.accumulate_grad_batches=2"], ["trainer.accumulate_grad_batches", "data.batch_size"]),
+    (["--model.optimizer.name=lion"], ["model.optimizer", "adamw", "lion"]),
+    (["--model.encoder.hidden_size=30", "--model.encoder.num_heads=4"], ["hidden_size", "30", "4"]),
+    (["--data.max_length=1024"], ["data.max_length", "1024", "512"]),
+    (["--data.no_such_setting=1"], ["no_such_setting"]),
+    (["--data.mask_rate=1.5"], ["data.mask_rate", "1.5"]),
+    (["--data.train_files=nowhere/*.txt"], ["nowhere/*.txt"]),
+    (["--ckpt_path=none.ckpt"], ["none.ckpt"]),
+    (["--ckpt_path=last"], ["--ckpt_path last"]),
+    (["--checkpoint.keep=0"], ["checkpoint.keep"]),
+    (["--config=configs/none.yaml"], ["configs/none.yaml", "configs/mlm.yaml"]),
+    (["--trainer.accelerator=gpu"], ["gpu"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), SETTINGS, ids=lambda value: value[0] if len(value) == 1 else "")
+def test_bad_settings(tmp_path, arguments, says):
+    write_corpus(tmp_path / "train.txt")
+    refused(tmp_path, "fit", *TINY, "--data.train_files=train.txt", *arguments, says=says)
+
+
+def test_yaml_that_does_not_parse_and_unknown_keys(tmp_path):
+    (tmp_path / "broken.yaml").write_text("trainer:\n  max_steps: [1\n")
+    refused(tmp_path, "fit", "--config=broken.yaml", says=["broken.yaml"])
+    (tmp_path / "unknown.yaml").write_text("trainer:\n  max_stepz: 1\n")
+    refused(tmp_path, "fit", "--config=unknown.yaml", says=["max_stepz"])
+    overlay = "trainer:\n  callbacks+:\n    - class_path: lightning.pytorch.callbacks.LearningRateMonitor\n"
+    (tmp_path / "overlay.yaml").write_text(overlay)
+    refused(tmp_path, "fit", "--config=overlay.yaml", "--config=overlay.yaml", says=["LearningRateMonitor", "2 times"])
+
+
+def test_bad_checkpoints(trained, corpus):
+    checkpoint = trained[0] / "checkpoints" / "step-00000030.ckpt"
+    fit = ["fit", *TINY, "--data.train_files=train.txt", "--trainer.max_steps=40"]
+    before = sorted(path.name for path in trained[0].parent.iterdir())
+    (corpus / "cut.ckpt").write_bytes(checkpoint.read_bytes()[:1000])
+    refused(corpus, *fit, "--ckpt_path=cut.ckpt", says=["cut.ckpt", "damaged"])
+    torch.save({"leanbert": {}, "state_dict": {}, "x": Bomb()}, corpus / "bomb.ckpt")
+    refused(corpus, *fit, "--ckpt_path=bomb.ckpt", says=["bomb.ckpt", "execute code"])
+    (corpus / "pickle.ckpt").write_bytes(pickle.dumps(Bomb()))
+    refused(corpus, *fit, "--ckpt_path=pickle.ckpt", says=["pickle.ckpt"])
+    assert not (corpus / "bomb").exists()
+    assert sorted(path.name for path in trained[0].parent.iterdir()) == before
+
+
+def test_a_checkpoint_of_another_shape(trained, corpus):
+    says = ["model.encoder.hidden_size", "64", "32"]
+    settings = [*TINY, "--model.encoder.hidden_size=64", "--data.train_files=train.txt", "--ckpt_path=last"]
+    before = {path: path.stat().st_mtime_ns for path in (trained[0] / "checkpoints").iterdir()}
+    refused(corpus, "fit", *settings, "--trainer.max_steps=40", says=says)
+    assert {path: path.stat().st_mtime_ns for path in (trained[0] / "checkpoints").iterdir()} == before
