@@ -15,8 +15,8 @@ import pytest
 
 from leanbert.data import cache as cache_module
 from leanbert.data import readers, sources
-from leanbert.data.cache import EmptyCorpusError, TokenCache, build_cache
-from leanbert.data.sources import Corpus, Split
+from leanbert.data.cache import TokenCache, build_cache
+from leanbert.data.sources import Corpus, EmptyCorpusError, Split
 from leanbert.data.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from tests.data.corpora import ENGLISH, sentences, write_corpus

@@ -16,10 +16,9 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from leanbert.data.sources import Piece, Split
+from leanbert.data.sources import EmptyCorpusError, Piece, Split
 from leanbert.data.storage import locked, replaced_folder, write_text_atomically
 from leanbert.data.tokenizer import TextTokenizer
-from leanbert.errors import UserError
 
 FORMAT = 1
 """Part of the key: raise it when files or encoding change."""
@@ -100,10 +99,6 @@ def build_cache(split: Split, content: str, tokenizer: TextTokenizer, cache_dir:
     cache = TokenCache.open(folder)
     assert cache is not None, folder
     return cache
-
-
-class EmptyCorpusError(UserError):
-    """No document in the corpus, or in the part of it that was asked for."""
 
 
 def _key(split: Split, content: str, tokenizer: TextTokenizer) -> str:

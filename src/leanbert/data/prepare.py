@@ -11,10 +11,10 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
-from leanbert.data.cache import EmptyCorpusError, TokenCache, build_cache
+from leanbert.data.cache import TokenCache, build_cache
 from leanbert.data.digests import corpus_digest
 from leanbert.data.docstrings import embedded_corpus
-from leanbert.data.sources import Corpus, Separator, Split, document_hash
+from leanbert.data.sources import Corpus, EmptyCorpusError, Separator, Split, document_hash
 from leanbert.data.storage import locked, write_text_atomically
 from leanbert.data.tokenizer import TextTokenizer
 from leanbert.data.tokenizer_training import Kind, sample_evenly
@@ -58,13 +58,18 @@ class CorpusSettings:
         """Make, or find, tokenizer and caches. Raises `UserError` for whatever is wrong with the input."""
         train, val = self._splits()
         content = corpus_digest(train.corpus, self.cache_folder)
-        tokenizer = self._tokenizer(train, content)
+        try:
+            tokenizer = self._tokenizer(train, content)
+            train_cache = build_cache(train, content, tokenizer, self.cache_folder, "Training text")
+        except EmptyCorpusError as error:
+            if train.whole:
+                raise
+            raise UserError(
+                f"data.val_share: {self.val_share} leaves no document to train on. Give data.val_files"
+            ) from error
         val_content = corpus_digest(val.corpus, self.cache_folder)
-        return Prepared(
-            tokenizer,
-            train=self._cache(train, content, tokenizer, "Training text"),
-            val=self._cache(val, val_content, tokenizer, "Validation text"),
-        )
+        val_cache = build_cache(val, val_content, tokenizer, self.cache_folder, "Validation text")
+        return Prepared(tokenizer, train_cache, val_cache)
 
     @cached_property
     def cache_folder(self) -> Path:
@@ -87,16 +92,6 @@ class CorpusSettings:
         if lowest >= share:
             share = lowest + 2.0**-48
         return Split(corpus, low=share), Split(corpus, high=share)
-
-    def _cache(self, split: Split, content: str, tokenizer: TextTokenizer, label: str) -> TokenCache:
-        try:
-            return build_cache(split, content, tokenizer, self.cache_folder, label)
-        except EmptyCorpusError as error:
-            if split.whole:
-                raise
-            raise UserError(
-                f"data.val_share: {self.val_share} leaves no document to train on. Give data.val_files"
-            ) from error
 
     def _tokenizer(self, train: Split, content: str) -> TextTokenizer:
         if self.tokenizer is not None:

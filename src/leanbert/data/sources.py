@@ -31,6 +31,10 @@ PIECE_CHARACTERS = 1 << 20
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 
 
+class EmptyCorpusError(UserError):
+    """There is no document in the corpus, or in the part of it that was asked for."""
+
+
 class Piece(NamedTuple):
     """A document or, of a long one, a part, with whether the document begins with it, and ends with it.
 

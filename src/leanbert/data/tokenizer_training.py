@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from leanbert.data.sources import EmptyCorpusError
 from leanbert.data.tokenizer import SPECIAL_TOKENS, add_bert_template, bert_pipeline
 from leanbert.errors import UserError
 
@@ -167,4 +168,6 @@ def _not_empty(texts: Iterable[str]) -> Iterator[str]:
         empty = False
         yield text
     if empty:
-        raise UserError("data.train_files: the corpus is empty, no tokenizer can be trained. Give files with text")
+        raise EmptyCorpusError(
+            "data.train_files: the corpus is empty, no tokenizer can be trained. Give files with text"
+        )
