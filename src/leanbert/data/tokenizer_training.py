@@ -168,6 +168,4 @@ def _not_empty(texts: Iterable[str]) -> Iterator[str]:
         empty = False
         yield text
     if empty:
-        raise EmptyCorpusError(
-            "data.train_files: the corpus is empty, no tokenizer can be trained. Give files with text"
-        )
+        raise EmptyCorpusError("data.train_files: the corpus is empty, no tokenizer to train. Give files with text")
