@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -13,22 +12,18 @@ from leanbert.data import workers
 from leanbert.data.workers import available_cpus, process_pool
 
 PROGRAM = """
+import time
 import torch
-from pathlib import Path
 from leanbert.data.workers import process_pool
-from tests.data.test_workers import has_torch, nap
+from tests.data.test_workers import has_torch
 with process_pool() as pool:
     print(pool.submit(has_torch).result(), flush=True)
-    list(pool.map(nap, range(60)))
+    time.sleep(60)
 """
 
 
 def has_torch() -> bool:
     return "torch" in sys.modules
-
-
-def nap(_: int) -> None:
-    time.sleep(1)
 
 
 @pytest.mark.parametrize(("quota", "expected"), [("max 100000", 64), ("250000 100000", 3), ("1000 100000", 1)])

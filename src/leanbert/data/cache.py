@@ -92,7 +92,7 @@ def build_cache(split: Split, content: str, tokenizer: TextTokenizer, cache_dir:
     with locked(folder):
         if cache := TokenCache.open(folder):
             return cache
-        with replaced_folder(folder) as building, _progress(split, label) as bar:
+        with replaced_folder(folder) as building, progress_bar(split, label) as bar:
             documents = _write(building, split.pieces(bar.update), tokenizer)
             if documents == 0:
                 raise EmptyCorpusError(f"{split.corpus.setting}: the corpus is empty. Give files with text")
@@ -107,7 +107,8 @@ def _key(split: Split, content: str, tokenizer: TextTokenizer) -> str:
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
 
-def _progress(split: Split, label: str) -> tqdm:
+def progress_bar(split: Split, label: str) -> tqdm:
+    """Return a bar of bytes read from disk, on standard error; silent where that is no terminal."""
     total = split.corpus.size_bytes
     return tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None, leave=False)
 

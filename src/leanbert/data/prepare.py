@@ -11,7 +11,7 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
-from leanbert.data.cache import TokenCache, build_cache
+from leanbert.data.cache import TokenCache, build_cache, progress_bar
 from leanbert.data.digests import corpus_digest
 from leanbert.data.docstrings import embedded_corpus
 from leanbert.data.sources import Corpus, EmptyCorpusError, Separator, Split, document_hash
@@ -107,7 +107,8 @@ class CorpusSettings:
         share = SAMPLE_BYTES / max(1, _text_bytes(train.corpus))
 
         def texts() -> Iterator[str]:
-            return sample_evenly((piece.text for piece in train.pieces()), share)
+            with progress_bar(train, "Tokenizer") as bar:
+                yield from sample_evenly((piece.text for piece in train.pieces(bar.update)), share)
 
         return TextTokenizer.train(
             texts, kind=self.tokenizer_kind, vocab_size=self.vocab_size, lowercase=self.lowercase
