@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import table, write_section
 
 from leanbert.data.docstrings import embedded_corpus
 from leanbert.units import format_size
+from report import table, write_section
 
 ROOT = Path(__file__).parents[1]
 SIZES = {  # layers, hidden, heads, sequences a step, tokens a sequence, vocabulary, steps

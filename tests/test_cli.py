@@ -69,7 +69,7 @@ def trained(corpus):
 
 
 def test_fit_prints_a_report_and_how_to_go_on(trained):
-    folder, result = trained
+    _, result = trained
     assert result.stdout == ""
     for text in ("documents", "unknown", "real tokens", "parameters", "precision", "epochs", "about"):
         assert text in result.stderr, text
@@ -250,7 +250,7 @@ def test_ctrl_c_saves_and_prints_the_command_that_goes_on(corpus, undisturbed):
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=120)[1]
     assert process.returncode == 130
-    assert errors.strip().splitlines()[-1].strip().endswith("--ckpt_path last")
+    assert errors.strip().splitlines()[-1].strip().endswith("--ckpt_path last"), errors
     assert "Traceback" not in errors
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
     run(corpus, "fit", *settings, "--ckpt_path=last")
@@ -259,7 +259,12 @@ def test_ctrl_c_saves_and_prints_the_command_that_goes_on(corpus, undisturbed):
 
 
 def test_a_finished_run_is_extended(corpus):
-    settings = [*RESUME, "--trainer.default_root_dir=extended", "--model.schedule.name=constant"]
+    settings = [
+        *RESUME,
+        "--trainer.default_root_dir=extended",
+        "--model.schedule.name=constant",
+        "--model.schedule.warmup_steps=2",
+    ]
     run(corpus, "fit", *settings, "--trainer.max_steps=8")
     run(corpus, "fit", *settings, "--trainer.max_steps=12", "--ckpt_path=last")
     run(corpus, "fit", *settings, "--trainer.max_steps=12", "--trainer.default_root_dir=straight")

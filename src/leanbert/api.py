@@ -52,7 +52,13 @@ class Pretrained:
 
     def export(self, folder: str | Path) -> None:
         """Write a Hugging Face folder with weights, configuration and tokenizer."""
-        write_huggingface(self.model, folder)
+        tokenizer = self.tokenizer
+        special_ids = {
+            "pad_token_id": tokenizer.pad_id,
+            "cls_token_id": tokenizer.cls_id,
+            "sep_token_id": tokenizer.sep_id,
+        }
+        write_huggingface(self.model, folder, {name: i for name, i in special_ids.items() if i is not None})
         self.tokenizer.save(folder)
 
     def _mean(self, batch: PredictBatch) -> Tensor:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shlex
 import sys
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,13 +24,15 @@ from leanbert.callbacks.interrupt import Interrupted, StopBetweenSteps
 from leanbert.callbacks.monitor import StepMonitor
 from leanbert.callbacks.prediction import PredictionWriter
 from leanbert.callbacks.progress import ProgressBar, say
-from leanbert.callbacks.report import RunSummary, StartReport
+from leanbert.callbacks.report import RunSummary, StartReport, tagged
 from leanbert.callbacks.samples import FilledMasks
 from leanbert.callbacks.validation import ValidateAtEnds
 from leanbert.data.workers import available_cpus
 from leanbert.errors import UserError
+from leanbert.memory.allocator import keep_freed_pages
 from leanbert.memory.precision import default_precision
 from leanbert.models.config import EncoderConfig
+from leanbert.settings import Parser, device_type, find_shipped, one_line, refuse_duplicates, user_error_within
 from leanbert.trainer import Trainer
 
 WITHOUT_DEVICE = {"prepare", "export"}
@@ -40,20 +42,6 @@ SHIPPED = (
 )  # in the wheel; in a checkout
 
 
-class Parser(LightningArgumentParser):
-    """Lightning's parser, whose errors are one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Raise the message as a UserError."""
-        raise UserError(one_line(message)) from ex
-
-
-def one_line(message: str) -> str:
-    """Return a parser's message of several lines as one, without its tree of attempts."""
-    lines = [line.strip(" -") for line in str(message).splitlines() if line.strip(" -")]
-    return re.sub(r"\s+", " ", " ".join(lines))[:600]
-
-
 class CLI(LightningCLI):
     """LightningCLI with LeanBERT's subcommands, defaults and run folders."""
 
@@ -61,6 +49,8 @@ class CLI(LightningCLI):
         self.checkpoint: dict[str, Any] | None = None
         super().__init__(
             trainer_class=Trainer,
+            datamodule_class=LightningDataModule,
+            subclass_mode_data=True,
             args=args,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},  # a resumed run goes on in its folder
@@ -121,7 +111,7 @@ class CLI(LightningCLI):
             )
         refuse_duplicates(trainer["callbacks"] or [])
         if self.subcommand in WITHOUT_DEVICE:
-            trainer.update({"accelerator": "cpu", "devices": 1, "strategy": "auto"})
+            trainer["accelerator"], trainer["devices"], trainer["strategy"] = "cpu", 1, "auto"
         if trainer["precision"] is None:
             trainer["precision"] = default_precision(device_type(trainer["accelerator"]))
         for part in ("model", "data"):
@@ -134,9 +124,17 @@ class CLI(LightningCLI):
         if self.subcommand in ("validate", "test"):
             settings["verbose"] = False
 
+    def instantiate_classes(self) -> None:
+        """Make model, data and trainer; what they refuse is raised as it is."""
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:
+            raise user_error_within(error) or error from None
+
     def after_instantiate_classes(self) -> None:
         """Take tokenizer and, where nothing is trained, the architecture from the checkpoint."""
         torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
+        keep_freed_pages()
         if self.checkpoint is None:
             return
         stored = self.checkpoint["leanbert"]
@@ -152,7 +150,6 @@ class CLI(LightningCLI):
         extra: dict[str, Any] = {
             "callbacks": [*(self._get(self.config_init, "trainer")["callbacks"] or []), *self._callbacks()],
             "plugins": [*(settings["plugins"] or []), checkpoints.StreamedCheckpointIO()],
-            "enable_checkpointing": self.subcommand == "fit",
             "enable_model_summary": False,
         }
         if self.subcommand != "fit":
@@ -188,16 +185,21 @@ class CLI(LightningCLI):
 
     def validate(self, **kwargs: Any) -> None:
         """Print the metrics as one JSON line."""
-        print(json.dumps(self.trainer.validate(**kwargs)[0]))
+        self.trainer.validate(**kwargs)
+        self._print_metrics()
 
     def test(self, **kwargs: Any) -> None:
         """Print the metrics as one JSON line."""
-        print(json.dumps(self.trainer.test(**kwargs)[0]))
+        self.trainer.test(**kwargs)
+        self._print_metrics()
+
+    def _print_metrics(self) -> None:
+        print(json.dumps(tagged(self.trainer.callback_metrics)))
 
     def after_fit(self) -> None:
         """Say what came out and how to go on."""
         trainer: Any = self.trainer
-        metrics = {tag: float(value) for tag, value in trainer.callback_metrics.items()}
+        metrics = tagged(trainer.callback_metrics)
         if "val/loss" in metrics:
             say(f"val/loss {metrics['val/loss']:.3f}, unigram counts {metrics['val/unigram_loss']:.3f}, "
                 f"accuracy {metrics['val/accuracy']:.1%}")  # fmt: skip
@@ -207,23 +209,6 @@ class CLI(LightningCLI):
         say(f"TensorBoard  tensorboard --logdir {shlex.quote(str(trainer.default_root_dir))}")
         say(f"Fill masks   echo 'The {self.datamodule.tokenizer.mask_token} of the function.' | {program} predict "
             f"{configs} --ckpt_path last --data.predict_files -")  # fmt: skip
-
-
-def refuse_duplicates(callbacks: list[Any]) -> None:
-    """Raise UserError if a callback is configured twice, which Lightning would accept."""
-    counts = Counter(callback["class_path"] for callback in callbacks)
-    for class_path, count in counts.items():
-        if count > 1:
-            raise UserError(f"trainer.callbacks: {class_path} is given {count} times. Leave one of the overlays out.")
-
-
-def device_type(accelerator: Any) -> str:
-    """Return cpu, cuda or mps for Lightning's accelerator setting."""
-    if accelerator in ("cuda", "gpu", "auto", None) and torch.cuda.is_available():
-        return "cuda"
-    if accelerator in ("mps", "gpu", "auto", None) and torch.backends.mps.is_available():
-        return "mps"
-    return "cpu"
 
 
 def program_name() -> str:
@@ -239,36 +224,6 @@ def config_arguments(arguments: list[str]) -> str:
         if name in ("--config", "-c", "--trainer.default_root_dir"):
             kept += [name, value or arguments[index + 1]]
     return shlex.join(kept)
-
-
-def find_shipped(arguments: list[str]) -> list[str]:
-    """Return the arguments, with `configs/...` that is not in the working folder replaced by the shipped file.
-
-    Raises:
-        UserError: A configuration file is in neither place.
-
-    """
-    found = list(arguments)
-    for index, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name not in ("--config", "-c") or (not value and index + 1 == len(arguments)):
-            continue
-        path = value or arguments[index + 1]
-        if not path.lstrip().startswith("{"):
-            found[index if value else index + 1] = f"{name}={locate(path)}" if value else locate(path)
-    return found
-
-
-def locate(path: str) -> str:
-    """Return the configuration file that `path` names, in the working folder or among the shipped ones."""
-    if Path(path).is_file():
-        return path
-    relative = Path(path).relative_to("configs") if path.startswith("configs/") else Path(path)
-    for folder in SHIPPED:
-        if (folder / relative).is_file():
-            return str(folder / relative)
-    shipped = sorted(str(f.relative_to(d)) for d in SHIPPED if d.is_dir() for f in d.rglob("*.yaml"))
-    raise UserError(f"--config: no file {path}. Shipped ones: {', '.join('configs/' + name for name in shipped)}.")
 
 
 def resume_command(arguments: list[str]) -> str:
@@ -287,6 +242,7 @@ def resume_command(arguments: list[str]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on standard error and exit code 2."""
     quiet_libraries()
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows the dataclasses' field texts
     given = sys.argv[1:] if arguments is None else arguments
     try:
         sys.argv[1:] = find_shipped(given)
@@ -309,7 +265,7 @@ def fail(message: str, error: BaseException) -> None:
     """Print the one line and leave with exit code 2; LEANBERT_DEBUG=1 shows the traceback instead."""
     if os.environ.get("LEANBERT_DEBUG") == "1":
         raise error
-    print(f"error: {message}", file=sys.stderr)
+    say(f"error: {message}")
     sys.exit(2)
 
 

@@ -112,7 +112,7 @@ def run_summary(trainer: Trainer, module: Any, status: str) -> dict[str, Any]:
     batch_size = data.hparams["batch_size"]
     summary = {
         "status": status,
-        "metrics": {tag: float(value) for tag, value in trainer.callback_metrics.items() if "/" in tag},
+        "metrics": tagged(trainer.callback_metrics),
         "steps": trainer.global_step,
         "tokens": monitor.tokens,
         "seconds": monitor.seconds,
@@ -125,6 +125,11 @@ def run_summary(trainer: Trainer, module: Any, status: str) -> dict[str, Any]:
     }
     peak = device_bytes(module.device).get("peak")
     return summary if peak is None else {**summary, "peak_bytes": peak}
+
+
+def tagged(metrics: dict[str, Any]) -> dict[str, float]:
+    """Return the metrics that TensorBoard has under the same tag; the others are the progress bar's."""
+    return {tag: float(value) for tag, value in metrics.items() if "/" in tag}
 
 
 def write_json(path: Path, value: Any) -> None:

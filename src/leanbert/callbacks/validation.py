@@ -12,9 +12,18 @@ class ValidateAtEnds(Callback):
     def __init__(self) -> None:
         self.validated_step = -1
 
+    def state_dict(self) -> dict[str, int]:
+        """Return the step validated last."""
+        return {"validated_step": self.validated_step}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Take over the step validated last."""
+        self.validated_step = state_dict["validated_step"]
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate the untrained model; a resumed run has done so."""
-        if trainer.global_step == 0:
+        """Validate the untrained model; in a resumed run what was due after its checkpoint was written."""
+        step = trainer.global_step
+        if step == 0 or (self.validated_step != step and _due(trainer)):
             _validate(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -27,11 +36,19 @@ class ValidateAtEnds(Callback):
             _validate(trainer)
 
 
+def _due(trainer: Trainer) -> bool:
+    """Return whether validation by steps falls on the current step; Lightning leaves it out when it resumes there."""
+    every = trainer.val_check_batch
+    by_steps = trainer.check_val_every_n_epoch is None and isinstance(every, int)
+    return by_steps and trainer.global_step % int(every or 1) == 0
+
+
 def _validate(trainer: Trainer) -> None:
     """Run the validation loop from within training, as Lightning's own training loop does."""
     loop = trainer.fit_loop.epoch_loop.val_loop
     if trainer.limit_val_batches == 0:
         return
+    loop.restarting = False  # a resumed loop would go on in the middle of the validation before
     trainer.validating = True
     first_iteration = trainer._logger_connector._first_loop_iter
     loop.run()

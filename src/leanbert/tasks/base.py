@@ -88,6 +88,7 @@ class Task(LightningModule):
         if self.model is None:
             seed_position(self.seed)
             self.model = self.build_model()
+            self.model.config.check_length(self._data.hparams["max_length"])
 
     # ---- the step
 

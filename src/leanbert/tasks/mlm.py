@@ -89,9 +89,6 @@ class MaskedLM(Task):
         if self.logger is not None and not self.trainer.sanity_checking:
             self.logger.log_metrics(values, step=self.global_step)
 
-    test_step = validation_step
-    on_test_epoch_end = on_validation_epoch_end
-
     def predict_step(self, batch: PredictBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Return one answer per text; see `fill_masks`."""
         return fill_masks(self.model, self._data.tokenizer, batch, self.top_k)

@@ -1,0 +1,107 @@
+"""Configuration files and the errors of reading them, as one line that names the setting or the file and line."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+from leanbert.errors import UserError
+
+SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parents[2] / "configs")  # in the wheel; in a checkout
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser, whose errors are one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Raise the message as a UserError."""
+        raise UserError(readable(message)) from ex
+
+
+def one_line(message: str) -> str:
+    """Return a message of several lines as one."""
+    return " ".join(message.split())
+
+
+def readable(message: str) -> str:
+    """Return the innermost reason of a parser's message, with the whole name of the setting before it."""
+    text = one_line(message)
+    names = re.findall(r'Parser key "([^"]+)":', text)
+    if not names:
+        hint = " Check its spelling; --help lists all settings." if "not accept" in text else ""
+        return text + ("" if text.endswith(".") else ".") + hint
+    reason = re.split(r'Parser key "[^"]+":|Errors: (?:- )?', text)[-1]
+    reason = re.split(r"(?:- )?Expected a <class 'NoneType'>|Given value type:", reason)[0]
+    reason = re.sub(r"Expected a (?:typing\.)?Literal\[(.*?)\]", r"choose from \1", reason)
+    reason = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", reason).strip().rstrip(".")
+    hint = " Check its spelling; --help lists all settings." if "not accept" in reason else ""
+    joint = "." if re.match(r"[\w.]+: ", reason) else ": "  # an inner parser has named its setting
+    return f"{'.'.join(names)}{joint}{reason}.{hint}"
+
+
+def user_error_within(error: BaseException | None) -> UserError | None:
+    """Return the UserError that caused `error`: the parser wraps what a class raises when it is made."""
+    while error is not None:
+        if isinstance(error, UserError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def find_shipped(arguments: list[str]) -> list[str]:
+    """Return the arguments, with `configs/...` that is not in the working folder replaced by the shipped file.
+
+    Raises:
+        UserError: A configuration file is in neither place, or is not YAML.
+    """
+    found = list(arguments)
+    for index, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name not in ("--config", "-c") or (not value and index + 1 == len(arguments)):
+            continue
+        path = _locate(value or arguments[index + 1])
+        found[index if value else index + 1] = f"{name}={path}" if value else path
+    return found
+
+
+def _locate(path: str) -> str:
+    relative = Path(path).relative_to("configs") if path.startswith("configs/") else Path(path)
+    for candidate in (Path(path), *(folder / relative for folder in SHIPPED)):
+        if candidate.is_file():
+            _check_yaml(candidate)
+            return str(candidate)
+    shipped = sorted({str(f.relative_to(d)) for d in SHIPPED for f in d.rglob("*.yaml")})
+    raise UserError(f"--config: no file {path}. Shipped ones: {', '.join('configs/' + name for name in shipped)}.")
+
+
+def _check_yaml(path: Path) -> None:
+    """Parse once to name file and line; the parser's own error has neither."""
+    try:
+        yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}:{line}: not YAML: {error.problem}. Mend this line.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {one_line(str(error))}. Give a text file in UTF-8.") from error
+
+
+def refuse_duplicates(callbacks: list[Any]) -> None:
+    """Raise UserError if a callback is configured twice, which Lightning would accept."""
+    for class_path, count in Counter(callback["class_path"] for callback in callbacks).items():
+        if count > 1:
+            raise UserError(f"trainer.callbacks: {class_path} is given {count} times. Leave one of the overlays out.")
+
+
+def device_type(accelerator: Any) -> str:
+    """Return cpu, cuda or mps for Lightning's accelerator setting."""
+    if accelerator in ("cuda", "gpu", "auto", None) and torch.cuda.is_available():
+        return "cuda"
+    if accelerator in ("mps", "gpu", "auto", None) and torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
