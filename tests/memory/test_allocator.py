@@ -10,7 +10,7 @@ if sys.argv[1] == "keep":
     assert keep_freed_pages()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(2):
+for _ in range(8):
     torch.ones(16 * 2**20)
 before = faults()
 for _ in range(10):
