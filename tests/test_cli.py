@@ -35,10 +35,13 @@ def command(*arguments, config="configs/mlm.yaml"):
     return [sys.executable, str(ROOT / "train.py"), subcommand, "--config", config, *rest]
 
 
+def environment(**changes):
+    return {**os.environ, "OMP_NUM_THREADS": "1", **changes}
+
+
 def run(folder, *arguments, expect=0, **kwargs):
-    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        command(*arguments), cwd=folder, env=environment, capture_output=True, text=True, timeout=300, **kwargs
+        command(*arguments), cwd=folder, env=environment(), capture_output=True, text=True, timeout=300, **kwargs
     )
     assert result.returncode == expect, result.stderr[-3000:]
     return result
@@ -174,7 +177,7 @@ def test_training_goes_on_from_an_exported_folder(trained, corpus):
 
 def test_prepare_builds_what_fit_then_finds(tmp_path):
     write_corpus(tmp_path / "train.txt")
-    settings = [*TINY, "--data.train_files=train.txt"]
+    settings = [*TINY, "--data.train_files=train.txt", "--data.cache_dir=cache"]
     run(tmp_path, "prepare", *settings, "--trainer.accelerator=gpu")  # a login node has none
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.bin")}
     assert made
@@ -207,9 +210,8 @@ def undisturbed(corpus):
 
 
 def start(corpus, *arguments):
-    environment = {**os.environ, "XDG_CACHE_HOME": str(corpus / "cache"), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command(*arguments), cwd=corpus, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command(*arguments), cwd=corpus, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
 
 
