@@ -14,8 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from report import table, write_section
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from report import table, write_section
 
 ROOT = Path(__file__).parents[1]
 FIGURE = ROOT / "docs" / "mlm_curve.png"
