@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--val", required=True)
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--steps", type=int, default=3600)
-    parser.add_argument("--every", type=int, default=100, help="steps between validations")
+    parser.add_argument("--every", type=int, default=200, help="steps between validations")
     parser.add_argument("--runs", default="runs/quality")
     parser.add_argument("--peer", action="store_true", help="measure the Trainer too")
     parser.add_argument("--read", action="store_true", help="read finished runs, train nothing")

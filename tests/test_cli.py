@@ -275,6 +275,29 @@ def test_a_finished_run_is_extended(corpus):
     assert set(extended) == set(range(1, 13))
 
 
+def test_two_processes_train_as_one(corpus):
+    settings = [*TINY, "--data.train_files=train.txt", "--trainer.max_steps=6", "--trainer.precision=32-true"]
+    run(corpus, "fit", *settings, "--trainer.default_root_dir=one")
+    run(
+        corpus, "fit", *settings, "--trainer.default_root_dir=two", "--trainer.accelerator=cpu",
+        "--trainer.devices=2", "--trainer.strategy=ddp",
+    )  # fmt: skip
+    one, two = (scalars(corpus / root / "mlm" / "version_0") for root in ("one", "two"))
+    for tag in ("train/loss", "val/loss", "val/unigram_loss"):
+        assert two[tag] == pytest.approx(one[tag], rel=1e-5), tag
+
+
+def test_compiled_blocks_train(corpus):
+    run(
+        corpus, "fit", *TINY, "--data.train_files=train.txt", "--model.compile=true", "--trainer.max_steps=3",
+        "--trainer.default_root_dir=compiled",
+    )  # fmt: skip
+    losses = scalars(corpus / "compiled" / "mlm" / "version_0")["train/loss"]
+    eager = ["--trainer.max_steps=3", "--trainer.default_root_dir=eager"]
+    run(corpus, "fit", *TINY, "--data.train_files=train.txt", *eager)
+    assert losses == pytest.approx(scalars(corpus / "eager" / "mlm" / "version_0")["train/loss"], abs=0.02)
+
+
 # ---- bad input: one line, exit code 2, the setting and the fix
 
 

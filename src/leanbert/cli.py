@@ -36,22 +36,19 @@ from leanbert.settings import Parser, device_type, find_shipped, one_line, refus
 from leanbert.trainer import Trainer
 
 WITHOUT_DEVICE = {"prepare", "export"}
-SHIPPED = (
-    Path(__file__).parent / "configs",
-    Path(__file__).parents[2] / "configs",
-)  # in the wheel; in a checkout
 
 
 class CLI(LightningCLI):
     """LightningCLI with LeanBERT's subcommands, defaults and run folders."""
 
-    def __init__(self, args: list[str] | None = None) -> None:
+    def __init__(self, arguments: list[str]) -> None:
+        self.arguments = arguments
         self.checkpoint: dict[str, Any] | None = None
         super().__init__(
             trainer_class=Trainer,
             datamodule_class=LightningDataModule,
             subclass_mode_data=True,
-            args=args,
+            args=find_shipped(arguments),
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},  # a resumed run goes on in its folder
             parser_class=Parser,
@@ -204,7 +201,7 @@ class CLI(LightningCLI):
             say(f"val/loss {metrics['val/loss']:.3f}, unigram counts {metrics['val/unigram_loss']:.3f}, "
                 f"accuracy {metrics['val/accuracy']:.1%}")  # fmt: skip
         checkpoint = next(c for c in trainer.callbacks if isinstance(c, RunCheckpoint))
-        program, configs = program_name(), config_arguments(sys.argv[1:])
+        program, configs = program_name(), config_arguments(self.arguments)
         say(f"Checkpoint   {checkpoint.last_path}")
         say(f"TensorBoard  tensorboard --logdir {shlex.quote(str(trainer.default_root_dir))}")
         say(f"Fill masks   echo 'The {self.datamodule.tokenizer.mask_token} of the function.' | {program} predict "
@@ -245,8 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows the dataclasses' field texts
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        sys.argv[1:] = find_shipped(given)
-        CLI()
+        CLI(given)
     except Interrupted as stopped:
         say(f"Stopped by {stopped} and saved. To go on:\n  {resume_command(given)}")
         sys.exit(stopped.exit_code)
@@ -272,6 +268,8 @@ def fail(message: str, error: BaseException) -> None:
 def quiet_libraries() -> None:
     """Silence what would bury LeanBERT's own lines; warnings about the user's settings stay."""
     for pattern in (
+        ".*LightningCLI's args parameter.*",
+        ".*It is recommended to use `self.log.*sync_dist=True.*",  # what is logged is the same on all ranks
         ".*does not have many workers.*",
         ".*dataloader is not resumable.*",
         ".*isn't allowed for logging.*",

@@ -12,6 +12,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from leanbert.checkpoints import BEST, step_name
 from leanbert.errors import UserError
 
+ASK_RANKS_EVERY = 10
+"""Steps between two exchanges between ranks about saving or stopping: each makes all of them wait."""
+
 
 class RunCheckpoint(Checkpoint):
     """Save into `<run>/checkpoints/`; files are written atomically (see `leanbert.checkpoints`).
@@ -63,11 +66,17 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save when steps or minutes are due."""
-        minutes = (time.monotonic() - self._saved_at) / 60
-        overdue = self.every_n_minutes is not None and minutes >= self.every_n_minutes
-        overdue = trainer.strategy.broadcast(overdue) if trainer.world_size > 1 else overdue
-        if overdue or trainer.global_step % self.every_n_steps == 0:
+        if trainer.global_step % self.every_n_steps == 0 or self._overdue(trainer):
             self.save(trainer)
+
+    def _overdue(self, trainer: Trainer) -> bool:
+        """Return whether minutes have passed, on the first rank's clock."""
+        if self.every_n_minutes is None:
+            return False
+        overdue = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
+        if trainer.world_size == 1:
+            return overdue
+        return trainer.global_step % ASK_RANKS_EVERY == 0 and trainer.strategy.broadcast(overdue)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the best so far."""

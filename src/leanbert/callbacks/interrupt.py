@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from leanbert.callbacks.checkpoint import RunCheckpoint
+from leanbert.callbacks.checkpoint import ASK_RANKS_EVERY, RunCheckpoint
 from leanbert.callbacks.progress import say
 
 
@@ -52,6 +52,8 @@ class StopBetweenSteps(Callback):
         """Stop here if asked to, on all ranks together."""
         received = self.received or 0
         if trainer.world_size > 1:
+            if trainer.global_step % ASK_RANKS_EVERY:
+                return
             received = max(_gather(trainer, pl_module, received))
         if received:
             for callback in trainer.checkpoint_callbacks:
