@@ -80,13 +80,18 @@ def _describe_corpus(statistics: Any, length: int) -> str:
 
 
 class RunSummary(Callback):
-    """Write `summary.json` into the run's folder, atomically, however the run ends; print where things are."""
+    """Write `summary.json` into the run's folder, atomically, however the run ends; keep the tokenizer there."""
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the tokenizer beside the checkpoints."""
-        if trainer.is_global_zero and trainer.log_dir is not None:
+        log_dir = trainer.log_dir  # exchanged between ranks: all of them ask, and never after an exception
+        if trainer.is_global_zero and log_dir is not None:
+            self.folder = Path(log_dir)
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            data.tokenizer.save(Path(trainer.log_dir) / "tokenizer")
+            data.tokenizer.save(self.folder / "tokenizer")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the summary of a finished run, after the last checkpoint."""
@@ -94,13 +99,12 @@ class RunSummary(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write the summary of an interrupted or failed run."""
-        if trainer.state.fn == "fit" and getattr(pl_module, "model", None) is not None:
-            stopped = isinstance(exception, (Interrupted, KeyboardInterrupt))
-            self._write(trainer, pl_module, "interrupted" if stopped else "failed")
+        stopped = isinstance(exception, (Interrupted, KeyboardInterrupt))
+        self._write(trainer, pl_module, "interrupted" if stopped else "failed")
 
     def _write(self, trainer: Trainer, module: LightningModule, status: str) -> None:
-        if trainer.is_global_zero and trainer.log_dir is not None:
-            write_json(Path(trainer.log_dir) / "summary.json", run_summary(trainer, module, status))
+        if self.folder is not None:
+            write_json(self.folder / "summary.json", run_summary(trainer, module, status))
 
 
 def run_summary(trainer: Trainer, module: Any, status: str) -> dict[str, Any]:
