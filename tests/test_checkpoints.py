@@ -67,7 +67,11 @@ def test_last_falls_back_from_a_damaged_file(tmp_path, damage):
 def test_nothing_to_go_on_from(tmp_path):
     with pytest.raises(UserError, match="no run below"):
         checkpoints.find("last", tmp_path / "mlm")
-    make_run(tmp_path, 0, [])
+    make_run(tmp_path, 0, [])  # a start that failed leaves an empty run
+    with pytest.raises(UserError, match="no run below"):
+        checkpoints.find("last", tmp_path / "mlm")
+    folder = make_run(tmp_path, 0, [5])
+    (folder / checkpoints.step_name(5)).write_bytes(b"cut")
     with pytest.raises(UserError, match="no usable checkpoint"):
         checkpoints.find("last", tmp_path / "mlm")
     with pytest.raises(UserError, match="has not validated yet"):

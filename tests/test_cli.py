@@ -16,6 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import leanbert
+from leanbert.memory.optimizers import ScheduleConfig, learning_rate_factor
 from tests.corpus import write_corpus
 
 ROOT = Path(__file__).parents[1]
@@ -244,14 +245,15 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(corpus, undisturbed, wo
     same_losses(undisturbed, scalars(corpus / root / "mlm" / "version_0"))
 
 
-def test_ctrl_c_saves_and_prints_the_command_that_goes_on(corpus, undisturbed):
-    settings = [*RESUME, "--trainer.default_root_dir=interrupted"]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_prints_the_command_that_goes_on(corpus, undisturbed, number):
+    settings = [*RESUME, f"--trainer.default_root_dir=interrupted-{number}"]
     process = start(corpus, "fit", *settings)
-    folder = corpus / "interrupted" / "mlm" / "version_0"
+    folder = corpus / f"interrupted-{number}" / "mlm" / "version_0"
     wait_for(folder / "checkpoints" / "step-00000003.ckpt", process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     errors = process.communicate(timeout=120)[1]
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert errors.strip().splitlines()[-1].strip().endswith("--ckpt_path last"), errors
     assert "Traceback" not in errors
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
@@ -261,18 +263,52 @@ def test_ctrl_c_saves_and_prints_the_command_that_goes_on(corpus, undisturbed):
 
 
 def test_a_finished_run_is_extended(corpus):
-    settings = [
-        *RESUME,
-        "--trainer.default_root_dir=extended",
-        "--model.schedule.name=constant",
-        "--model.schedule.warmup_steps=2",
-    ]
+    """Rates are those of the longer schedule at each step, the losses those of a run with these rates."""
+    schedule = ["--model.schedule.name=constant", "--model.schedule.warmup_steps=2"]
+    settings = [*RESUME, *schedule, "--trainer.default_root_dir=extended"]
     run(corpus, "fit", *settings, "--trainer.max_steps=8")
     run(corpus, "fit", *settings, "--trainer.max_steps=12", "--ckpt_path=last")
     run(corpus, "fit", *settings, "--trainer.max_steps=12", "--trainer.default_root_dir=straight")
     extended = scalars(corpus / "extended" / "mlm" / "version_0")["train/loss"]
     assert extended == scalars(corpus / "straight" / "mlm" / "version_0")["train/loss"]
     assert set(extended) == set(range(1, 13))
+
+
+def test_an_extended_run_takes_the_rates_of_the_longer_schedule(corpus):
+    settings = [*RESUME, "--model.schedule.warmup_steps=2", "--trainer.default_root_dir=stretched"]
+    run(corpus, "fit", *settings, "--trainer.max_steps=6")
+    run(corpus, "fit", *settings, "--trainer.max_steps=20", "--ckpt_path=last", "--model.optimizer.lr=1e-3")
+    rates = scalars(corpus / "stretched" / "mlm" / "version_0")["train/learning_rate"]
+    config = ScheduleConfig(warmup_steps=2)
+    expected = [3e-3 * learning_rate_factor(config, step, 6) for step in range(6)]
+    expected += [1e-3 * learning_rate_factor(config, step, 20) for step in range(6, 20)]
+    assert [rates[step] for step in range(1, 21)] == pytest.approx(expected)
+
+
+def test_a_finished_run_is_left_as_it_is(trained, corpus):
+    before = {path: path.read_bytes() for path in trained[0].rglob("*") if path.is_file()}
+    fit = ["fit", *TINY, "--data.train_files=train.txt", "--trainer.max_steps=30"]
+    assert "Finished: step 30" in run(corpus, *fit, "--ckpt_path=last").stderr
+    assert {path: path.read_bytes() for path in trained[0].rglob("*") if path.is_file()} == before
+
+
+def test_going_back_sets_later_checkpoints_aside(corpus):
+    settings = [*RESUME, "--trainer.default_root_dir=back", "--trainer.max_steps=9", "--checkpoint.keep=3"]
+    run(corpus, "fit", *settings)
+    folder = corpus / "back" / "mlm" / "version_0" / "checkpoints"
+    run(corpus, "fit", *settings, f"--ckpt_path={folder / 'step-00000003.ckpt'}", "--trainer.max_steps=5")
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [
+        "abandoned-step-00000006.ckpt", "abandoned-step-00000009.ckpt", "best.ckpt", "step-00000003.ckpt",
+        "step-00000005.ckpt",
+    ]  # fmt: skip
+
+
+def test_a_saved_config_serves_every_subcommand(trained, corpus):
+    config = f"--config={trained[0] / 'config.yaml'}"
+    for arguments in (["prepare"], ["validate", "--ckpt_path=best"], ["export", "--ckpt_path=best", "--output=again"]):
+        run(corpus, arguments[0], config, *arguments[1:])
+    assert not (corpus / "runs" / "config.yaml").exists()
 
 
 def test_two_processes_train_as_one(corpus):
@@ -328,6 +364,9 @@ SETTINGS = [
     (["--ckpt_path=none.ckpt"], ["none.ckpt"]),
     (["--ckpt_path=last"], ["--ckpt_path last"]),
     (["--checkpoint.keep=0"], ["checkpoint.keep"]),
+    (["--model.optimizer.lr=-1"], ["model.optimizer.lr", "-1"]),
+    (["--model.schedule.decay_share=2"], ["model.schedule.decay_share", "2"]),
+    (["--trainer.enable_checkpointing=false"], ["trainer.enable_checkpointing", "checkpoint.every_n_steps"]),
     (["--config=configs/none.yaml"], ["configs/none.yaml", "configs/mlm.yaml"]),
     (["--trainer.accelerator=gpu"], ["gpu"]),
 ]
@@ -366,6 +405,6 @@ def test_bad_checkpoints(trained, corpus):
 def test_a_checkpoint_of_another_shape(trained, corpus):
     says = ["model.encoder.hidden_size", "64", "32"]
     settings = [*TINY, "--model.encoder.hidden_size=64", "--data.train_files=train.txt", "--ckpt_path=last"]
-    before = {path: path.stat().st_mtime_ns for path in (trained[0] / "checkpoints").iterdir()}
+    before = {path: path.read_bytes() for path in trained[0].rglob("*") if path.is_file()}
     refused(corpus, "fit", *settings, "--trainer.max_steps=40", says=says)
-    assert {path: path.stat().st_mtime_ns for path in (trained[0] / "checkpoints").iterdir()} == before
+    assert {path: path.read_bytes() for path in trained[0].rglob("*") if path.is_file()} == before

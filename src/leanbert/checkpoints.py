@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import pickle
 import re
@@ -13,9 +12,11 @@ from typing import Any, BinaryIO
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
+from leanbert.data.storage import DISK_FULL
 from leanbert.errors import UserError
 
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DAMAGE = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile)
+"""What reading a file with flipped bits raises (UnicodeDecodeError and NotImplementedError are among them)."""
 BEST = "best.ckpt"
 
 
@@ -92,7 +93,7 @@ def load(path: str | Path) -> dict[str, Any]:
             f"{path}: holds Python objects other than tensors and plain values, which could execute code; "
             "refused. Use a checkpoint that LeanBERT wrote."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except DAMAGE as error:
         raise _damaged(path) from error
     if not isinstance(checkpoint, dict) or "leanbert" not in checkpoint or "state_dict" not in checkpoint:
         raise UserError(f"{path}: not a LeanBERT checkpoint. Weights of other programs go to --model.init_from.")
@@ -108,16 +109,16 @@ def is_whole(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except (zipfile.BadZipFile, OSError, EOFError):
+    except DAMAGE:
         return False
 
 
 def newest_run(task_folder: Path) -> Path | None:
-    """Return the `version_N` folder with the largest N that holds checkpoints or a configuration."""
+    """Return the `version_N` folder with the largest N that holds checkpoints; a failed start leaves none."""
     runs = {
         int(match[1]): folder
         for folder in task_folder.glob("version_*")
-        if (match := re.fullmatch(r"version_(\d+)", folder.name)) and folder.is_dir()
+        if (match := re.fullmatch(r"version_(\d+)", folder.name)) and any(folder.glob("checkpoints/*.ckpt"))
     }
     return runs[max(runs)] if runs else None
 

@@ -27,6 +27,7 @@ from leanbert.callbacks.progress import ProgressBar, say
 from leanbert.callbacks.report import RunSummary, StartReport, tagged
 from leanbert.callbacks.samples import FilledMasks
 from leanbert.callbacks.validation import ValidateAtEnds
+from leanbert.data.storage import DISK_FULL, FORBIDDEN
 from leanbert.data.workers import available_cpus
 from leanbert.errors import UserError
 from leanbert.memory.allocator import keep_freed_pages
@@ -44,6 +45,7 @@ class CLI(LightningCLI):
     def __init__(self, arguments: list[str]) -> None:
         self.arguments = arguments
         self.checkpoint: dict[str, Any] | None = None
+        self.resumed_step = 0
         super().__init__(
             trainer_class=Trainer,
             datamodule_class=LightningDataModule,
@@ -111,15 +113,20 @@ class CLI(LightningCLI):
             trainer["accelerator"], trainer["devices"], trainer["strategy"] = "cpu", 1, "auto"
         if trainer["precision"] is None:
             trainer["precision"] = default_precision(device_type(trainer["accelerator"]))
-        for part in ("model", "data"):
-            settings[part]["init_args"]["seed"] = int(settings["seed_everything"])
+        if trainer["enable_checkpointing"] is False:
+            raise UserError("trainer.enable_checkpointing: every run writes checkpoints. See checkpoint.every_n_steps.")
+        for part in ("model", "data"):  # a seed of their own may be given
+            own = settings[part]["init_args"]
+            own["seed"] = own["seed"] or int(settings["seed_everything"])
         data, model = settings["data"]["init_args"], settings["model"]["init_args"]
         if data["tokenizer"] is None:
             data["tokenizer"] = model["init_from"]
         if self.subcommand == "predict":
             settings["return_predictions"] = False  # they are written as they come
-        if self.subcommand in ("validate", "test"):
+        if self.subcommand == "validate":
             settings["verbose"] = False
+        if self.subcommand != "fit":
+            self.save_config_callback = None  # only a run has a folder
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer; what they refuse is raised as it is."""
@@ -136,9 +143,13 @@ class CLI(LightningCLI):
             return
         stored = self.checkpoint["leanbert"]
         self.datamodule.hparams["tokenizer"] = self._settings["ckpt_path"]  # never train another one
-        if self.subcommand != "fit" or self.model.init_from is not None:
-            self.model.encoder_config = EncoderConfig(**stored["encoder"])
+        if self.subcommand == "fit" and self.model.init_from is None:
+            self.model.check_resumable(stored)  # before anything in the run's folder is touched
+        self.model.encoder_config = EncoderConfig(**stored["encoder"])
         self.model.init_from = None
+        if self.subcommand != "fit":
+            self.datamodule.hparams["max_length"] = stored["max_length"]
+        self.resumed_step = self.checkpoint["global_step"]
         self.checkpoint = None  # Lightning reads the file again; do not hold it twice
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -156,9 +167,10 @@ class CLI(LightningCLI):
         return super().instantiate_trainer(**extra)  # type: ignore[return-value]
 
     def _callbacks(self) -> list[Any]:
+        bar = [] if self._settings["trainer"]["enable_progress_bar"] is False else [ProgressBar()]
         if self.subcommand == "fit":
             return [
-                ProgressBar(),
+                *bar,
                 StepMonitor(),
                 ValidateAtEnds(),
                 StartReport(),  # after the validation before step 1, from which it estimates the time
@@ -166,7 +178,7 @@ class CLI(LightningCLI):
                 RunSummary(),
                 StopBetweenSteps(),
             ]
-        return [ProgressBar(), *([PredictionWriter()] if self.subcommand == "predict" else [])]
+        return [*bar, *([PredictionWriter()] if self.subcommand == "predict" else [])]
 
     def _logger(self) -> TensorBoardLogger:
         """Return the logger of a new run, or of the run that the checkpoint belongs to."""
@@ -180,21 +192,22 @@ class CLI(LightningCLI):
 
     # ---- subcommands
 
+    def fit(self, **kwargs: Any) -> None:
+        """Train, unless the checkpoint is that of a finished run, which is left as it is."""
+        most = self.trainer.max_steps
+        if 0 < most <= self.resumed_step:
+            say(f"Finished: step {self.resumed_step:,} of trainer.max_steps {most:,}. Raise it to go on.")
+            return
+        self.trainer.fit(**kwargs)
+        self._say_how_to_go_on()
+
     def validate(self, **kwargs: Any) -> None:
         """Print the metrics as one JSON line."""
         self.trainer.validate(**kwargs)
-        self._print_metrics()
-
-    def test(self, **kwargs: Any) -> None:
-        """Print the metrics as one JSON line."""
-        self.trainer.test(**kwargs)
-        self._print_metrics()
-
-    def _print_metrics(self) -> None:
         print(json.dumps(tagged(self.trainer.callback_metrics)))
 
-    def after_fit(self) -> None:
-        """Say what came out and how to go on."""
+    def _say_how_to_go_on(self) -> None:
+        """Say what came out, where it is, and the next commands."""
         trainer: Any = self.trainer
         metrics = tagged(trainer.callback_metrics)
         if "val/loss" in metrics:
@@ -249,12 +262,10 @@ def main(arguments: list[str] | None = None) -> None:
     except (UserError, MisconfigurationException) as error:
         fail(one_line(str(error)), error)
     except OSError as error:
-        if error.errno not in checkpoints.DISK_FULL:
-            raise
-        fail(
-            f"{error.filename or 'output'}: the disk is full. Free space or set --trainer.default_root_dir.",
-            error,
-        )
+        reason = "the disk is full" if error.errno in DISK_FULL else error.strerror
+        if error.errno in DISK_FULL | FORBIDDEN:
+            fail(f"{error.filename or 'output'}: {reason}. Mend that, or set --trainer.default_root_dir.", error)
+        raise
 
 
 def fail(message: str, error: BaseException) -> None:

@@ -14,8 +14,21 @@ from leanbert.errors import UserError
 class Trainer(pl.Trainer):
     """Lightning's Trainer, with `prepare` and `export`."""
 
-    def prepare(self, model: LightningModule, datamodule: LightningDataModule) -> None:
-        """Build tokenizer and token cache only; needs no accelerator, so it suits a login node."""
+    def prepare(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Build tokenizer and token cache only; needs no accelerator, so it suits a login node.
+
+        Args:
+            model: The task.
+            datamodule: The data.
+            ckpt_path: Checkpoint whose tokenizer is used.
+            weights_only: Not used; `fit` saves it in the configuration.
+        """
         datamodule.prepare_data()
 
     def export(
@@ -24,6 +37,7 @@ class Trainer(pl.Trainer):
         output: str,
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | None = None,
+        weights_only: bool | None = None,
         format: Literal["hf"] = "hf",
     ) -> None:
         """Write a trained model in a standard format.
@@ -33,6 +47,7 @@ class Trainer(pl.Trainer):
             output: Folder to write; it is created.
             datamodule: Not used.
             ckpt_path: Checkpoint file, or `last` or `best` of the newest run; else --model.init_from is exported.
+            weights_only: Not used; `fit` saves it in the configuration.
             format: hf: config.json, model.safetensors and the tokenizer, as `transformers` loads them.
 
         """

@@ -1,26 +1,9 @@
-"""Sizes as people write them: bytes inside, `512MiB` and `8GiB` outside."""
+"""Sizes and durations as people read them."""
 
 from __future__ import annotations
 
-import re
-
-from leanbert.errors import UserError
-
 MIB = 2**20
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": MIB, "GiB": 2**30, "TiB": 2**40}
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as `512MiB` or `1.5GiB`.
-
-    Raises:
-        UserError: The text is not a number followed by B, KiB, MiB, GiB or TiB.
-
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B)\s*", text)
-    if match is None:
-        raise UserError(f"size {text!r} is not understood. Write a number and a unit, such as 512MiB or 8GiB.")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def format_size(size_bytes: float) -> str:

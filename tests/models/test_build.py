@@ -63,8 +63,8 @@ def test_head_begins_at_the_unigram_frequencies():
     expected = (counts + 1) / (counts + 1).sum()
     assert np.allclose(model.head.bias[:99].detach().exp().numpy(), expected, rtol=1e-5)
     assert model.head.bias[99:].abs().max() == 0
-    with pytest.raises(ValueError, match="98"):
-        build_model(EncoderConfig(**SIZES), 99, unigram_counts=counts[:98])
+    with pytest.raises(ValueError, match="100"):
+        build_model(EncoderConfig(**SIZES), 99, unigram_counts=np.arange(100))
 
 
 def test_checkpoint_brings_architecture_and_weights(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class RunCheckpoint(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what decides about later saves."""
-        return {"best": self.best, "best_path": self.best_path}
+        return {"best": self.best, "best_path": self.best_path}  # the path tells whose best it is
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the best value so far."""
@@ -63,9 +64,16 @@ class RunCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count minutes from here; what was loaded need not be saved again."""
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+        folder = self._folder(trainer)
+        if self.best_path is not None and Path(self.best_path).absolute() != (folder / BEST).absolute():
+            self.best, self.best_path = None, None  # of the run that this one started from
+        if trainer.is_global_zero and folder.is_dir():
+            clear_for(folder, trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save when steps or minutes are due."""
+        """Save when steps or minutes are due; the last step is saved after its validation."""
+        if trainer.global_step == trainer.max_steps:
+            return
         if trainer.global_step % self.every_n_steps == 0 or self._overdue(trainer):
             self.save(trainer)
 
@@ -83,7 +91,7 @@ class RunCheckpoint(Checkpoint):
         value = trainer.callback_metrics.get(self.monitor)
         if trainer.state.fn != "fit" or value is None or trainer.global_step == 0:
             return
-        if self.best is None or float(value) < self.best:
+        if math.isfinite(value) and (self.best is None or float(value) < self.best):
             self.best = float(value)
             self.best_path = str(self._folder(trainer) / BEST)
             trainer.save_checkpoint(self.best_path, weights_only=False)
@@ -107,3 +115,15 @@ class RunCheckpoint(Checkpoint):
     @staticmethod
     def _folder(trainer: Trainer) -> Path:
         return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+
+
+def clear_for(folder: Path, step: int) -> None:
+    """Make way for a run that goes on at `step`: what a kill left half-written goes, later checkpoints step aside.
+
+    They are of another course of the same run (or damaged), and `last` would take the highest step for the newest.
+    """
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink()
+    for path in folder.glob("step-*.ckpt"):
+        if path.name > step_name(step):
+            path.rename(path.with_name(f"abandoned-{path.name}"))

@@ -24,7 +24,8 @@ class Interrupted(Exception):  # noqa: N818 - not an error
 class StopBetweenSteps(Callback):
     """On the first signal finish the step, save and raise `Interrupted`; a second one ends at once.
 
-    A step is never cut in half: weights and optimizer state in the checkpoint belong together.
+    A step is never cut in half: weights and optimizer state in the checkpoint belong together. A signal during
+    validation waits for its end and for one more step.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM)
@@ -33,15 +34,15 @@ class StopBetweenSteps(Callback):
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over the signals; outside the main thread Python does not allow it."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over the signals, from Lightning too; outside the main thread Python does not allow it."""
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._receive) for number in self.signals}
 
     def _receive(self, number: int, frame: Any) -> None:
         self.received = number
         self._restore()
-        say(f"{signal.Signals(number).name}: stopping after this step (again: at once)")
+        say(f"{signal.Signals(number).name}: stopping after this step, or this validation and a step (again: at once)")
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
@@ -60,11 +61,6 @@ class StopBetweenSteps(Callback):
                 if isinstance(callback, RunCheckpoint):
                     callback.save(trainer)
             raise Interrupted(received)
-
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Stop within a long validation; the step before it is complete."""
-        if trainer.state.fn == "fit" and trainer.world_size == 1 and self.received:
-            raise Interrupted(self.received)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""

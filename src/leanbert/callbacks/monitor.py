@@ -58,6 +58,10 @@ class StepMonitor(Callback):
         """Stop the clock."""
         self._started = None
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Stop the clock."""
+        self._started = None
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

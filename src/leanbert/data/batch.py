@@ -10,9 +10,6 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-UNUSED_TARGET = -100
-"""Value of `MLMBatch.targets` in slots that hold no target."""
-
 
 @dataclass
 class MLMBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +62,7 @@ class MaskedLMData(LightningDataModule):
         val_mask_rate: Share of tokens to predict in evaluation, where masks never change.
         num_workers: Processes that load batches. Default: 0 on a CPU, 2 with an accelerator.
         cache_dir: Folder of tokenizers and token caches. Default: leanbert in the user's cache folder.
-        seed: Decides the order of rows and the masks of training.
-
+        seed: Decides the order of rows and the masks of training (the CLI sets it to seed_everything if it is 0).
     """
 
     def __init__(
@@ -202,6 +202,7 @@ class MaskedLMData(LightningDataModule):
             num_workers=workers,
             pin_memory=device == "cuda",
             persistent_workers=workers > 0,
+            worker_init_fn=_ignore_interrupt,
             # Without a generator of its own each pass would draw from the global one, and shift dropout.
             generator=torch.Generator().manual_seed(self.hparams["seed"]),
         )
@@ -215,6 +216,11 @@ class MaskedLMData(LightningDataModule):
         if self.trainer is None:
             return "cpu"
         return str(self.trainer.strategy.root_device.type)
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to all processes, to the one that trains: it saves first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _check(settings: Any) -> None:

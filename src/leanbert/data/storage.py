@@ -14,8 +14,8 @@ from filelock import FileLock
 
 from leanbert.errors import UserError
 
-_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
-_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
 @contextmanager
@@ -24,12 +24,12 @@ def explain_disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in DISK_FULL:
             raise UserError(
                 f"{folder}: the disk is full ({error.strerror}), nothing half-written was kept. "
                 "Free some space, or choose another disk with --data.cache_dir"
             ) from error
-        if error.errno in _FORBIDDEN:
+        if error.errno in FORBIDDEN:
             raise UserError(
                 f"{folder}: cannot be written ({error.strerror}). Choose another folder with --data.cache_dir"
             ) from error

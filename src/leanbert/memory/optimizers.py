@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from leanbert.errors import UserError
+
 OptimizerName = Literal["sgd", "momentum", "adam", "adamw", "adafactor", "muon"]
 ScheduleName = Literal["constant", "linear", "cosine", "wsd"]
 
@@ -34,6 +36,16 @@ class OptimizerConfig:
     momentum: float = 0.95
     """Momentum of momentum (SGD) and muon."""
 
+    def __post_init__(self) -> None:
+        """Raise UserError for a value that no optimizer takes."""
+        least = {"lr": self.lr, "matrix_lr": self.matrix_lr, "weight_decay": self.weight_decay, "eps": self.eps}
+        for name, value in least.items():
+            if not value >= 0:
+                raise UserError(f"model.optimizer.{name}: {value} is negative. Give 0 or more.")
+        for name, value in {"betas": max(self.betas), "momentum": self.momentum}.items():
+            if not 0 <= value < 1 or min(self.betas) < 0:
+                raise UserError(f"model.optimizer.{name}: {getattr(self, name)} is not from 0 to below 1.")
+
 
 @dataclass
 class ScheduleConfig:
@@ -47,6 +59,14 @@ class ScheduleConfig:
     """Share of all steps in which wsd decays."""
     final_share: float = 0.0
     """Learning rate at the end, as a share of the peak (linear, cosine, wsd)."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a value that makes no schedule."""
+        if self.warmup_steps < 0:
+            raise UserError(f"model.schedule.warmup_steps: {self.warmup_steps} is negative. Give 0 or more.")
+        for name in ("decay_share", "final_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"model.schedule.{name}: {getattr(self, name)} is no share. Give 0 to 1.")
 
 
 class CombinedOptimizer(Optimizer):

@@ -36,7 +36,8 @@ def build_model(
     Raises `UserError` for settings or weights that do not fit, or if the weights are for another vocabulary.
     """
     if init_from is None:
-        model = MaskedLanguageModel(config.resolved().with_vocabulary(vocab_size))
+        rows = max(config.vocab_size or 0, vocab_size)  # an imported model may have more rows than its tokenizer
+        model = MaskedLanguageModel(config.resolved().with_vocabulary(rows))
         initialise(model)
         if unigram_counts is not None:
             set_unigram_bias(model, unigram_counts)
@@ -71,18 +72,18 @@ def initialise(model: MaskedLanguageModel) -> None:
 def set_unigram_bias(model: MaskedLanguageModel, counts: np.ndarray) -> None:
     """Let the head begin at the log unigram frequencies, with one added to each count.
 
-    `counts` are integers [V], occurrences per token id. Raises `ValueError` for another length.
+    `counts` are integers [<= V], occurrences per token id. Raises `ValueError` if there are more than rows.
     """
     size = model.head.vocab_size
-    if counts.shape != (size,):
+    if counts.ndim != 1 or len(counts) > size:
         raise ValueError(f"unigram counts have shape {counts.shape}, the vocabulary has {size} tokens")
-    smoothed = counts.astype(np.float64) + 1.0
+    smoothed = np.pad(counts, (0, size - len(counts))).astype(np.float64) + 1.0
     model.head.bias[:size] = torch.tensor(np.log(smoothed / smoothed.sum()), dtype=model.head.bias.dtype)
 
 
 def _load(config: EncoderConfig, vocab_size: int, source: Path) -> MaskedLanguageModel:
     stored, state = read_huggingface(source) if source.is_dir() else read_checkpoint(source)
-    if stored.vocab_size != vocab_size:
+    if stored.vocab_size is None or stored.vocab_size < vocab_size:
         raise UserError(
             f"{source}: the model knows {stored.vocab_size} tokens, the tokenizer has {vocab_size}. "
             "Use the tokenizer that belongs to the model (data.tokenizer)"

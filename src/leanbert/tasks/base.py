@@ -37,7 +37,7 @@ class Task(LightningModule):
         schedule: Learning rate by step.
         init_from: Hugging Face folder or LeanBERT checkpoint whose weights and architecture to start from.
         compile: Compile each block with torch.compile: faster steps after about a minute of compilation.
-        seed: Seed of initial weights and dropout (the CLI sets it to seed_everything).
+        seed: Seed of initial weights and dropout (the CLI sets it to seed_everything if it is 0).
 
     """
 
@@ -61,6 +61,7 @@ class Task(LightningModule):
         self.compile_blocks = compile
         self.seed = seed
         self.model = None
+        self._peak_rates: list[float] = []
         self.micro_batch: int | None = None  # sequences of one forward pass on each device; None: all
 
     # ---- what a task supplies
@@ -135,6 +136,7 @@ class Task(LightningModule):
     def configure_optimizers(self) -> Any:
         """Return the optimizer and a schedule by steps."""
         optimizer = build_optimizer(self.model, self.optimizer_config)
+        self._peak_rates = [group["lr"] for group in optimizer.param_groups]
         total_steps = int(self.trainer.estimated_stepping_batches)
         warmup = effective_warmup(self.schedule_config, total_steps)
         if warmup != self.schedule_config.warmup_steps:
@@ -146,6 +148,15 @@ class Task(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """Set the rates of this run's settings and length: a checkpoint brings those of the run that wrote it."""
+        scheduler: Any = self.lr_schedulers()
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        factor = learning_rate_factor(self.schedule_config, self.global_step, total_steps)
+        scheduler.base_lrs = list(self._peak_rates)
+        for group, peak in zip(self.trainer.optimizers[0].param_groups, self._peak_rates, strict=True):
+            group["initial_lr"], group["lr"] = peak, peak * factor
+
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -154,6 +165,7 @@ class Task(LightningModule):
             "task": self.name,
             "encoder": asdict(self.model.config),
             "tokenizer": self._data.tokenizer.to_json(),
+            "max_length": self._data.hparams["max_length"],
             "samples_consumed": self._data.samples_consumed,
         }
 
@@ -165,12 +177,20 @@ class Task(LightningModule):
 
         """
         stored = checkpoint["leanbert"]
+        self.check_resumable(stored)
+        self._data.samples_consumed = stored["samples_consumed"]
+
+    def check_resumable(self, stored: dict[str, Any]) -> None:
+        """Raise UserError if `stored`, a checkpoint's "leanbert" part, is of another task or architecture.
+
+        Dropout may differ, and the vocabulary is the checkpoint's.
+        """
         if stored["task"] != self.name:
             raise UserError(f"--ckpt_path: a checkpoint of task {stored['task']}, not {self.name}. Use its config.")
-        for setting, value in asdict(self.model.config).items():
-            if stored["encoder"].get(setting) != value and "dropout" not in setting:
+        for setting, value in asdict(self.encoder_config.resolved()).items():
+            there = stored["encoder"].get(setting)
+            if there != value and "dropout" not in setting and setting != "vocab_size":
                 raise UserError(
-                    f"model.encoder.{setting}: is {value}, but the checkpoint has {stored['encoder'].get(setting)}. "
+                    f"model.encoder.{setting}: is {value}, but the checkpoint has {there}. "
                     "Give the same size and data settings, or start from it with --model.init_from."
                 )
-        self._data.samples_consumed = stored["samples_consumed"]

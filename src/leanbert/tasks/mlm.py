@@ -25,7 +25,7 @@ class MaskedLM(Task):
         schedule: Learning rate by step.
         init_from: Hugging Face folder or LeanBERT checkpoint whose weights and architecture to start from.
         compile: Compile each block with torch.compile: faster steps after about a minute of compilation.
-        seed: Seed of initial weights and dropout (the CLI sets it to seed_everything).
+        seed: Seed of initial weights and dropout (the CLI sets it to seed_everything if it is 0).
         top_k: Candidates for each mask in the answers of `predict`.
 
     """
@@ -104,17 +104,25 @@ def fill_masks(model: nn.Module, tokenizer: Any, batch: PredictBatch, top_k: int
         top_k: Candidates for each mask.
 
     """
-    rows, columns = (batch.input_ids == tokenizer.mask_id).nonzero(as_tuple=True)  # [K] each, row by row
+    masked = batch.input_ids == tokenizer.mask_id  # [B, S]
+    counts = masked.sum(1).tolist()
     answers: list[dict[str, Any]] = [{"text": text, "masks": []} for text in batch.texts]
-    if len(rows) == 0:
+    if not any(counts):
         return answers
-    logits = model(batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids)  # [B, S, V]
-    best = logits[rows, columns].float().softmax(-1).topk(min(top_k, logits.shape[-1]))  # [K, top_k]
-    for row, probabilities, tokens in zip(rows.tolist(), best.values.tolist(), best.indices.tolist(), strict=True):
-        answers[row]["masks"].append(
+    # the places of the masks first, in order: logits are made for these only
+    index = masked.int().argsort(dim=1, descending=True, stable=True)[:, : max(counts)]  # [B, K]
+    logits = model(
+        batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids, target_index=index
+    )  # [B, K, V]
+    best = logits.float().softmax(-1).topk(min(top_k, logits.shape[-1]))  # [B, K, top_k]
+    for answer, count, probabilities, tokens in zip(
+        answers, counts, best.values.tolist(), best.indices.tolist(), strict=True
+    ):
+        answer["masks"] = [
             [
                 {"token": tokenizer.token(token), "probability": round(probability, 6)}
-                for token, probability in zip(tokens, probabilities, strict=True)
+                for token, probability in zip(*candidates, strict=True)
             ]
-        )
+            for candidates in zip(tokens[:count], probabilities[:count], strict=True)
+        ]
     return answers
