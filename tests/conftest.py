@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
+
+torch.set_num_threads(1)  # two files run at a time: threads that wait for each other's cores would be slower
 
 
 @pytest.fixture(scope="session", autouse=True)
 def session_cache(tmp_path_factory):
     patch = pytest.MonkeyPatch()
-    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    folder = tmp_path_factory.getbasetemp()
+    patch.setenv("XDG_CACHE_HOME", str((folder.parent if os.environ.get("PYTEST_XDIST_WORKER") else folder) / "cache"))
     yield
     patch.undo()
