@@ -31,9 +31,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def without_folders(argument: str) -> str:
+    """Return a command's argument with the folders of this machine cut from absolute paths."""
+    name, equals, value = argument.rpartition("=")
+    return f"{name}{equals}{Path(value).name}" if Path(value).is_absolute() else argument
+
+
 def write_section(name: str, title: str, body: str) -> None:
     """Replace the section `name` of the document, or append it; print it too."""
-    command = " ".join(["python", *sys.argv])
+    command = " ".join(["python", *map(without_folders, sys.argv)])
     text = f"## {title}\n\n`{command}`, {hardware()}, {date.today()}.\n\n{body}\n"
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     document = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.is_file() else "# Benchmarks\n"

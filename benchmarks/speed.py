@@ -36,7 +36,6 @@ SIZES = {  # layers, hidden, heads, sequences a step, tokens a sequence, vocabul
 MASK_RATE = 0.15
 SAME_AS_PEER = [
     "--model.encoder.preset=bert",
-    "--model.encoder.intermediate_size=null",
     "--model.optimizer.name=adamw",
     "--model.optimizer.lr=5e-5",
     f"--data.mask_rate={MASK_RATE}",
