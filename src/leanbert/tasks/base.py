@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from leanbert.errors import UserError
@@ -140,7 +140,7 @@ class Task(LightningModule):
         total_steps = int(self.trainer.estimated_stepping_batches)
         warmup = effective_warmup(self.schedule_config, total_steps)
         if warmup != self.schedule_config.warmup_steps:
-            rank_zero_info(
+            rank_zero_warn(
                 f"Warm-up of {self.schedule_config.warmup_steps} steps does not fit into {total_steps}: {warmup} used."
             )
         schedule = torch.optim.lr_scheduler.LambdaLR(
