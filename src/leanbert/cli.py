@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,10 @@ class CLI(LightningCLI):
         self.datamodule.hparams["tokenizer"] = self._settings["ckpt_path"]  # never train another one
         if self.subcommand == "fit" and self.model.init_from is None:
             self.model.check_resumable(stored)  # before anything in the run's folder is touched
-        self.model.encoder_config = EncoderConfig(**stored["encoder"])
+            own, rows = self.model.encoder_config, stored["encoder"]["vocab_size"]
+            self.model.encoder_config = replace(own, vocab_size=rows)  # its dropout may be another
+        else:
+            self.model.encoder_config = EncoderConfig(**stored["encoder"])
         self.model.init_from = None
         if self.subcommand != "fit":
             self.datamodule.hparams["max_length"] = stored["max_length"]
