@@ -116,7 +116,8 @@ def _rank(rank, port, micro_batch, queue):
         queue.put((loss, {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}))
     else:
         sum_over_ranks(total)
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    os._exit(0)  # taking the process group down has hung on a busy machine
 
 
 @pytest.mark.parametrize("micro_batch", [4, 1])  # 1 and 4 micro-batches on each of 2 ranks

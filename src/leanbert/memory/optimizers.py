@@ -12,8 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from leanbert.errors import UserError
+from leanbert.memory.adamw import SlicedAdamW
+from leanbert.memory.quantize import draw_int16, write_bfloat16
+from leanbert.memory.trace import phase
 
-OptimizerName = Literal["sgd", "momentum", "adam", "adamw", "adafactor", "muon"]
+OptimizerName = Literal["sgd", "momentum", "adam", "adamw", "adamw8bit", "adamw4bit", "adafactor", "muon"]
+STATE_BITS = {"adamw8bit": 8, "adamw4bit": 4}
+"""Bits of an element of each moment in the optimizers that quantize them."""
 ScheduleName = Literal["constant", "linear", "cosine", "wsd"]
 
 
@@ -22,7 +27,8 @@ class OptimizerConfig:
     """Which optimizer, and its settings."""
 
     name: OptimizerName = "muon"
-    """sgd, momentum (SGD with momentum), adam, adamw, adafactor, or muon (on hidden matrices; AdamW on the rest)."""
+    """sgd, momentum (SGD with momentum), adam, adamw, adamw8bit, adamw4bit, adafactor, or muon (on hidden matrices;
+    AdamW on the rest)."""
     lr: float = 3e-3
     """Peak learning rate; with muon that of embeddings, norms and biases."""
     matrix_lr: float = 0.02
@@ -70,36 +76,110 @@ class ScheduleConfig:
 
 
 class CombinedOptimizer(Optimizer):
-    """Several optimizers over disjoint parameters as one: one `step`, one state, one schedule.
+    """Optimizers over disjoint parameters as one: one `step`, one state, one schedule, one parameter at a time.
 
     Parameter groups are shared with the inner optimizers, in order, so a schedule that sets a group's `lr` is seen.
+    Parameters in bfloat16 are updated in float32 and written back with stochastic rounding, by `SlicedAdamW` itself
+    or through a float32 copy of one parameter at a time: no master copy of the weights exists.
+
+    Args:
+        optimizers: The inner optimizers.
+        seed: Decides, with step and parameter, how bfloat16 parameters are rounded.
+
     """
 
-    def __init__(self, optimizers: list[Optimizer]) -> None:
-        self.optimizers = optimizers
+    def __init__(self, optimizers: list[Optimizer], seed: int = 0) -> None:
+        self.optimizers, self.seed = optimizers, seed
+        self.steps = 0
         super().__init__([group for inner in optimizers for group in inner.param_groups], {})
         self._share()
 
     def _share(self) -> None:
         self.param_groups = [group for inner in self.optimizers for group in inner.param_groups]
+        self._owner = {id(p): inner for inner in self.optimizers for p in _parameters(inner)}
+        self._index = {id(p): index for index, p in enumerate(_parameters(self))}
         self.state.clear()
         for inner in self.optimizers:
             self.state.update(inner.state)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Run the closure once, then every inner optimizer; return the closure's result."""
+        """Run the closure once, then update every parameter that has a gradient; return the closure's result."""
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        for inner in self.optimizers:
-            inner.step()
+        with phase("optimizer"):
+            for inner in self.optimizers:
+                if isinstance(inner, SlicedAdamW) or not _in_bfloat16(inner):
+                    inner.step()
+                else:
+                    for parameter in _parameters(inner):
+                        if parameter.grad is not None:
+                            self._update(inner, parameter)
+        self.steps += 1
         self._share()  # the first step creates the state
         return result
 
+    def update(self, parameter: Tensor) -> None:
+        """Update one parameter from its gradient, as `step` does for all."""
+        with phase("optimizer"):
+            self._update(self.owner(parameter), parameter)
+
+    def accumulate(self, parameter: Tensor, *, first: bool, last: bool) -> None:
+        """Fold the gradient of one micro-batch into the moments of its `SlicedAdamW`; after the last one update."""
+        inner = self.owner(parameter)
+        assert isinstance(inner, SlicedAdamW)
+        with phase("optimizer"):
+            inner.accumulate(parameter, first=first)
+            if last:
+                inner.apply(parameter)
+
+    def owner(self, parameter: Tensor) -> Optimizer:
+        """Return the inner optimizer of a parameter."""
+        return self._owner[id(parameter)]
+
+    def _update(self, inner: Optimizer, parameter: Tensor) -> None:
+        if isinstance(inner, SlicedAdamW):
+            inner.update(parameter)
+            return
+        wide = parameter
+        if parameter.dtype == torch.bfloat16:
+            wide = nn.Parameter(parameter.detach().float())
+            assert parameter.grad is not None
+            wide.grad = parameter.grad.float()
+            if parameter in inner.state:
+                inner.state[wide] = inner.state.pop(parameter)
+        groups = [group["params"] for group in inner.param_groups]
+        try:  # a step of the inner optimizer that sees this parameter only
+            for group, parameters in zip(inner.param_groups, groups, strict=True):
+                group["params"] = [wide] if any(parameter is p for p in parameters) else []
+            inner.step()
+        finally:
+            for group, parameters in zip(inner.param_groups, groups, strict=True):
+                group["params"] = parameters
+        if wide is not parameter:
+            inner.state[parameter] = inner.state.pop(wide)
+            draws = draw_int16(wide.numel(), wide.device, self.seed, self.steps, self._index[id(parameter)])
+            write_bfloat16(wide.detach().view(-1), draws, parameter.detach().view(-1))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return state and groups, as torch's optimizers do, and the number of steps."""
+        self._share()
+        return {**super().state_dict(), "steps": self.steps}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned, each inner optimizer its own groups."""
+        """Load what `state_dict` returned, each inner optimizer its own groups, in the dtypes that were saved.
+
+        Raises:
+            UserError: The state is that of another optimizer or of other parameters.
+
+        """
         groups, offset = list(state_dict["param_groups"]), 0
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
+            raise UserError(
+                "model.optimizer: the checkpoint's optimizer has other parameter groups. Resume with the optimizer "
+                "that wrote it, or start from its weights with --model.init_from."
+            )
         for inner in self.optimizers:
             own, groups = groups[: len(inner.param_groups)], groups[len(inner.param_groups) :]
             ids = [index for group in own for index in group["params"]]
@@ -107,15 +187,36 @@ class CombinedOptimizer(Optimizer):
             # inner optimizers number their parameters from 0
             local = [{**group, "params": [index - offset for index in group["params"]]} for group in own]
             inner.load_state_dict({"state": {i - offset: s for i, s in state.items()}, "param_groups": local})
+            for index, parameter in zip(ids, _parameters(inner), strict=True):
+                _restore_dtypes(inner.state.get(parameter, {}), state.get(index, {}), parameter.device)
             offset += len(ids)
+        self.steps = state_dict.get("steps", 0)
         self._share()
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+def _restore_dtypes(loaded: dict[str, Any], saved: dict[str, Any], device: torch.device) -> None:
+    """Undo what torch's `load_state_dict` does: it casts all state to the dtype of the parameter."""
+    for name, value in saved.items():
+        if isinstance(value, Tensor) and loaded[name].dtype != value.dtype:
+            loaded[name] = value.to(device, copy=True)
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _in_bfloat16(optimizer: Optimizer) -> bool:
+    return any(parameter.dtype == torch.bfloat16 for parameter in _parameters(optimizer))
+
+
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, *, seed: int = 0, sliced: bool = False
+) -> CombinedOptimizer:
     """Return the optimizer named by `config` over the trainable parameters of `model`.
 
     Sources: torch.optim; Muon (Jordan et al. 2024) as `torch.optim.Muon`, on the two-dimensional weights inside
-    the network, with AdamW on embeddings, norms, biases and the output layer.
+    the network, with AdamW on embeddings, norms, biases and the output layer. AdamW with 8 or 4 bits of state, on
+    bfloat16 parameters, or where `sliced` asks for it, is `SlicedAdamW`, which draws from `seed`.
     """
     decayed, plain, matrices = _split_parameters(model, muon=config.name == "muon")
     groups = [
@@ -123,13 +224,21 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
         for parameters, weight_decay in ((decayed, config.weight_decay), (plain, 0.0))
         if parameters
     ]
-    adam: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    first: list[Optimizer] = []
     if config.name == "muon":
         muon = torch.optim.Muon(
             matrices, lr=config.matrix_lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
-        return CombinedOptimizer([muon, torch.optim.AdamW(groups, fused=True, **adam)])
-    if config.name == "adamw":
+        first = [muon]
+    return CombinedOptimizer([*first, _inner_optimizer(groups, config, seed, sliced)], seed)
+
+
+def _inner_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, seed: int, sliced: bool) -> Optimizer:
+    adam: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if config.name in ("adamw", "muon", *STATE_BITS):
+        bits = STATE_BITS.get(config.name, 32)
+        if bits < 32 or sliced or any(p.dtype == torch.bfloat16 for group in groups for p in group["params"]):
+            return SlicedAdamW(groups, state_bits=bits, seed=seed, **adam)
         return torch.optim.AdamW(groups, fused=True, **adam)
     if config.name == "adam":
         return torch.optim.Adam(groups, fused=True, **adam)

@@ -125,9 +125,14 @@ def optimizer_step(
 
 
 def seed_position(*position: int) -> None:
-    """Seed torch's generators from a position such as (seed, step, rank, micro-batch).
+    """Seed torch's generators from a position such as (seed, step, rank, micro-batch)."""
+    torch.manual_seed(mix_position(*position))
 
-    The integers are mixed by splitmix64 (Steele et al., OOPSLA 2014), so neighbouring positions draw unrelated numbers.
+
+def mix_position(*position: int) -> int:
+    """Return a seed, 0 to 2^63 - 1, that is a function of the position; neighbouring ones are unrelated.
+
+    The integers are mixed by splitmix64 (Steele et al., OOPSLA 2014).
     """
     state = 0
     for part in position:
@@ -135,4 +140,4 @@ def seed_position(*position: int) -> None:
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
         state ^= state >> 31
-    torch.manual_seed(state >> 1)  # manual_seed takes a signed 64-bit integer
+    return state >> 1  # torch's seeds are signed 64-bit integers

@@ -1,0 +1,82 @@
+"""Activation checkpointing: which activations of a block are kept for the backward pass.
+
+All of it is exact: what is not kept is computed again, with the same dropout.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from leanbert.errors import UserError
+from leanbert.memory.layer_major import run_in_slices
+
+Keep = Literal["all", "products", "input"]
+
+PRODUCTS = frozenset(
+    {
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten.bmm.default,
+        torch.ops.aten.baddbmm.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    }
+)
+"""Operations whose outputs cost most to compute again."""
+
+
+class Checkpointable(nn.Module):
+    """A block that owns the switches of its activations.
+
+    `keep`: "all" activations; the outputs of matrix "products" (and of attention), the rest computed again; or the
+    block's "input" only. `slice_rows`: rows of the batch that go through the block at a time, with the input
+    only kept (layer-major execution); None: all rows.
+    """
+
+    keep: Keep = "all"
+    slice_rows: int | None = None
+
+
+def run_block(block: Any, hidden: Tensor, context: Any) -> Tensor:
+    """Return `block(hidden, context)`, [B, S, D], keeping for the backward pass what the block's switches say.
+
+    `block` is a `Checkpointable`. Source: Chen et al. 2016, arXiv 1604.06174, through `torch.utils.checkpoint`.
+    """
+    if not torch.is_grad_enabled():
+        return block(hidden, context)
+    if block.slice_rows is not None:
+        return run_in_slices(block, hidden, context, block.slice_rows)
+    if block.keep == "all":
+        return block(hidden, context)
+    extra: dict[str, Any] = {} if block.keep == "input" else {"context_fn": _keep_products}
+    return checkpoint(block, hidden, context, use_reentrant=False, **extra)
+
+
+def set_checkpointing(blocks: Iterable[nn.Module], keep: Keep, every: int = 1) -> int:
+    """Set `keep` on every `every`-th of `blocks`, counted from the first; return how many were set.
+
+    Raises:
+        UserError: None was set.
+
+    """
+    chosen = [block for block in blocks if isinstance(block, Checkpointable)][::every]
+    for block in chosen:
+        block.keep = keep
+    if not chosen:
+        raise UserError("checkpointing: the model has no blocks. Leave the technique out.")
+    return len(chosen)
+
+
+def _policy(context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_keep_products = functools.partial(create_selective_checkpoint_contexts, _policy)

@@ -1,0 +1,108 @@
+"""Layer-major execution: each block runs over all slices of the batch before the next block starts.
+
+Pudipeddi et al. 2020 (L2L, arXiv 2002.05645). A block's gradient is whole as soon as its backward pass is done, so an
+optimizer that updates in the backward pass can free it at once, whatever the number of slices: accumulation without a
+gradient buffer for the whole model. Only the block's input [B, S, D] is kept; the rest is computed again, slice by
+slice, as in activation checkpointing. Exact.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from leanbert.memory.step import seed_position
+
+
+def run_in_slices(block: nn.Module, hidden: Tensor, context: Any, rows: int) -> Tensor:
+    """Return `block(hidden, context)`, [B, S, D], computed `rows` rows at a time, forward and backward.
+
+    Args:
+        block: Called as `block(hidden, context)`; each row of its output depends on the same row of `hidden` only.
+        hidden: Input, [B, S, D].
+        context: A tuple, nested tuples or None, of tensors; those whose first dimension is B are cut as well.
+        rows: Rows of a slice, the last maybe smaller.
+
+    Dropout is a function of torch's seed at the call, of the block's call within it and of the slice.
+    """
+    parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
+    return _Sliced.apply(_Call(block, context, rows, hidden), hidden, *parameters)
+
+
+class _Call:
+    """What the backward pass needs to repeat the forward pass of one slice."""
+
+    def __init__(self, block: nn.Module, context: Any, rows: int, hidden: Tensor) -> None:
+        self.block, self.context, self.rows = block, context, rows
+        self.training = block.training
+        self.seed = torch.initial_seed()
+        self.length = hidden.shape[0]
+        self.kind = hidden.device.type
+        self.autocast = torch.is_autocast_enabled(self.kind)
+        self.dtype = torch.get_autocast_dtype(self.kind)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        # no cache: it would hold 16-bit copies of all weights
+        return torch.autocast(self.kind, dtype=self.dtype, enabled=self.autocast, cache_enabled=False)
+
+    def slices(self) -> list[slice]:
+        return [slice(start, start + self.rows) for start in range(0, self.length, self.rows)]
+
+    def run(self, index: int, part: slice, hidden: Tensor) -> Tensor:
+        layer = getattr(self.block, "layer", 0)
+        seed_position(self.seed, layer, index)
+        return self.block(hidden, _cut(self.context, part, self.length))
+
+    def done(self) -> None:
+        torch.manual_seed(self.seed)
+
+
+class _Sliced(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.call = call
+        ctx.save_for_backward(hidden)
+        ctx.parameters = parameters
+        out = torch.empty_like(hidden)
+        with call.precision():
+            for index, part in enumerate(call.slices()):
+                out[part] = call.run(index, part, hidden.detach()[part])
+        call.done()
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        call, (hidden,) = ctx.call, ctx.saved_tensors
+        below = torch.empty_like(hidden)
+        sums: list[Tensor] = []
+        slices = call.slices()
+        for index, part in enumerate(slices):
+            own = hidden[part].detach().requires_grad_()
+            with torch.enable_grad(), call.precision():
+                # a view: torch's counters of memory and FLOPs hook a module's input, which cannot be a leaf here
+                out = call.run(index, part, own.view_as(own))
+            below[part], *gradients = torch.autograd.grad(out, [own, *ctx.parameters], upstream[part])
+            del out, own
+            if index == 0:  # the sum over slices is in float32 where gradients have 16 bits
+                sums = [g if len(slices) == 1 else g.to(torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+            else:
+                for total, gradient in zip(sums, gradients, strict=True):
+                    total.add_(gradient)
+        call.done()
+        totals = (total.to(p.dtype) for total, p in zip(sums, ctx.parameters, strict=True))
+        return None, below, *totals
+
+
+def _cut(value: Any, part: slice, length: int) -> Any:
+    """Return the rows `part` of every tensor in nested tuples that has `length` rows."""
+    if isinstance(value, Tensor):
+        return value[part] if value.shape[0] == length else value
+    if isinstance(value, tuple):
+        pieces = [_cut(item, part, length) for item in value]
+        return type(value)(*pieces) if hasattr(value, "_fields") else tuple(pieces)
+    return value

@@ -1,0 +1,240 @@
+"""Structured pruning: whole attention heads and feed-forward neurons leave the model. Approximate.
+
+What stays are smaller dense matrices, so parameters, gradients, optimizer state, activations and time all fall.
+
+Shapes: L blocks, D hidden, H heads, d head size, I intermediate.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from leanbert.errors import UserError
+from leanbert.models.config import ResolvedConfig
+from leanbert.models.mlm import MaskedLanguageModel
+
+log = logging.getLogger(__name__)
+
+
+class Importance(NamedTuple):
+    """How much would be lost with each head [L, H] and each neuron [L, I], float32; compared within a block only."""
+
+    heads: Tensor
+    neurons: Tensor
+
+
+class Cut(NamedTuple):
+    """Rows (dimension 0) or columns (dimension 1) of a linear layer that stay, int64 [kept]."""
+
+    layer: nn.Linear
+    dim: int
+    kept: Tensor
+
+
+@torch.no_grad()
+def head_importance(model: MaskedLanguageModel) -> Tensor:
+    """Return the Frobenius norm of each head's value matrix times its part of the output projection, [L, H].
+
+    A bound on what the head can add to the residual stream, whatever it looks at (Elhage et al. 2021, "A mathematical
+    framework for transformer circuits", call the product the OV circuit).
+    """
+    norms = []
+    for block in _blocks(model):
+        heads = block.attention.num_heads
+        value = block.attention.qkv.weight.float().unflatten(0, (3, heads, -1))[2]  # [H, d, D]
+        output = block.attention.output.weight.float().unflatten(1, (heads, -1)).transpose(0, 1)  # [H, D, d]
+        squares = (value @ value.mT) * (output.mT @ output)  # |OV|^2 is the sum: the product [D, D] is never made
+        norms.append(squares.sum((1, 2)).clamp_(min=0.0).sqrt_())
+    return torch.stack(norms)
+
+
+@torch.no_grad()
+def neuron_importance(model: MaskedLanguageModel) -> Tensor:
+    """Return the norm of each neuron's input weights (of both halves if gated) times that of its output, [L, I].
+
+    The input's bias counts as one more weight: with it alone a neuron is a constant, not nothing.
+    """
+    norms = []
+    for block in _blocks(model):
+        layer = block.feed_forward.input
+        rows = layer.weight if layer.bias is None else torch.cat((layer.weight, layer.bias[:, None]), dim=1)
+        inward = rows.float().norm(dim=1).unflatten(0, (_halves(block), -1)).prod(dim=0)  # [I]
+        norms.append(inward * block.feed_forward.output.weight.float().norm(dim=0))
+    return torch.stack(norms)
+
+
+def weight_importance(model: MaskedLanguageModel) -> Importance:
+    """Return `head_importance` and `neuron_importance`, which need no data."""
+    return Importance(head_importance(model), neuron_importance(model))
+
+
+@torch.no_grad()
+def taylor_importance(model: MaskedLanguageModel) -> Importance:
+    """Return the change of the loss, to first order, if a head or neuron were switched off, from `.grad`.
+
+    |sum of weight x gradient| over the output weights that belong to it, which is the derivative by a gate on its
+    output: Michel et al. 2019, arXiv 1905.10650; Molchanov et al. 2019, arXiv 1906.10771. Add it up over steps.
+    Raises `UserError` if there are no gradients.
+    """
+    heads, neurons = [], []
+    for block in _blocks(model):
+        columns = _weight_times_gradient(block.attention.output)  # [H * d]
+        heads.append(columns.unflatten(0, (block.attention.num_heads, -1)).sum(dim=1).abs())
+        neurons.append(_weight_times_gradient(block.feed_forward.output).abs())
+    return Importance(torch.stack(heads), torch.stack(neurons))
+
+
+def _weight_times_gradient(layer: nn.Linear) -> Tensor:
+    if layer.weight.grad is None:
+        raise UserError(
+            "StructuredPruning.importance: taylor needs gradients at the end of a step, but they are freed in the "
+            "backward pass. Choose weight."
+        )
+    return (layer.weight.float() * layer.weight.grad.float()).sum(dim=0)
+
+
+def sizes_kept(config: ResolvedConfig, share_heads: float, share_neurons: float) -> tuple[int, int]:
+    """Return the heads and neurons that stay in each block when these shares leave; at least one of each.
+
+    Raises `UserError` if the shares are too small to remove anything.
+    """
+    heads = max(1, config.num_heads - round(share_heads * config.num_heads))
+    neurons = max(1, config.intermediate_size - round(share_neurons * config.intermediate_size))
+    if (heads, neurons) == (config.num_heads, config.intermediate_size):
+        raise UserError(
+            f"StructuredPruning.heads: {share_heads} of {heads} heads and {share_neurons} of {neurons} neurons is less "
+            "than one. Give larger shares."
+        )
+    return heads, neurons
+
+
+def apply_at_build(model: MaskedLanguageModel, share_heads: float, share_neurons: float) -> ResolvedConfig:
+    """Remove these shares of heads and neurons, the least important by their weights, from a model without optimizer.
+
+    Call it after the weights were loaded and before blocks are compiled. Returns the new configuration, which the
+    model has too. Raises `UserError` if nothing would be removed.
+    """
+    return prune_structured(model, *sizes_kept(model.config, share_heads, share_neurons))
+
+
+@torch.no_grad()
+def prune_structured(
+    model: MaskedLanguageModel,
+    heads_kept: int,
+    neurons_kept: int,
+    importance: Importance | None = None,
+    optimizer: Optimizer | None = None,
+) -> ResolvedConfig:
+    """Shrink every block to its `heads_kept` heads and `neurons_kept` neurons of highest importance, in place.
+
+    Parameters stay the same objects with smaller tensors, so that optimizers and hooks keep them. Call it between
+    two steps. Nothing is read back from a tensor: it also shrinks a model on the meta device, or one whose weights
+    are loaded afterwards.
+
+    Args:
+        model: The model; its `config` is replaced.
+        heads_kept: Heads of each block afterwards.
+        neurons_kept: Feed-forward neurons of each block afterwards.
+        importance: What decides who stays; None: `weight_importance`.
+        optimizer: Its state is cut along. State that does not line up with its parameter (quantized) starts afresh,
+            which is logged as a warning.
+
+    Returns:
+        The new configuration.
+
+    Raises:
+        UserError: The model has fewer heads or neurons than are to stay, or none are.
+
+    """
+    config: Any = model.config
+    for setting, kept, size in (
+        ("heads_kept", heads_kept, config.num_heads),
+        ("neurons_kept", neurons_kept, config.intermediate_size),
+    ):
+        if not 1 <= kept <= size:
+            raise UserError(f"{setting}: {kept} of {size} cannot stay. Give 1 to {size}.")
+    scores = importance or weight_importance(model)
+    afresh = 0
+    for block, heads, neurons in zip(_blocks(model), scores.heads, scores.neurons, strict=True):
+        for cut in _cuts(block, config.head_size, _highest(heads, heads_kept), _highest(neurons, neurons_kept)):
+            afresh += _apply(cut, optimizer)
+        block.attention.num_heads = heads_kept
+    if afresh:
+        log.warning("The optimizer's state of %d pruned parameters is quantized: it starts afresh", afresh)
+    model.config = model.encoder.config = replace(config, num_heads=heads_kept, intermediate_size=neurons_kept)
+    return model.config
+
+
+def _blocks(model: MaskedLanguageModel) -> list[Any]:
+    return list(model.encoder.blocks)
+
+
+def _halves(block: Any) -> int:
+    return 2 if block.feed_forward.gated else 1
+
+
+def _highest(scores: Tensor, kept: int) -> Tensor:
+    """Return the places of the highest scores in ascending order; of equal ones the first."""
+    return scores.argsort(descending=True, stable=True)[:kept].sort().values
+
+
+def _cuts(block: Any, head_size: int, heads: Tensor, neurons: Tensor) -> Iterator[Cut]:
+    """Yield what stays of a block's layers for the `heads` and `neurons` that stay; nothing where all do."""
+    attention, feed_forward = block.attention, block.feed_forward
+    if len(heads) < attention.num_heads:
+        columns = _spread(heads * head_size, torch.arange(head_size, device=heads.device))
+        stacked = torch.arange(3, device=heads.device) * attention.output.in_features  # starts of q, k and v
+        yield Cut(attention.qkv, 0, _spread(stacked, columns))
+        yield Cut(attention.output, 1, columns)
+    size = feed_forward.output.in_features
+    if len(neurons) < size:
+        stacked = torch.arange(_halves(block), device=neurons.device) * size
+        yield Cut(feed_forward.input, 0, _spread(stacked, neurons))
+        yield Cut(feed_forward.output, 1, neurons)
+
+
+def _spread(starts: Tensor, places: Tensor) -> Tensor:
+    return (starts[:, None] + places).flatten()
+
+
+def _apply(cut: Cut, optimizer: Optimizer | None) -> int:
+    """Cut a layer's weight, and its bias with rows; return how many parameters lost the optimizer's state."""
+    layer, dim, kept = cut
+    if dim == 0:
+        layer.out_features = len(kept)
+    else:
+        layer.in_features = len(kept)
+    afresh = 0
+    for parameter in (layer.weight, layer.bias if dim == 0 else None):
+        if parameter is None:
+            continue
+        if optimizer is not None and parameter in optimizer.state:
+            afresh += not _cut_state(optimizer.state[parameter], parameter.shape, dim, kept)
+        parameter.grad = None
+        parameter.data = parameter.index_select(dim, kept.to(parameter.device))
+    return afresh
+
+
+def _cut_state(state: dict[str, Any], shape: torch.Size, dim: int, kept: Tensor) -> bool:
+    """Cut one parameter's state, in place, as inner optimizers share it; clear it and return False if it cannot be."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.numel() > 1}
+    if not all(_lines_up(value, shape) for value in tensors.values()):
+        state.clear()
+        return False
+    for name, value in tensors.items():
+        if value.shape[dim] == shape[dim]:  # else one number for all of them, as in Adafactor's factors
+            state[name] = value.index_select(dim, kept.to(value.device))
+    return True
+
+
+def _lines_up(value: Tensor, shape: torch.Size) -> bool:
+    """Whether a state tensor has a number per weight, row or column; packed codes and their scales do not."""
+    plain = type(value) is Tensor and value.is_floating_point() and value.ndim == len(shape)
+    return plain and all(size in (1, whole) for size, whole in zip(value.shape, shape, strict=True))

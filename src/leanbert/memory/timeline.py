@@ -1,0 +1,158 @@
+"""What a trace of live bytes says: peaks by phase and category, bytes over time, what each layer keeps.
+
+Letters: E events, C categories.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+CATEGORIES = ("parameters", "optimizer", "gradients", "activations", "other")
+"""From those that stay longest to those that come and go: the order in which figures stack them."""
+
+PHASES = ("forward", "backward", "optimizer", "validation")
+
+
+@dataclass(eq=False)
+class Storage:
+    """The memory behind one tensor and its views.
+
+    `module` is the name of the module whose forward made it, or of the parameter it belongs to; `phase` is that in
+    which it was made, empty if it was there before; `shape` and `dtype` are those of the tensor it was first seen with.
+    """
+
+    category: str
+    module: str
+    phase: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    size_bytes: int
+
+
+class Event(NamedTuple):
+    """At operation number `operation`, in `phase`, `storage` grew by `delta_bytes`; None: a phase begins."""
+
+    operation: int
+    phase: str
+    storage: Storage | None
+    delta_bytes: int
+
+
+class Timeline:
+    """Live bytes by category after each event of a trace.
+
+    Args:
+        start: What was live before the first event.
+        events: All that followed, in order; the first begins a phase.
+
+    Attributes:
+        operations: Number of the operation of each event, int64 [E].
+        phases: Phase of each event, [E].
+        live: Bytes by category after each event, in the order of `CATEGORIES`, int64 [E, C].
+
+    """
+
+    def __init__(self, start: Iterable[Event], events: Sequence[Event]) -> None:
+        column = {category: index for index, category in enumerate(CATEGORIES)}
+        self.events = list(events)
+        self.operations = np.array([event.operation for event in events], dtype=np.int64)
+        self.phases = [event.phase for event in events]
+        self.live: npt.NDArray[np.int64] = np.zeros((len(events), len(CATEGORIES)), dtype=np.int64)
+        for row, event in [*((0, event) for event in start), *enumerate(events)]:
+            if event.storage is not None:
+                self.live[row, column[event.storage.category]] += event.delta_bytes
+        self.live = self.live.cumsum(axis=0)
+
+    @property
+    def totals(self) -> npt.NDArray[np.int64]:
+        """Live bytes after each event, int64 [E]."""
+        return self.live.sum(axis=1)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest number of live bytes."""
+        return int(self.totals.max())
+
+    @property
+    def by_category(self) -> dict[str, int]:
+        """Bytes by category at the peak; their sum is `peak_bytes`."""
+        return self._categories(int(self.totals.argmax()))
+
+    @property
+    def by_phase(self) -> dict[str, int]:
+        """The peak of each phase that occurred."""
+        return {name: sum(categories.values()) for name, categories in self.categories_by_phase.items()}
+
+    @property
+    def categories_by_phase(self) -> dict[str, dict[str, int]]:
+        """Bytes by category at the peak of each phase that occurred."""
+        phases, totals, found = np.array(self.phases), self.totals, {}
+        for name in PHASES:
+            if name in self.phases:
+                found[name] = self._categories(int(np.where(phases == name, totals, -1).argmax()))
+        return found
+
+    def _categories(self, row: int) -> dict[str, int]:
+        return dict(zip(CATEGORIES, self.live[row].tolist(), strict=True))
+
+    @property
+    def spans(self) -> list[tuple[str, int, int]]:
+        """(phase, first operation, last operation) of each stretch of one phase, in order."""
+        spans: list[tuple[str, int, int]] = []
+        for name, operation in zip(self.phases, self.operations.tolist(), strict=True):
+            if spans and spans[-1][0] == name:
+                spans[-1] = (name, spans[-1][1], operation)
+            else:
+                spans.append((name, operation, operation))
+        return spans
+
+    @property
+    def saved(self) -> list[Storage]:
+        """The activations that the forward pass left for the (first) backward pass."""
+        kept: dict[int, Storage] = {}
+        for event in self.events:
+            if event.phase == "backward":
+                break
+            if event.storage is not None and event.storage.category == "activations":
+                kept[id(event.storage)] = event.storage
+                if event.delta_bytes < 0:
+                    del kept[id(event.storage)]
+        return list(kept.values())
+
+
+def layer_of(module: str) -> tuple[str, str]:
+    """Split a module's name into layer and part: `encoder.blocks.3.attention.qkv` is of block 3, its attention."""
+    numbered = re.match(r"(.*?\.\d+)(?:\.([^.]+))?(?:\.|$)", module)
+    if numbered:
+        return numbered[1], numbered[2] or "itself"
+    names = module.split(".") if module else ["outside the model"]
+    depth = 2 if names[0] in ("encoder", "decoder") else 1
+    return ".".join(names[:depth]), names[depth] if len(names) > depth else "itself"
+
+
+def layer_table(saved: Iterable[Storage]) -> str:
+    """Return a Markdown table of the activations that each layer keeps for the backward pass."""
+    layers: dict[str, Counter[str]] = {}
+    for storage in saved:
+        layer, part = layer_of(storage.module)
+        layers.setdefault(layer, Counter())[part] += storage.size_bytes
+    total = sum(sum(parts.values()) for parts in layers.values())
+    lines = ["| layer | MiB | share | parts (MiB) |", "| --- | ---: | ---: | --- |"]
+    for layer, parts in layers.items():
+        size = sum(parts.values())
+        detail = ", ".join(f"{part} {_mib(count)}" for part, count in parts.most_common())
+        lines.append(f"| {layer} | {_mib(size)} | {size / total:.1%} | {detail} |")
+    lines.append(f"| **total** | **{_mib(total)}** | | |")
+    return "\n".join(lines)
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:.2f}"

@@ -1,0 +1,97 @@
+import pytest
+import torch
+
+from leanbert.memory.checkpointing import run_block
+from leanbert.memory.layer_major import run_in_slices
+from tests.memory.test_checkpointing import block_flops, flops, gradients, saved_bytes
+from tests.tiny import tiny_model, unequal_batch
+
+
+def slice_blocks(model, rows):
+    for block in model.encoder.blocks:
+        block.slice_rows = rows
+
+
+@pytest.mark.parametrize("preset", ["bert", "modern"])
+@pytest.mark.parametrize("rows", [1, 3, 8, 20])
+def test_gradients_are_those_of_the_whole_batch(preset, rows):
+    model, batch = tiny_model(preset=preset), unequal_batch()
+    expected = gradients(model, batch)
+    slice_blocks(model, rows)
+    for name, value in gradients(model, batch).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-12)
+
+
+def test_local_attention_and_one_document_a_row():
+    model = tiny_model(local_window=4, global_every=2)
+    batch = unequal_batch()
+    batch.document_ids = None
+    expected = gradients(model, batch)
+    slice_blocks(model, 3)
+    for name, value in gradients(model, batch).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-12)
+
+
+def test_dropout_of_forward_and_backward_pass_agree():
+    """With dropout in the second pass other than in the first, this derivative would be wrong."""
+    model, batch = tiny_model(preset="bert", dropout=0.3, attention_dropout=0.3), unequal_batch()
+    slice_blocks(model, 2)
+    weight = model.encoder.blocks[1].feed_forward.output.weight
+
+    def loss():
+        torch.manual_seed(4)
+        return model.loss_sum(
+            batch.input_ids, batch.target_index, batch.targets, position_ids=batch.position_ids,
+            document_ids=batch.document_ids,
+        )  # fmt: skip
+
+    loss().backward()
+    slope, step = weight.grad[3, 5].item(), 1e-6
+    with torch.no_grad():
+        weight[3, 5] += step
+    above = loss().item()
+    with torch.no_grad():
+        weight[3, 5] -= 2 * step
+    assert (above - loss().item()) / (2 * step) == pytest.approx(slope, rel=1e-4)
+
+
+def test_slices_and_blocks_draw_different_dropout():
+    model, batch = tiny_model(preset="bert", dropout=0.5), unequal_batch()
+    slice_blocks(model, 2)
+    same = torch.ones(8, 16, 32, dtype=torch.float64, requires_grad=True)
+    context = model.encoder._context(False, batch.position_ids, None, same)
+    first, second = model.encoder.blocks
+    second.load_state_dict(first.state_dict())
+    torch.manual_seed(0)
+    out = run_block(first, same, context)
+    assert not torch.equal(out[:2], out[2:4])
+    assert not torch.equal(out, run_block(second, same, context))
+    torch.manual_seed(0)
+    assert torch.equal(out, run_block(first, same, context))
+
+
+def test_costs_one_more_forward_pass_of_all_blocks_and_keeps_their_inputs():
+    model, batch = tiny_model(preset="bert"), unequal_batch()
+    plain, block = flops(model, batch), block_flops(model, batch)
+    slice_blocks(model, 2)
+    assert flops(model, batch) - plain == 2 * block
+    deeper = tiny_model(preset="bert", num_layers=3)
+    slice_blocks(deeper, 2)
+    assert saved_bytes(deeper, batch) - saved_bytes(model, batch) == batch.input_ids.numel() * 32 * 8
+
+
+def test_gradients_of_many_slices_are_summed_in_float32():
+    """In bfloat16 a sum of 1,024 ones stops at 256: one more is half a step of the grid there."""
+
+    class Scale(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+
+        def forward(self, hidden, context):
+            return hidden * self.weight
+
+    block = Scale()
+    hidden = torch.ones(1024, 1, 1, dtype=torch.bfloat16, requires_grad=True)
+    run_in_slices(block, hidden, None, 1).sum().backward()
+    assert block.weight.grad.item() == 1024
