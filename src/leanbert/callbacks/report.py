@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 
 from leanbert.callbacks.checkpoint import RunCheckpoint
 from leanbert.callbacks.interrupt import Interrupted
+from leanbert.callbacks.memory_monitor import MemoryMonitor
 from leanbert.callbacks.monitor import StepMonitor
 from leanbert.callbacks.progress import say
 from leanbert.memory.measure import device_bytes, peak_rss_bytes
@@ -108,7 +109,11 @@ class RunSummary(Callback):
 
 
 def run_summary(trainer: Trainer, module: Any, status: str) -> dict[str, Any]:
-    """Return the contents of `summary.json`; sizes are in bytes, `peak_bytes` only where the device counts them."""
+    """Return the contents of `summary.json`; sizes are in bytes.
+
+    `peak_bytes` is there where the device counts live tensors or a MemoryMonitor has sampled a step, `by_phase` and
+    `by_category` where it has.
+    """
     callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
     monitor = next(callback for callback in callbacks if isinstance(callback, StepMonitor))
     checkpoint = next(callback for callback in callbacks if isinstance(callback, RunCheckpoint))
@@ -122,12 +127,15 @@ def run_summary(trainer: Trainer, module: Any, status: str) -> dict[str, Any]:
         "seconds": monitor.seconds,
         "tokens_per_second": monitor.tokens_per_second,
         "parameters": module.model.num_parameters,
-        "micro_batch_sequences": module.micro_batch or batch_size // trainer.world_size,
+        "micro_batch_sequences": module.micro_batch or module.techniques.slice_rows or batch_size // trainer.world_size,
         "effective_batch_sequences": batch_size,
         "peak_rss_bytes": peak_rss_bytes(),
         "checkpoint": checkpoint.last_path,
     }
-    peak = device_bytes(module.device).get("peak")
+    for callback in callbacks:
+        if isinstance(callback, MemoryMonitor):
+            summary.update(callback.summary())
+    peak = device_bytes(module.device).get("peak")  # counts every step, not the sampled ones only
     return summary if peak is None else {**summary, "peak_bytes": peak}
 
 

@@ -1,0 +1,99 @@
+"""Less stored activation: checkpointing, offload, layer-major execution, chunked head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+
+from leanbert.errors import UserError
+
+
+class ActivationCheckpointing(Callback):
+    """Compute activations of blocks again in the backward pass instead of keeping them (exact).
+
+    Args:
+        keep: `input`: only what goes into the block, for about a third more compute; `products`: also the outputs
+            of matrix products and of attention, so that only cheap operations run twice.
+        every: Checkpoint every n-th block, from the first.
+
+    """
+
+    def __init__(self, keep: Literal["input", "products"] = "input", every: int = 1) -> None:
+        self.keep, self.every = keep, _positive("ActivationCheckpointing.every", every)
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Register."""
+        if stage == "fit":
+            pl_module.techniques.keep, pl_module.techniques.keep_every = self.keep, self.every
+
+
+class ActivationOffload(Callback):
+    """Let activations wait for the backward pass elsewhere than on the device (exact; costs their transfer).
+
+    Args:
+        to: `disk`: in an unnamed file; `host`: in page-locked memory of an accelerator's host.
+        folder: Folder of that file. Default: trainer.default_root_dir.
+
+    """
+
+    def __init__(self, to: Literal["disk", "host"] = "disk", folder: str | None = None) -> None:
+        self.to, self.folder = to, folder
+        if folder is not None and to == "host":
+            raise UserError("ActivationOffload.folder: has no effect with to=host. Leave it out.")
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Register; the folder is made."""
+        if stage != "fit":
+            return
+        if self.to == "host":
+            pl_module.techniques.storage = "host"
+            return
+        folder = Path(self.folder or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        pl_module.techniques.storage = folder
+
+
+class LayerMajor(Callback):
+    """Run each block over all slices of the batch before the next block (exact; computes each block once more).
+
+    Keeps the inputs of blocks only, like checkpointing, but gradients are whole block by block: with
+    OptimizerInBackward they are freed at once, whatever the number of slices.
+
+    Args:
+        micro_batch: Sequences that go through a block at a time, on each device.
+
+    """
+
+    def __init__(self, micro_batch: int = 4) -> None:
+        self.micro_batch = _positive("LayerMajor.micro_batch", micro_batch)
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Register."""
+        if stage == "fit":
+            pl_module.techniques.slice_rows = self.micro_batch
+
+
+class ChunkedHead(Callback):
+    """Make the vocabulary's logits for some targets at a time (exact).
+
+    Args:
+        targets: Targets whose logits exist at the same time.
+
+    """
+
+    def __init__(self, targets: int = 256) -> None:
+        self.targets = _positive("ChunkedHead.targets", targets)
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Register."""
+        if stage == "fit":
+            pl_module.techniques.head_chunk = self.targets
+
+
+def _positive(setting: str, value: int) -> int:
+    if value < 1:
+        raise UserError(f"{setting}: {value} is not positive. Give 1 or more.")
+    return value

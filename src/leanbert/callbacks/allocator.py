@@ -1,0 +1,19 @@
+"""Freed memory goes back to the system."""
+
+from __future__ import annotations
+
+from lightning.pytorch.callbacks import Callback
+
+from leanbert.errors import UserError
+from leanbert.memory.allocator import return_freed_pages
+
+
+class ReturnFreedPages(Callback):
+    """Hand freed memory back to the system at once, so that resident memory follows live tensors (exact).
+
+    On CPU, with glibc. Without it LeanBERT keeps freed memory for the next step, which is faster.
+    """
+
+    def __init__(self) -> None:
+        if not return_freed_pages():
+            raise UserError("ReturnFreedPages: needs glibc on Linux. Leave it out.")
