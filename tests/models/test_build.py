@@ -23,6 +23,16 @@ def test_parameters_of_bert_base_are_the_published_number():
     assert model.num_parameters == 109_514_298
 
 
+@pytest.mark.parametrize("preset", ["bert", "modern"])
+def test_fewer_heads_have_fewer_parameters(preset):
+    config = EncoderConfig(**SIZES | {"num_heads": 3}, preset=preset, head_size=8)
+    model = build_model(config, 99)
+    full = build_model(EncoderConfig(**SIZES, preset=preset), 99)
+    head = 8 * (4 * 32 + (3 if preset == "bert" else 0))  # rows of q, k, v (and their biases), output columns
+    assert full.num_parameters - model.num_parameters == 2 * head
+    assert model(torch.randint(99, (2, 8))).shape == (2, 8, 99)
+
+
 def test_parameters_of_the_modern_mini():
     # Per block: 3 d^2 + d^2 + 3 d i and two norms (one in block 0); embedding and final norm; head d^2, norm, bias.
     model = build_model(EncoderConfig(), 8_200)
@@ -39,14 +49,34 @@ def test_modern_blocks_begin_as_the_identity():
     assert model.encoder.embeddings.token.weight[:99].std().item() == pytest.approx(0.02, rel=0.05)
 
 
-def test_bert_draws_all_weights_with_the_same_spread():
+def test_bert_draws_all_weights_but_positions_with_the_same_spread():
     model = build_model(EncoderConfig(**SIZES, preset="bert"), 990)
+    size = model.config.head_size
     for name, parameter in model.named_parameters():
         if name.endswith("weight") and "norm" not in name and parameter.numel() >= 1000:
             drawn = parameter[:990] if "token" in name else parameter
+            if "embeddings.token" in name or "embeddings.position" in name:
+                drawn = drawn[:, size:]  # the first dimensions are for positions
+            if name.endswith("blocks.0.attention.qkv.weight"):
+                drawn = drawn[2 * drawn.shape[0] // 3 :]  # values
             assert drawn.std().item() == pytest.approx(0.02, rel=0.1), name
         elif "norm" in name:
             assert parameter.unique().tolist() == [1.0 if name.endswith("weight") else 0.0]
+
+
+@pytest.mark.parametrize("length", [16, 512])
+def test_first_heads_of_bert_begin_by_looking_at_neighbours(length):
+    torch.manual_seed(0)
+    model = build_model(EncoderConfig(preset="bert", num_layers=1), 500).eval()
+    hidden = model.encoder.embeddings(torch.randint(500, (1, length)), torch.arange(length)[None], None)
+    attention = model.encoder.blocks[0].attention
+    query, key, _ = attention.qkv(hidden).view(length, 3, 4, 64).permute(1, 2, 0, 3)  # [4, S, d] each
+    probability = (query @ key.mT / 8).softmax(-1)
+    for head, offset in enumerate((-1, 1, -2, 2)):
+        assert probability[head].diagonal(offset).min() > 0.9
+    with torch.no_grad():
+        for block in build_model(EncoderConfig(preset="bert", position="rotary"), 500).encoder.blocks:
+            assert block.attention.qkv.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 def test_seed_decides_the_weights():
@@ -105,12 +135,3 @@ def test_missing_and_unexpected_weights_are_named():
         load_weights(model, lost, "x")
     with pytest.raises(UserError, match=r"^x: the weights have unexpected pooler"):
         load_weights(model, state | {"pooler": torch.ones(1)}, "x")
-
-
-def test_compiled_blocks_give_the_same_logits():
-    torch.manual_seed(0)
-    plain = build_model(EncoderConfig(**SIZES), 99).eval()
-    compiled = build_model(EncoderConfig(**SIZES), 99, compile_blocks=True).eval()
-    compiled.load_state_dict(plain.state_dict())
-    assert all(block._compiled_call_impl is not None for block in compiled.encoder.blocks)
-    assert list(compiled.state_dict()) == list(plain.state_dict())

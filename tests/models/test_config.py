@@ -25,6 +25,18 @@ def test_settings_survive_a_dictionary():
     assert EncoderConfig(**asdict(config)).resolved() == config
 
 
+def test_heads_need_not_fill_the_hidden_size_where_their_width_is_set():
+    assert EncoderConfig(hidden_size=768, num_heads=12).resolved().head_size == 64
+    config = EncoderConfig(hidden_size=768, num_heads=5, head_size=64).resolved()
+    assert (config.num_heads, config.head_size) == (5, 64)
+
+
+def test_settings_stored_before_head_size_existed_still_load():
+    stored = asdict(EncoderConfig(hidden_size=48, num_heads=3).resolved())
+    del stored["head_size"]
+    assert EncoderConfig(**stored).resolved().head_size == 16
+
+
 def test_local_layers_lie_between_global_ones():
     config = EncoderConfig(num_layers=5, local_window=8, global_every=2).resolved()
     assert [config.is_local(layer) for layer in range(5)] == [False, True, False, True, False]
@@ -38,6 +50,10 @@ def test_local_layers_lie_between_global_ones():
         ("num_heads", {"hidden_size": 12, "num_heads": 4}),
         ("hidden_size", {"hidden_size": 5, "num_heads": 1, "position": "sinusoidal"}),
         ("num_layers", {"num_layers": 0}),
+        ("num_heads", {"num_heads": 0}),
+        ("head_size", {"head_size": 0}),
+        ("head_size", {"hidden_size": 16, "head_size": 18}),
+        ("num_heads", {"num_heads": 4, "head_size": 7}),
         ("preset", {"preset": "gpt"}),
         ("position", {"position": "alibi"}),
         ("activation", {"activation": "relu"}),

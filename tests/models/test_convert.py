@@ -108,6 +108,18 @@ def test_our_own_models_leave_with_equal_logits(tmp_path, settings):
     assert theirs.config.pad_token_id == 0
 
 
+@pytest.mark.parametrize(("preset", "bias"), [("bert", True), ("modern", True), ("modern", False)])
+def test_missing_heads_leave_as_zeros_with_equal_logits(tmp_path, preset, bias):
+    config = EncoderConfig(**OURS | {"num_heads": 3}, preset=preset, head_size=8, bias=bias)
+    ours = randomise(build_model(config, 99))
+    theirs = exported(ours, tmp_path)
+    assert theirs.config.num_attention_heads == 4
+    assert difference(ours, theirs, segments=preset == "bert") <= 1e-5
+    back = build_model(EncoderConfig(), 99, init_from=tmp_path).eval()
+    assert (back.config.num_heads, back.config.head_size) == (4, 8)
+    assert difference(back, theirs, segments=preset == "bert") <= 1e-5
+
+
 def test_bfloat16_weights_stay_bfloat16(tmp_path):
     theirs = exported(randomise(build_model(EncoderConfig(**OURS), 99)).bfloat16(), tmp_path)
     assert {parameter.dtype for parameter in theirs.parameters()} == {torch.bfloat16}
@@ -170,10 +182,12 @@ def test_settings_come_back_from_an_export(tmp_path):
         ("bias", {"preset": "bert", "bias": False}),
         ("local_window", {"preset": "bert", "local_window": 8}),
         ("type_vocab_size", {"preset": "bert", "type_vocab_size": 0}),
+        ("num_heads", {"num_heads": 5, "head_size": 8}),
+        ("head_size", {"num_heads": 2, "head_size": 12}),
     ],
 )
 def test_what_no_class_expresses_is_refused(tmp_path, setting, values):
-    model = build_model(EncoderConfig(**OURS, **values), 99)
+    model = build_model(EncoderConfig(**OURS | values), 99)
     with pytest.raises(UserError, match=rf"^model\.encoder\.{setting}: [^\n]* to export$"):
         write_huggingface(model, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -1,9 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanbert.models import loss
-from leanbert.models.loss import cross_entropy_sum
+from leanbert.models.loss import cross_entropy_sum, linear_cross_entropy_sum
 
 
 def reference(logits, targets):
@@ -57,3 +58,52 @@ def test_float64_gradients_pass_gradcheck():
     (gradient,) = torch.autograd.grad(value, logits)
     expected = logits.softmax(-1) - F.one_hot(torch.tensor([1, 0, 3]), 4)
     assert torch.allclose(gradient[[0, 2]], expected[[0, 2]], atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 21, 50])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_chunked_head_equals_the_whole_logits(chunk, autocast):
+    generator = torch.Generator().manual_seed(0)
+    shapes, dtype = ((21, 16), (64, 16), (64,)), torch.float32 if autocast else torch.float64
+    inputs = [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+    targets = torch.randint(0, 50, (21,), generator=generator)
+    targets[[3, 20]] = -100
+    hidden, weight, bias = inputs
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        whole = cross_entropy_sum(F.linear(hidden, weight, bias)[:, :50], targets)
+        chunked = linear_cross_entropy_sum(hidden, weight, bias, targets, vocab_size=50, chunk=chunk)
+    near = 0.02 if autocast else 1e-9
+    assert chunked.item() == pytest.approx(whole.item(), rel=near)
+    expected = torch.autograd.grad(whole / 19, inputs)
+    for gradient, wanted in zip(torch.autograd.grad(chunked / 19, inputs), expected, strict=True):
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(gradient, wanted, rtol=near, atol=near * float(wanted.abs().max()))
+    assert torch.autograd.grad(linear_loss(inputs, targets), weight)[0][50:].abs().max() == 0
+
+
+def linear_loss(inputs, targets):
+    return linear_cross_entropy_sum(*inputs, targets, vocab_size=50, chunk=4)
+
+
+def test_chunked_head_never_has_all_logits():
+    """The largest tensor is [chunk, V], forward and backward."""
+
+    class Largest(TorchDispatchMode):
+        rows = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.shape[-1:] == (64,) and out.ndim == 2:
+                self.rows = max(self.rows, out.shape[0])
+            return out
+
+    inputs = [torch.randn(shape, requires_grad=True) for shape in ((40, 3), (64, 3), (64,))]
+    with Largest() as largest:
+        linear_loss(inputs, torch.arange(40)).backward()
+    assert largest.rows == 4
+
+
+def test_chunked_head_without_gradients():
+    inputs = [torch.randn(shape) for shape in ((6, 16), (64, 16), (64,))]
+    whole = cross_entropy_sum(F.linear(*inputs)[:, :50], torch.arange(6))
+    assert linear_loss(inputs, torch.arange(6)).item() == pytest.approx(whole.item(), rel=1e-5)

@@ -1,6 +1,6 @@
 """Self-attention: fused projections, rotary positions, documents that do not see each other.
 
-Shapes: B batch, S sequence, D hidden, H heads, d head size (D = H * d).
+Shapes: B batch, S sequence, D hidden, H heads, d head size (H * d = D, unless heads were removed).
 """
 
 from __future__ import annotations
@@ -111,12 +111,13 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.dropout = config.attention_dropout
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.bias)
-        self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        inner = config.num_heads * config.head_size
+        self.qkv = nn.Linear(config.hidden_size, 3 * inner, bias=config.bias)
+        self.output = nn.Linear(inner, config.hidden_size, bias=config.bias)
 
     def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
         """Attend inside what `context.mask` allows."""
-        rows, length, width = hidden.shape
+        rows, length, _ = hidden.shape
         fused = self.qkv(hidden).view(rows, length, 3, self.num_heads, -1)  # [B, S, 3, H, d]
         query_key, value = fused.split((2, 1), dim=2)
         if context.angles is not None:
@@ -124,4 +125,4 @@ class SelfAttention(nn.Module):
         query, key = query_key.transpose(1, 3).unbind(2)  # [B, H, S, d] each
         rate = self.dropout if self.training else 0.0
         mixed = attend(query, key, value.squeeze(2).transpose(1, 2), context.mask, rate)
-        return self.output(mixed.transpose(1, 2).reshape(rows, length, width))
+        return self.output(mixed.transpose(1, 2).reshape(rows, length, -1))  # from [B, S, H * d]

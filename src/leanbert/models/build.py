@@ -1,7 +1,8 @@
-"""One function that makes a masked language model ready to train, in an order that does not change."""
+"""One function that makes a masked language model with its initial weights."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,13 @@ from leanbert.models.encoder import FeedForward
 from leanbert.models.mlm import MaskedLanguageModel
 from leanbert.models.weights import StateDict, read_checkpoint
 
+OFFSETS = (-1, 1, -2, 2)
+"""Neighbours at which the first heads of a model with learned positions look at first."""
+POSITION_RMS = 0.1
+"""Size of their positions at first: five times that of tokens, which grow."""
+NEIGHBOUR_GAIN = 0.8
+"""Size of their query and key weights: enough for most of the attention to fall on the neighbour."""
+
 
 def build_model(
     config: EncoderConfig,
@@ -26,13 +34,12 @@ def build_model(
     *,
     init_from: str | Path | None = None,
     unigram_counts: np.ndarray | None = None,
-    compile_blocks: bool = False,
 ) -> MaskedLanguageModel:
-    """Build, load or initialise, and compile, always in this order; in torch's default dtype and device.
+    """Build, then load or initialise; in torch's default dtype and device.
 
     `init_from` is a Hugging Face folder or a LeanBERT checkpoint: its architecture and weights replace those
     of `config`, of which only `dropout` and `attention_dropout`, where set, count. `unigram_counts` (integers
-    [V]) sets the head's bias of a new model to the log frequencies. `compile_blocks` compiles each block.
+    [V]) sets the head's bias of a new model to the log frequencies.
     Raises `UserError` for settings or weights that do not fit, or if the weights are for another vocabulary.
     """
     if init_from is None:
@@ -43,9 +50,6 @@ def build_model(
             set_unigram_bias(model, unigram_counts)
     else:
         model = _load(config, vocab_size, Path(init_from))
-    if compile_blocks:
-        for block in model.encoder.blocks:
-            block.compile()
     return model
 
 
@@ -66,6 +70,40 @@ def initialise(model: MaskedLanguageModel) -> None:
         for module in model.modules():
             if isinstance(module, SelfAttention | FeedForward):
                 module.output.weight.zero_()
+    if model.config.position == "learned":
+        look_at_neighbours(model)
+
+
+@torch.no_grad()
+def look_at_neighbours(model: MaskedLanguageModel) -> None:
+    """Let heads of the first block begin by looking at the token before, after, two before and two after.
+
+    With a learned table nothing says at first what is next to what, and training stays at the loss of word counts
+    for thousands of steps until such heads have formed (Clark et al. 2019, arXiv 1906.04341, find them in trained
+    BERTs). Here positions begin as sines and cosines in the first `head_size` dimensions, which tokens leave free, and
+    queries and keys as that part of the input, the query turned by the offset: Trockman and Kolter 2023,
+    arXiv 2305.09828, likewise begin attention as trained models have it. All of it is trained like any weight.
+    """
+    embeddings, size = model.encoder.embeddings, model.config.head_size
+    if embeddings.position is None or size < 2:
+        return
+    pairs = size // 2
+    # the power leaves no distance at which all waves agree again, as equal steps would
+    frequency = math.pi * ((torch.arange(pairs) + 0.5) / pairs) ** 1.5  # [pairs], radians per position
+    angle = torch.arange(model.config.max_positions)[:, None] * frequency  # [positions, pairs]
+    embeddings.position.weight[:, : 2 * pairs] = torch.cat((angle.cos(), angle.sin()), 1) * (POSITION_RMS * 2**0.5)
+    embeddings.token.weight[:, : 2 * pairs] = 0.0
+    attention: Any = model.encoder.blocks[0].attention
+    projections = attention.qkv.weight.view(3, attention.num_heads, size, -1)
+    query, key = projections[0, : len(OFFSETS)], projections[1, : len(OFFSETS)]  # [heads, d, D]
+    projections[:2, : len(OFFSETS)] = 0.0
+    cosine, sine = torch.arange(pairs), torch.arange(pairs) + pairs
+    for offset, head_query, head_key in zip(OFFSETS, query, key, strict=False):
+        turn = frequency * offset
+        head_key[cosine, cosine] = head_key[sine, sine] = NEIGHBOUR_GAIN
+        head_query[cosine, cosine] = head_query[sine, sine] = NEIGHBOUR_GAIN * turn.cos()
+        head_query[sine, cosine] = NEIGHBOUR_GAIN * turn.sin()
+        head_query[cosine, sine] = -NEIGHBOUR_GAIN * turn.sin()
 
 
 @torch.no_grad()

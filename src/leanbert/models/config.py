@@ -62,7 +62,9 @@ class EncoderConfig:
     hidden_size: int = 256
     """Width of the residual stream."""
     num_heads: int = 4
-    """Attention heads per block; divides hidden_size."""
+    """Attention heads per block; divides hidden_size, unless head_size is set."""
+    head_size: int | None = None
+    """Width of a head; by default hidden_size / num_heads. Set, it allows any number of heads (as after pruning)."""
     intermediate_size: int | None = None
     """Width inside the feed-forward; by default 4 x hidden_size, or 8/3 x hidden_size where it is gated."""
     max_positions: int = 512
@@ -107,6 +109,8 @@ class EncoderConfig:
                 values[name] = value
         if values["intermediate_size"] is None:
             values["intermediate_size"] = _default_intermediate(self.hidden_size, values["activation"])
+        if values["head_size"] is None:
+            values["head_size"] = _default_head_size(self.hidden_size, self.num_heads)
         config = ResolvedConfig(**values)
         _check(config)
         return config
@@ -116,6 +120,7 @@ class EncoderConfig:
 class ResolvedConfig(EncoderConfig):
     """An `EncoderConfig` without open choices; what the modules are built from."""
 
+    head_size: int = field(kw_only=True)
     intermediate_size: int = field(kw_only=True)
     type_vocab_size: int = field(kw_only=True)
     position: Position = field(kw_only=True)
@@ -129,11 +134,6 @@ class ResolvedConfig(EncoderConfig):
     local_window: int = field(kw_only=True)
     global_every: int = field(kw_only=True)
     local_rotary_theta: float = field(kw_only=True)
-
-    @property
-    def head_size(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_heads
 
     @property
     def gated(self) -> bool:
@@ -162,18 +162,29 @@ def _default_intermediate(hidden_size: int, activation: Activation) -> int:
     return 4 * hidden_size if activation == "gelu" else 2 * (4 * hidden_size // 3)
 
 
+def _default_head_size(hidden_size: int, num_heads: int) -> int:
+    if num_heads < 1:
+        return 1  # refused with the other sizes
+    if hidden_size % num_heads:
+        raise UserError(
+            f"{SETTING}.hidden_size: {hidden_size} is not divisible by num_heads {num_heads}. "
+            f"Choose a multiple of {num_heads}, or set head_size"
+        )
+    return hidden_size // num_heads
+
+
 def _check(config: ResolvedConfig) -> None:
     _check_choices(config)
     _check_ranges(config)
-    if config.hidden_size % config.num_heads:
+    if config.head_size > config.hidden_size:
         raise UserError(
-            f"{SETTING}.hidden_size: {config.hidden_size} is not divisible by num_heads {config.num_heads}. "
-            f"Choose a multiple of {config.num_heads}"
+            f"{SETTING}.head_size: {config.head_size} is wider than hidden_size {config.hidden_size}. "
+            f"At most {config.hidden_size}"
         )
     if config.position == "rotary" and config.head_size % 2:
         raise UserError(
             f"{SETTING}.num_heads: rotary positions turn pairs, but a head is {config.head_size} wide. "
-            "Choose num_heads so that hidden_size / num_heads is even"
+            "Choose num_heads so that hidden_size / num_heads is even, or set an even head_size"
         )
     if config.position == "sinusoidal" and config.hidden_size % 2:
         raise UserError(f"{SETTING}.hidden_size: {config.hidden_size} is odd. Sines need pairs")
@@ -192,8 +203,8 @@ def _check_choices(config: ResolvedConfig) -> None:
 
 def _check_ranges(config: ResolvedConfig) -> None:
     least = {"type_vocab_size": 0, "local_window": 0}
-    sizes = ("num_layers", "hidden_size", "num_heads", "intermediate_size", "max_positions", "global_every")
-    for name, lowest in (least | dict.fromkeys(sizes, 1)).items():
+    widths = ("hidden_size", "num_heads", "head_size", "intermediate_size")
+    for name, lowest in (least | dict.fromkeys((*widths, "num_layers", "max_positions", "global_every"), 1)).items():
         if getattr(config, name) < lowest:
             raise UserError(f"{SETTING}.{name}: {getattr(config, name)} is too small. At least {lowest}")
     for name in ("dropout", "attention_dropout"):

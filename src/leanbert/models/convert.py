@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,9 +82,10 @@ def write_huggingface(
     """Write `config.json` and `model.safetensors` that `AutoModelForMaskedLM.from_pretrained` loads.
 
     `special_ids` are further integer settings, such as `pad_token_id`. Weights keep their dtype, and have
-    exactly V rows. Raises `UserError`, naming the setting, if no Hugging Face class expresses the model.
+    exactly V rows. Heads that were removed leave as heads whose weights are 0: these classes have as many as fill
+    the hidden size. Raises `UserError`, naming the setting, if no Hugging Face class expresses the model.
     """
-    config = model.config
+    config = _with_all_heads(model.config)
     family = FAMILIES[_family_name(config)]
     defaults = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
     settings = {
@@ -97,6 +99,22 @@ def write_huggingface(
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(_their_state(model, family), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _with_all_heads(config: ResolvedConfig) -> ResolvedConfig:
+    """Return the configuration with as many heads as fill the hidden size, or raise `UserError`."""
+    full, rest = divmod(config.hidden_size, config.head_size)
+    if rest:
+        raise UserError(
+            f"{SETTING}.head_size: Hugging Face cannot express heads of {config.head_size}, which do not divide "
+            f"hidden_size {config.hidden_size}. Train with a divisor to export"
+        )
+    if config.num_heads > full:
+        raise UserError(
+            f"{SETTING}.num_heads: Hugging Face cannot express {config.num_heads} heads of {config.head_size} with "
+            f"hidden_size {config.hidden_size}. Train with at most {full} to export"
+        )
+    return replace(config, num_heads=full)
 
 
 def _family(settings: dict[str, Any], path: Path) -> Family:
@@ -192,6 +210,18 @@ def _their_state(model: MaskedLanguageModel, family: Family) -> StateDict:
         ours[name] = ours[name][: model.head.vocab_size]
     state: StateDict = {}
     for name, parts in family.names(model.config).items():
-        for part, tensor in zip(parts, ours[name].chunk(len(parts)), strict=True):
+        whole = _pad_heads(name, ours[name], model.config)
+        for part, tensor in zip(parts, whole.chunk(len(parts)), strict=True):
             state[part] = tensor.detach().cpu().contiguous()
     return state
+
+
+def _pad_heads(ours: str, tensor: Tensor, config: ResolvedConfig) -> Tensor:
+    """Append zeros for the heads that the model lacks: rows to q, k and v, columns to the output projection."""
+    missing = config.hidden_size - config.num_heads * config.head_size
+    if missing and ".attention.qkv." in ours:
+        parts = tensor.unflatten(0, (3, -1))  # [3, H * d, D], or [3, H * d] for a bias
+        return F.pad(parts, (0, 0) * (tensor.dim() - 1) + (0, missing)).flatten(0, 1)
+    if missing and ours.endswith(".attention.output.weight"):
+        return F.pad(tensor, (0, missing))
+    return tensor

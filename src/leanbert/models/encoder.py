@@ -5,10 +5,15 @@ Shapes: B batch, S sequence, D hidden, I intermediate, d head size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from leanbert.memory.checkpointing import Checkpointable, run_block
 from leanbert.models.attention import AttentionContext, SelfAttention, additive_mask, product_dtype, rotary_angles
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.dropout import dropout
@@ -40,7 +45,7 @@ class FeedForward(nn.Module):
         return self.output(self.activate(inner))
 
 
-class Block(nn.Module):
+class Block(Checkpointable):
     """Attention and feed-forward, each added to the residual stream: [B, S, D] -> [B, S, D].
 
     With pre-norm the first block has no attention norm, for embeddings come normalised (as in ModernBERT).
@@ -48,6 +53,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ResolvedConfig, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.pre_norm = config.norm_position == "pre"
         self.dropout = config.dropout
         self.attention = SelfAttention(config)
@@ -76,6 +82,7 @@ class Encoder(nn.Module):
         self.embeddings = Embeddings(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_norm = make_norm(config) if config.norm_position == "pre" else None
+        self.storage: Callable[[], AbstractContextManager[Any]] = nullcontext  # of saved activations
 
     def forward(
         self,
@@ -95,12 +102,13 @@ class Encoder(nn.Module):
         self.config.check_length(length)
         if position_ids is None:
             position_ids = torch.arange(length, device=input_ids.device)[None]  # [1, S]
-        hidden = self.embeddings(input_ids, position_ids, segment_ids)
-        local_layers = [self.config.is_local(layer) for layer in range(self.config.num_layers)]
-        contexts = {local: self._context(local, position_ids, document_ids, hidden) for local in set(local_layers)}
-        for block, local in zip(self.blocks, local_layers, strict=True):
-            hidden = block(hidden, contexts[local])
-        return hidden if self.final_norm is None else self.final_norm(hidden)
+        with self.storage() if torch.is_grad_enabled() else nullcontext():
+            hidden = self.embeddings(input_ids, position_ids, segment_ids)
+            local_layers = [self.config.is_local(layer) for layer in range(self.config.num_layers)]
+            contexts = {local: self._context(local, position_ids, document_ids, hidden) for local in set(local_layers)}
+            for block, local in zip(self.blocks, local_layers, strict=True):
+                hidden = run_block(block, hidden, contexts[local])
+            return hidden if self.final_norm is None else self.final_norm(hidden)
 
     def _context(
         self, local: bool, position_ids: Tensor, document_ids: Tensor | None, hidden: Tensor

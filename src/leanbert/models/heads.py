@@ -28,8 +28,12 @@ class MaskedLMHead(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.bias)
         self.bias = nn.Parameter(torch.zeros(padded_rows(config.vocab_size)))
 
+    def transform(self, hidden: Tensor) -> Tensor:
+        """Return what is compared with the embedding, [N, D] -> [N, D]."""
+        return self.norm(F.gelu(self.dense(hidden)))
+
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         """Return logits [N, V] for `hidden` [N, D] and the token embedding [R, D]."""
-        scores = F.linear(self.norm(F.gelu(self.dense(hidden))), embedding, self.bias)  # [N, R]
+        scores = F.linear(self.transform(hidden), embedding, self.bias)  # [N, R]
         # Cutting the scores keeps the padding rows out of every softmax, and their gradient at zero.
         return scores if scores.shape[-1] == self.vocab_size else scores[..., : self.vocab_size]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -51,6 +52,70 @@ class _CrossEntropySum(torch.autograd.Function):
             probability = chunk.to(norm.dtype).sub(norm).exp_()
             out.copy_(probability.mul_(factor).scatter_add_(1, target, -factor))
         return gradient, None
+
+
+def linear_cross_entropy_sum(
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, *, vocab_size: int, chunk: int
+) -> Tensor:
+    """Sum of the cross entropies (nats) of `hidden` [N, D] against `weight` [R, D] and `bias` [R] at `targets` [N].
+
+    The first `vocab_size` of the R rows count. Logits [chunk, R] exist for `chunk` targets at a time only. Equals
+    `cross_entropy_sum` of the logits: the gradients are made chunk by chunk in the forward pass, while the logits are
+    there, so nothing is computed twice (as in Liger Kernel, Hsu et al. 2024, arXiv 2410.10989); those of weight and
+    bias are summed in at least float32. Can be back-propagated once. Exact.
+    """
+    return _LinearCrossEntropySum.apply(hidden, weight, bias, targets, vocab_size, chunk)
+
+
+class _LinearCrossEntropySum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, vocab_size: int, chunk: int
+    ) -> Tensor:
+        kind, wide = hidden.device.type, _wide_dtype(hidden)
+        product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        ctx.gradients = [
+            torch.zeros_like(tensor, dtype=dtype) if needed else None
+            for tensor, dtype, needed in zip(
+                (hidden, weight, bias), (hidden.dtype, wide, wide), ctx.needs_input_grad, strict=False
+            )
+        ]
+        ctx.dtypes = (hidden.dtype, weight.dtype, bias.dtype)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        matrix, shift = weight.to(product), bias.to(product)
+        with torch.autocast(kind, enabled=False):
+            for start in range(0, len(hidden), chunk):
+                rows = slice(start, start + chunk)
+                part = hidden[rows].to(product)
+                logits = F.linear(part, matrix, shift)  # [chunk, R]
+                logits[:, vocab_size:] = float("-inf")
+                with torch.enable_grad():
+                    loss = cross_entropy_sum(logits.requires_grad_(), targets[rows])
+                total += loss.detach()
+                if any(ctx.needs_input_grad):
+                    (slope,) = torch.autograd.grad(loss, logits)  # [chunk, R]
+                    _add_gradients(ctx.gradients, rows, slope, part, matrix)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place: a copy of the weight's would be large
+        scaled = (g if g is None else g.mul_(upstream).to(d) for g, d in zip(gradients, ctx.dtypes, strict=True))
+        return *scaled, None, None, None
+
+
+def _add_gradients(sums: list[Tensor | None], rows: slice, slope: Tensor, part: Tensor, matrix: Tensor) -> None:
+    """Add what one chunk contributes to the gradients of hidden states, weight and bias."""
+    for_hidden, for_weight, for_bias = sums
+    if for_hidden is not None:
+        for_hidden[rows] = slope @ matrix
+    if for_weight is not None and for_weight.dtype == slope.dtype:
+        for_weight.addmm_(slope.mT, part)  # without a second matrix of that size
+    elif for_weight is not None:
+        for_weight += slope.mT @ part
+    if for_bias is not None:
+        for_bias += slope.sum(0, dtype=for_bias.dtype)
 
 
 def _wide_dtype(logits: Tensor) -> torch.dtype:

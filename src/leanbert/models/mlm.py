@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.encoder import Encoder
 from leanbert.models.heads import MaskedLMHead
+from leanbert.models.loss import cross_entropy_sum, linear_cross_entropy_sum
 
 
 def gather_rows(hidden: Tensor, target_index: Tensor) -> Tensor:
@@ -29,6 +30,7 @@ class MaskedLanguageModel(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.head = MaskedLMHead(config)
+        self.head_chunk: int | None = None  # targets whose logits exist at a time in training; None: all
 
     @property
     def num_parameters(self) -> int:
@@ -62,3 +64,27 @@ class MaskedLanguageModel(nn.Module):
         if target_index is not None:
             hidden = gather_rows(hidden, target_index)
         return self.head(hidden, self.encoder.embeddings.token.weight)
+
+    def loss_sum(
+        self,
+        input_ids: Tensor,
+        target_index: Tensor,
+        targets: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Cross entropy (nats, shape []) summed over `targets` (int64 [B, M], -100: none) at `target_index` [B, M]."""
+        hidden = self.encode(input_ids, position_ids=position_ids, document_ids=document_ids)
+        hidden = gather_rows(hidden, target_index)  # [B, M, D]
+        embedding = self.encoder.embeddings.token.weight
+        if self.head_chunk is None:
+            return cross_entropy_sum(self.head(hidden, embedding), targets)
+        return linear_cross_entropy_sum(
+            self.head.transform(hidden).flatten(0, 1),
+            embedding,
+            self.head.bias,
+            targets.flatten(),
+            vocab_size=self.head.vocab_size,
+            chunk=self.head_chunk,
+        )

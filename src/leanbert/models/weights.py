@@ -19,6 +19,8 @@ from leanbert.models.config import EncoderConfig, ResolvedConfig
 StateDict = dict[str, Tensor]
 
 MODEL_PREFIX = "model."
+DAMAGE = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile)
+"""What reading a file with flipped bits raises (UnicodeDecodeError and NotImplementedError are among them)."""
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -58,7 +60,7 @@ def read_checkpoint(path: Path) -> tuple[ResolvedConfig, StateDict]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint or folder. Correct model.init_from")
-    checkpoint = load_pickled(path)
+    checkpoint = load_pickled(path, "Use another checkpoint of the run.")
     try:
         config = EncoderConfig(**checkpoint["leanbert"]["encoder"]).resolved()
         weights = checkpoint["state_dict"]
@@ -68,24 +70,26 @@ def read_checkpoint(path: Path) -> tuple[ResolvedConfig, StateDict]:
     return config, {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
 
 
-def load_pickled(path: Path) -> Any:
+def load_pickled(path: Path, fix: str) -> Any:
     """`torch.load` on the CPU, with primitives and tensors only; large files are mapped, not copied.
 
-    Raises `UserError` if the file is damaged or carries code, which is not run.
+    Raises `UserError`, ending with `fix`, if the file is damaged or carries code, which is not run.
     """
+    is_archive = zipfile.is_zipfile(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path}: carries code or is damaged, so it was not loaded. Ask for a .safetensors file"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({_first_line(error)}). Copy the file again") from None
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except (pickle.UnpicklingError, *DAMAGE) as error:
+        if is_archive and isinstance(error, pickle.UnpicklingError):
+            raise UserError(
+                f"{path}: holds Python objects other than tensors and plain values, which could execute code; "
+                f"refused. {fix}"
+            ) from error
+        raise UserError(f"{path}: damaged, or no file that torch.save wrote. {fix}") from error
 
 
 def _read_file(path: Path) -> StateDict:
     if path.suffix != ".safetensors":
-        state = load_pickled(path)
+        state = load_pickled(path, "Ask for a .safetensors file.")
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise UserError(f"{path}: not a table of tensors. Save it with save_pretrained")
         return state
