@@ -90,7 +90,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch):
         checkpoints.load("x.ckpt")
     with open("y.ckpt", "wb") as file:
         pickle.dump(Bomb(), file)
-    with pytest.raises(UserError, match=r"y\.ckpt: damaged or not a checkpoint"):
+    with pytest.raises(UserError, match=r"y\.ckpt: damaged, or no file"):
         checkpoints.load("y.ckpt")
     assert not (tmp_path / "bomb").exists()
 

@@ -18,17 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import leanbert
 from leanbert.memory.optimizers import ScheduleConfig, learning_rate_factor
 from tests.corpus import write_corpus
+from tests.training import TINY
+from tests.training import read_scalars as scalars
 
 ROOT = Path(__file__).parents[1]
-TINY = [
-    "--model.encoder.num_layers=2",
-    "--model.encoder.hidden_size=32",
-    "--model.encoder.num_heads=2",
-    "--data.max_length=32",
-    "--data.batch_size=8",
-    "--data.vocab_size=300",
-    "--trainer.log_every_n_steps=1",
-]
 
 
 def command(*arguments, config="configs/mlm.yaml"):
@@ -46,13 +39,6 @@ def run(folder, *arguments, expect=0, **kwargs):
     )
     assert result.returncode == expect, result.stderr[-3000:]
     return result
-
-
-def scalars(run_folder):
-    """Values of a run by tag and step; of a step logged twice (before and after a kill) the last."""
-    events = EventAccumulator(str(run_folder), size_guidance={"scalars": 0})
-    events.Reload()
-    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from tests.corpus import write_corpus
-from tests.test_cli import ROOT, TINY, environment
+from tests.test_cli import ROOT, environment
+from tests.training import TINY
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_RUN_HERE = ("pip install -e", "tensorboard --logdir")  # the installation is what runs these tests

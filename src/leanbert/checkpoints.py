@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -14,9 +13,8 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 from leanbert.data.storage import DISK_FULL
 from leanbert.errors import UserError
+from leanbert.models.weights import DAMAGE, load_pickled
 
-DAMAGE = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile)
-"""What reading a file with flipped bits raises (UnicodeDecodeError and NotImplementedError are among them)."""
 BEST = "best.ckpt"
 
 
@@ -84,24 +82,10 @@ def load(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint. Check --ckpt_path (a file, or last, or best).")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        if not zipfile.is_zipfile(path):
-            raise _damaged(path) from error
-        raise UserError(
-            f"{path}: holds Python objects other than tensors and plain values, which could execute code; "
-            "refused. Use a checkpoint that LeanBERT wrote."
-        ) from error
-    except DAMAGE as error:
-        raise _damaged(path) from error
+    checkpoint = load_pickled(path, "Use --ckpt_path last, which falls back to the one before.")
     if not isinstance(checkpoint, dict) or "leanbert" not in checkpoint or "state_dict" not in checkpoint:
         raise UserError(f"{path}: not a LeanBERT checkpoint. Weights of other programs go to --model.init_from.")
     return checkpoint
-
-
-def _damaged(path: Path) -> UserError:
-    return UserError(f"{path}: damaged or not a checkpoint. Use --ckpt_path last, which falls back to the one before.")
 
 
 def is_whole(path: Path) -> bool:

@@ -8,7 +8,6 @@ import os
 import shlex
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from leanbert import checkpoints
+from leanbert.callbacks.allocator import ReturnFreedPages
 from leanbert.callbacks.checkpoint import RunCheckpoint
 from leanbert.callbacks.interrupt import Interrupted, StopBetweenSteps
 from leanbert.callbacks.monitor import StepMonitor
 from leanbert.callbacks.prediction import PredictionWriter
 from leanbert.callbacks.progress import ProgressBar, say
+from leanbert.callbacks.pruning import StructuredPruning
 from leanbert.callbacks.report import RunSummary, StartReport, tagged
 from leanbert.callbacks.samples import FilledMasks
 from leanbert.callbacks.validation import ValidateAtEnds
@@ -128,6 +129,7 @@ class CLI(LightningCLI):
             settings["verbose"] = False
         if self.subcommand != "fit":
             self.save_config_callback = None  # only a run has a folder
+            warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint.*")  # those of training
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer; what they refuse is raised as it is."""
@@ -139,15 +141,16 @@ class CLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Take tokenizer and, where nothing is trained, the architecture from the checkpoint."""
         torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
-        keep_freed_pages()
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, ReturnFreedPages) for callback in callbacks):
+            keep_freed_pages()
         if self.checkpoint is None:
             return
         stored = self.checkpoint["leanbert"]
         self.datamodule.hparams["tokenizer"] = self._settings["ckpt_path"]  # never train another one
         if self.subcommand == "fit" and self.model.init_from is None:
-            self.model.check_resumable(stored)  # before anything in the run's folder is touched
-            own, rows = self.model.encoder_config, stored["encoder"]["vocab_size"]
-            self.model.encoder_config = replace(own, vocab_size=rows)  # its dropout may be another
+            self.model.shrinks = any(isinstance(callback, StructuredPruning) for callback in callbacks)
+            self.model.resume_from(stored)  # before anything in the run's folder is touched
         else:
             self.model.encoder_config = EncoderConfig(**stored["encoder"])
         self.model.init_from = None

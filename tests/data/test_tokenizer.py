@@ -120,13 +120,13 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path, capsys: pytest.Captur
         "vocab.txt": ("[PAD]\nthe\n", r"no \[UNK\] \[CLS\] \[SEP\] \[MASK\]"),
         "twice.txt": ("\n".join([*VOCAB, "the"]), r"twice\.txt:15: token 'the' is there twice"),
         "latin.txt": (b"\xff\xfe", "cannot be read"),
-        "bad.ckpt": ("not a checkpoint", "not a readable checkpoint"),
+        "bad.ckpt": ("not a checkpoint", "damaged, or no file"),
     }
     (tmp_path / "empty").mkdir()
     torch.save({"model": 1}, tmp_path / "other.ckpt")
     torch.save({"leanbert": Bomb()}, tmp_path / "code.ckpt")
     cases = [(name, content, message) for name, (content, message) in files.items()]
-    cases += [("other.ckpt", None, "no tokenizer in this checkpoint"), ("code.ckpt", None, "not a readable checkpoint")]
+    cases += [("other.ckpt", None, "no tokenizer in this checkpoint"), ("code.ckpt", None, "could execute code")]
     for name, content, message in cases:
         if content is not None:
             (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -255,15 +254,9 @@ def _lowercases(path: Path, vocabulary: Iterable[str]) -> bool:
 
 
 def _checkpoint_json(path: Path) -> str:
-    import pickle
-
-    import torch  # only here: tokenising must not pay for torch
+    from leanbert.models.weights import load_pickled  # only here: tokenising must not pay for torch
 
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return str(checkpoint["leanbert"]["tokenizer"])
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a readable checkpoint ({reason}). Give another one") from error
+        return str(load_pickled(path, "Give another one.")["leanbert"]["tokenizer"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: no tokenizer in this checkpoint. Give the tokenizer with data.tokenizer") from error

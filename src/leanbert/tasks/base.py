@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from leanbert.errors import UserError
+from leanbert.memory.in_backward import accumulate_in_backward, update_in_backward
 from leanbert.memory.optimizers import (
     OptimizerConfig,
     ScheduleConfig,
@@ -24,8 +26,13 @@ from leanbert.memory.optimizers import (
     effective_warmup,
     learning_rate_factor,
 )
+from leanbert.memory.recovery import agree, retry_smaller
 from leanbert.memory.step import backpropagate_all_but_last, seed_position
+from leanbert.memory.techniques import Surroundings, Techniques, apply, refuse
 from leanbert.models.config import EncoderConfig
+
+SHRINKING = ("num_heads", "intermediate_size")
+"""Sizes of the encoder that structured pruning makes smaller."""
 
 
 class Task(LightningModule):
@@ -61,8 +68,15 @@ class Task(LightningModule):
         self.compile_blocks = compile
         self.seed = seed
         self.model = None
+        self.techniques = Techniques()  # callbacks register here in `setup`
+        self.shrinks = False  # heads and neurons may be removed in this run
+        self.resumes = False  # the weights come from a checkpoint of the same run, pruned if it was
+        self.wanted_micro_batch: int | None = None  # sequences of one forward pass on each device; None: all
+        self.largest_micro_batch: int | None = None  # what fits, once memory has run out
+        self.shrink: Callable[[BaseException], bool] = lambda error: False
         self._peak_rates: list[float] = []
-        self.micro_batch: int | None = None  # sequences of one forward pass on each device; None: all
+        self._place = (0, 1)  # index of the current micro-batch, micro-batches of the step
+        self._rows = 0
 
     # ---- what a task supplies
 
@@ -82,14 +96,40 @@ class Task(LightningModule):
     def _data(self) -> Any:
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
+    @property
+    def micro_batch(self) -> int | None:
+        """Sequences of one forward pass on each device: what is wanted, as far as it fits; None: all."""
+        bounds = [rows for rows in (self.wanted_micro_batch, self.largest_micro_batch) if rows is not None]
+        return min(bounds, default=None)
+
     # ---- weights
 
     def configure_model(self) -> None:
-        """Build the weights once, from the seed alone."""
+        """Build the weights once, from the seed alone, and apply the techniques.
+
+        Raises:
+            UserError: Techniques that cannot combine, with each other or with trainer and precision.
+
+        """
         if self.model is None:
+            refuse(self.techniques, self._surroundings())
             seed_position(self.seed)
             self.model = self.build_model()
             self.model.config.check_length(self._data.hparams["max_length"])
+            techniques = replace(self.techniques, structured=None) if self.resumes else self.techniques
+            apply(techniques, self.model, compile_blocks=self.compile_blocks)
+
+    def _surroundings(self) -> Surroundings:
+        trainer = self.trainer
+        return Surroundings(
+            optimizer=self.optimizer_config.name,
+            precision=str(trainer.precision),
+            device_type=trainer.strategy.root_device.type,
+            world_size=trainer.world_size,
+            shards=isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy),
+            clips=bool(trainer.gradient_clip_val),
+            compiles=self.compile_blocks,
+        )
 
     # ---- the step
 
@@ -98,19 +138,38 @@ class Task(LightningModule):
         strategy: Any = self.trainer.strategy
         world_size = self.trainer.world_size
         parallel = isinstance(strategy, ParallelStrategy) and world_size > 1
-        last, loss = backpropagate_all_but_last(
-            self,
-            batch,
-            micro_batch=self.micro_batch,
-            world_size=world_size,
-            sum_over_ranks=self._sum_over_ranks if parallel else None,
-            backward=lambda part: strategy.backward(part, None),
-            no_sync=strategy.block_backward_sync if parallel else nullcontext,
-            seed_micro_batch=lambda index: seed_position(self.seed, self.global_step, self.global_rank, index),
-        )
-        self._data.samples_consumed += len(batch) * world_size
+        sum_over_ranks = self._sum_over_ranks if parallel else None
+
+        def attempt() -> tuple[Tensor, Tensor]:
+            return backpropagate_all_but_last(
+                self,
+                batch,
+                micro_batch=self.micro_batch,
+                world_size=world_size,
+                sum_over_ranks=sum_over_ranks,
+                backward=lambda part: strategy.backward(part, None),
+                no_sync=strategy.block_backward_sync if parallel else nullcontext,
+                seed_micro_batch=self._start_micro_batch,
+            )
+
+        self._rows = len(batch)
+        if parallel and self.techniques.recovery:  # all ranks agree before the pass that exchanges gradients
+            last, loss = retry_smaller(lambda: agree(attempt, self._any_rank), self._undo_and_shrink)
+        else:
+            last, loss = attempt()
         loss = self._sum_over_ranks(loss) if parallel else loss
         return {"loss": last, "step_loss": loss, "learning_rate": self._learning_rate()}
+
+    def _start_micro_batch(self, index: int) -> None:
+        self._place = (index, -(-self._rows // (self.micro_batch or self._rows)))
+        seed_position(self.seed, self.global_step, self.global_rank, index)
+
+    def _any_rank(self, failed: bool) -> bool:
+        return bool(self._sum_over_ranks(torch.tensor(float(failed), device=self.device)) > 0)
+
+    def _undo_and_shrink(self, error: BaseException) -> bool:
+        self.zero_grad(set_to_none=True)
+        return self.shrink(error)
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(value.clone(), reduce_op="sum")
@@ -129,13 +188,27 @@ class Task(LightningModule):
         optimizer: Any,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Update, then free the gradients: the next forward pass has no use for them."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        """Update, then free the gradients: the next forward pass has no use for them.
+
+        When memory runs out and recovery is on, the whole closure (forward and backward passes) is run again.
+        """
+        closure = optimizer_closure
+        if closure is not None and self.techniques.recovery and self.trainer.world_size == 1:
+            closure = partial(retry_smaller, closure, self._undo_and_shrink)
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
         optimizer.zero_grad(set_to_none=True)
+        self._data.samples_consumed += self._rows * self.trainer.world_size
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer and a schedule by steps."""
-        optimizer = build_optimizer(self.model, self.optimizer_config)
+        in_backward = self.techniques.in_backward
+        optimizer = build_optimizer(
+            self.model, self.optimizer_config, seed=self.seed, sliced=in_backward == "accumulate"
+        )
+        if in_backward == "update":
+            update_in_backward(self.model, optimizer)
+        elif in_backward == "accumulate":
+            accumulate_in_backward(self.model, optimizer, lambda: self._place)
         self._peak_rates = [group["lr"] for group in optimizer.param_groups]
         total_steps = int(self.trainer.estimated_stepping_batches)
         warmup = effective_warmup(self.schedule_config, total_steps)
@@ -183,14 +256,24 @@ class Task(LightningModule):
     def check_resumable(self, stored: dict[str, Any]) -> None:
         """Raise UserError if `stored`, a checkpoint's "leanbert" part, is of another task or architecture.
 
-        Dropout may differ, and the vocabulary is the checkpoint's.
+        Dropout may differ, and the vocabulary is the checkpoint's; so are the sizes of heads and neurons that pruning
+        removes.
         """
         if stored["task"] != self.name:
             raise UserError(f"--ckpt_path: a checkpoint of task {stored['task']}, not {self.name}. Use its config.")
         for setting, value in asdict(self.encoder_config.resolved()).items():
-            there = stored["encoder"].get(setting)
-            if there != value and "dropout" not in setting and setting != "vocab_size":
+            there = stored["encoder"].get(setting, value)
+            smaller = self.shrinks and setting in SHRINKING and there < value
+            if there != value and "dropout" not in setting and setting != "vocab_size" and not smaller:
                 raise UserError(
                     f"model.encoder.{setting}: is {value}, but the checkpoint has {there}. "
                     "Give the same size and data settings, or start from it with --model.init_from."
                 )
+
+    def resume_from(self, stored: dict[str, Any]) -> None:
+        """Check `stored` and take over what it decides: the vocabulary, and the sizes that pruning has left."""
+        self.check_resumable(stored)
+        own, there = self.encoder_config, stored["encoder"]
+        sizes = {name: there[name] for name in ("head_size", *SHRINKING) if self.shrinks and name in there}
+        self.encoder_config = replace(own, vocab_size=there["vocab_size"], **sizes)
+        self.resumes = True

@@ -11,7 +11,7 @@ from leanbert.data.batch import MLMBatch, PredictBatch
 from leanbert.memory.optimizers import OptimizerConfig, ScheduleConfig
 from leanbert.models.build import build_model
 from leanbert.models.config import EncoderConfig
-from leanbert.models.loss import IGNORED, cross_entropy_sum
+from leanbert.models.loss import IGNORED
 from leanbert.tasks.base import Task
 from leanbert.tasks.metrics import MaskedLMMetrics
 
@@ -55,7 +55,6 @@ class MaskedLM(Task):
             self._data.tokenizer.vocab_size,
             init_from=self.init_from,
             unigram_counts=counts,
-            compile_blocks=self.compile_blocks,
         )
 
     def forward(self, batch: MLMBatch) -> Tensor:
@@ -73,7 +72,13 @@ class MaskedLM(Task):
 
     def loss_sum(self, batch: MLMBatch) -> Tensor:
         """Return the cross entropy in nats summed over masked positions, shape []."""
-        return cross_entropy_sum(self(batch), batch.targets)
+        return self.model.loss_sum(
+            batch.input_ids,
+            batch.target_index,
+            batch.targets,
+            position_ids=batch.position_ids,
+            document_ids=batch.document_ids,
+        )
 
     def validation_step(self, batch: MLMBatch, batch_idx: int) -> None:
         """Add a batch to the metrics; logits are not kept."""
