@@ -1,0 +1,267 @@
+"""What each memory technique saves and what it costs, each relative to plain float32 AdamW on the same batches.
+
+    python benchmarks/memory.py                                       # bytes and time, 30 minutes on 2 cores
+    python benchmarks/memory.py --large                               # BERT-large in 2 GiB, 30 minutes
+    python benchmarks/memory.py --learning --train train.txt.gz --val val.txt.gz   # validation loss after 600 steps
+
+Every row is a process of its own: `train.py fit` with `configs/memory/NAME.yaml`, embedded text, sequences of 128.
+Live bytes are the peak of tensor bytes in one step, as the memory monitor traces it; resident memory is the peak of the
+whole process; the time of a step is the median of those after the traced one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from leanbert.callbacks.memory_monitor import MemoryMonitor
+from leanbert.cli import CLI, quiet_libraries
+from leanbert.data.batch import MLMBatch
+from leanbert.errors import UserError
+from leanbert.memory.optimizers import OptimizerConfig, build_optimizer
+from leanbert.memory.step import optimizer_step
+from leanbert.memory.trace import LiveBytes
+from leanbert.models.build import build_model
+from leanbert.models.config import EncoderConfig
+from leanbert.models.loss import IGNORED
+from leanbert.models.mlm import MaskedLanguageModel
+from leanbert.units import MIB
+from report import table, write_section
+
+ROOT = Path(__file__).parents[1]
+PLAIN = "trainer: {precision: 32-true}\nmodel: {init_args: {optimizer: {name: adamw, lr: 0.001}}}\n"
+SIZES = {  # layers, hidden, heads, sequences a step, vocabulary, steps
+    "tiny": (2, 128, 2, 16, 8_192, 5),
+    "mini": (4, 256, 4, 32, 16_384, 12),
+    "base": (12, 768, 12, 16, 30_522, 4),
+}
+LENGTH = 128
+EXACT = [
+    "accumulation",
+    "chunked_head",
+    "selective_checkpointing",
+    "checkpointing",
+    "layer_major",
+    "offload",
+    "optimizer_in_backward",
+    "return_pages",
+]
+APPROXIMATE = [
+    "bf16_mixed",
+    "bf16_true",
+    "adamw_8bit",
+    "adamw_4bit",
+    "adama",
+    "adafactor",
+    "pruning",
+    "structured_pruning",
+    "lean",
+]
+Result = dict[str, Any]
+
+
+def arguments_of(root: Path, size: str, overlays: tuple[str, ...]) -> list[str]:
+    """Return the arguments of `fit`."""
+    layers, hidden, heads, rows, vocabulary, steps = SIZES[size]
+    plain = root / "plain.yaml"
+    plain.write_text(PLAIN)
+    return [
+        "fit", "--config=configs/mlm.yaml", f"--config={plain}",
+        *(f"--config=configs/memory/{name}.yaml" for name in overlays),
+        f"--model.encoder.num_layers={layers}", f"--model.encoder.hidden_size={hidden}",
+        f"--model.encoder.num_heads={heads}", f"--data.max_length={LENGTH}", f"--data.batch_size={rows}",
+        f"--data.vocab_size={vocabulary}", f"--trainer.max_steps={steps}", "--trainer.log_every_n_steps=1",
+        "--trainer.limit_val_batches=1", f"--trainer.default_root_dir={root}",
+    ]  # fmt: skip
+
+
+def train(root: Path, size: str, overlays: tuple[str, ...], *arguments: str) -> Result:
+    """Train in a process of its own; return its summary with the median time of a step."""
+    command = [sys.executable, "train.py", *arguments_of(root, size, overlays), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(overlays) or 'plain'}: {done.stderr[-2000:]}")
+    run = max((root / "mlm").iterdir(), key=lambda folder: int(folder.name.split("_")[1]))
+    summary = json.loads((run / "summary.json").read_text())
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    speeds = [event.value for event in events.Scalars("train/tokens_per_second") if event.step > 2]
+    tokens = SIZES[size][3] * LENGTH
+    summary["step_seconds"] = tokens / statistics.median(speeds) if speeds else float("nan")
+    return summary
+
+
+def peak_here(root: Path, overlays: tuple[str, ...]) -> int:
+    """Train tiny in this process, which is quick; return its peak of live bytes, "other" left out.
+
+    Raises UserError if the techniques cannot combine.
+    """
+    quick = ["--trainer.limit_val_batches=0", "--trainer.max_steps=2", "--trainer.enable_progress_bar=false"]
+    with contextlib.redirect_stderr(io.StringIO()):
+        cli = CLI([*arguments_of(root, "tiny", overlays), *quick])
+    callbacks: list[Any] = cli.trainer.callbacks
+    parts = next(callback for callback in callbacks if isinstance(callback, MemoryMonitor)).summary()["by_category"]
+    return sum(size for name, size in parts.items() if name != "other")  # other: what earlier runs have left behind
+
+
+def ratio(value: float, base: float) -> str:
+    return f"{value / base:.2f}"
+
+
+def bytes_and_time(root: Path, size: str) -> str:
+    """Return the table of one size."""
+    results = {}
+    for name in ["plain", *EXACT, *APPROXIMATE]:
+        print(f"{size}: {name}", file=sys.stderr, flush=True)
+        results[name] = train(root, size, () if name == "plain" else (name,))
+    plain = results["plain"]
+    rows = []
+    for name, result in results.items():
+        categories = [f"{result['by_category'][part] / MIB:,.0f}" for part in CATEGORIES]
+        kind = "" if name == "plain" else "exact" if name in EXACT else "approximate"
+        rows.append(
+            [
+                name, kind, f"{result['peak_bytes'] / MIB:,.0f}", ratio(result["peak_bytes"], plain["peak_bytes"]),
+                *categories, f"{result['peak_rss_bytes'] / MIB:,.0f}", f"{result['step_seconds']:.2f}",
+                ratio(result["step_seconds"], plain["step_seconds"]), f"{result['metrics']['train/loss']:.3f}",
+            ]
+        )  # fmt: skip
+    layers, hidden, _, batch, vocabulary, steps = SIZES[size]
+    header = ["", "", "live MiB", "x plain", *CATEGORIES, "RSS MiB", "s a step", "x plain", f"loss, step {steps}"]
+    title = f"**{size}**: {layers} x {hidden}, vocabulary {vocabulary:,}, {batch} x {LENGTH} tokens a step"
+    return f"{title}\n\n{table(header, rows)}"
+
+
+def large(root: Path) -> str:
+    """Return what BERT-large takes with `lean`, measured, and without, predicted: it would not fit here."""
+    arguments = ["--config=configs/mlm.yaml", "--config=configs/size/large.yaml", "--config=configs/memory/lean.yaml",
+                 "--data.vocab_size=30522", "--data.max_length=512", "--data.batch_size=32", "--trainer.max_steps=2",
+                 "--trainer.limit_val_batches=8", f"--trainer.default_root_dir={root}"]  # fmt: skip
+    subprocess.run([sys.executable, "train.py", "fit", *arguments], cwd=ROOT, check=True)
+    summary = json.loads((root / "mlm" / "version_0" / "summary.json").read_text())
+    plain, rss = predict_plain(), summary["peak_rss_bytes"]
+    rows = [
+        ["plain float32 AdamW", f"{plain / MIB:,.0f} (predicted)", "", "1.00"],
+        ["`lean`", f"{summary['peak_bytes'] / MIB:,.0f}", f"{rss / MIB:,.0f}", f"{rss / plain:.3f}"],
+    ]
+    text = (
+        "**BERT-large** (24 x 1024), 32 x 512 tokens a step: two steps, two validations, one checkpoint, from the start"
+    )
+    seconds = f"{summary['seconds'] / summary['steps']:,.0f} s a step."
+    return f"{text}. {seconds}\n\n{table(['', 'live MiB', 'RSS MiB', 'RSS against plain live'], rows)}"
+
+
+def predict_plain() -> int:
+    """Return the peak live bytes of one step of BERT-large in float32 with AdamW, traced on tensors without memory."""
+    rows, length = 32, 512
+    with FakeTensorMode():
+        model = build_model(EncoderConfig(num_layers=24, hidden_size=1024, num_heads=16), 30_522)
+        optimizer = build_optimizer(model, OptimizerConfig(name="adamw"))
+        shapes = [(rows, length)] * 3 + [(rows, round(0.2 * length))] * 2
+        batch = MLMBatch(*(torch.zeros(shape, dtype=torch.int64) for shape in shapes))
+        optimizer_step(_Task(model), batch, optimizer)  # makes the optimizer's state
+        with LiveBytes(model, [optimizer]) as trace:
+            optimizer_step(_Task(model), batch, optimizer)
+    return trace.timeline().peak_bytes
+
+
+class _Task:
+    def __init__(self, model: MaskedLanguageModel) -> None:
+        self.model = model
+
+    def count_targets(self, batch: MLMBatch) -> torch.Tensor:
+        return (batch.targets != IGNORED).sum()
+
+    def loss_sum(self, batch: MLMBatch) -> torch.Tensor:
+        return self.model.loss_sum(
+            batch.input_ids, batch.target_index, batch.targets, position_ids=batch.position_ids,
+            document_ids=batch.document_ids,
+        )  # fmt: skip
+
+
+CATEGORIES = ["parameters", "gradients", "optimizer", "activations", "other"]
+
+
+def pairs(root: Path) -> str:
+    """Return the peak live bytes of every pair that can be combined, relative to plain, on tiny."""
+    names = [
+        name for name in [*EXACT, *APPROXIMATE] if name not in ("lean", "return_pages", "pruning", "structured_pruning")
+    ]
+    quiet_libraries()
+    plain = peak_here(root, ())
+    cells: dict[tuple[str, str], str] = {}
+    for pair in itertools.combinations(names, 2):
+        try:
+            cells[pair] = ratio(peak_here(root, pair), plain)
+        except UserError:
+            cells[pair] = "-"
+    rows = [[row, *(cells.get((row, column), "") for column in names[1:])] for row in names[:-1]]
+    title = (
+        "Pairs on tiny (2 x 128, vocabulary 8,192, 16 x 128 tokens), peak live bytes without other, relative to plain"
+    )
+    return f"{title}; -: cannot combine.\n\n{table(['', *names[1:]], rows)}"
+
+
+def learning(root: Path, options: argparse.Namespace) -> str:
+    """Return validation losses of mini after `--steps`, same seed and batches."""
+    names = options.techniques or ["plain", *EXACT, *APPROXIMATE]
+    losses = {}
+    for name in names:
+        print(f"learning: {name}", file=sys.stderr, flush=True)
+        result = train(
+            root, "mini", () if name == "plain" else (name,), f"--data.train_files={options.train}",
+            f"--data.val_files={options.val}", f"--trainer.max_steps={options.steps}",
+            "--trainer.limit_val_batches=1.0", f"--trainer.val_check_interval={options.steps}",
+            "--trainer.log_every_n_steps=50",
+        )  # fmt: skip
+        losses[name] = result["metrics"]["val/loss"]
+        print(f"  {losses[name]:.4f}", file=sys.stderr, flush=True)
+    rows = [
+        [name, "" if name == "plain" else "exact" if name in EXACT else "approximate", f"{loss:.4f}",
+         f"{loss - losses['plain']:+.4f}" if "plain" in losses else ""]
+        for name, loss in losses.items()
+    ]  # fmt: skip
+    return table(["", "", f"val/loss after {options.steps} steps", "against plain, nats"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="*", choices=SIZES, default=["mini", "base"])
+    parser.add_argument("--no-pairs", action="store_true", help="leave the pairs on tiny out")
+    parser.add_argument("--large", action="store_true", help="BERT-large with lean instead, in two steps")
+    parser.add_argument("--learning", action="store_true", help="compare validation losses instead")
+    parser.add_argument("--train", help="training text of --learning")
+    parser.add_argument("--val", help="validation text of --learning")
+    parser.add_argument("--steps", type=int, default=600, help="steps of --learning")
+    parser.add_argument("--techniques", nargs="*", help="rows of --learning (default: all)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        if options.learning:
+            if not (options.train and options.val):
+                parser.error("--learning needs --train and --val")
+            write_section("memory-learning", "Memory techniques: what they cost in learning", learning(root, options))
+            return
+        if options.large:
+            write_section("memory-large", "BERT-large on a CPU in 2 GiB", large(root))
+            return
+        parts = [bytes_and_time(root, size) for size in options.sizes]
+        if not options.no_pairs:
+            parts.append(pairs(root))
+        write_section("memory", "Memory techniques: what they save and what they cost", "\n\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()
