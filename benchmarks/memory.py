@@ -42,13 +42,15 @@ from leanbert.units import MIB
 from report import table, write_section
 
 ROOT = Path(__file__).parents[1]
-PLAIN = "trainer: {precision: 32-true}\nmodel: {init_args: {optimizer: {name: adamw, lr: 0.001}}}\n"
+LEARNING_RATE = 1e-3
+PLAIN = f"trainer: {{precision: 32-true}}\nmodel: {{init_args: {{optimizer: {{name: adamw, lr: {LEARNING_RATE}}}}}}}\n"
 SIZES = {  # layers, hidden, heads, sequences a step, vocabulary, steps
     "tiny": (2, 128, 2, 16, 8_192, 5),
     "mini": (4, 256, 4, 32, 16_384, 12),
-    "base": (12, 768, 12, 16, 30_522, 4),
+    "base": (12, 768, 12, 16, 30_522, 3),
 }
 LENGTH = 128
+LEARNING_ROWS = 16  # sequences a step of --learning
 EXACT = [
     "accumulation",
     "chunked_head",
@@ -222,7 +224,8 @@ def learning(root: Path, options: argparse.Namespace) -> str:
         print(f"learning: {name}", file=sys.stderr, flush=True)
         result = train(
             root, "mini", () if name == "plain" else (name,), f"--data.train_files={options.train}",
-            f"--data.val_files={options.val}", f"--trainer.max_steps={options.steps}",
+            f"--data.val_files={options.val}", f"--data.batch_size={LEARNING_ROWS}",
+            f"--trainer.max_steps={options.steps}",
             "--trainer.limit_val_batches=1.0", f"--trainer.val_check_interval={options.steps}",
             "--trainer.log_every_n_steps=50",
         )  # fmt: skip
@@ -233,7 +236,8 @@ def learning(root: Path, options: argparse.Namespace) -> str:
          f"{loss - losses['plain']:+.4f}" if "plain" in losses else ""]
         for name, loss in losses.items()
     ]  # fmt: skip
-    return table(["", "", f"val/loss after {options.steps} steps", "against plain, nats"], rows)
+    title = f"mini, {LEARNING_ROWS} x {LENGTH} tokens a step, same seed and batches, learning rate {LEARNING_RATE}"
+    return f"{title}\n\n" + table(["", "", f"val/loss after {options.steps} steps", "against plain, nats"], rows)
 
 
 def main() -> None:

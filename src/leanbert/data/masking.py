@@ -35,7 +35,12 @@ class MaskingRule:
 
     def slots(self, length: int) -> int:
         """Return M, the targets of a full row."""
-        return max(1, round(self.rate * length))
+        return target_slots(self.rate, length)
+
+
+def target_slots(rate: float, length: int) -> int:
+    """Return M, the targets of a full row of `length` tokens of which a share of `rate` is masked."""
+    return max(1, round(rate * length))
 
 
 @dataclass(frozen=True)

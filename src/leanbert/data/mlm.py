@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 from leanbert.data.batch import MLMBatch, PredictBatch
 from leanbert.data.cache import TokenCache
 from leanbert.data.loading import PositionSampler, PredictionLines, RowDataset
-from leanbert.data.masking import MaskingRule
+from leanbert.data.masking import MaskingRule, target_slots
 from leanbert.data.packing import row_count
 from leanbert.data.prepare import CorpusSettings, Prepared
 from leanbert.data.sources import Separator
@@ -106,6 +107,19 @@ class MaskedLMData(LightningDataModule):
                 settings[name] = _as_list(settings[name])
             self._prepared = CorpusSettings(**settings).prepare()
         return self._prepared
+
+    def pretend_prepared(self, vocab_size: int | None = None) -> None:
+        """Have a tokenizer's size and counts without a corpus, for planning; `vocab_size` defaults to the setting's."""
+        size = vocab_size or self.hparams["vocab_size"]
+        self.tokenizer = SimpleNamespace(vocab_size=size)  # type: ignore[assignment]
+        self.unigram_counts = np.ones(size, dtype=np.int64)
+
+    def blank_batch(self, rows: int, *, validation: bool = False) -> MLMBatch:
+        """Return zeros in the shapes of what the loaders yield, for planning."""
+        length = self.hparams["max_length"]
+        slots = target_slots(self.hparams["val_mask_rate" if validation else "mask_rate"], length)
+        shapes = [(rows, length)] * 3 + [(rows, slots)] * 2
+        return MLMBatch(*(torch.zeros(shape, dtype=torch.int64) for shape in shapes))
 
     def prepare_data(self) -> None:
         """Prepare once per machine, before the other processes look."""

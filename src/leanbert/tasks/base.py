@@ -73,6 +73,7 @@ class Task(LightningModule):
         self.resumes = False  # the weights come from a checkpoint of the same run, pruned if it was
         self.wanted_micro_batch: int | None = None  # sequences of one forward pass on each device; None: all
         self.largest_micro_batch: int | None = None  # what fits, once memory has run out
+        self.planned_device: str | None = None  # the device that a plan is made for, if it is another one
         self.shrink: Callable[[BaseException], bool] = lambda error: False
         self._peak_rates: list[float] = []
         self._place = (0, 1)  # index of the current micro-batch, micro-batches of the step
@@ -83,6 +84,9 @@ class Task(LightningModule):
     def build_model(self) -> nn.Module:
         """Return the model for the attached data."""
         raise NotImplementedError
+
+    def build_metrics(self) -> None:
+        """Make the metrics of evaluation, which live on the task."""
 
     def count_targets(self, batch: Any) -> Tensor:
         """Return the number of targets, shape []."""
@@ -114,6 +118,7 @@ class Task(LightningModule):
         if self.model is None:
             refuse(self.techniques, self._surroundings())
             seed_position(self.seed)
+            self.build_metrics()
             self.model = self.build_model()
             self.model.config.check_length(self._data.hparams["max_length"])
             techniques = replace(self.techniques, structured=None) if self.resumes else self.techniques
@@ -124,7 +129,7 @@ class Task(LightningModule):
         return Surroundings(
             optimizer=self.optimizer_config.name,
             precision=str(trainer.precision),
-            device_type=trainer.strategy.root_device.type,
+            device_type=self.planned_device or trainer.strategy.root_device.type,
             world_size=trainer.world_size,
             shards=isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy),
             clips=bool(trainer.gradient_clip_val),

@@ -23,7 +23,8 @@ class MaskedLMMetrics(nn.Module):
 
     def __init__(self, unigram_counts: Tensor | None = None) -> None:
         super().__init__()
-        self.loss, self.accuracy, self.unigram_loss = MeanMetric(), MeanMetric(), MeanMetric()
+        # a loss that is not a number shall be seen; to look for one would read values back at every batch
+        self.loss, self.accuracy, self.unigram_loss = (MeanMetric(nan_strategy="disable") for _ in range(3))
         self.register_buffer("unigram_counts", unigram_counts, persistent=False)  # integers: no dtype rounds them
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedLMMetrics:

@@ -48,14 +48,20 @@ class MaskedLM(Task):
 
     def build_model(self) -> nn.Module:
         """Return the model whose vocabulary is the tokenizer's."""
-        counts = getattr(self._data, "unigram_counts", None)  # predict reads no corpus
-        self.metrics = MaskedLMMetrics(None if counts is None else torch.from_numpy(counts))
         return build_model(
             self.encoder_config,
             self._data.tokenizer.vocab_size,
             init_from=self.init_from,
-            unigram_counts=counts,
+            unigram_counts=self._counts,
         )
+
+    def build_metrics(self) -> None:
+        """Make the metrics of masked positions."""
+        self.metrics = MaskedLMMetrics(None if self._counts is None else torch.from_numpy(self._counts))
+
+    @property
+    def _counts(self) -> Any:
+        return getattr(self._data, "unigram_counts", None)  # predict reads no corpus
 
     def forward(self, batch: MLMBatch) -> Tensor:
         """Return logits [B, M, V] at the target positions."""

@@ -1,0 +1,221 @@
+"""One training step on tensors without memory: what `fit` would run, traced before anything is allocated.
+
+The task, its step, its optimizer, Lightning's precision plugin and the callbacks are those of the run; only weights and
+batch are fake (`torch._subclasses.FakeTensorMode`). Whatever a callback changes, the trace sees.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from leanbert.memory.offload import DiskStorage, to_host
+from leanbert.memory.timeline import Timeline
+from leanbert.memory.trace import LiveBytes
+
+OBSERVERS = ("MemoryMonitor",)
+"""Callbacks of LeanBERT that only look on."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What decides the memory of a run: objects as the command line makes them, none of which holds weights or data."""
+
+    task: Any
+    data: LightningDataModule
+    callbacks: tuple[Callback, ...]
+    precision: Any
+    clip: float | None = None
+    vocab_size: int | None = None
+    """Of the tokenizer; None: `data.vocab_size`, which a trained one does not exceed."""
+    device_type: str = "cpu"
+    """The device that is planned for."""
+    rows: int | None = None
+    """Sequences of a step on each device; None: `data.batch_size`."""
+
+    @property
+    def rows_per_step(self) -> int:
+        """Sequences of a step on each device."""
+        return int(self.rows or self.data.hparams["batch_size"])
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one sequence in a batch."""
+        return sum(tensor.nbytes for tensor in _tensors_of(self.data.blank_batch(1)))  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Traces of a step and of a validation batch, and the step's floating-point operations."""
+
+    step: Timeline
+    validation: Timeline
+    flops: int
+    parameters: int
+
+
+class _Nowhere(DiskStorage):
+    """Stands for disk or host memory: what is stored leaves the device, and comes back empty."""
+
+    def __init__(self) -> None:
+        self._end = self._waiting = self.written_bytes = 0
+        self._places = {}
+
+    def _write(self, tensor: Tensor, size: int) -> Any:
+        self.written_bytes += size
+        return _Place(tensor)
+
+    def _unpack(self, stored: Any) -> Tensor:
+        if isinstance(stored, Tensor):
+            return stored
+        return torch.empty(stored.shape, dtype=stored.dtype, device=stored.device)
+
+
+class _ReadAsOne(TorchDispatchMode):
+    """A value read back from a tensor that has none is 1."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            kind = args[0].dtype
+            return 1.0 if kind.is_floating_point else True if kind is torch.bool else 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Place:
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+
+
+def rehearse(settings: RunSettings, rows: int, *, layers: int | None = None) -> Rehearsal:
+    """Run two steps of `rows` sequences, of which the second is traced, and one validation batch, without memory.
+
+    Args:
+        settings: The run.
+        rows: Sequences of the step on one device.
+        layers: Blocks of the model instead of those of the settings.
+
+    Raises:
+        UserError: Techniques that cannot combine, or match nothing.
+
+    """
+    task, data, trainer = _stage(settings, rows, layers)
+    validation_rows = data.hparams["val_batch_size"] or settings.rows_per_step
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), _ReadAsOne():
+        warnings.simplefilter("ignore")
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            callback.setup(trainer, task, "fit")
+        _build(task, trainer)
+        batch = data.blank_batch(rows)  # type: ignore[attr-defined]
+        optimizer = trainer.strategy.optimizers[0]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            _pretend_it_has_begun(callback)
+            callback.on_train_start(trainer, task)
+            callback.on_train_batch_start(trainer, task, batch, 0)
+        task.train()
+        with FlopCounterMode(display=False) as counter:
+            _step(task, trainer, batch)  # makes the optimizer's state
+        existing = [*_tensors_of(task), *_tensors_of(batch)]
+        with LiveBytes(task.model, [optimizer], existing=existing) as trace:
+            _step(task, trainer, batch)
+        step = trace.timeline()
+        validation = _validate(task, trainer, data.blank_batch(validation_rows, validation=True))  # type: ignore[attr-defined]
+    return Rehearsal(step, validation, counter.get_total_flops(), task.model.num_parameters)
+
+
+def _stage(settings: RunSettings, rows: int, layers: int | None) -> tuple[Any, LightningDataModule, Trainer]:
+    task, data = copy.deepcopy(settings.task), copy.deepcopy(settings.data)
+    if layers is not None:
+        task.encoder_config = replace(task.encoder_config, num_layers=layers)
+    task.compile_blocks = False  # a compiled block needs no more than one that is not
+    task.init_from = None  # the architecture is in the settings already
+    task.schedule_config = replace(task.schedule_config, warmup_steps=0)
+    task.planned_device = settings.device_type
+    data.hparams["batch_size"] = rows
+    data.pretend_prepared(settings.vocab_size)  # type: ignore[attr-defined]
+    callbacks = [copy.deepcopy(c) for c in settings.callbacks if _takes_part(c)]
+    trainer = _trainer(settings, callbacks)
+    trainer.strategy.connect(task)
+    task.trainer = data.trainer = trainer
+    trainer.datamodule = data  # type: ignore[attr-defined]
+    return task, data, trainer
+
+
+def _takes_part(callback: Callback) -> bool:
+    kind = type(callback)
+    return kind.__module__.startswith("leanbert.") and kind.__name__ not in OBSERVERS
+
+
+def _trainer(settings: RunSettings, callbacks: list[Callback]) -> Trainer:
+    return Trainer(
+        accelerator="cpu", devices=1, logger=False, callbacks=callbacks, precision=settings.precision,
+        gradient_clip_val=settings.clip, max_steps=2**31, max_epochs=-1, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+    )  # fmt: skip
+
+
+def _build(task: Any, trainer: Trainer) -> None:
+    strategy: Any = trainer.strategy
+    if isinstance(strategy.precision_plugin, MixedPrecision):
+        strategy.precision_plugin.scaler = None  # reads values, and holds none
+    with unset_fake_temporarily():  # torchmetrics copies tensors in a way that fake ones do not know
+        task.build_metrics()
+    task.build_metrics = lambda: None
+    with strategy.tensor_init_context(), strategy.precision_plugin.module_init_context():
+        task.configure_model()  # in the target dtype: nothing is left to convert
+    encoder = task.model.encoder
+    if encoder.storage is to_host or isinstance(encoder.storage, DiskStorage):
+        encoder.storage = _Nowhere()
+    strategy.optimizers = [task.configure_optimizers()["optimizer"]]
+
+
+def _pretend_it_has_begun(callback: Callback) -> None:
+    """Bring a callback that comes in later to its end: masks are there, micro-batches are the largest."""
+    state = callback.state_dict()
+    if "sparsity" in state:
+        callback.load_state_dict({"sparsity": getattr(callback, "final_sparsity", 0.5)})
+    schedule = getattr(callback, "schedule", None)
+    if isinstance(schedule, dict):
+        callback.schedule = {0: max(schedule.values())}  # type: ignore[attr-defined]
+
+
+def _step(task: Any, trainer: Trainer, batch: Any) -> None:
+    """Do what Lightning does for a batch in automatic optimization."""
+    strategy: Any = trainer.strategy
+    optimizer = strategy._lightning_optimizers[0]
+
+    def closure() -> Tensor:
+        loss = strategy.training_step(batch, 0)["loss"]
+        strategy.backward(loss, optimizer)
+        return loss.detach()  # type: ignore[no-any-return]
+
+    task.optimizer_step(0, 0, optimizer, closure)
+
+
+def _validate(task: Any, trainer: Trainer, batch: Any) -> Timeline:
+    task.eval()
+    existing = [*_tensors_of(task), *_tensors_of(batch)]
+    trace = LiveBytes(task.model, trainer.strategy.optimizers, existing=existing, first_phase="validation")
+    with torch.no_grad(), trace:
+        trainer.strategy.validation_step(batch, 0)
+    return trace.timeline()
+
+
+def _tensors_of(holder: Any) -> Sequence[Tensor]:
+    """Return the tensors of a batch, or those of a task that are not its model's (metrics)."""
+    if isinstance(holder, torch.nn.Module):
+        model = {id(tensor) for tensor in (*holder.model.parameters(), *holder.model.buffers())}  # type: ignore[union-attr]
+        own = [t for module in holder.modules() for t in vars(module).values() if isinstance(t, Tensor)]
+        return [t for t in (*own, *holder.buffers()) if id(t) not in model]
+    return [value for value in vars(holder).values() if isinstance(value, Tensor)]
