@@ -6,12 +6,15 @@ import json
 import logging
 import os
 import shlex
+import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -23,6 +26,7 @@ from leanbert.callbacks.allocator import ReturnFreedPages
 from leanbert.callbacks.checkpoint import RunCheckpoint
 from leanbert.callbacks.interrupt import Interrupted, StopBetweenSteps
 from leanbert.callbacks.monitor import StepMonitor
+from leanbert.callbacks.plan import PlanReport
 from leanbert.callbacks.prediction import PredictionWriter
 from leanbert.callbacks.progress import ProgressBar, say
 from leanbert.callbacks.pruning import StructuredPruning
@@ -30,15 +34,25 @@ from leanbert.callbacks.report import RunSummary, StartReport, tagged
 from leanbert.callbacks.samples import FilledMasks
 from leanbert.callbacks.validation import ValidateAtEnds
 from leanbert.data.storage import DISK_FULL, FORBIDDEN
+from leanbert.data.tokenizer import TextTokenizer
 from leanbert.data.workers import available_cpus
 from leanbert.errors import UserError
 from leanbert.memory.allocator import keep_freed_pages
 from leanbert.memory.precision import default_precision
+from leanbert.memory.rehearsal import RunSettings
 from leanbert.models.config import EncoderConfig
-from leanbert.settings import Parser, device_type, find_shipped, one_line, refuse_duplicates, user_error_within
+from leanbert.settings import (
+    Parser,
+    add_overlay,
+    device_type,
+    find_shipped,
+    one_line,
+    refuse_duplicates,
+    user_error_within,
+)
 from leanbert.trainer import Trainer
 
-WITHOUT_DEVICE = {"prepare", "export"}
+WITHOUT_DEVICE = {"prepare", "plan", "export"}
 
 
 class CLI(LightningCLI):
@@ -48,6 +62,9 @@ class CLI(LightningCLI):
         self.arguments = arguments
         self.checkpoint: dict[str, Any] | None = None
         self.resumed_step = 0
+        self.device_type: Any = "cpu"
+        self.planned_rows: int | None = None
+        self.plan_report: PlanReport | None = None
         super().__init__(
             trainer_class=Trainer,
             datamodule_class=LightningDataModule,
@@ -72,6 +89,7 @@ class CLI(LightningCLI):
         return {
             **LightningCLI.subcommands(),
             "prepare": {"model", "datamodule"},
+            "plan": {"model", "datamodule"},
             "export": {"model", "datamodule"},
         }
 
@@ -111,10 +129,13 @@ class CLI(LightningCLI):
                 "optimizer step over all devices; leave this at 1."
             )
         refuse_duplicates(trainer["callbacks"] or [])
+        self.device_type = device_type(trainer["accelerator"])
+        if self.subcommand == "plan":
+            self._prepare_planning(settings)
         if self.subcommand in WITHOUT_DEVICE:
             trainer["accelerator"], trainer["devices"], trainer["strategy"] = "cpu", 1, "auto"
         if trainer["precision"] is None:
-            trainer["precision"] = default_precision(device_type(trainer["accelerator"]))
+            trainer["precision"] = default_precision(self.device_type)
         if trainer["enable_checkpointing"] is False:
             raise UserError("trainer.enable_checkpointing: every run writes checkpoints. See checkpoint.every_n_steps.")
         for part in ("model", "data"):  # a seed of their own may be given
@@ -123,6 +144,8 @@ class CLI(LightningCLI):
         data, model = settings["data"]["init_args"], settings["model"]["init_args"]
         if data["tokenizer"] is None:
             data["tokenizer"] = model["init_from"]
+        if self.subcommand == "fit" and settings["budget"] is not None:
+            self.plan_report = self._plan_and_apply(settings)
         if self.subcommand == "predict":
             settings["return_predictions"] = False  # they are written as they come
         if self.subcommand == "validate":
@@ -130,6 +153,36 @@ class CLI(LightningCLI):
         if self.subcommand != "fit":
             self.save_config_callback = None  # only a run has a folder
             warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint.*")  # those of training
+
+    def _prepare_planning(self, settings: Any) -> None:
+        """Note the device that is planned for, and plan on this CPU."""
+        trainer = settings["trainer"]
+        if settings["target"] != "auto":
+            self.device_type = settings["target"]
+        devices = trainer["devices"]
+        if isinstance(devices, str):
+            devices = int(devices) if devices.isdigit() else 1
+        count = max(1, len(devices) if isinstance(devices, list) else devices) * trainer["num_nodes"]
+        rows = settings["data"]["init_args"]["batch_size"]
+        if rows % count:
+            raise UserError(f"data.batch_size: {rows} is not divisible by {count} devices. Set a multiple of {count}.")
+        self.planned_rows = rows // count
+        trainer["accumulate_grad_batches"] = 1
+
+    def _plan_and_apply(self, settings: Any) -> PlanReport:
+        """Plan in a process of its own, whose memory is gone with it, and add the chosen techniques to the settings."""
+        with tempfile.TemporaryDirectory() as folder:
+            answer, overlay = Path(folder) / "plan.json", Path(folder) / "overlay.yaml"
+            arguments = ["plan" if argument == "fit" else argument for argument in self.arguments]
+            command = "import sys; from leanbert.cli import main; sys.argv[0] = 'leanbert'; main()"
+            done = subprocess.run(
+                [sys.executable, "-c", command, *arguments, f"--json={answer}", f"--save={overlay}"], stdout=sys.stderr
+            )
+            if done.returncode:
+                sys.exit(done.returncode)
+            plan, chosen = json.loads(answer.read_text()), yaml.safe_load(overlay.read_text()) or {}
+        add_overlay(settings, chosen)
+        return PlanReport(plan["predicted_peak_bytes"], plan["predicted_needs_bytes"], plan["budget_bytes"])
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer; what they refuse is raised as it is."""
@@ -184,6 +237,7 @@ class CLI(LightningCLI):
                 FilledMasks(),
                 RunSummary(),
                 StopBetweenSteps(),
+                *([self.plan_report] if self.plan_report is not None else []),
             ]
         return [*bar, *([PredictionWriter()] if self.subcommand == "predict" else [])]
 
@@ -208,6 +262,24 @@ class CLI(LightningCLI):
         self.trainer.fit(**kwargs)
         self._say_how_to_go_on()
 
+    def plan(self, budget: str | None = None, json: Any = None, save: Any = None, **_: Any) -> None:
+        """Print what the run needs, and choose techniques for a budget."""
+        from leanbert.plan import PlanRequest, run_plan  # only here: it is not needed to train
+
+        trainer = self._settings["trainer"]
+        settings = RunSettings(
+            task=self.model,
+            data=self.datamodule,
+            callbacks=tuple(self._get(self.config_init, "trainer")["callbacks"] or ()),
+            precision=trainer["precision"],
+            clip=trainer["gradient_clip_val"],
+            vocab_size=planned_vocabulary(self.datamodule),
+            device_type=self.device_type,
+            rows=self.planned_rows,
+        )
+        files = [Path(file) if file is not None else None for file in (json, save)]
+        run_plan(settings, self.device_type, PlanRequest(budget, *files))
+
     def validate(self, **kwargs: Any) -> None:
         """Print the metrics as one JSON line."""
         self.trainer.validate(**kwargs)
@@ -226,6 +298,12 @@ class CLI(LightningCLI):
         say(f"TensorBoard  tensorboard --logdir {shlex.quote(str(trainer.default_root_dir))}")
         say(f"Fill masks   echo 'The {self.datamodule.tokenizer.mask_token} of the function.' | {program} predict "
             f"{configs} --ckpt_path last --data.predict_files -")  # fmt: skip
+
+
+def planned_vocabulary(data: Any) -> int | None:
+    """Return the size of a given tokenizer; None: one will be trained, with `data.vocab_size` entries at most."""
+    tokenizer = data.hparams["tokenizer"]
+    return None if tokenizer is None else TextTokenizer.from_file(tokenizer).vocab_size
 
 
 def program_name() -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from leanbert.errors import UserError
@@ -96,6 +97,28 @@ def refuse_duplicates(callbacks: list[Any]) -> None:
     for class_path, count in Counter(callback["class_path"] for callback in callbacks).items():
         if count > 1:
             raise UserError(f"trainer.callbacks: {class_path} is given {count} times. Leave one of the overlays out.")
+
+
+def add_overlay(settings: Any, overlay: dict[str, Any]) -> None:
+    """Add parsed YAML to parsed settings as a further `--config` would; callbacks of a kind that is there stay."""
+    for part in ("model", "data"):
+        for name, value in overlay.get(part, {}).get("init_args", {}).items():
+            own = settings[part]["init_args"]
+            if isinstance(value, dict):
+                for key, inner in value.items():
+                    own[name][key] = inner
+            else:
+                own[name] = value
+    callbacks = settings["trainer"]["callbacks"] or []
+    there = {callback["class_path"] for callback in callbacks}
+    added = [entry for entry in overlay.get("trainer", {}).get("callbacks+", []) if entry["class_path"] not in there]
+    settings["trainer"]["callbacks"] = [
+        *callbacks,
+        *(
+            Namespace(class_path=entry["class_path"], init_args=Namespace(**entry.get("init_args", {})))
+            for entry in added
+        ),
+    ]
 
 
 def device_type(accelerator: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -12,7 +12,7 @@ from leanbert.errors import UserError
 
 
 class Trainer(pl.Trainer):
-    """Lightning's Trainer, with `prepare` and `export`."""
+    """Lightning's Trainer, with `prepare`, `plan`, `export`, and a budget for `fit`."""
 
     def prepare(
         self,
@@ -30,6 +30,56 @@ class Trainer(pl.Trainer):
             weights_only: Not used; `fit` saves it in the configuration.
         """
         datamodule.prepare_data()
+
+    def fit(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: Any = None,
+        weights_only: bool | None = None,
+        budget: str | None = None,
+    ) -> None:
+        """Train.
+
+        Args:
+            model: The task.
+            train_dataloaders: Not used; the data module has them.
+            val_dataloaders: Not used; the data module has them.
+            datamodule: The data.
+            ckpt_path: Checkpoint to go on from: a file, or `last` or `best` of the newest run.
+            weights_only: Not used: checkpoints never execute code.
+            budget: Memory that the run may need, such as 8GiB: the cheapest set of techniques that fits is applied, as
+                `plan` shows it. auto: what the device has free, less a tenth. On a CPU it is resident memory.
+        """
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+
+    def plan(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        budget: str | None = None,
+        target: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+        json: Path | None = None,
+        save: Path | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Say what memory a run needs, before anything is allocated, and which techniques fit it into a budget.
+
+        Args:
+            model: The task.
+            datamodule: The data.
+            budget: Memory that the run may need, such as 8GiB; auto: what the device has free, less a tenth. On a CPU
+                it is resident memory.
+            target: Kind of device, which need not be here. auto: that of trainer.accelerator.
+            json: File to write the plan to, for programs.
+            save: File to write the chosen techniques to, as an overlay for --config.
+            ckpt_path: Checkpoint whose architecture counts.
+            weights_only: Not used; `fit` saves it in the configuration.
+        """
+        raise NotImplementedError("the command line plans, see leanbert.plan")
 
     def export(
         self,

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+import re
+
+from leanbert.errors import UserError
+
 MIB = 2**20
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": MIB, "GiB": 2**30, "TiB": 2**40}
+
+
+def parse_size(text: str, setting: str) -> int:
+    """Return the bytes of `512MiB`, `8GiB`, `1.5 GiB`.
+
+    Raises UserError, naming `setting`, for anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB)\s*", text)
+    size = round(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise UserError(f"{setting}: {text!r} is no size. Give a number and a unit, such as 512MiB or 8GiB.")
+    return size
 
 
 def format_size(size_bytes: float) -> str:

@@ -16,6 +16,7 @@ from leanbert.callbacks.checkpoint import RunCheckpoint
 from leanbert.callbacks.interrupt import Interrupted
 from leanbert.callbacks.memory_monitor import MemoryMonitor
 from leanbert.callbacks.monitor import StepMonitor
+from leanbert.callbacks.plan import PlanReport
 from leanbert.callbacks.progress import say
 from leanbert.memory.measure import device_bytes, peak_rss_bytes
 from leanbert.units import format_duration
@@ -135,6 +136,8 @@ def run_summary(trainer: Trainer, module: Any, status: str) -> dict[str, Any]:
     for callback in callbacks:
         if isinstance(callback, MemoryMonitor):
             summary.update(callback.summary())
+        if isinstance(callback, PlanReport):
+            summary["predicted_peak_bytes"] = callback.predicted_bytes
     peak = device_bytes(module.device).get("peak")  # counts every step, not the sampled ones only
     return summary if peak is None else {**summary, "peak_bytes": peak}
 

@@ -23,7 +23,7 @@ SEEN_AHEAD = 64
 """Events by which the end of an inserted stretch is found."""
 
 
-class NoCounterpart(Exception):
+class NoCounterpartError(Exception):
     """The larger trace is not the smaller one with stretches inserted."""
 
 
@@ -64,7 +64,7 @@ def extrapolate(small: Sequence[Course], large: Sequence[Course], times: float) 
     In a repeated stretch, what comes first depends on the number of repetitions by what came before, what comes last
     by all repetitions: two courses for each of `small`, one aligned from the front and one from the back.
 
-    Raises NoCounterpart if events cannot be aligned.
+    Raises NoCounterpartError if events cannot be aligned.
     """
     result = []
     for one, other in zip(small, large, strict=True):
@@ -85,7 +85,7 @@ def _counterparts(small: Sequence[object], large: Sequence[object]) -> list[int]
         if at >= len(second) or second[at] != label:  # a stretch was inserted: what follows it agrees for longest
             lengths = [_agreement(first, index, second, start) for start in range(at, len(second))]
             if max(lengths, default=0) == 0:
-                raise NoCounterpart(f"event {index}: {small[index]}")
+                raise NoCounterpartError(f"event {index}: {small[index]}")
             at += int(np.argmax(lengths))
         places.append(at)
         at += 1

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from leanbert.errors import UserError
-from leanbert.memory.extrapolation import Course, NoCounterpart, extrapolate, peaks
+from leanbert.memory.extrapolation import Course, NoCounterpartError, extrapolate, peaks
 from leanbert.memory.rehearsal import Rehearsal, RunSettings, rehearse
 
 SMALLEST_STACK = 3
@@ -67,12 +67,13 @@ def predict(settings: RunSettings, *, exact: bool = False) -> Prediction:
     first = _predict_layers(settings, small, exact)
     if small == large:
         step = first.step
-        flops = round(first.flops * whole / rows) if slice_rows is None else first.flops
+        flops = round(first.flops * whole / small)
     else:
         second = _predict_layers(settings, large, exact)
         times = (whole - small) / (large - small)
         step = extrapolate(first.step, second.step, times)
         flops = round(first.flops + times * (second.flops - first.flops))
+    flops += first.update_flops
     phases = peaks(step)
     if small == large and whole > small:  # all micro-batches are there, not the rehearsed two
         for categories in phases.values():
@@ -85,12 +86,13 @@ class _Courses:
     step: list[Course]
     validation: list[Course]
     flops: int
+    update_flops: int
     parameters: int
 
     @classmethod
     def of(cls, rehearsal: Rehearsal) -> _Courses:
         step, validation = [Course.of(rehearsal.step)], [Course.of(rehearsal.validation)]
-        return cls(step, validation, rehearsal.flops, rehearsal.parameters)
+        return cls(step, validation, rehearsal.flops, rehearsal.update_flops, rehearsal.parameters)
 
 
 def _predict_layers(settings: RunSettings, rows: int, exact: bool) -> _Courses:
@@ -105,10 +107,16 @@ def _predict_layers(settings: RunSettings, rows: int, exact: bool) -> _Courses:
             return _Courses(
                 extrapolate(one.step, other.step, times),
                 extrapolate(one.validation, other.validation, times),
-                round(one.flops + times * (other.flops - one.flops)),
-                round(one.parameters + times * (other.parameters - one.parameters)),
+                *(
+                    round(small_count + times * (large_count - small_count))
+                    for small_count, large_count in (
+                        (one.flops, other.flops),
+                        (one.update_flops, other.update_flops),
+                        (one.parameters, other.parameters),
+                    )
+                ),
             )
-        except NoCounterpart:
+        except NoCounterpartError:
             pass  # blocks that are not alike: rehearse them all
     return _Courses.of(rehearse(settings, rows))
 

@@ -19,7 +19,6 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from leanbert.memory.offload import DiskStorage, to_host
 from leanbert.memory.timeline import Timeline
@@ -53,16 +52,18 @@ class RunSettings:
     @property
     def row_bytes(self) -> int:
         """Bytes of one sequence in a batch."""
-        return sum(tensor.nbytes for tensor in _tensors_of(self.data.blank_batch(1)))  # type: ignore[attr-defined]
+        batch = self.data.blank_batch(1)  # type: ignore[attr-defined]
+        return sum(int(tensor.nbytes) for tensor in _tensors_of(batch))
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Traces of a step and of a validation batch, and the step's floating-point operations."""
+    """Traces of a step and of a validation batch; floating-point operations of the step's passes and of its update."""
 
     step: Timeline
     validation: Timeline
     flops: int
+    update_flops: int
     parameters: int
 
 
@@ -124,14 +125,14 @@ def rehearse(settings: RunSettings, rows: int, *, layers: int | None = None) -> 
             callback.on_train_start(trainer, task)
             callback.on_train_batch_start(trainer, task, batch, 0)
         task.train()
-        with FlopCounterMode(display=False) as counter:
-            _step(task, trainer, batch)  # makes the optimizer's state
+        _step(task, trainer, batch)  # makes the optimizer's state
         existing = [*_tensors_of(task), *_tensors_of(batch)]
         with LiveBytes(task.model, [optimizer], existing=existing) as trace:
             _step(task, trainer, batch)
         step = trace.timeline()
         validation = _validate(task, trainer, data.blank_batch(validation_rows, validation=True))  # type: ignore[attr-defined]
-    return Rehearsal(step, validation, counter.get_total_flops(), task.model.num_parameters)
+    update = trace.flops["optimizer"]
+    return Rehearsal(step, validation, trace.flops.total() - update, update, task.model.num_parameters)
 
 
 def _stage(settings: RunSettings, rows: int, layers: int | None) -> tuple[Any, LightningDataModule, Trainer]:
@@ -198,7 +199,7 @@ def _step(task: Any, trainer: Trainer, batch: Any) -> None:
     def closure() -> Tensor:
         loss = strategy.training_step(batch, 0)["loss"]
         strategy.backward(loss, optimizer)
-        return loss.detach()  # type: ignore[no-any-return]
+        return loss.detach()
 
     task.optimizer_step(0, 0, optimizer, closure)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
 
 from leanbert.memory.timeline import Event, Storage, Timeline
 
@@ -77,6 +79,7 @@ class LiveBytes:
         self._module_names = {id(module): name for name, module in model.named_modules()}
         self._modules: list[str] = []  # those whose forward is running, the innermost last
         self._operation = 0
+        self.flops: Counter[str] = Counter()  # of matrix products and attention, by phase
         self._events: list[Event] = [Event(0, first_phase, None, 0)]
         self._deferred: tuple[Event, Storage] | None = None
         self._start: list[Event] = []
@@ -164,6 +167,9 @@ class LiveBytes:
         for tensor in inputs:
             self._found(tensor, "other", "")
         result = func(*args, **kwargs)
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.flops[self._phase] += count(*args, **kwargs, out_val=result)
         category = "optimizer" if self._phase == "optimizer" else "activations"
         if func is aten._to_copy.default and any(self._is_parameter(tensor) for tensor in inputs):
             category = "other"  # autocast keeps a low-precision copy of each weight

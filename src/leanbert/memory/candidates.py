@@ -1,0 +1,193 @@
+"""Which sets of techniques a plan tries, in the order of what they cost, and the search for the cheapest that fits.
+
+The order: what is free, micro-batches, 16-bit products, selective then full checkpointing, the optimizer in the
+backward pass, low-bit optimizer state, 16-bit weights, offload, and last what changes the model. The effective batch
+never changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from leanbert.errors import UserError
+from leanbert.memory import overlays
+from leanbert.memory.optimizers import STATE_BITS
+from leanbert.memory.planner import Prediction, predict
+from leanbert.memory.rehearsal import RunSettings
+from leanbert.memory.targets import Target
+
+STATEFUL = ("adam", "adamw", "muon")
+"""Optimizers whose state low-bit AdamW can take the place of."""
+
+COSTS = {
+    "chunked_head": "",
+    "return_pages": "6 to 20 % of a step's time",
+    "accumulation": "small products use the device less well",
+    "bf16_mixed": "16-bit rounding of products",
+    "selective_checkpointing": "",
+    "checkpointing": "",
+    "layer_major": "",
+    "optimizer_in_backward": "no clipping of gradients, one device",
+    "adamw_8bit": "8-bit moments",
+    "adamw_4bit": "4-bit moments",
+    "bf16_true": "weights in bfloat16, rounded at random",
+    "offload": "the disk's speed",
+    "offload_host": "the bus to the host",
+    "structured_pruning": "half of the heads and neurons leave the model",
+}
+"""What each overlay costs besides compute, which is counted."""
+
+SMALL_EVALUATION = {"data": {"init_args": {"val_batch_size": 4}}}
+"""Where training needs little, evaluation shall not need more; its result does not depend on the batch."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One set of techniques: overlays beyond the given configuration, and what the run needs with them."""
+
+    techniques: tuple[str, ...]
+    micro_batch: int
+    """Sequences of one forward pass on each device."""
+    prediction: Prediction
+    needs_bytes: int
+    """Of the device: live tensors and what comes on top; on a CPU the process's resident memory."""
+    added_compute: float
+    """Matrix products of a step beyond those of the given configuration, as a share of these."""
+    overlay: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The given configuration, all candidates in the order of their cost, and the cheapest that fits, if one does."""
+
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate | None
+    budget_bytes: int | None
+
+    @property
+    def given(self) -> Candidate:
+        """The configuration as it is."""
+        return self.candidates[0]
+
+    def fits(self, candidate: Candidate) -> bool:
+        """Whether a candidate is within the budget."""
+        return self.budget_bytes is None or candidate.needs_bytes <= self.budget_bytes
+
+
+def ladder(settings: RunSettings, target: Target) -> list[tuple[str, ...]]:
+    """Return the sets of overlays to try, the cheapest first, the given configuration (no overlay) before all."""
+    kinds = {type(callback).__name__ for callback in settings.callbacks}
+    optimizer = settings.task.optimizer_config.name
+    half = ("bf16_mixed",) if "Precision" not in kinds and str(settings.precision) in ("32-true", "32") else ()
+    whole_weights = "Precision" not in kinds and "true" in str(settings.precision).replace("32-true", "")
+    low_bits = ("adamw_8bit", "adamw_4bit") if optimizer in STATEFUL else ()
+    free = ("return_pages",) if target.device_type == "cpu" else ()
+    offload = "offload" if target.device_type == "cpu" else "offload_host"
+    in_slices = (*free, "chunked_head", "layer_major", "optimizer_in_backward")
+    last = low_bits[-1:]
+    sets = [(), ("chunked_head",), (*free, "chunked_head"), (*free, "accumulation"), (*free, "accumulation", *half)]
+    sets += [(*free, "accumulation", *half, kind) for kind in ("selective_checkpointing", "checkpointing")]
+    sets += [(*in_slices, *half), *((*in_slices, *half, bits) for bits in low_bits)]
+    if not whole_weights:
+        sets.append((*in_slices, *last, "bf16_true"))
+        last = (*last, "bf16_true")
+    sets += [(*in_slices, *last, offload), (*in_slices, *last, offload, "structured_pruning")]
+    return list(dict.fromkeys(sets))
+
+
+def search(
+    settings: RunSettings,
+    target: Target,
+    budget_bytes: int | None,
+    progress: Callable[[list[tuple[str, ...]]], Iterator[tuple[str, ...]]] = iter,
+) -> Plan:
+    """Predict every set of techniques and choose the cheapest that fits, with the largest micro-batch that does.
+
+    Sets that cannot be combined with the given configuration are left out; so are those that save nothing.
+
+    Args:
+        settings: The given configuration.
+        target: The device.
+        budget_bytes: What the run may need; None: no choice is made.
+        progress: Wraps the list of sets while it is worked through.
+
+    """
+    given = _candidate(settings, target, (), None, None)
+    candidates, chosen = [given], None
+    if budget_bytes is None or given.needs_bytes <= budget_bytes:
+        chosen = given
+    for names in progress(ladder(settings, target)[1:]):
+        try:
+            found = _with_micro_batch(settings, target, names, given, budget_bytes, chosen)
+        except UserError:
+            continue
+        if found.needs_bytes < candidates[-1].needs_bytes or (budget_bytes and found.needs_bytes <= budget_bytes):
+            candidates.append(found)
+            if chosen is None and budget_bytes is not None and found.needs_bytes <= budget_bytes:
+                chosen = found
+    return Plan(tuple(candidates), chosen, budget_bytes)
+
+
+def _with_micro_batch(
+    settings: RunSettings,
+    target: Target,
+    names: tuple[str, ...],
+    given: Candidate,
+    budget_bytes: int | None,
+    chosen: Candidate | None,
+) -> Candidate:
+    """Return the set with the largest micro-batch that fits, or the smallest; that of the choice once it is made."""
+    if not any(name in overlays.MICRO_BATCH for name in names):
+        return _candidate(settings, target, names, None, given)
+    if chosen is not None and 1 < chosen.micro_batch < settings.rows_per_step:
+        return _candidate(settings, target, names, chosen.micro_batch, given)
+    smallest = _candidate(settings, target, names, 1, given)
+    if budget_bytes is None or smallest.needs_bytes > budget_bytes or chosen is not None:
+        return smallest
+    best, options = smallest, micro_batches(settings.rows_per_step)
+    low, high = 0, len(options) - 1  # options[low] fits
+    while low < high:
+        middle = (low + high + 1) // 2
+        found = _candidate(settings, target, names, options[middle], given)
+        if found.needs_bytes <= budget_bytes:
+            low, best = middle, found
+        else:
+            high = middle - 1
+    return best
+
+
+def micro_batches(rows: int) -> list[int]:
+    """Return `rows` halved again and again, rounded up, ascending: 1, 2, 4, ... for a power of two; without `rows`."""
+    sizes = []
+    while rows > 1:
+        rows = -(-rows // 2)
+        sizes.append(rows)
+    return sizes[::-1]
+
+
+def _candidate(
+    settings: RunSettings, target: Target, names: tuple[str, ...], micro_batch: int | None, given: Candidate | None
+) -> Candidate:
+    overlay = overlays.merge([overlays.read(name, micro_batch) for name in names])
+    optimizer = overlay.get("model", {}).get("init_args", {}).get("optimizer")
+    if optimizer and optimizer["name"] in STATE_BITS and settings.task.optimizer_config.name == "muon":
+        optimizer["lr"] = 1e-3  # muon's rate for embeddings is too high for the matrices
+    rows = settings.rows_per_step
+    if micro_batch is not None and (settings.data.hparams["val_batch_size"] or rows) > 4:
+        overlay = overlays.merge([overlay, SMALL_EVALUATION])
+    changed = overlays.apply(settings, overlay)
+    prediction = predict(changed)
+    added = prediction.flops / given.prediction.flops - 1 if given is not None else 0.0
+    needs = target.needs(prediction.peak_bytes, changed.callbacks)
+    return Candidate(names, micro_batch or _own_micro_batch(settings), prediction, needs, added, overlay)
+
+
+def _own_micro_batch(settings: RunSettings) -> int:
+    for callback in settings.callbacks:
+        if type(callback).__name__ == "LayerMajor":
+            return int(callback.micro_batch)  # type: ignore[attr-defined]
+        if type(callback).__name__ == "GradientAccumulation":
+            return int(max(callback.schedule.values()))  # type: ignore[attr-defined]
+    return settings.rows_per_step

@@ -1,0 +1,62 @@
+"""The overlays of `configs/memory/` as settings and as objects: what the plan tries, and what it chooses."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from dataclasses import replace
+from typing import Any
+
+import yaml
+
+from leanbert.memory.rehearsal import RunSettings
+from leanbert.settings import find_shipped
+
+MICRO_BATCH = ("accumulation", "layer_major")
+"""Overlays whose callback has a micro-batch."""
+
+
+def read(name: str, micro_batch: int | None = None) -> dict[str, Any]:
+    """Return `configs/memory/NAME.yaml` as nested settings, with another micro-batch if one is given."""
+    _, path = find_shipped(["--config", f"configs/memory/{name}.yaml"])
+    with open(path, encoding="utf-8") as file:
+        settings: dict[str, Any] = yaml.safe_load(file)
+    if micro_batch is not None and name in MICRO_BATCH:
+        settings["trainer"]["callbacks+"][0]["init_args"]["micro_batch"] = micro_batch
+    return settings
+
+
+def merge(overlays: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return settings of which later ones count, and lists of callbacks are joined."""
+    merged: dict[str, Any] = {}
+    for overlay in overlays:
+        _merge_into(merged, copy.deepcopy(overlay))
+    return merged
+
+
+def _merge_into(target: dict[str, Any], extra: dict[str, Any]) -> None:
+    for key, value in extra.items():
+        if isinstance(value, dict) and isinstance(target.get(key), dict):
+            _merge_into(target[key], value)
+        elif key == "callbacks+" and key in target:
+            target[key] += value
+        else:
+            target[key] = value
+
+
+def apply(settings: RunSettings, overlay: dict[str, Any]) -> RunSettings:
+    """Return the settings of a run with an overlay; callbacks of a kind that is there already are kept as they are."""
+    task, data = copy.deepcopy(settings.task), copy.deepcopy(settings.data)
+    there = {type(callback) for callback in settings.callbacks}
+    callbacks = [_make(entry) for entry in overlay.get("trainer", {}).get("callbacks+", [])]
+    for name, value in overlay.get("model", {}).get("init_args", {}).get("optimizer", {}).items():
+        number = float(value) if name == "lr" else value  # YAML reads 1e-3 as text
+        task.optimizer_config = replace(task.optimizer_config, **{name: number})
+    data.hparams.update(overlay.get("data", {}).get("init_args", {}))
+    added = tuple(callback for callback in callbacks if type(callback) not in there)
+    return replace(settings, task=task, data=data, callbacks=(*settings.callbacks, *added))
+
+
+def _make(entry: dict[str, Any]) -> Any:
+    module, _, name = entry["class_path"].rpartition(".")
+    return getattr(importlib.import_module(module), name)(**entry.get("init_args", {}))
