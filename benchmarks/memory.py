@@ -149,7 +149,8 @@ def bytes_and_time(root: Path, size: str) -> str:
 def large(root: Path) -> str:
     """Return what BERT-large takes with `lean`, measured, and without, predicted: it would not fit here."""
     arguments = ["--config=configs/mlm.yaml", "--config=configs/size/large.yaml", "--config=configs/memory/lean.yaml",
-                 "--data.vocab_size=30522", "--model.encoder.vocab_size=30522", "--data.max_length=512", "--data.batch_size=32", "--trainer.max_steps=2",
+                 "--data.vocab_size=30522", "--model.encoder.vocab_size=30522", "--data.max_length=512",
+                 "--data.batch_size=32", "--trainer.max_steps=2",
                  "--trainer.limit_val_batches=8", f"--trainer.default_root_dir={root}"]  # fmt: skip
     subprocess.run([sys.executable, "train.py", "fit", *arguments], cwd=ROOT, check=True)
     summary = json.loads((root / "mlm" / "version_0" / "summary.json").read_text())

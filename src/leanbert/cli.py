@@ -266,8 +266,13 @@ class CLI(LightningCLI):
         """Print what the run needs, and choose techniques for a budget."""
         from leanbert.plan import PlanRequest, run_plan  # only here: it is not needed to train
 
+        files = [Path(file) if file is not None else None for file in (json, save)]
+        run_plan(self.run_settings(), self.device_type, PlanRequest(budget, *files))
+
+    def run_settings(self) -> RunSettings:
+        """Return what decides the memory of the run."""
         trainer = self._settings["trainer"]
-        settings = RunSettings(
+        return RunSettings(
             task=self.model,
             data=self.datamodule,
             callbacks=tuple(self._get(self.config_init, "trainer")["callbacks"] or ()),
@@ -277,8 +282,6 @@ class CLI(LightningCLI):
             device_type=self.device_type,
             rows=self.planned_rows,
         )
-        files = [Path(file) if file is not None else None for file in (json, save)]
-        run_plan(settings, self.device_type, PlanRequest(budget, *files))
 
     def validate(self, **kwargs: Any) -> None:
         """Print the metrics as one JSON line."""

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from leanbert.memory.timeline import CATEGORIES, PHASES, Timeline
 
-SEEN_AHEAD = 64
+SEEN_AHEAD = 1000
 """Events by which the end of an inserted stretch is found."""
 
 

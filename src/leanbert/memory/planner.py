@@ -60,10 +60,11 @@ def predict(settings: RunSettings, *, exact: bool = False) -> Prediction:
     """
     rows, slice_rows = _rows(settings), _setting(settings.callbacks, "LayerMajor", "micro_batch")
     whole = settings.rows_per_step
-    if exact or slice_rows is None or 3 * slice_rows >= whole:
-        small = large = whole if slice_rows is not None else rows
-    else:
-        small, large = 2 * slice_rows, 3 * slice_rows
+    small = large = whole if slice_rows is not None else rows
+    if not exact and slice_rows is not None:
+        few = max(2, math.ceil(_rows_of_a_chunk(settings) / slice_rows)) * slice_rows
+        if few + slice_rows < whole:
+            small, large = few, few + slice_rows
     first = _predict_layers(settings, small, exact)
     if small == large:
         step = first.step
@@ -140,6 +141,12 @@ def _rows(settings: RunSettings) -> int:
             "plan: a micro-batch schedule that begins or ends with the whole batch. Plan its largest alone."
         )
     return min(whole, 2 * largest)
+
+
+def _rows_of_a_chunk(settings: RunSettings) -> int:
+    """Return the sequences above which a chunked head needs no more memory for its logits; 0 if it is not chunked."""
+    chunk = _setting(settings.callbacks, "ChunkedHead", "targets")
+    return 0 if chunk is None else math.ceil(chunk / settings.targets_per_row)
 
 
 def _setting(callbacks: Iterable[object], kind: str, name: str) -> Any:

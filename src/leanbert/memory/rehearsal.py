@@ -50,6 +50,11 @@ class RunSettings:
         return int(self.rows or self.data.hparams["batch_size"])
 
     @property
+    def targets_per_row(self) -> int:
+        """Targets of one sequence."""
+        return int(self.data.blank_batch(1).targets.numel())  # type: ignore[attr-defined]
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one sequence in a batch."""
         batch = self.data.blank_batch(1)  # type: ignore[attr-defined]

@@ -18,6 +18,9 @@ IGNORED = -100
 CPU_CHUNK, DEVICE_CHUNK = 2**19, 2**25
 """Logits that are in float32 at a time: what fits a core's cache, or what fills an accelerator."""
 
+GRADIENT_BLOCK = 2**20
+"""Elements of the vocabulary's gradient that a 16-bit product is added to at a time."""
+
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     """Sum of the cross entropies (nats, at least float32) of `logits` [..., V] at `targets` (int64 [...]).
@@ -112,8 +115,11 @@ def _add_gradients(sums: list[Tensor | None], rows: slice, slope: Tensor, part: 
         for_hidden[rows] = slope @ matrix
     if for_weight is not None and for_weight.dtype == slope.dtype:
         for_weight.addmm_(slope.mT, part)  # without a second matrix of that size
-    elif for_weight is not None:
-        for_weight += slope.mT @ part
+    elif for_weight is not None:  # row by row block: to add 16-bit numbers to a float32 matrix, torch copies them all
+        step = max(1, GRADIENT_BLOCK // for_weight.shape[1])
+        for start in range(0, len(for_weight), step):
+            block = slice(start, start + step)
+            for_weight[block] += slope[:, block].mT @ part
     if for_bias is not None:
         for_bias += slope.sum(0, dtype=for_bias.dtype)
 

@@ -1,0 +1,63 @@
+import pytest
+
+from leanbert.memory.candidates import ladder, micro_batches, search
+from leanbert.memory.overlays import apply, read
+from leanbert.memory.planner import predict
+from leanbert.memory.targets import Target
+from tests.memory.test_planner import settings
+
+CPU = Target("cpu", 1_000_000, slack=0.25, slack_returned=0.05)
+
+
+def test_micro_batches_are_halves():
+    assert micro_batches(32) == [1, 2, 4, 8, 16]
+    assert micro_batches(13) == [1, 2, 4, 7]
+    assert micro_batches(1) == []
+
+
+def test_the_ladder_begins_with_what_is_free_and_ends_with_what_changes_the_model():
+    sets = ladder(settings(), CPU)
+    assert sets[:2] == [(), ("chunked_head",)]
+    assert sets[-1][-2:] == ("offload", "structured_pruning")
+    first = {name: next(i for i, names in enumerate(sets) if name in names) for names in sets for name in names}
+    order = ["accumulation", "bf16_mixed", "selective_checkpointing", "checkpointing", "optimizer_in_backward",
+             "adamw_8bit", "adamw_4bit", "bf16_true", "offload", "structured_pruning"]  # fmt: skip
+    assert sorted(order, key=first.__getitem__) == order
+
+
+def test_what_is_there_already_is_not_added():
+    assert not any("bf16_mixed" in names for names in ladder(settings(precision="bf16-mixed"), CPU))
+    assert not any("adamw_8bit" in names for names in ladder(settings(optimizer="sgd"), CPU))
+    gpu = ladder(settings(), Target("cuda", 0, 0.1, 0.1))
+    assert any("offload_host" in names for names in gpu)
+    assert not any("return_pages" in names or "offload" in names for names in gpu)
+
+
+def test_the_cheapest_that_fits_has_the_largest_micro_batch_that_fits():
+    run = settings(rows=32)
+    given = search(run, CPU, None).given
+    budget = CPU.base_bytes + round(0.5 * (given.needs_bytes - CPU.base_bytes))
+    plan = search(run, CPU, budget)
+    assert plan.chosen is not None
+    assert plan.chosen.techniques == ("return_pages", "accumulation")
+    assert plan.chosen.needs_bytes <= budget
+    larger = apply(run, read("accumulation", 2 * plan.chosen.micro_batch))
+    assert round(predict(larger).peak_bytes * 1.05) + CPU.base_bytes > budget
+    cheaper = plan.candidates[: plan.candidates.index(plan.chosen)]
+    assert not any(plan.fits(candidate) for candidate in cheaper)
+    assert apply(run, plan.chosen.overlay).data.hparams["batch_size"] == 32
+
+
+def test_the_given_configuration_is_chosen_if_it_fits_and_nothing_if_none_does():
+    run = settings(rows=4)
+    assert search(run, CPU, 10**12).chosen.techniques == ()
+    plan = search(run, CPU, 1000)
+    assert plan.chosen is None
+    needs = [candidate.needs_bytes for candidate in plan.candidates]
+    assert needs == sorted(needs, reverse=True)  # what saves nothing is left out
+
+
+@pytest.mark.parametrize("budget", [None, 10**12])
+def test_techniques_that_the_given_ones_exclude_are_left_out(budget):
+    plan = search(settings("layer_major"), CPU, budget)
+    assert not any("accumulation" in c.techniques or "checkpointing" in c.techniques for c in plan.candidates)
