@@ -97,7 +97,7 @@ def grid() -> list[Case]:
         Case("small", 6, 128),
         Case("small", 10, 128, ("bf16_mixed", "checkpointing")),
         Case("small", 10, 128, ("lean",)),
-        Case("small", 12, 64, ("accumulation", "adama")),
+        Case("small", 12, 64, ("adama",)),
         Case("base", 4, 128),
         Case("base", 4, 128, ("bf16_mixed", "checkpointing", "adamw_8bit")),
         Case("base", 4, 128, ("lean",)),

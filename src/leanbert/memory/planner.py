@@ -58,7 +58,7 @@ def predict(settings: RunSettings, *, exact: bool = False) -> Prediction:
         UserError: Techniques that cannot combine, or match nothing.
 
     """
-    rows, slice_rows = _rows(settings), _setting(settings.callbacks, "LayerMajor", "micro_batch")
+    rows, slice_rows = rows_to_rehearse(settings), _setting(settings.callbacks, "LayerMajor", "micro_batch")
     whole = settings.rows_per_step
     small = large = whole if slice_rows is not None else rows
     if not exact and slice_rows is not None:
@@ -99,7 +99,7 @@ class _Courses:
 def _predict_layers(settings: RunSettings, rows: int, exact: bool) -> _Courses:
     """Rehearse two small stacks and extrapolate to the whole one."""
     layers = settings.task.encoder_config.num_layers
-    period = _period(settings)
+    period = period_of_blocks(settings)
     small = SMALLEST_STACK + (layers - SMALLEST_STACK) % period
     if not exact and small + period < layers:
         one, other = (_Courses.of(rehearse(settings, rows, layers=count)) for count in (small, small + period))
@@ -122,14 +122,14 @@ def _predict_layers(settings: RunSettings, rows: int, exact: bool) -> _Courses:
     return _Courses.of(rehearse(settings, rows))
 
 
-def _period(settings: RunSettings) -> int:
+def period_of_blocks(settings: RunSettings) -> int:
     """Return after how many blocks the stack repeats itself."""
     config = settings.task.encoder_config.resolved()
     every = _setting(settings.callbacks, "ActivationCheckpointing", "every") or 1
     return math.lcm(every, config.global_every if config.local_window else 1)
 
 
-def _rows(settings: RunSettings) -> int:
+def rows_to_rehearse(settings: RunSettings) -> int:
     """Return the sequences to rehearse: two micro-batches, of which the second finds gradients of the first."""
     schedule = _setting(settings.callbacks, "GradientAccumulation", "schedule")
     whole = settings.rows_per_step

@@ -2,13 +2,14 @@
 
 The task, its step, its optimizer, Lightning's precision plugin and the callbacks are those of the run; only weights and
 batch are fake (`torch._subclasses.FakeTensorMode`). Whatever a callback changes, the trace sees.
+`timing` takes the same steps with values.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,6 +54,11 @@ class RunSettings:
     def targets_per_row(self) -> int:
         """Targets of one sequence."""
         return int(self.data.blank_batch(1).targets.numel())  # type: ignore[attr-defined]
+
+    @property
+    def validation_rows(self) -> int:
+        """Sequences of a validation batch."""
+        return int(self.data.hparams["val_batch_size"] or self.rows_per_step)
 
     @property
     def row_bytes(self) -> int:
@@ -116,42 +122,49 @@ def rehearse(settings: RunSettings, rows: int, *, layers: int | None = None) -> 
         UserError: Techniques that cannot combine, or match nothing.
 
     """
-    task, data, trainer = _stage(settings, rows, layers)
-    validation_rows = data.hparams["val_batch_size"] or settings.rows_per_step
+    task, data, trainer = stage(settings, rows, layers)
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), _ReadAsOne():
         warnings.simplefilter("ignore")
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            callback.setup(trainer, task, "fit")
-        _build(task, trainer)
+        set_up(task, trainer)
+        _forgo_values(task, trainer)
+        build(task, trainer)
+        _store_nowhere(task)
         batch = data.blank_batch(rows)  # type: ignore[attr-defined]
-        optimizer = trainer.strategy.optimizers[0]
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            _pretend_it_has_begun(callback)
-            callback.on_train_start(trainer, task)
-            callback.on_train_batch_start(trainer, task, batch, 0)
-        task.train()
-        _step(task, trainer, batch)  # makes the optimizer's state
+        begin(task, trainer, batch)
+        take_step(task, trainer, batch)  # makes the optimizer's state
         existing = [*_tensors_of(task), *_tensors_of(batch)]
-        with LiveBytes(task.model, [optimizer], existing=existing) as trace:
-            _step(task, trainer, batch)
+        with LiveBytes(task.model, trainer.strategy.optimizers, existing=existing) as trace:
+            take_step(task, trainer, batch)
         step = trace.timeline()
-        validation = _validate(task, trainer, data.blank_batch(validation_rows, validation=True))  # type: ignore[attr-defined]
+        blank = data.blank_batch(settings.validation_rows, validation=True)  # type: ignore[attr-defined]
+        validation = _validate(task, trainer, blank)
     update = trace.flops["optimizer"]
     return Rehearsal(step, validation, trace.flops.total() - update, update, task.model.num_parameters)
 
 
-def _stage(settings: RunSettings, rows: int, layers: int | None) -> tuple[Any, LightningDataModule, Trainer]:
+def stage(
+    settings: RunSettings, rows: int, layers: int | None, *, real: bool = False
+) -> tuple[Any, LightningDataModule, Trainer]:
+    """Return copies of task and data, and a trainer with the run's precision and callbacks; no weights yet.
+
+    Args:
+        settings: The run.
+        rows: Sequences of the step on one device.
+        layers: Blocks of the model instead of those of the settings.
+        real: For steps on the device of the settings, compiled where the run is; else for fake ones.
+
+    """
     task, data = copy.deepcopy(settings.task), copy.deepcopy(settings.data)
     if layers is not None:
         task.encoder_config = replace(task.encoder_config, num_layers=layers)
-    task.compile_blocks = False  # a compiled block needs no more than one that is not
+    task.compile_blocks &= real  # a compiled block needs no more memory than one that is not
     task.init_from = None  # the architecture is in the settings already
     task.schedule_config = replace(task.schedule_config, warmup_steps=0)
     task.planned_device = settings.device_type
     data.hparams["batch_size"] = rows
     data.pretend_prepared(settings.vocab_size)  # type: ignore[attr-defined]
     callbacks = [copy.deepcopy(c) for c in settings.callbacks if _takes_part(c)]
-    trainer = _trainer(settings, callbacks)
+    trainer = _trainer(settings, callbacks, settings.device_type if real else "cpu")
     trainer.strategy.connect(task)
     task.trainer = data.trainer = trainer
     trainer.datamodule = data  # type: ignore[attr-defined]
@@ -163,27 +176,51 @@ def _takes_part(callback: Callback) -> bool:
     return kind.__module__.startswith("leanbert.") and kind.__name__ not in OBSERVERS
 
 
-def _trainer(settings: RunSettings, callbacks: list[Callback]) -> Trainer:
+def _trainer(settings: RunSettings, callbacks: list[Callback], device_type: str) -> Trainer:
     return Trainer(
-        accelerator="cpu", devices=1, logger=False, callbacks=callbacks, precision=settings.precision,
+        accelerator=device_type, devices=1, logger=False, callbacks=callbacks, precision=settings.precision,
         gradient_clip_val=settings.clip, max_steps=2**31, max_epochs=-1, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
     )  # fmt: skip
 
 
-def _build(task: Any, trainer: Trainer) -> None:
+def set_up(task: Any, trainer: Trainer) -> None:
+    """Let the callbacks register what they ask for."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        callback.setup(trainer, task, "fit")
+
+
+def build(task: Any, trainer: Trainer) -> None:
+    """Make weights, metrics and optimizer on the trainer's device."""
     strategy: Any = trainer.strategy
-    if isinstance(strategy.precision_plugin, MixedPrecision):
-        strategy.precision_plugin.scaler = None  # reads values, and holds none
-    with unset_fake_temporarily():  # torchmetrics copies tensors in a way that fake ones do not know
-        task.build_metrics()
-    task.build_metrics = lambda: None
     with strategy.tensor_init_context(), strategy.precision_plugin.module_init_context():
         task.configure_model()  # in the target dtype: nothing is left to convert
+    strategy.optimizers = [task.configure_optimizers()["optimizer"]]
+
+
+def _forgo_values(task: Any, trainer: Trainer) -> None:
+    """Leave out loss scaling, which reads values; make the metrics with values, for they copy in a way of their own."""
+    plugin: Any = trainer.strategy.precision_plugin
+    if isinstance(plugin, MixedPrecision):
+        plugin.scaler = None  # holds no memory
+    with unset_fake_temporarily():
+        task.build_metrics()
+    task.build_metrics = lambda: None
+
+
+def _store_nowhere(task: Any) -> None:
     encoder = task.model.encoder
     if encoder.storage is to_host or isinstance(encoder.storage, DiskStorage):
         encoder.storage = _Nowhere()
-    strategy.optimizers = [task.configure_optimizers()["optimizer"]]
+
+
+def begin(task: Any, trainer: Trainer, batch: Any) -> None:
+    """Do what comes before the first step."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        _pretend_it_has_begun(callback)
+        callback.on_train_start(trainer, task)
+        callback.on_train_batch_start(trainer, task, batch, 0)
+    task.train()
 
 
 def _pretend_it_has_begun(callback: Callback) -> None:
@@ -196,14 +233,15 @@ def _pretend_it_has_begun(callback: Callback) -> None:
         callback.schedule = {0: max(schedule.values())}  # type: ignore[attr-defined]
 
 
-def _step(task: Any, trainer: Trainer, batch: Any) -> None:
-    """Do what Lightning does for a batch in automatic optimization."""
+def take_step(task: Any, trainer: Trainer, batch: Any, after_backward: Callable[[], object] = lambda: None) -> None:
+    """Do what Lightning does for a batch in automatic optimization; `after_backward` comes before the update."""
     strategy: Any = trainer.strategy
     optimizer = strategy._lightning_optimizers[0]
 
     def closure() -> Tensor:
         loss = strategy.training_step(batch, 0)["loss"]
         strategy.backward(loss, optimizer)
+        after_backward()
         return loss.detach()
 
     task.optimizer_step(0, 0, optimizer, closure)
