@@ -144,7 +144,7 @@ class CLI(LightningCLI):
         data, model = settings["data"]["init_args"], settings["model"]["init_args"]
         if data["tokenizer"] is None:
             data["tokenizer"] = model["init_from"]
-        if self.subcommand == "fit" and settings["budget"] is not None:
+        if self.subcommand == "fit" and settings.pop("budget") is not None:  # what it chooses is saved, not it
             self.plan_report = self._plan_and_apply(settings)
         if self.subcommand == "predict":
             settings["return_predictions"] = False  # they are written as they come

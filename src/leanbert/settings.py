@@ -100,7 +100,7 @@ def refuse_duplicates(callbacks: list[Any]) -> None:
 
 
 def add_overlay(settings: Any, overlay: dict[str, Any]) -> None:
-    """Add parsed YAML to parsed settings as a further `--config` would; callbacks of a kind that is there stay."""
+    """Add parsed YAML to parsed settings as a further `--config` would; its callbacks replace those of their kind."""
     for part in ("model", "data"):
         for name, value in overlay.get(part, {}).get("init_args", {}).items():
             own = settings[part]["init_args"]
@@ -109,15 +109,11 @@ def add_overlay(settings: Any, overlay: dict[str, Any]) -> None:
                     own[name][key] = inner
             else:
                 own[name] = value
-    callbacks = settings["trainer"]["callbacks"] or []
-    there = {callback["class_path"] for callback in callbacks}
-    added = [entry for entry in overlay.get("trainer", {}).get("callbacks+", []) if entry["class_path"] not in there]
+    added = overlay.get("trainer", {}).get("callbacks+", [])
+    kinds = {entry["class_path"] for entry in added}
     settings["trainer"]["callbacks"] = [
-        *callbacks,
-        *(
-            Namespace(class_path=entry["class_path"], init_args=Namespace(**entry.get("init_args", {})))
-            for entry in added
-        ),
+        *(entry for entry in settings["trainer"]["callbacks"] or [] if entry["class_path"] not in kinds),
+        *(Namespace(class_path=e["class_path"], init_args=Namespace(**e.get("init_args", {}))) for e in added),
     ]
 
 

@@ -35,7 +35,7 @@ def peak(phases):
 @pytest.mark.parametrize("repetitions", [5, 24, 96])
 @pytest.mark.parametrize("head", [0.0, 4.0, 50.0])
 def test_more_of_the_same_is_foreseen_exactly(repetitions, head):
-    found = extrapolate([course(3, head=head)], [course(4, head=head)], repetitions - 3)
+    found = extrapolate([course(3, head=head)], ([course(4, head=head)], repetitions - 3))
     assert peak(peaks(found)) == peak(peaks([course(repetitions, head=head)]))
 
 
@@ -43,9 +43,8 @@ def test_the_peak_moves_to_another_event():
     """With few blocks the head is highest, with many the backward pass of the last block: no single affine function."""
     assert peak(peaks([course(3, block=1.0, head=4.0)])) == {"forward": 10.0, "backward": 11.0}
     small, large = ([course(n, first=100.0, block=-10.0, head=0.0)] for n in (3, 4))
-    assert (
-        peak(peaks(extrapolate(small, large, 5)))["forward"] == 100.0
-    )  # bytes that fall by block: the first is highest
+    found = extrapolate(small, (large, 5))
+    assert peak(peaks(found))["forward"] == 100.0  # bytes that fall by block: the first is highest
 
 
 def test_two_repetitions_within_each_other():
@@ -56,12 +55,21 @@ def test_two_repetitions_within_each_other():
         live = np.concatenate([part.live + index for index, part in enumerate(parts)])
         return Course(tuple(label for part in parts for label in part.labels), live)
 
-    few = extrapolate([run(2, 3)], [run(2, 4)], 9)
-    more = extrapolate([run(3, 3)], [run(3, 4)], 9)
-    assert peak(peaks(extrapolate(few, more, 6))) == peak(peaks([run(8, 12)]))
+    few = extrapolate([run(2, 3)], ([run(2, 4)], 9))
+    more = extrapolate([run(3, 3)], ([run(3, 4)], 9))
+    assert peak(peaks(extrapolate(few, (more, 6)))) == peak(peaks([run(8, 12)]))
 
 
 def test_what_is_not_alike_is_not_extrapolated():
     other = course(4)
     with pytest.raises(NoCounterpartError):
-        extrapolate([course(3)], [Course(tuple(("forward", "new", True) for _ in other.labels), other.live)], 1)
+        extrapolate([course(3)], ([Course(tuple(("forward", "new", True) for _ in other.labels), other.live)], 1))
+
+
+def test_independent_directions_add_up():
+    def run(height, width):
+        return Course(course(3).labels, course(3).live * 0 + np.arange(len(course(3).labels))[:, None] * height + width)
+
+    found = extrapolate([run(1, 1)], ([run(2, 1)], 4), ([run(1, 3)], 2))
+    assert len(found) == 1  # events are the same: one alignment
+    assert (found[0].live == run(5, 5).live).all()

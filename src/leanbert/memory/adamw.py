@@ -203,10 +203,10 @@ class SlicedAdamW(Optimizer):
 
 
 def _spans(weights: Tensor) -> list[slice]:
-    """Return the slices in which `weights`, [elements], are updated; without memory behind them, those that differ."""
+    """Return the slices in which `weights`, [elements], are updated; without memory behind them, only the largest."""
     starts = list(range(0, weights.numel(), SLICE_ELEMENTS))
     if isinstance(weights, FakeTensor):
-        starts = [*starts[:2], *starts[2:][-1:]]
+        starts = starts[:1]
     return [slice(start, min(start + SLICE_ELEMENTS, weights.numel())) for start in starts]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from leanbert.errors import UserError
 from leanbert.memory import overlays
 from leanbert.memory.optimizers import STATE_BITS
-from leanbert.memory.planner import Prediction, predict
+from leanbert.memory.planner import MicroBatches, Prediction, predict
 from leanbert.memory.rehearsal import RunSettings
 from leanbert.memory.targets import Target
 
@@ -114,13 +114,14 @@ def search(
         progress: Wraps the list of sets while it is worked through.
 
     """
-    given = _candidate(settings, target, (), None, None)
+    trials = _Trials(settings, target)
+    given = trials.given
     candidates, chosen = [given], None
     if budget_bytes is None or given.needs_bytes <= budget_bytes:
         chosen = given
     for names in progress(ladder(settings, target)[1:]):
         try:
-            found = _with_micro_batch(settings, target, names, given, budget_bytes, chosen)
+            found = _with_micro_batch(trials, names, budget_bytes, chosen)
         except UserError:
             continue
         if found.needs_bytes < candidates[-1].needs_bytes or (budget_bytes and found.needs_bytes <= budget_bytes):
@@ -131,31 +132,22 @@ def search(
 
 
 def _with_micro_batch(
-    settings: RunSettings,
-    target: Target,
-    names: tuple[str, ...],
-    given: Candidate,
-    budget_bytes: int | None,
-    chosen: Candidate | None,
+    trials: _Trials, names: tuple[str, ...], budget_bytes: int | None, chosen: Candidate | None
 ) -> Candidate:
     """Return the set with the largest micro-batch that fits, or the smallest; that of the choice once it is made."""
-    if not any(name in overlays.MICRO_BATCH for name in names):
-        return _candidate(settings, target, names, None, given)
-    if chosen is not None and 1 < chosen.micro_batch < settings.rows_per_step:
-        return _candidate(settings, target, names, chosen.micro_batch, given)
-    smallest = _candidate(settings, target, names, 1, given)
-    if budget_bytes is None or smallest.needs_bytes > budget_bytes or chosen is not None:
+    sizes = micro_batches(trials.given.micro_batch)
+    if not sizes or not any(name in overlays.MICRO_BATCH for name in names):
+        return trials.candidate(names, None)
+    if chosen is not None and chosen.micro_batch in sizes:
+        return trials.candidate(names, chosen.micro_batch)
+    smallest = trials.candidate(names, sizes[0])
+    if budget_bytes is None or chosen is not None:
         return smallest
-    best, options = smallest, micro_batches(settings.rows_per_step)
-    low, high = 0, len(options) - 1  # options[low] fits
-    while low < high:
-        middle = (low + high + 1) // 2
-        found = _candidate(settings, target, names, options[middle], given)
+    for size in reversed(sizes):
+        found = trials.candidate(names, size)
         if found.needs_bytes <= budget_bytes:
-            low, best = middle, found
-        else:
-            high = middle - 1
-    return best
+            return found
+    return smallest
 
 
 def micro_batches(rows: int) -> list[int]:
@@ -167,27 +159,51 @@ def micro_batches(rows: int) -> list[int]:
     return sizes[::-1]
 
 
-def _candidate(
-    settings: RunSettings, target: Target, names: tuple[str, ...], micro_batch: int | None, given: Candidate | None
-) -> Candidate:
-    overlay = overlays.merge([overlays.read(name, micro_batch) for name in names])
-    optimizer = overlay.get("model", {}).get("init_args", {}).get("optimizer")
-    if optimizer and optimizer["name"] in STATE_BITS and settings.task.optimizer_config.name == "muon":
-        optimizer["lr"] = 1e-3  # muon's rate for embeddings is too high for the matrices
-    rows = settings.rows_per_step
-    if micro_batch is not None and (settings.data.hparams["val_batch_size"] or rows) > 4:
-        overlay = overlays.merge([overlay, SMALL_EVALUATION])
-    changed = overlays.apply(settings, overlay)
-    prediction = predict(changed)
-    added = prediction.flops / given.prediction.flops - 1 if given is not None else 0.0
-    needs = target.needs(prediction.peak_bytes, changed.callbacks)
-    return Candidate(names, micro_batch or _own_micro_batch(settings), prediction, needs, added, overlay)
+class _Trials:
+    """Candidates of one given configuration; what differs in nothing that tensors see is rehearsed once."""
+
+    def __init__(self, settings: RunSettings, target: Target) -> None:
+        self.settings, self.target = settings, target
+        self._whole: dict[tuple[str, ...], Prediction] = {(): predict(settings)}
+        self._cut: dict[tuple[str, ...], MicroBatches] = {}
+        needs = target.needs(self._whole[()].peak_bytes, settings.callbacks)
+        self.given = Candidate((), _micro_batch_of(settings), self._whole[()], needs, 0.0, {})
+
+    def candidate(self, names: tuple[str, ...], micro_batch: int | None) -> Candidate:
+        """Return a set of techniques, with its micro-batch if it has one."""
+        seen = tuple(name for name in names if name != "return_pages")
+        if micro_batch is None:
+            if seen not in self._whole:
+                self._whole[seen] = predict(self._changed(seen, None))
+            prediction = self._whole[seen]
+        else:
+            if seen not in self._cut:
+                self._cut[seen] = MicroBatches(lambda size: self._changed(seen, size))
+            prediction = self._cut[seen].predict(micro_batch)
+        needs = self.target.needs(prediction.peak_bytes, self._changed(names, micro_batch).callbacks)
+        added = prediction.flops / self.given.prediction.flops - 1
+        overlay = self._overlay(names, micro_batch)
+        return Candidate(names, micro_batch or self.given.micro_batch, prediction, needs, added, overlay)
+
+    def _changed(self, names: tuple[str, ...], micro_batch: int | None) -> RunSettings:
+        return overlays.apply(self.settings, self._overlay(names, micro_batch))
+
+    def _overlay(self, names: tuple[str, ...], micro_batch: int | None) -> dict[str, Any]:
+        overlay = overlays.merge([overlays.read(name, micro_batch) for name in names])
+        optimizer = overlay.get("model", {}).get("init_args", {}).get("optimizer")
+        if optimizer and optimizer["name"] in STATE_BITS and self.settings.task.optimizer_config.name == "muon":
+            optimizer["lr"] = 1e-3  # muon's rate for embeddings is too high for the matrices
+        if micro_batch is not None and self.settings.validation_rows > 4:
+            overlay = overlays.merge([overlay, SMALL_EVALUATION])
+        return overlay
 
 
-def _own_micro_batch(settings: RunSettings) -> int:
+def _micro_batch_of(settings: RunSettings) -> int:
+    """Return the sequences that a run has in one forward pass."""
+    sizes = [settings.rows_per_step]
     for callback in settings.callbacks:
         if type(callback).__name__ == "LayerMajor":
-            return int(callback.micro_batch)  # type: ignore[attr-defined]
+            sizes.append(callback.micro_batch)  # type: ignore[attr-defined]
         if type(callback).__name__ == "GradientAccumulation":
-            return int(max(callback.schedule.values()))  # type: ignore[attr-defined]
-    return settings.rows_per_step
+            sizes.append(max(callback.schedule.values()))  # type: ignore[attr-defined]
+    return min(sizes)

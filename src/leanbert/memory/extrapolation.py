@@ -58,43 +58,66 @@ def peaks(courses: Sequence[Course]) -> dict[str, dict[str, int]]:
     return found
 
 
-def extrapolate(small: Sequence[Course], large: Sequence[Course], times: float) -> list[Course]:
-    """Return courses whose highest points are those of a run `times` as far from `small` as `large` is.
+def extrapolate(small: Sequence[Course], *directions: tuple[Sequence[Course], float]) -> list[Course]:
+    """Return courses whose highest points are those of a larger run.
 
     In a repeated stretch, what comes first depends on the number of repetitions by what came before, what comes last
     by all repetitions: two courses for each of `small`, one aligned from the front and one from the back.
 
+    Args:
+        small: The courses of a run.
+        directions: Those of larger runs, each with how many times as far from `small` the wanted one is in their
+            direction. Directions are independent: what is due to both at once is in neither.
+
     Raises NoCounterpartError if events cannot be aligned.
     """
     result = []
-    for one, other in zip(small, large, strict=True):
-        front = np.array(_counterparts(one.labels, other.labels))
-        back = len(other.labels) - 1 - np.array(_counterparts(one.labels[::-1], other.labels[::-1]))[::-1]
-        for counterparts in (front, back):
-            result.append(Course(one.labels, one.live + times * (other.live[counterparts] - one.live)))
+    for index, one in enumerate(small):
+        front, back = one.live.copy(), one.live.copy()
+        same = True
+        for larger, times in directions:
+            other = larger[index]
+            if one.labels == other.labels:
+                step = times * (other.live - one.live)
+                front += step
+                back += step
+                continue
+            same = False
+            first = np.array(_counterparts(one.labels, other.labels))
+            last = len(other.labels) - 1 - np.array(_counterparts(one.labels[::-1], other.labels[::-1]))[::-1]
+            front += times * (other.live[first] - one.live)
+            back += times * (other.live[last] - one.live)
+        result += [Course(one.labels, live) for live in ([front] if same else [front, back])]
     return result
 
 
 def _counterparts(small: Sequence[object], large: Sequence[object]) -> list[int]:
     """Return for each event of `small` the place of its counterpart in `large`, the first possible one."""
-    numbers: dict[object, int] = {}
-    first, second = ([numbers.setdefault(label, len(numbers)) for label in labels] for labels in (small, large))
+    letters: dict[object, str] = {}
+    for label in (*small, *large):
+        letters.setdefault(label, chr(len(letters)))
+    first, second = ("".join(letters[label] for label in labels) for labels in (small, large))  # strings compare fast
     places: list[int] = []
     at = 0
-    for index, label in enumerate(first):
-        if at >= len(second) or second[at] != label:  # a stretch was inserted: what follows it agrees for longest
-            lengths = [_agreement(first, index, second, start) for start in range(at, len(second))]
-            if max(lengths, default=0) == 0:
+    for index, letter in enumerate(first):
+        if at >= len(second) or second[at] != letter:  # a stretch was inserted: what follows it agrees for longest
+            starts = [start for start in range(at, len(second)) if second[start] == letter]
+            if not starts:
                 raise NoCounterpartError(f"event {index}: {small[index]}")
-            at += int(np.argmax(lengths))
+            rest = first[index : index + SEEN_AHEAD]
+            at = max(starts, key=lambda start: _agreement(rest, second[start : start + SEEN_AHEAD]))
         places.append(at)
         at += 1
     return places
 
 
-def _agreement(first: list[int], index: int, second: list[int], start: int) -> int:
-    """Return for how many events, up to `SEEN_AHEAD`, `first` from `index` on equals `second` from `start` on."""
-    length, most = 0, min(SEEN_AHEAD, len(first) - index, len(second) - start)
-    while length < most and first[index + length] == second[start + length]:
-        length += 1
-    return length
+def _agreement(first: str, second: str) -> int:
+    """Return for how many letters both begin alike."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[:middle] == second[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

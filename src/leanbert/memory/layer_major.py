@@ -91,11 +91,16 @@ class _Sliced(torch.autograd.Function):
             if index == 0:  # the sum over slices is in float32 where gradients have 16 bits
                 sums = [g if len(slices) == 1 else g.to(torch.promote_types(g.dtype, torch.float32)) for g in gradients]
             else:
-                for total, gradient in zip(sums, gradients, strict=True):
-                    total.add_(gradient)
+                _add(gradients, sums)
+            del gradients  # not kept through the next slice's passes
         call.done()
         totals = (total.to(p.dtype) for total, p in zip(sums, ctx.parameters, strict=True))
         return None, below, *totals
+
+
+def _add(gradients: list[Tensor], sums: list[Tensor]) -> None:
+    for total, gradient in zip(sums, gradients, strict=True):
+        total.add_(gradient)
 
 
 def _cut(value: Any, part: slice, length: int) -> Any:

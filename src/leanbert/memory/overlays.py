@@ -45,16 +45,16 @@ def _merge_into(target: dict[str, Any], extra: dict[str, Any]) -> None:
 
 
 def apply(settings: RunSettings, overlay: dict[str, Any]) -> RunSettings:
-    """Return the settings of a run with an overlay; callbacks of a kind that is there already are kept as they are."""
+    """Return the settings of a run with an overlay; a callback that is there already gives way to the overlay's."""
     task, data = copy.deepcopy(settings.task), copy.deepcopy(settings.data)
-    there = {type(callback) for callback in settings.callbacks}
-    callbacks = [_make(entry) for entry in overlay.get("trainer", {}).get("callbacks+", [])]
+    added = [_make(entry) for entry in overlay.get("trainer", {}).get("callbacks+", [])]
+    kinds = {type(callback) for callback in added}
+    kept = (callback for callback in settings.callbacks if type(callback) not in kinds)
     for name, value in overlay.get("model", {}).get("init_args", {}).get("optimizer", {}).items():
         number = float(value) if name == "lr" else value  # YAML reads 1e-3 as text
         task.optimizer_config = replace(task.optimizer_config, **{name: number})
     data.hparams.update(overlay.get("data", {}).get("init_args", {}))
-    added = tuple(callback for callback in callbacks if type(callback) not in there)
-    return replace(settings, task=task, data=data, callbacks=(*settings.callbacks, *added))
+    return replace(settings, task=task, data=data, callbacks=(*kept, *added))
 
 
 def _make(entry: dict[str, Any]) -> Any:

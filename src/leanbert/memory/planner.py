@@ -7,7 +7,7 @@ A step is rehearsed with few blocks and few sequences, and its course extrapolat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ from leanbert.errors import UserError
 from leanbert.memory.extrapolation import Course, NoCounterpartError, extrapolate, peaks
 from leanbert.memory.rehearsal import Rehearsal, RunSettings, rehearse
 
-SMALLEST_STACK = 3
-"""Blocks of the smaller rehearsal, at least: a first, a last, and one between."""
+SMALLEST_STACK = 2
+"""Blocks of the smaller rehearsal, at least: a first and a last."""
 
 
 @dataclass(frozen=True)
@@ -58,28 +58,65 @@ def predict(settings: RunSettings, *, exact: bool = False) -> Prediction:
         UserError: Techniques that cannot combine, or match nothing.
 
     """
-    rows, slice_rows = rows_to_rehearse(settings), _setting(settings.callbacks, "LayerMajor", "micro_batch")
-    whole = settings.rows_per_step
-    small = large = whole if slice_rows is not None else rows
-    if not exact and slice_rows is not None:
-        few = max(2, math.ceil(_rows_of_a_chunk(settings) / slice_rows)) * slice_rows
+    whole, slice_rows = settings.rows_per_step, _slice_rows(settings)
+    if slice_rows is not None and not exact:
+        chunk = _rows_of_a_chunk(settings)
+        few = max(2, math.ceil(chunk / slice_rows) if whole > chunk else 0) * slice_rows
         if few + slice_rows < whole:
-            small, large = few, few + slice_rows
-    first = _predict_layers(settings, small, exact)
-    if small == large:
-        step = first.step
-        flops = round(first.flops * whole / small)
-    else:
-        second = _predict_layers(settings, large, exact)
-        times = (whole - small) / (large - small)
-        step = extrapolate(first.step, second.step, times)
-        flops = round(first.flops + times * (second.flops - first.flops))
-    flops += first.update_flops
-    phases = peaks(step)
-    if small == large and whole > small:  # all micro-batches are there, not the rehearsed two
+            small, large = (_predict_layers(settings, rows) for rows in (few, few + slice_rows))
+            return _assemble(settings, small, few, (large, (whole - few) / slice_rows))
+    rows = whole if slice_rows is not None else rows_to_rehearse(settings)
+    return _assemble(settings, _predict_layers(settings, rows, exact), rows)
+
+
+class MicroBatches:
+    """Predictions for every micro-batch of a run, from rehearsals at two of them.
+
+    Args:
+        settings_with: Returns the settings of the run with a micro-batch, which GradientAccumulation or LayerMajor cuts.
+
+    """
+
+    def __init__(self, settings_with: Callable[[int], RunSettings]) -> None:
+        self.settings_with = settings_with
+        first = settings_with(1)
+        self._chunk, in_slices = _rows_of_a_chunk(first), _slice_rows(first) is not None
+        self._size = 2  # a single sequence spares some copies
+        if in_slices and first.rows_per_step > self._chunk > 0:  # then chunks are full, here and there
+            targets = _setting(first.callbacks, "ChunkedHead", "targets")
+            self._size = max(2, targets // math.gcd(targets, first.targets_per_row))
+        self._small, self._large = (self._rehearse(size, 2 * size) for size in (self._size, 2 * self._size))
+        self._longer = self._rehearse(self._size, 3 * self._size) if in_slices else None
+
+    def _rehearse(self, micro_batch: int, rows: int) -> _Courses:
+        return _predict_layers(self.settings_with(micro_batch), rows)
+
+    def predict(self, micro_batch: int) -> Prediction:
+        """Return what the run needs with a micro-batch that cuts its rows."""
+        settings, size = self.settings_with(micro_batch), self._size
+        if self._longer is None and 0 < self._chunk < micro_batch:
+            return predict(settings)
+        directions = [(self._large, micro_batch / size - 1)]
+        rows = 2 * micro_batch
+        if self._longer is not None:
+            directions.append((self._longer, (settings.rows_per_step - rows) / size))
+            rows = settings.rows_per_step
+        return _assemble(settings, self._small, rows, *directions)
+
+
+def _assemble(
+    settings: RunSettings, small: _Courses, rows: int, *directions: tuple[_Courses, float]
+) -> Prediction:
+    """Return the prediction of a run of which a step of `rows` sequences was found, `small` and its directions."""
+    step = extrapolate(small.step, *((larger.step, times) for larger, times in directions))
+    flops = small.flops + sum(times * (larger.flops - small.flops) for larger, times in directions)
+    phases, whole = peaks(step), settings.rows_per_step
+    if not directions or _slice_rows(settings) is None:  # all micro-batches are there, not the rehearsed two
+        flops *= whole / rows
         for categories in phases.values():
-            categories["other"] += (whole - small) * settings.row_bytes
-    return Prediction({**phases, **peaks(first.validation)}, flops, first.parameters)
+            categories["other"] += (whole - rows) * settings.row_bytes
+    phases.update(peaks(small.validation))
+    return Prediction(phases, round(flops) + small.update_flops, small.parameters)
 
 
 @dataclass(frozen=True)
@@ -96,7 +133,7 @@ class _Courses:
         return cls(step, validation, rehearsal.flops, rehearsal.update_flops, rehearsal.parameters)
 
 
-def _predict_layers(settings: RunSettings, rows: int, exact: bool) -> _Courses:
+def _predict_layers(settings: RunSettings, rows: int, exact: bool = False) -> _Courses:
     """Rehearse two small stacks and extrapolate to the whole one."""
     layers = settings.task.encoder_config.num_layers
     period = period_of_blocks(settings)
@@ -104,18 +141,12 @@ def _predict_layers(settings: RunSettings, rows: int, exact: bool) -> _Courses:
     if not exact and small + period < layers:
         one, other = (_Courses.of(rehearse(settings, rows, layers=count)) for count in (small, small + period))
         times = (layers - small) / period
+        counts = ((getattr(one, name), getattr(other, name)) for name in ("flops", "update_flops", "parameters"))
         try:
             return _Courses(
-                extrapolate(one.step, other.step, times),
-                extrapolate(one.validation, other.validation, times),
-                *(
-                    round(small_count + times * (large_count - small_count))
-                    for small_count, large_count in (
-                        (one.flops, other.flops),
-                        (one.update_flops, other.update_flops),
-                        (one.parameters, other.parameters),
-                    )
-                ),
+                extrapolate(one.step, (other.step, times)),
+                extrapolate(one.validation, (other.validation, times)),
+                *(round(first + times * (second - first)) for first, second in counts),
             )
         except NoCounterpartError:
             pass  # blocks that are not alike: rehearse them all
@@ -133,7 +164,7 @@ def rows_to_rehearse(settings: RunSettings) -> int:
     """Return the sequences to rehearse: two micro-batches, of which the second finds gradients of the first."""
     schedule = _setting(settings.callbacks, "GradientAccumulation", "schedule")
     whole = settings.rows_per_step
-    if schedule is None:
+    if schedule is None or _slice_rows(settings) is not None:  # which cannot combine: the rehearsal says so
         return whole
     largest = max(schedule.values())
     if min(schedule.values()) < whole <= largest:
@@ -141,6 +172,12 @@ def rows_to_rehearse(settings: RunSettings) -> int:
             "plan: a micro-batch schedule that begins or ends with the whole batch. Plan its largest alone."
         )
     return min(whole, 2 * largest)
+
+
+def _slice_rows(settings: RunSettings) -> int | None:
+    """Return the sequences of a slice of layer-major execution, None without it."""
+    rows: int | None = _setting(settings.callbacks, "LayerMajor", "micro_batch")
+    return rows
 
 
 def _rows_of_a_chunk(settings: RunSettings) -> int:

@@ -131,7 +131,8 @@ def rehearse(settings: RunSettings, rows: int, *, layers: int | None = None) -> 
         _store_nowhere(task)
         batch = data.blank_batch(rows)  # type: ignore[attr-defined]
         begin(task, trainer, batch)
-        take_step(task, trainer, batch)  # makes the optimizer's state
+        # a step of one micro-batch makes the optimizer's state
+        take_step(task, trainer, data.blank_batch(_micro_batch(settings.callbacks, rows)))  # type: ignore[attr-defined]
         existing = [*_tensors_of(task), *_tensors_of(batch)]
         with LiveBytes(task.model, trainer.strategy.optimizers, existing=existing) as trace:
             take_step(task, trainer, batch)
@@ -245,6 +246,13 @@ def take_step(task: Any, trainer: Trainer, batch: Any, after_backward: Callable[
         return loss.detach()
 
     task.optimizer_step(0, 0, optimizer, closure)
+
+
+def _micro_batch(callbacks: Sequence[Callback], rows: int) -> int:
+    """Return the sequences that run at a time."""
+    own = [max(c.schedule.values()) for c in callbacks if type(c).__name__ == "GradientAccumulation"]  # type: ignore
+    own += [c.micro_batch for c in callbacks if type(c).__name__ == "LayerMajor"]  # type: ignore[attr-defined]
+    return min([rows, *own])
 
 
 def _validate(task: Any, trainer: Trainer, batch: Any) -> Timeline:
