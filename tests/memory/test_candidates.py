@@ -1,5 +1,6 @@
 import pytest
 
+from leanbert.memory import candidates
 from leanbert.memory.candidates import ladder, micro_batches, search
 from leanbert.memory.overlays import apply, read
 from leanbert.memory.planner import predict
@@ -33,21 +34,36 @@ def test_what_is_there_already_is_not_added():
     assert not any("return_pages" in names or "offload" in names for names in gpu)
 
 
+def short(run, target):
+    """A few rungs of the ladder: what is searched, without the time of all."""
+    return [(), ("chunked_head",), ("return_pages", "accumulation"), ("return_pages", "layer_major")]
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(candidates, "ladder", short)
+
+
+@pytest.mark.usefixtures("few")
 def test_the_cheapest_that_fits_has_the_largest_micro_batch_that_fits():
     run = settings(rows=32)
     given = search(run, CPU, None).given
-    budget = CPU.base_bytes + round(0.5 * (given.needs_bytes - CPU.base_bytes))
+    budget = CPU.base_bytes + round(0.35 * (given.needs_bytes - CPU.base_bytes))
     plan = search(run, CPU, budget)
     assert plan.chosen is not None
     assert plan.chosen.techniques == ("return_pages", "accumulation")
     assert plan.chosen.needs_bytes <= budget
+    assert 1 < plan.chosen.micro_batch < 16
     larger = apply(run, read("accumulation", 2 * plan.chosen.micro_batch))
     assert round(predict(larger).peak_bytes * 1.05) + CPU.base_bytes > budget
-    cheaper = plan.candidates[: plan.candidates.index(plan.chosen)]
-    assert not any(plan.fits(candidate) for candidate in cheaper)
-    assert apply(run, plan.chosen.overlay).data.hparams["batch_size"] == 32
+    changed = apply(run, plan.chosen.overlay)
+    assert plan.chosen.prediction.peak_bytes == predict(changed).peak_bytes
+    assert changed.data.hparams["batch_size"] == 32
+    assert [plan.fits(candidate) for candidate in plan.candidates] == [False, True, True]
+    assert plan.candidates[2].micro_batch == plan.chosen.micro_batch
 
 
+@pytest.mark.usefixtures("few")
 def test_the_given_configuration_is_chosen_if_it_fits_and_nothing_if_none_does():
     run = settings(rows=4)
     assert search(run, CPU, 10**12).chosen.techniques == ()
@@ -57,7 +73,24 @@ def test_the_given_configuration_is_chosen_if_it_fits_and_nothing_if_none_does()
     assert needs == sorted(needs, reverse=True)  # what saves nothing is left out
 
 
-@pytest.mark.parametrize("budget", [None, 10**12])
-def test_techniques_that_the_given_ones_exclude_are_left_out(budget):
-    plan = search(settings("layer_major"), CPU, budget)
+@pytest.mark.usefixtures("few")
+def test_a_given_micro_batch_gives_way_to_a_smaller_one():
+    run = settings("accumulation", rows=32, micro_batch=8)
+    plan = search(run, CPU, 1000)
+    assert plan.given.micro_batch == 8
+    assert plan.candidates[-1].techniques == ("return_pages", "accumulation")  # and none in slices: refused
+    changed = apply(run, plan.candidates[-1].overlay)
+    assert [callback.schedule for callback in changed.callbacks if hasattr(callback, "schedule")] == [{0: 1}]
+
+
+def test_every_rung_needs_less_than_the_one_before():
+    run = settings(rows=8, encoder={"num_layers": 3, "hidden_size": 64})
+    plan = search(run, CPU, 1000)
+    assert plan.candidates[-1].techniques[-2:] == ("offload", "structured_pruning")
+    assert len(plan.candidates) > 6
+
+
+def test_techniques_that_the_given_ones_exclude_are_left_out():
+    plan = search(settings("layer_major", encoder={"num_layers": 3}), CPU, None)
+    assert len(plan.candidates) > 2
     assert not any("accumulation" in c.techniques or "checkpointing" in c.techniques for c in plan.candidates)

@@ -73,7 +73,7 @@ class MicroBatches:
     """Predictions for every micro-batch of a run, from rehearsals at two of them.
 
     Args:
-        settings_with: Returns the settings of the run with a micro-batch, which GradientAccumulation or LayerMajor cuts.
+        settings_with: Returns the settings of the run with a micro-batch of GradientAccumulation or LayerMajor.
 
     """
 
@@ -82,9 +82,8 @@ class MicroBatches:
         first = settings_with(1)
         self._chunk, in_slices = _rows_of_a_chunk(first), _slice_rows(first) is not None
         self._size = 2  # a single sequence spares some copies
-        if in_slices and first.rows_per_step > self._chunk > 0:  # then chunks are full, here and there
-            targets = _setting(first.callbacks, "ChunkedHead", "targets")
-            self._size = max(2, targets // math.gcd(targets, first.targets_per_row))
+        if in_slices and first.rows_per_step > self._chunk > 0:
+            self._size = max(2, _rows_of_full_chunks(first))
         self._small, self._large = (self._rehearse(size, 2 * size) for size in (self._size, 2 * self._size))
         self._longer = self._rehearse(self._size, 3 * self._size) if in_slices else None
 
@@ -104,9 +103,7 @@ class MicroBatches:
         return _assemble(settings, self._small, rows, *directions)
 
 
-def _assemble(
-    settings: RunSettings, small: _Courses, rows: int, *directions: tuple[_Courses, float]
-) -> Prediction:
+def _assemble(settings: RunSettings, small: _Courses, rows: int, *directions: tuple[_Courses, float]) -> Prediction:
     """Return the prediction of a run of which a step of `rows` sequences was found, `small` and its directions."""
     step = extrapolate(small.step, *((larger.step, times) for larger, times in directions))
     flops = small.flops + sum(times * (larger.flops - small.flops) for larger, times in directions)
@@ -184,6 +181,15 @@ def _rows_of_a_chunk(settings: RunSettings) -> int:
     """Return the sequences above which a chunked head needs no more memory for its logits; 0 if it is not chunked."""
     chunk = _setting(settings.callbacks, "ChunkedHead", "targets")
     return 0 if chunk is None else math.ceil(chunk / settings.targets_per_row)
+
+
+def _rows_of_full_chunks(settings: RunSettings) -> int:
+    """Return the fewest sequences whose targets fill chunks of the head (nearly): with each more, whole chunks more."""
+    chunk, targets = _setting(settings.callbacks, "ChunkedHead", "targets"), settings.targets_per_row
+    rows = math.ceil(chunk / targets)
+    while rows * targets % chunk > 0.04 * rows * targets:
+        rows += 1
+    return rows
 
 
 def _setting(callbacks: Iterable[object], kind: str, name: str) -> Any:

@@ -25,9 +25,7 @@ class MaskedLMMetrics(nn.Module):
         super().__init__()
         # a loss that is not a number shall be seen; to look for one would read values back at every batch.
         # Sums, because MeanMetric with "disable" forgets its weights (torchmetrics 1.9)
-        self.targets, self.loss, self.correct, self.unigram_loss = (
-            SumMetric(nan_strategy="disable") for _ in range(4)
-        )
+        self.targets, self.loss, self.correct, self.unigram_loss = (SumMetric(nan_strategy="disable") for _ in range(4))
         self.register_buffer("unigram_counts", unigram_counts, persistent=False)  # integers: no dtype rounds them
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedLMMetrics:
