@@ -19,8 +19,9 @@ import numpy.typing as npt
 
 from leanbert.memory.timeline import CATEGORIES, PHASES, Timeline
 
-SEEN_AHEAD = 64
-"""Events by which the end of an inserted stretch is found."""
+SEEN_AHEAD = 512
+"""Events by which the end of an inserted stretch is found: more than a pass through a block has, lest one be taken for
+the next."""
 
 
 class NoCounterpart(Exception):

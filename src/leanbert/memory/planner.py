@@ -7,8 +7,9 @@ A step is rehearsed with few blocks and few sequences, and its course extrapolat
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from leanbert.errors import UserError
@@ -23,12 +24,15 @@ SMALLEST_STACK = 3
 class Prediction:
     """Peaks of live tensors: bytes by category at the highest point of each phase; and what a step computes.
 
-    `flops` counts the matrix products of one step on one device, `parameters` those of the model.
+    `flops` counts the matrix products of one step on one device, `parameters` those of the model. `gradient_bytes` are
+    those of all its gradients; `collectives` the bytes of tensors that devices gather and reduce in a step, by kind.
     """
 
     phases: dict[str, dict[str, int]]
     flops: int
     parameters: int
+    gradient_bytes: int = 0
+    collectives: dict[str, int] = field(default_factory=dict)
 
     @property
     def by_phase(self) -> dict[str, int]:
@@ -77,7 +81,12 @@ def predict(settings: RunSettings, *, exact: bool = False) -> Prediction:
     if small == large and whole > small:  # all micro-batches are there, not the rehearsed two
         for categories in phases.values():
             categories["other"] += (whole - small) * settings.row_bytes
-    return Prediction({**phases, **peaks(first.validation)}, flops, first.parameters)
+    micro_batches = _micro_batches(settings, whole) / _micro_batches(settings, small)
+    collectives = Counter({kind: round(size * micro_batches) for kind, size in first.passes_bytes.items()})
+    collectives.update(first.update_bytes)
+    return Prediction(
+        {**phases, **peaks(first.validation)}, flops, first.parameters, first.gradient_bytes, dict(collectives)
+    )
 
 
 @dataclass(frozen=True)
@@ -86,18 +95,23 @@ class _Courses:
     validation: list[Course]
     flops: int
     parameters: int
+    gradient_bytes: int
+    passes_bytes: dict[str, int]
+    update_bytes: dict[str, int]
 
     @classmethod
     def of(cls, rehearsal: Rehearsal) -> _Courses:
         step, validation = [Course.of(rehearsal.step)], [Course.of(rehearsal.validation)]
-        return cls(step, validation, rehearsal.flops, rehearsal.parameters)
+        totals = (getattr(rehearsal, each.name) for each in fields(cls)[2:])
+        return cls(step, validation, *totals)
 
 
 def _predict_layers(settings: RunSettings, rows: int, exact: bool) -> _Courses:
     """Rehearse two small stacks and extrapolate to the whole one."""
     layers = settings.task.encoder_config.num_layers
     period = _period(settings)
-    small = SMALLEST_STACK + (layers - SMALLEST_STACK) % period
+    least = SMALLEST_STACK + (settings.mesh is not None)  # sharded blocks are gathered one ahead
+    small = least + (layers - least) % period
     if not exact and small + period < layers:
         one, other = (_Courses.of(rehearse(settings, rows, layers=count)) for count in (small, small + period))
         times = (layers - small) / period
@@ -105,12 +119,18 @@ def _predict_layers(settings: RunSettings, rows: int, exact: bool) -> _Courses:
             return _Courses(
                 extrapolate(one.step, other.step, times),
                 extrapolate(one.validation, other.validation, times),
-                round(one.flops + times * (other.flops - one.flops)),
-                round(one.parameters + times * (other.parameters - one.parameters)),
+                *(_affine(getattr(one, each.name), getattr(other, each.name), times) for each in fields(_Courses)[2:]),
             )
         except NoCounterpart:
             pass  # blocks that are not alike: rehearse them all
     return _Courses.of(rehearse(settings, rows))
+
+
+def _affine(one: Any, other: Any, times: float) -> Any:
+    """Return the integer `times` as far from `one` as `other` is, in dictionaries value by value."""
+    if isinstance(one, dict):
+        return {key: _affine(value, other[key], times) for key, value in one.items()}
+    return round(one + times * (other - one))
 
 
 def _period(settings: RunSettings) -> int:
@@ -132,6 +152,12 @@ def _rows(settings: RunSettings) -> int:
             "plan: a micro-batch schedule that begins or ends with the whole batch. Plan its largest alone."
         )
     return min(whole, 2 * largest)
+
+
+def _micro_batches(settings: RunSettings, rows: int) -> int:
+    """Return how many micro-batches `rows` sequences make."""
+    schedule = _setting(settings.callbacks, "GradientAccumulation", "schedule")
+    return 1 if schedule is None else -(-rows // max(schedule.values()))
 
 
 def _setting(callbacks: Iterable[object], kind: str, name: str) -> Any:

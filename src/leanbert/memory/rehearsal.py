@@ -22,8 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from leanbert.memory.offload import DiskStorage, to_host
+from leanbert.memory.optimizers import trainable
+from leanbert.memory.sharding import Collectives, shard
 from leanbert.memory.timeline import Timeline
-from leanbert.memory.trace import LiveBytes
+from leanbert.memory.trace import LiveBytes, wraps_tensors
 
 OBSERVERS = ("MemoryMonitor",)
 """Callbacks of LeanBERT that only look on."""
@@ -44,6 +46,10 @@ class RunSettings:
     """The device that is planned for."""
     rows: int | None = None
     """Sequences of a step on each device; None: `data.batch_size`."""
+    devices: int = 1
+    """Devices that share the validation batch, and of whose number techniques may disapprove."""
+    mesh: Any = None
+    """`DeviceMesh` of a process group, over which FSDP2 shards the model; None: it is whole on each device."""
 
     @property
     def rows_per_step(self) -> int:
@@ -58,12 +64,19 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Traces of a step and of a validation batch, and the step's floating-point operations."""
+    """Traces of a step and of a validation batch, and the step's floating-point operations.
+
+    `gradient_bytes` are those of all gradients of the whole model. The bytes of collectives (`Collectives`) are of
+    each micro-batch together, and of the update.
+    """
 
     step: Timeline
     validation: Timeline
     flops: int
     parameters: int
+    gradient_bytes: int
+    passes_bytes: dict[str, int]
+    update_bytes: dict[str, int]
 
 
 class _Nowhere(DiskStorage):
@@ -87,6 +100,8 @@ class _ReadAsOne(TorchDispatchMode):
     """A value read back from a tensor that has none is 1."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if wraps_tensors(types):
+            return NotImplemented
         if func is torch.ops.aten._local_scalar_dense.default:
             kind = args[0].dtype
             return 1.0 if kind.is_floating_point else True if kind is torch.bool else 1
@@ -111,12 +126,14 @@ def rehearse(settings: RunSettings, rows: int, *, layers: int | None = None) -> 
 
     """
     task, data, trainer = _stage(settings, rows, layers)
-    validation_rows = data.hparams["val_batch_size"] or settings.rows_per_step
+    validation_rows = settings.rows_per_step
+    if data.hparams["val_batch_size"]:
+        validation_rows = -(-data.hparams["val_batch_size"] // settings.devices)
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), _ReadAsOne():
         warnings.simplefilter("ignore")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             callback.setup(trainer, task, "fit")
-        _build(task, trainer)
+        _build(task, trainer, settings)
         batch = data.blank_batch(rows)  # type: ignore[attr-defined]
         optimizer = trainer.strategy.optimizers[0]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -124,14 +141,20 @@ def rehearse(settings: RunSettings, rows: int, *, layers: int | None = None) -> 
             callback.on_train_start(trainer, task)
             callback.on_train_batch_start(trainer, task, batch, 0)
         task.train()
-        with FlopCounterMode(display=False) as counter:
+        if settings.mesh is not None:
+            _step(task, trainer, batch)  # DTensor tries each operation once: the counter must not see it
+        with FlopCounterMode(display=False) as counter, _ReadAsOne():  # counts inside of wrappers
             _step(task, trainer, batch)  # makes the optimizer's state
         existing = [*_tensors_of(task), *_tensors_of(batch)]
-        with LiveBytes(task.model, [optimizer], existing=existing) as trace:
+        with LiveBytes(task.model, [optimizer], existing=existing) as trace, Collectives(trace) as collectives:
             _step(task, trainer, batch)
         step = trace.timeline()
         validation = _validate(task, trainer, data.blank_batch(validation_rows, validation=True))  # type: ignore[attr-defined]
-    return Rehearsal(step, validation, counter.get_total_flops(), task.model.num_parameters)
+    gradient_bytes = sum(parameter.numel() * parameter.itemsize for parameter in trainable(task.model.parameters()))
+    return Rehearsal(
+        step, validation, counter.get_total_flops(), task.model.num_parameters,
+        gradient_bytes, dict(collectives.passes), dict(collectives.update),
+    )  # fmt: skip
 
 
 def _stage(settings: RunSettings, rows: int, layers: int | None) -> tuple[Any, LightningDataModule, Trainer]:
@@ -141,7 +164,8 @@ def _stage(settings: RunSettings, rows: int, layers: int | None) -> tuple[Any, L
     task.compile_blocks = False  # a compiled block needs no more than one that is not
     task.init_from = None  # the architecture is in the settings already
     task.schedule_config = replace(task.schedule_config, warmup_steps=0)
-    task.planned_device = settings.device_type
+    task.planned_device, task.planned_world_size = settings.device_type, settings.devices
+    task.planned_sharding = settings.mesh is not None
     data.hparams["batch_size"] = rows
     data.pretend_prepared(settings.vocab_size)  # type: ignore[attr-defined]
     callbacks = [copy.deepcopy(c) for c in settings.callbacks if _takes_part(c)]
@@ -165,7 +189,7 @@ def _trainer(settings: RunSettings, callbacks: list[Callback]) -> Trainer:
     )  # fmt: skip
 
 
-def _build(task: Any, trainer: Trainer) -> None:
+def _build(task: Any, trainer: Trainer, settings: RunSettings) -> None:
     strategy: Any = trainer.strategy
     if isinstance(strategy.precision_plugin, MixedPrecision):
         strategy.precision_plugin.scaler = None  # reads values, and holds none
@@ -177,6 +201,8 @@ def _build(task: Any, trainer: Trainer) -> None:
     encoder = task.model.encoder
     if encoder.storage is to_host or isinstance(encoder.storage, DiskStorage):
         encoder.storage = _Nowhere()
+    if settings.mesh is not None:
+        shard(task.model, settings.mesh)
     strategy.optimizers = [task.configure_optimizers()["optimizer"]]
 
 
