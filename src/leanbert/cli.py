@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import logging
 import os
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,7 @@ from leanbert.errors import UserError
 from leanbert.memory.allocator import keep_freed_pages
 from leanbert.memory.precision import default_precision
 from leanbert.memory.rehearsal import RunSettings
+from leanbert.memory.timing import RunLength, count_validations, limited
 from leanbert.models.config import EncoderConfig
 from leanbert.settings import (
     Parser,
@@ -63,13 +67,13 @@ class CLI(LightningCLI):
         self.checkpoint: dict[str, Any] | None = None
         self.resumed_step = 0
         self.device_type: Any = "cpu"
-        self.planned_rows: int | None = None
+        self.planned_devices = 1
         self.plan_report: PlanReport | None = None
         super().__init__(
             trainer_class=Trainer,
             datamodule_class=LightningDataModule,
             subclass_mode_data=True,
-            args=find_shipped(arguments),
+            args=complete(find_shipped(arguments)),
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},  # a resumed run goes on in its folder
             parser_class=Parser,
@@ -155,19 +159,21 @@ class CLI(LightningCLI):
             warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint.*")  # those of training
 
     def _prepare_planning(self, settings: Any) -> None:
-        """Note the device that is planned for, and plan on this CPU."""
+        """Note the devices that are planned for, and plan on this CPU."""
         trainer = settings["trainer"]
         if settings["target"] != "auto":
             self.device_type = settings["target"]
-        devices = trainer["devices"]
+        devices = settings["devices"] or trainer["devices"]
         if isinstance(devices, str):
             devices = int(devices) if devices.isdigit() else 1
-        count = max(1, len(devices) if isinstance(devices, list) else devices) * trainer["num_nodes"]
+        count = max(1, len(devices) if isinstance(devices, list) else devices)
+        self.planned_devices = count * (settings["nodes"] or trainer["num_nodes"])
         rows = settings["data"]["init_args"]["batch_size"]
-        if rows % count:
-            raise UserError(f"data.batch_size: {rows} is not divisible by {count} devices. Set a multiple of {count}.")
-        self.planned_rows = rows // count
-        trainer["accumulate_grad_batches"] = 1
+        if self.planned_devices < 1 or rows % self.planned_devices:
+            raise UserError(
+                f"data.batch_size: {rows} is not divisible by {self.planned_devices} devices. "
+                f"Set a multiple of {max(1, self.planned_devices)}."
+            )
 
     def _plan_and_apply(self, settings: Any) -> PlanReport:
         """Plan in a process of its own, whose memory is gone with it, and add the chosen techniques to the settings."""
@@ -262,12 +268,31 @@ class CLI(LightningCLI):
         self.trainer.fit(**kwargs)
         self._say_how_to_go_on()
 
-    def plan(self, budget: str | None = None, json: Any = None, save: Any = None, **_: Any) -> None:
-        """Print what the run needs, and choose techniques for a budget."""
-        from leanbert.plan import PlanRequest, run_plan  # only here: it is not needed to train
+    def plan(self, **kwargs: Any) -> None:
+        """Print what the run needs, and choose techniques for a budget; or sweep sizes and lengths."""
+        from leanbert.plan import PlanRequest, run_plan, run_sweep  # only here: it is not needed to train
 
-        files = [Path(file) if file is not None else None for file in (json, save)]
-        run_plan(self.run_settings(), self.device_type, PlanRequest(budget, *files))
+        request = PlanRequest(**{field.name: kwargs[field.name] for field in fields(PlanRequest)})
+        if request.sweep:
+            run_sweep(self.run_settings(), self.device_type, request)
+        else:
+            run_plan(self.run_settings(), self.device_type, request, self.run_length if request.measure else None)
+
+    def run_length(self) -> RunLength:
+        """Return how many steps and validations `fit` would do; prepares the corpus."""
+        trainer, data = self._settings["trainer"], copy.deepcopy(self.datamodule)
+        data.setup("fit")
+        steps = trainer["max_steps"] if trainer["max_steps"] > 0 else trainer["max_epochs"] * data.batches_per_epoch
+        rows = data.hparams["val_batch_size"] or data.hparams["batch_size"]
+        interval = trainer["val_check_interval"]
+        return RunLength(
+            steps=steps,
+            validations=count_validations(
+                steps, 1.0 if interval is None else interval, every_n_epochs=trainer["check_val_every_n_epoch"],
+                batches_per_epoch=data.batches_per_epoch,
+            ),
+            batches_per_validation=limited(-(-data.statistics["val"].rows // rows), trainer["limit_val_batches"]),
+        )  # fmt: skip
 
     def run_settings(self) -> RunSettings:
         """Return what decides the memory of the run."""
@@ -280,7 +305,8 @@ class CLI(LightningCLI):
             clip=trainer["gradient_clip_val"],
             vocab_size=planned_vocabulary(self.datamodule),
             device_type=self.device_type,
-            rows=self.planned_rows,
+            rows=self.datamodule.hparams["batch_size"] // self.planned_devices,
+            devices=self.planned_devices,
         )
 
     def validate(self, **kwargs: Any) -> None:
@@ -301,6 +327,21 @@ class CLI(LightningCLI):
         say(f"TensorBoard  tensorboard --logdir {shlex.quote(str(trainer.default_root_dir))}")
         say(f"Fill masks   echo 'The {self.datamodule.tokenizer.mask_token} of the function.' | {program} predict "
             f"{configs} --ckpt_path last --data.predict_files -")  # fmt: skip
+
+
+def complete(arguments: list[str]) -> list[str]:
+    """Return the arguments with the words after `--sweep` as one list, and a bare `--measure` as true."""
+    found: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        values = list(itertools.takewhile(lambda value: not value.startswith("-"), rest))
+        if word == "--sweep":
+            found.append(f"--sweep={json.dumps(values)}")
+            del rest[: len(values)]
+        else:
+            found.append("--measure=true" if word == "--measure" and not values else word)
+    return found
 
 
 def planned_vocabulary(data: Any) -> int | None:

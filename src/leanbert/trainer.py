@@ -63,6 +63,13 @@ class Trainer(pl.Trainer):
         target: Literal["auto", "cpu", "cuda", "mps"] = "auto",
         json: Path | None = None,
         save: Path | None = None,
+        nodes: int | None = None,
+        devices: int | None = None,
+        sweep: list[str] | None = None,
+        figure: Path | None = None,
+        measure: bool = False,
+        device: str | None = None,
+        share: float = 0.3,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
@@ -76,6 +83,16 @@ class Trainer(pl.Trainer):
             target: Kind of device, which need not be here. auto: that of trainer.accelerator.
             json: File to write the plan to, for programs.
             save: File to write the chosen techniques to, as an overlay for --config.
+            nodes: Machines that share the batch. Default: trainer.num_nodes.
+            devices: Devices of each. Default: trainer.devices. With more than one in all the plan says what each
+                needs and sends under DDP and FSDP2.
+            sweep: Print the largest micro-batch that fits the budget for each size and length instead:
+                --sweep size=mini,base,large max_length=128,512.
+            figure: Image file to draw the sweep into, such as sweep.png.
+            measure: Time a few real steps of small stacks of blocks on this device, and say how long the run will
+                take; the corpus is prepared first.
+            device: Estimate the time on a device that need not be here, such as t4, rtx4090, a100, h100-sxm.
+            share: Share of that device's peak that training is taken to reach.
             ckpt_path: Checkpoint whose architecture counts.
             weights_only: Not used; `fit` saves it in the configuration.
         """

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
 from leanbert.callbacks.progress import say
@@ -79,7 +79,7 @@ class MagnitudePruning(Callback):
         """Raise UserError if the run ends too early, or its strategy shards the weights."""
         if stage != "fit":
             return
-        _refuse_sharding(trainer, "MagnitudePruning")
+        _refuse_sharding(trainer, pl_module, "MagnitudePruning")
         for setting in ("start_step", "end_step"):
             if 0 < trainer.max_steps < (getattr(self, setting) or 0):
                 raise UserError(
@@ -194,7 +194,7 @@ class StructuredPruning(Callback):
             techniques: Any = pl_module.techniques
             techniques.structured = (self.heads, self.neurons)
             return
-        _refuse_sharding(trainer, "StructuredPruning")
+        _refuse_sharding(trainer, pl_module, "StructuredPruning")
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         problem = None
         if 0 < trainer.max_steps <= self.at_step:
@@ -237,8 +237,8 @@ class StructuredPruning(Callback):
         )
 
 
-def _refuse_sharding(trainer: Trainer, name: str) -> None:
-    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+def _refuse_sharding(trainer: Trainer, task: Any, name: str) -> None:
+    if task.shards or isinstance(trainer.strategy, DeepSpeedStrategy):
         raise UserError(f"trainer.strategy: shards the weights, and {name} has to see them whole. Use ddp.")
 
 

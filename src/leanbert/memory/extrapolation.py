@@ -20,7 +20,8 @@ import numpy.typing as npt
 from leanbert.memory.timeline import CATEGORIES, PHASES, Timeline
 
 SEEN_AHEAD = 1000
-"""Events by which the end of an inserted stretch is found."""
+"""Events by which the end of an inserted stretch is found: more than a pass through a block has, lest one be taken for
+the next."""
 
 
 class NoCounterpartError(Exception):

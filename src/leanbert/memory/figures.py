@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from leanbert.units import MIB
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from leanbert.memory.sweep import Cell
 
 # Okabe and Ito 2008, told apart with any colour vision
 COLOURS = {
@@ -91,3 +93,22 @@ def _new_figure(title: str) -> tuple[Figure, Any]:
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def sweep_figure(cells: Sequence[Cell], title: str) -> Figure:
+    """Return the largest micro-batches as a table in colours: sizes down, sequence lengths across."""
+    figure, axes = _new_figure(title)
+    sizes, lengths = (
+        list(dict.fromkeys(values)) for values in zip(*((c.size, c.max_length) for c in cells), strict=True)
+    )
+    grid = np.array([cell.micro_batch for cell in cells], dtype=float).reshape(len(sizes), len(lengths))
+    axes.imshow(np.log2(grid + 1), cmap="Blues", aspect="auto", vmin=0)
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    axes.set_yticks(range(len(sizes)), sizes)
+    axes.set_xlabel("tokens a sequence")
+    darkest = np.log2(grid.max() + 1)
+    for (row, column), value in np.ndenumerate(grid):
+        dark = np.log2(value + 1) > 0.6 * darkest
+        text = f"{value:,.0f}" if value else "does not fit"
+        axes.text(column, row, text, ha="center", va="center", color="white" if dark else "black")
+    return figure

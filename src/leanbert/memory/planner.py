@@ -7,8 +7,9 @@ A step is rehearsed with few blocks and few sequences, and its course extrapolat
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from leanbert.errors import UserError
@@ -23,12 +24,15 @@ SMALLEST_STACK = 2
 class Prediction:
     """Peaks of live tensors: bytes by category at the highest point of each phase; and what a step computes.
 
-    `flops` counts the matrix products of one step on one device, `parameters` those of the model.
+    `flops` counts the matrix products of one step on one device, `parameters` those of the model. `gradient_bytes` are
+    those of all its gradients; `collectives` the bytes of tensors that devices gather and reduce in a step, by kind.
     """
 
     phases: dict[str, dict[str, int]]
     flops: int
     parameters: int
+    gradient_bytes: int = 0
+    collectives: dict[str, int] = field(default_factory=dict)
 
     @property
     def by_phase(self) -> dict[str, int]:
@@ -113,7 +117,16 @@ def _assemble(settings: RunSettings, small: _Courses, rows: int, *directions: tu
         for categories in phases.values():
             categories["other"] += (whole - rows) * settings.row_bytes
     phases.update(peaks(small.validation))
-    return Prediction(phases, round(flops) + small.update_flops, small.parameters)
+    reduced = small.gradient_bytes if settings.devices > 1 and settings.mesh is None else 0
+    for categories in phases.values():  # DDP's buckets: a copy of all gradients, from the first step to the end
+        categories["gradients"] += reduced
+    micro_batches = _micro_batches(settings, whole) / _micro_batches(settings, rows)
+    collectives = Counter({kind: round(size * micro_batches) for kind, size in small.passes_bytes.items()})
+    collectives.update(small.update_bytes)
+    collectives.update({"all_reduce": reduced} if reduced else {})
+    return Prediction(
+        phases, round(flops) + small.update_flops, small.parameters, small.gradient_bytes, dict(collectives)
+    )
 
 
 @dataclass(frozen=True)
@@ -123,31 +136,42 @@ class _Courses:
     flops: int
     update_flops: int
     parameters: int
+    gradient_bytes: int
+    passes_bytes: dict[str, int]
+    update_bytes: dict[str, int]
 
     @classmethod
     def of(cls, rehearsal: Rehearsal) -> _Courses:
         step, validation = [Course.of(rehearsal.step)], [Course.of(rehearsal.validation)]
-        return cls(step, validation, rehearsal.flops, rehearsal.update_flops, rehearsal.parameters)
+        totals = (getattr(rehearsal, each.name) for each in fields(cls)[2:])
+        return cls(step, validation, *totals)
 
 
 def _predict_layers(settings: RunSettings, rows: int, exact: bool = False) -> _Courses:
     """Rehearse two small stacks and extrapolate to the whole one."""
     layers = settings.task.encoder_config.num_layers
     period = period_of_blocks(settings)
-    small = SMALLEST_STACK + (layers - SMALLEST_STACK) % period
+    least = SMALLEST_STACK + 2 * (settings.mesh is not None)  # sharded blocks are gathered one ahead
+    small = least + (layers - least) % period
     if not exact and small + period < layers:
         one, other = (_Courses.of(rehearse(settings, rows, layers=count)) for count in (small, small + period))
         times = (layers - small) / period
-        counts = ((getattr(one, name), getattr(other, name)) for name in ("flops", "update_flops", "parameters"))
         try:
             return _Courses(
                 extrapolate(one.step, (other.step, times)),
                 extrapolate(one.validation, (other.validation, times)),
-                *(round(first + times * (second - first)) for first, second in counts),
+                *(_affine(getattr(one, each.name), getattr(other, each.name), times) for each in fields(_Courses)[2:]),
             )
         except NoCounterpartError:
             pass  # blocks that are not alike: rehearse them all
     return _Courses.of(rehearse(settings, rows))
+
+
+def _affine(one: Any, other: Any, times: float) -> Any:
+    """Return the integer `times` as far from `one` as `other` is, in dictionaries value by value."""
+    if isinstance(one, dict):
+        return {key: _affine(value, other[key], times) for key, value in one.items()}
+    return round(one + times * (other - one))
 
 
 def period_of_blocks(settings: RunSettings) -> int:
@@ -190,6 +214,12 @@ def _rows_of_full_chunks(settings: RunSettings) -> int:
     while rows * targets % chunk > 0.04 * rows * targets:
         rows += 1
     return rows
+
+
+def _micro_batches(settings: RunSettings, rows: int) -> int:
+    """Return how many micro-batches `rows` sequences make."""
+    schedule = _setting(settings.callbacks, "GradientAccumulation", "schedule")
+    return 1 if schedule is None else -(-rows // max(schedule.values()))
 
 
 def _setting(callbacks: Iterable[object], kind: str, name: str) -> Any:

@@ -22,8 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanbert.memory.offload import DiskStorage, to_host
+from leanbert.memory.optimizers import trainable
+from leanbert.memory.sharding import Collectives, shard
 from leanbert.memory.timeline import Timeline
-from leanbert.memory.trace import LiveBytes
+from leanbert.memory.trace import LiveBytes, wraps_tensors
 
 OBSERVERS = ("MemoryMonitor",)
 """Callbacks of LeanBERT that only look on."""
@@ -44,6 +46,10 @@ class RunSettings:
     """The device that is planned for."""
     rows: int | None = None
     """Sequences of a step on each device; None: `data.batch_size`."""
+    devices: int = 1
+    """Devices of the run: they share the validation batch, and techniques may disapprove of their number."""
+    mesh: Any = None
+    """`DeviceMesh` of a process group, over which FSDP2 shards the model; None: it is whole on each device."""
 
     @property
     def rows_per_step(self) -> int:
@@ -57,8 +63,9 @@ class RunSettings:
 
     @property
     def validation_rows(self) -> int:
-        """Sequences of a validation batch."""
-        return int(self.data.hparams["val_batch_size"] or self.rows_per_step)
+        """Sequences of a validation batch on each device."""
+        shared = self.data.hparams["val_batch_size"]
+        return -(-shared // self.devices) if shared else self.rows_per_step
 
     @property
     def row_bytes(self) -> int:
@@ -69,13 +76,20 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Traces of a step and of a validation batch; floating-point operations of the step's passes and of its update."""
+    """Traces of a step and of a validation batch; floating-point operations of the step's passes and of its update.
+
+    `gradient_bytes` are those of all gradients of the whole model. The bytes of collectives (`Collectives`) are of
+    each micro-batch together, and of the update.
+    """
 
     step: Timeline
     validation: Timeline
     flops: int
     update_flops: int
     parameters: int
+    gradient_bytes: int
+    passes_bytes: dict[str, int]
+    update_bytes: dict[str, int]
 
 
 class _Nowhere(DiskStorage):
@@ -99,6 +113,8 @@ class _ReadAsOne(TorchDispatchMode):
     """A value read back from a tensor that has none is 1."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if wraps_tensors(types):
+            return NotImplemented
         if func is torch.ops.aten._local_scalar_dense.default:
             kind = args[0].dtype
             return 1.0 if kind.is_floating_point else True if kind is torch.bool else 1
@@ -127,20 +143,25 @@ def rehearse(settings: RunSettings, rows: int, *, layers: int | None = None) -> 
         warnings.simplefilter("ignore")
         set_up(task, trainer)
         _forgo_values(task, trainer)
-        build(task, trainer)
+        build(task, trainer, settings.mesh)
         _store_nowhere(task)
         batch = data.blank_batch(rows)  # type: ignore[attr-defined]
         begin(task, trainer, batch)
         # a step of one micro-batch makes the optimizer's state
         take_step(task, trainer, data.blank_batch(_micro_batch(settings.callbacks, rows)))  # type: ignore[attr-defined]
         existing = [*_tensors_of(task), *_tensors_of(batch)]
-        with LiveBytes(task.model, trainer.strategy.optimizers, existing=existing) as trace:
+        optimizers = trainer.strategy.optimizers
+        with LiveBytes(task.model, optimizers, existing=existing) as trace, Collectives(trace) as collectives:
             take_step(task, trainer, batch)
         step = trace.timeline()
         blank = data.blank_batch(settings.validation_rows, validation=True)  # type: ignore[attr-defined]
         validation = _validate(task, trainer, blank)
     update = trace.flops["optimizer"]
-    return Rehearsal(step, validation, trace.flops.total() - update, update, task.model.num_parameters)
+    gradient_bytes = sum(parameter.numel() * parameter.itemsize for parameter in trainable(task.model.parameters()))
+    return Rehearsal(
+        step, validation, trace.flops.total() - update, update, task.model.num_parameters,
+        gradient_bytes, dict(collectives.passes), dict(collectives.update),
+    )  # fmt: skip
 
 
 def stage(
@@ -161,7 +182,8 @@ def stage(
     task.compile_blocks &= real  # a compiled block needs no more memory than one that is not
     task.init_from = None  # the architecture is in the settings already
     task.schedule_config = replace(task.schedule_config, warmup_steps=0)
-    task.planned_device = settings.device_type
+    task.planned_device, task.planned_world_size = settings.device_type, settings.devices
+    task.planned_sharding = settings.mesh is not None
     data.hparams["batch_size"] = rows
     data.pretend_prepared(settings.vocab_size)  # type: ignore[attr-defined]
     callbacks = [copy.deepcopy(c) for c in settings.callbacks if _takes_part(c)]
@@ -191,11 +213,13 @@ def set_up(task: Any, trainer: Trainer) -> None:
         callback.setup(trainer, task, "fit")
 
 
-def build(task: Any, trainer: Trainer) -> None:
-    """Make weights, metrics and optimizer on the trainer's device."""
+def build(task: Any, trainer: Trainer, mesh: Any = None) -> None:
+    """Make weights, metrics and optimizer on the trainer's device, sharded over a mesh if there is one."""
     strategy: Any = trainer.strategy
     with strategy.tensor_init_context(), strategy.precision_plugin.module_init_context():
         task.configure_model()  # in the target dtype: nothing is left to convert
+    if mesh is not None:
+        shard(task.model, mesh)
     strategy.optimizers = [task.configure_optimizers()["optimizer"]]
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from leanbert.errors import UserError
 from leanbert.memory.checkpointing import Keep, set_checkpointing
 from leanbert.memory.offload import DiskStorage, to_host
+from leanbert.memory.optimizers import STATE_BITS
 from leanbert.memory.structured import apply_at_build
 
 InBackward = Literal["update", "accumulate"]
@@ -113,6 +114,15 @@ def _conflicts(t: Techniques, around: Surroundings) -> list[tuple[bool, str]]:
             t.recovery and around.shards,
             "OutOfMemoryRecovery: sharded ranks exchange parameters inside the failed pass and cannot replay it. "
             "Choose a smaller micro-batch before the run.",
+        ),
+        (
+            around.shards and around.optimizer == "adafactor",
+            "model.optimizer.name: torch's adafactor cannot update sharded parameters. Use adamw or muon, or ddp.",
+        ),
+        (
+            around.shards and (around.optimizer in STATE_BITS or around.precision == "bf16-true"),
+            "trainer.strategy: updates in slices (adamw8bit, adamw4bit, bf16-true) cannot run on sharded parameters. "
+            "Use adamw or muon with 32-true or bf16-mixed, or ddp.",
         ),
         (
             t.keep == "products" and around.compiles,

@@ -53,6 +53,15 @@ class StepTimes:
     validation_batch: float
 
 
+@dataclass(frozen=True)
+class RunLength:
+    """What a run does, besides starting and writing checkpoints."""
+
+    steps: int
+    validations: int
+    batches_per_validation: int
+
+
 def measure(settings: RunSettings, *, clock: Callable[[], float] = time.perf_counter) -> StepTimes:
     """Time real steps of the run, with random tokens, and validation batches on the device of the settings.
 

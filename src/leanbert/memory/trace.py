@@ -26,6 +26,9 @@ from torch.utils.flop_counter import flop_registry
 from leanbert.memory.timeline import Event, Storage, Timeline
 
 aten = torch.ops.aten
+SHARDED = {"all_gather_copy_in": "parameters", "split_with_sizes_copy": "parameters", "chunk_cat": "gradients"}
+"""Category of what operations of FSDP2 (`torch.distributed.fsdp`, namespace fsdp) read and write."""
+
 _active: list[LiveBytes] = []  # the backward of an accelerator runs in threads of its own: no thread-local here
 
 
@@ -53,7 +56,7 @@ class LiveBytes:
     Categories: `parameters` (with buffers), `gradients`, `optimizer` (its state, and what an update makes on the way),
     `activations` (all else made in forward, backward or validation), `other` (what was there before, such as the
     batch, and autocast's low-precision copies of weights). A storage has one category all its life: that of a gradient
-    is `gradients` from the operation that made it.
+    is `gradients` from the operation that made it. What FSDP2 gathers is `parameters`, what it scatters `gradients`.
 
     Args:
         model: Its parameters, buffers and `.grad`s are known, its modules name what they make.
@@ -99,6 +102,7 @@ class LiveBytes:
         for name, parameter in self._model.named_parameters():
             if parameter.requires_grad:
                 self._exit.callback(self._watch_gradient(name, parameter))
+        self._exit.enter_context(_watch_resizes(self))
         self._exit.enter_context(_Mode(self))
         _active.append(self)
         self._exit.callback(_active.remove, self)
@@ -175,10 +179,28 @@ class LiveBytes:
             category = "other"  # autocast keeps a low-precision copy of each weight
         for tensor in _tensors(result):
             for storage in storages(tensor, self.device_type):
-                self._made(storage, tensor, category)
+                self._made(storage, tensor.shape, tensor.dtype, category)
+        if func.namespace == "fsdp":
+            self._relabel((args, kwargs, result), SHARDED.get(func._opname))
         if self._phase == "backward" and func is aten.add.Tensor and not torch.is_grad_enabled():
             self._defer_sum(inputs[0])
         return result
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Record that a storage has another size now: FSDP2 frees and fills the same ones again and again."""
+        here = storage.device.type in (self.device_type, "meta")  # a fake tensor's storage is on meta
+        if id(storage) not in self._live and not (here and storage.nbytes()):
+            return
+        self._settle()
+        self._set_phase()
+        self._made(storage, torch.Size([storage.nbytes()]), torch.uint8, "activations")
+
+    def _relabel(self, tree: Any, category: str | None) -> None:
+        for tensor in _tensors(tree) if category else ():
+            for storage in storages(tensor, self.device_type):
+                record = self._live[id(storage)][0]
+                if record.category in ("activations", "other"):
+                    record.category = str(category)
 
     def _is_parameter(self, tensor: Tensor) -> bool:
         records = [self._live.get(id(storage)) for storage in storages(tensor, self.device_type)]
@@ -188,11 +210,11 @@ class LiveBytes:
         """Take in a tensor that was live before the trace."""
         for storage in storages(tensor, self.device_type):
             if id(storage) not in self._live:
-                record = _describe(storage, tensor, category, name, "")
+                record = Storage(category, name, "", tuple(tensor.shape), tensor.dtype, storage.nbytes())
                 self._watch(storage, record)
                 self._start.append(Event(0, self._first_phase, record, record.size_bytes))
 
-    def _made(self, storage: torch.UntypedStorage, tensor: Tensor, category: str) -> None:
+    def _made(self, storage: torch.UntypedStorage, shape: torch.Size, dtype: torch.dtype, category: str) -> None:
         size = storage.nbytes()
         if id(storage) in self._live:
             record = self._live[id(storage)][0]
@@ -201,7 +223,7 @@ class LiveBytes:
                 record.size_bytes = size
             return
         name = self._modules[-1] if self._modules else ""
-        record = _describe(storage, tensor, category, name, self._phase)
+        record = Storage(category, name, self._phase, tuple(shape), dtype, size)
         self._watch(storage, record)
         self._events.append(Event(self._operation, self._phase, record, size))
 
@@ -243,6 +265,8 @@ class _Mode(TorchDispatchMode):
         self.trace = trace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if wraps_tensors(types):
+            return NotImplemented
         kwargs = kwargs or {}
         if torch.is_inference_mode_enabled() and isinstance(func, torch._ops.OpOverload):
             with self:  # composite operations arrive whole here; their parts allocate
@@ -250,6 +274,28 @@ class _Mode(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         return self.trace.run(func, args, kwargs)
+
+
+@contextmanager
+def _watch_resizes(trace: LiveBytes) -> Iterator[None]:
+    """Tell `trace` of resized storages, which no dispatch mode sees (as in `MemTracker`, PyTorch)."""
+    resize = torch.UntypedStorage.resize_
+
+    def watched(storage: torch.UntypedStorage, size: int) -> Any:
+        result = resize(storage, size)
+        trace.resized(storage)
+        return result
+
+    torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+
+def wraps_tensors(types: Iterable[type]) -> bool:
+    """Whether an operation is on wrappers such as DTensor: a mode returns NotImplemented, and sees the inner ones."""
+    return any(hasattr(kind, "__tensor_flatten__") for kind in types)
 
 
 def known_tensors(model: nn.Module, optimizers: Iterable[Optimizer]) -> Iterator[tuple[str, str, Tensor]]:
@@ -279,15 +325,12 @@ def storages(tensor: Tensor, device_type: str) -> Iterator[torch.UntypedStorage]
     """Yield the storages of a tensor on `device_type` that hold bytes; of a subclass, those of its inner tensors."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from storages(getattr(tensor, name), device_type)
+            if isinstance(inner := getattr(tensor, name), Tensor):  # of a DTensor, not its mesh
+                yield from storages(inner, device_type)
     elif tensor.device.type == device_type and tensor.layout is torch.strided:
         storage = tensor.untyped_storage()
         if storage.nbytes():
             yield storage
-
-
-def _describe(storage: torch.UntypedStorage, tensor: Tensor, category: str, module: str, phase: str) -> Storage:
-    return Storage(category, module, phase, tuple(tensor.shape), tensor.dtype, storage.nbytes())
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

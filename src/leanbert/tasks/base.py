@@ -74,6 +74,8 @@ class Task(LightningModule):
         self.wanted_micro_batch: int | None = None  # sequences of one forward pass on each device; None: all
         self.largest_micro_batch: int | None = None  # what fits, once memory has run out
         self.planned_device: str | None = None  # the device that a plan is made for, if it is another one
+        self.planned_world_size: int | None = None
+        self.planned_sharding = False
         self.shrink: Callable[[BaseException], bool] = lambda error: False
         self._peak_rates: list[float] = []
         self._place = (0, 1)  # index of the current micro-batch, micro-batches of the step
@@ -124,14 +126,19 @@ class Task(LightningModule):
             techniques = replace(self.techniques, structured=None) if self.resumes else self.techniques
             apply(techniques, self.model, compile_blocks=self.compile_blocks)
 
+    @property
+    def shards(self) -> bool:
+        """Whether the strategy, or that which is planned for, shards the weights."""
+        return self.planned_sharding or isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+
     def _surroundings(self) -> Surroundings:
         trainer = self.trainer
         return Surroundings(
             optimizer=self.optimizer_config.name,
             precision=str(trainer.precision),
             device_type=self.planned_device or trainer.strategy.root_device.type,
-            world_size=trainer.world_size,
-            shards=isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy),
+            world_size=self.planned_world_size or trainer.world_size,
+            shards=self.shards,
             clips=bool(trainer.gradient_clip_val),
             compiles=self.compile_blocks,
         )
