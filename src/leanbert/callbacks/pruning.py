@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from leanbert.callbacks.progress import say
@@ -238,7 +238,8 @@ class StructuredPruning(Callback):
 
 
 def _refuse_sharding(trainer: Trainer, task: Any, name: str) -> None:
-    if task.shards or isinstance(trainer.strategy, DeepSpeedStrategy):
+    planned = getattr(task, "planned_sharding", False)  # a plan has no such strategy
+    if planned or isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
         raise UserError(f"trainer.strategy: shards the weights, and {name} has to see them whole. Use ddp.")
 
 
