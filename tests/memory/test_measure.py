@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from leanbert.memory.measure import device_bytes
@@ -24,3 +25,12 @@ def test_resident_memory_counts_touched_bytes():
 
 def test_the_cpu_has_no_device_counters():
     assert device_bytes(torch.device("cpu")) == {}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not pass a peak on")
+def test_the_peak_is_not_that_of_the_process_which_started_this_one():
+    ballast = bytearray(300 * 2**20)
+    code = "from leanbert.memory.measure import peak_rss_bytes, rss_bytes; print(peak_rss_bytes() - rss_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 150 * 2**20
+    del ballast
