@@ -3,6 +3,7 @@
     python benchmarks/memory.py                                       # bytes and time, 30 minutes on 2 cores
     python benchmarks/memory.py --large                               # BERT-large in 2 GiB, 30 minutes
     python benchmarks/memory.py --learning --train train.txt.gz --val val.txt.gz   # validation loss after 600 steps
+    python benchmarks/memory.py --learning ... --start CHECKPOINT     # all rows from one model, past the first plateau
 
 Every row is a process of its own: `train.py fit` with `configs/memory/NAME.yaml`, embedded text, sequences of 128.
 Live bytes are the peak of tensor bytes in one step, as the memory monitor traces it; resident memory is the peak of the
@@ -229,6 +230,7 @@ def learning(root: Path, options: argparse.Namespace) -> str:
             f"--trainer.max_steps={options.steps}",
             "--trainer.limit_val_batches=1.0", f"--trainer.val_check_interval={options.steps}",
             "--trainer.log_every_n_steps=50",
+            *([f"--model.init_from={options.start}"] if options.start else []),
         )  # fmt: skip
         losses[name] = result["metrics"]["val/loss"]
         print(f"  {losses[name]:.4f}", file=sys.stderr, flush=True)
@@ -238,6 +240,8 @@ def learning(root: Path, options: argparse.Namespace) -> str:
         for name, loss in losses.items()
     ]  # fmt: skip
     title = f"mini, {LEARNING_ROWS} x {LENGTH} tokens a step, same seed and batches, learning rate {LEARNING_RATE}"
+    if options.start:
+        title += ", all from one checkpoint"
     return f"{title}\n\n" + table(["", "", f"val/loss after {options.steps} steps", "against plain, nats"], rows)
 
 
@@ -249,6 +253,7 @@ def main() -> None:
     parser.add_argument("--learning", action="store_true", help="compare validation losses instead")
     parser.add_argument("--train", help="training text of --learning")
     parser.add_argument("--val", help="validation text of --learning")
+    parser.add_argument("--start", help="checkpoint that all rows of --learning begin with")
     parser.add_argument("--steps", type=int, default=600, help="steps of --learning")
     parser.add_argument("--techniques", nargs="*", help="rows of --learning (default: all)")
     options = parser.parse_args()

@@ -139,7 +139,7 @@ def bad_input(tmp_path: Path) -> dict[str, tuple[Path | str, str]]:
         "json": (write(tmp_path / "j.jsonl", '{"text": "a"}\n{"text": '), r"j\.jsonl:2: not valid JSON"),
         "field": (write(tmp_path / "f.jsonl", '{"text": "a"}\n{"body": "a"}'), r"f\.jsonl:2: no text in field"),
         "number": (write(tmp_path / "k.jsonl", '{"text": 3}'), r"k\.jsonl:1: no text in field"),
-        "list": (write(tmp_path / "l.jsonl", "[1]"), r"l\.jsonl:1: no text in field"),
+        "list": (write(tmp_path / "l.jsonl", "[1]"), r"l\.jsonl:1: not a JSON object"),
         "column": (write(tmp_path / "h.csv", "a,b\n1,2\n"), r"h\.csv:1: no text in field"),
         "short row": (write(tmp_path / "r.csv", "a,text\n1,2\n3\n"), r"r\.csv:3: no text in field"),
         "parquet": (write(tmp_path / "p.parquet", "x"), r"p\.parquet: not a readable parquet file"),

@@ -1,5 +1,4 @@
 import pytest
-import torch
 
 from leanbert.data.mlm import MaskedLMData
 from leanbert.errors import UserError
@@ -97,13 +96,11 @@ def test_a_run_has_the_predicted_peak(tmp_path, names):
 
 def test_the_users_objects_stay_as_they_are():
     run = settings("accumulation", "structured_pruning")
-    before = torch.get_rng_state()
     rehearse(run, 16)
     assert run.task.model is None
     assert run.data.hparams["batch_size"] == 16
     assert not hasattr(run.data, "tokenizer")
     assert run.callbacks[0].schedule == {0: 8}
-    del before
 
 
 def test_what_a_run_would_refuse_is_refused():

@@ -166,7 +166,7 @@ def test_settings_come_back_from_an_export(tmp_path):
     config = EncoderConfig(**OURS, activation="swiglu", local_window=6, global_every=2, rotary_theta=500.0)
     model = build_model(config, 99)
     write_huggingface(model, tmp_path)
-    found, state = read_huggingface(tmp_path)
+    found, state, *_ = read_huggingface(tmp_path)
     assert found == model.config
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())

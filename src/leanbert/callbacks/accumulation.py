@@ -7,7 +7,7 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
-from leanbert.callbacks.progress import say
+from leanbert.callbacks.progress import log_values, say
 from leanbert.errors import UserError
 
 
@@ -100,18 +100,13 @@ class OutOfMemoryRecovery(Callback):
             f"of {rows} sequences, which is kept ({' '.join(str(error).split())[:120]})"
         )
         log_micro_batch(trainer, module)
-        _log(trainer, {"accumulation/out_of_memory_events": float(self.events)})
+        log_values(trainer, {"accumulation/out_of_memory_events": float(self.events)})
         return True
 
 
 def log_micro_batch(trainer: Trainer, module: Any) -> None:
     """Log the micro-batch at the number of completed steps."""
-    _log(trainer, {"accumulation/micro_batch_sequences": float(module.micro_batch or _rows_per_device(trainer))})
-
-
-def _log(trainer: Trainer, values: dict[str, float]) -> None:
-    for logger in trainer.loggers:
-        logger.log_metrics(values, step=trainer.global_step)
+    log_values(trainer, {"accumulation/micro_batch_sequences": float(module.micro_batch or _rows_per_device(trainer))})
 
 
 def _rows_per_device(trainer: Trainer) -> int:

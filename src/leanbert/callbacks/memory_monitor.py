@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from leanbert.callbacks.progress import say
+from leanbert.callbacks.progress import log_values, say
 from leanbert.errors import UserError
 from leanbert.memory.figures import breakdown_figure, pixels, timeline_figure
 from leanbert.memory.measure import cuda_allocator, device_bytes, restart_peak
@@ -122,11 +122,11 @@ class MemoryMonitor(Callback):
         timeline = self._end()
         if timeline is not None:
             self._makers = makers_by_size(timeline.saved)
-            self._log(trainer, self._metrics(trainer, timeline))
+            log_values(trainer, self._metrics(trainer, timeline))
             self._show(trainer, timeline)
         if self._at_borders:
             phases = {f"memory/phase/{name}_peak_mib": size / MIB for name, size in self._step_peaks.items()}
-            self._log(trainer, {**phases, **cuda_allocator(trainer.strategy.root_device)})
+            log_values(trainer, {**phases, **cuda_allocator(trainer.strategy.root_device)})
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -139,7 +139,7 @@ class MemoryMonitor(Callback):
         """Log the peak."""
         timeline = self._end()
         if timeline is not None:
-            self._log(trainer, {"memory/phase/validation_peak_mib": timeline.peak_bytes / MIB})
+            log_values(trainer, {"memory/phase/validation_peak_mib": timeline.peak_bytes / MIB})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table."""
@@ -213,11 +213,6 @@ class MemoryMonitor(Callback):
             peak = restart_peak(trainer.strategy.root_device)
             for peaks in (self._step_peaks, self._device_peaks):
                 peaks[ended] = max(peak, peaks.get(ended, 0))
-
-    @staticmethod
-    def _log(trainer: Trainer, values: Mapping[str, float]) -> None:
-        for logger in trainer.loggers:
-            logger.log_metrics(dict(values), step=trainer.global_step)
 
     def _report(self, trainer: Trainer, module: LightningModule, error: BaseException) -> None:
         built = getattr(module, "model", None) is not None

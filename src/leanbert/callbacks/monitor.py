@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from leanbert.callbacks.progress import log_values
 from leanbert.memory.measure import device_bytes, rss_bytes
 from leanbert.units import MIB
 
@@ -96,8 +97,7 @@ class StepMonitor(Callback):
             "train/tokens_per_second": speed,
             **{f"memory/{name}_mib": size / MIB for name, size in memory.items()},
         }
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+        log_values(trainer, values)
         bar: Any = trainer.progress_bar_metrics
         bar.update({"loss": round(loss, 3), "tokens/s": round(speed)})
         trainer.callback_metrics["train/loss"] = torch.tensor(loss)

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from leanbert.callbacks.memory_monitor import MemoryMonitor
-from leanbert.callbacks.progress import say
+from leanbert.callbacks.progress import log_values, say
 from leanbert.memory.measure import device_bytes, peak_rss_bytes
 from leanbert.units import MIB, format_size
 
@@ -43,8 +43,7 @@ class PlanReport(Callback):
         values = {"memory/plan/predicted_mib": self.predicted_bytes / MIB}
         if measured is not None:
             values["memory/plan/error_percent"] = error_percent(self.predicted_bytes, measured)
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+        log_values(trainer, values)
         self._say(trainer, measured)
 
     def measured_bytes(self, trainer: Trainer) -> int | None:

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 from lightning.pytorch.plugins.precision import Precision as FullPrecision
 
+from leanbert.callbacks.progress import log_values
 from leanbert.errors import UserError
 
 
@@ -58,8 +59,7 @@ class Precision(Callback):
         if due and type(trainer.strategy.precision_plugin) is FullPrecision:
             trainer.strategy.precision_plugin = self._plugin(trainer)
         if trainer.global_step in (0, self.start_step):
-            for logger in trainer.loggers:
-                logger.log_metrics({"precision/bits": 16.0 if due else 32.0}, step=trainer.global_step)
+            log_values(trainer, {"precision/bits": 16.0 if due else 32.0})
 
     def _plugin(self, trainer: Trainer) -> FullPrecision:
         if self.precision == "bf16-true":

@@ -1,8 +1,12 @@
-"""Progress on standard error (standard output carries results only): a bar on a terminal, lines in a log file."""
+"""What a run tells while it goes: values to its loggers, and progress on standard error, which is a bar on a terminal.
+
+Standard output carries results only.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -18,6 +22,12 @@ LINE_EVERY_STEPS = 50
 def say(line: str) -> None:
     """Write a line for the reader to standard error, above a progress bar, on the first rank only."""
     Tqdm.write(line, file=sys.stderr)
+
+
+def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:
+    """Give values by tag to all loggers, at the number of completed steps."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(values), step=trainer.global_step)
 
 
 class ProgressBar(TQDMProgressBar):

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
-from leanbert.callbacks.progress import say
+from leanbert.callbacks.progress import log_values, say
 from leanbert.errors import UserError
 from leanbert.memory.pruning import (
     apply_masks,
@@ -99,9 +99,7 @@ class MagnitudePruning(Callback):
         apply_masks(self._weights, self._masks)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self._advance(trainer) or trainer.global_step % every == 0:
-            values = {"pruning/sparsity": sparsity_of(self._weights)}
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=trainer.global_step)
+            log_values(trainer, {"pruning/sparsity": sparsity_of(self._weights)})
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Free the masks."""

@@ -72,11 +72,11 @@ class TokenCache:
 
     def ids(self) -> np.ndarray:
         """Map the ids: `dtype` [tokens], read-only."""
-        return _mapped(self.folder / "ids.bin", self.dtype)
+        return map_file(self.folder / "ids.bin", self.dtype)
 
     def offsets(self) -> np.ndarray:
         """Map the places where documents begin, and the end: int64 [documents + 1], read-only."""
-        return _mapped(self.folder / "offsets.bin", "int64")
+        return map_file(self.folder / "offsets.bin", "int64")
 
 
 def build_cache(split: Split, content: str, tokenizer: TextTokenizer, cache_dir: Path, label: str) -> TokenCache:
@@ -178,7 +178,8 @@ def _map_in_order(function: Callable[[In], Out], items: Iterable[In]) -> Iterato
             yield waiting.popleft().result()
 
 
-def _mapped(path: Path, dtype: str) -> np.ndarray:
+def map_file(path: Path, dtype: str) -> np.ndarray:
+    """Map a file of numbers, read-only, until the array is let go."""
     if path.stat().st_size == 0:
         return np.zeros(0, dtype=dtype)
     with path.open("rb") as handle:

@@ -40,16 +40,21 @@ class RowDataset(Dataset[MLMBatch]):
 
     def __getitem__(self, positions: np.ndarray) -> MLMBatch:
         """Return the batch of the rows at `positions`, int64 [B]."""
-        rows, key = self._locate(positions)
+        rows, key = locate(positions, self.rows, self.seed)
         packed = read_rows(self.cache, rows, self.length, self.pad_id)
         return _to_batch(packed, key, self.rule)
 
-    def _locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if self.seed is None:
-            return positions, mix(_EVALUATION, positions)
-        epochs, indices = np.divmod(positions, self.rows)
-        rows = permute(indices, self.rows, self.seed, epochs)
-        return rows, mix(self.seed, epochs, rows)
+
+def locate(positions: np.ndarray, rows: int, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows at places of the stream, int64 [B], and a key for what is random in each, uint64 [B].
+
+    Position p is row `permutation(seed, p // rows)[p % rows]`; without a seed, for evaluation, it is row p.
+    """
+    if seed is None:
+        return positions, mix(_EVALUATION, positions)
+    epochs, indices = np.divmod(positions, rows)
+    numbers = permute(indices, rows, seed, epochs)
+    return numbers, mix(seed, epochs, numbers)
 
 
 class PositionSampler(DistributedSampler[np.ndarray]):

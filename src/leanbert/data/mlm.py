@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-import signal
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
 
-from leanbert.data.batch import MLMBatch, PredictBatch
+from leanbert.data.batch import MLMBatch
 from leanbert.data.cache import TokenCache
-from leanbert.data.loading import PositionSampler, PredictionLines, RowDataset
+from leanbert.data.loading import PredictionLines, RowDataset
 from leanbert.data.masking import MaskingRule, target_slots
+from leanbert.data.module import CorpusStatistics, RowData, as_list, check_settings
 from leanbert.data.packing import row_count
 from leanbert.data.prepare import CorpusSettings, Prepared
 from leanbert.data.sources import Separator
-from leanbert.data.tokenizer import TextTokenizer
 from leanbert.data.tokenizer_training import Kind
 from leanbert.errors import UserError
 
 
-@dataclass(frozen=True)
-class CorpusStatistics:
-    """Size of a prepared corpus; `tokens_per_row` is the mean of real tokens in a row of `max_length`."""
-
-    documents: int
-    tokens: int
-    unknown_share: float
-    rows: int
-    tokens_per_row: float
-
-
-class MaskedLMData(LightningDataModule):
+class MaskedLMData(RowData):
     """Text files to batches of packed, masked rows.
 
     After `setup` there are `tokenizer` (a `TextTokenizer`), `unigram_counts` (int64 [V], of the training
@@ -92,10 +77,7 @@ class MaskedLMData(LightningDataModule):
         super().__init__()
         self.save_hyperparameters(logger=False)
         _check(self.hparams)
-        self.samples_consumed = 0
-        self.tokenizer: TextTokenizer
         self.unigram_counts: np.ndarray
-        self.statistics: dict[str, CorpusStatistics] = {}
         self._prepared: Prepared | None = None
 
     def prepare(self) -> Prepared:
@@ -104,7 +86,7 @@ class MaskedLMData(LightningDataModule):
             names = CorpusSettings.__dataclass_fields__
             settings = {name: value for name, value in self.hparams.items() if name in names}
             for name in ("train_files", "val_files"):
-                settings[name] = _as_list(settings[name])
+                settings[name] = as_list(settings[name])
             self._prepared = CorpusSettings(**settings).prepare()
         return self._prepared
 
@@ -121,16 +103,8 @@ class MaskedLMData(LightningDataModule):
         shapes = [(rows, length)] * 3 + [(rows, slots)] * 2
         return MLMBatch(*(torch.zeros(shape, dtype=torch.int64) for shape in shapes))
 
-    def prepare_data(self) -> None:
-        """Prepare once per machine, before the other processes look."""
-        if not self._predicting():
-            self.prepare()
-
-    def setup(self, stage: str) -> None:
-        """Load what was prepared; prediction needs the tokenizer only, and never trains one."""
-        if stage == "predict":
-            self._setup_prediction()
-            return
+    def adopt_prepared(self) -> None:
+        """Set tokenizer, unigram counts and statistics."""
         prepared = self.prepare()
         self.tokenizer = prepared.tokenizer
         self.unigram_counts = prepared.train.unigram_counts
@@ -139,58 +113,22 @@ class MaskedLMData(LightningDataModule):
             for name, cache in (("train", prepared.train), ("val", prepared.val))
         }
 
-    @property
-    def batches_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the training rows, at least 1."""
-        return max(1, self.statistics["train"].rows // self.hparams["batch_size"])
+    def training_rows(self) -> RowDataset:
+        """Return rows whose masks change with each epoch."""
+        return self._rows(self.prepare().train, self.hparams["mask_rate"], seed=self.hparams["seed"])
 
-    def train_dataloader(self) -> DataLoader[MLMBatch]:
-        """Return batches of the training stream, each time from `samples_consumed` on, for one epoch's steps."""
-        rank, world_size = self._rank()
-        batch_size = self.hparams["batch_size"]
-        if batch_size % world_size:
+    def evaluation_rows(self, part: str) -> RowDataset:
+        """Return rows with masks that depend on the place in the text only."""
+        if part != "val":
             raise UserError(
-                f"data.batch_size: {batch_size} is the batch over all devices and not divisible by their number "
-                f"({world_size}). Set a multiple of {world_size}"
+                "test: use validate, on the text as data.val_files: masked language modelling has nothing else"
             )
-        sampler = PositionSampler(
-            batch_size,
-            self.batches_per_epoch,
-            start=lambda: self.samples_consumed,
-            rank=rank,
-            world_size=world_size,
-        )
-        rows = self._rows(self.prepare().train, self.hparams["mask_rate"], seed=self.hparams["seed"])
-        return self._loader(rows, sampler)
+        return self._rows(self.prepare().val, self.hparams["val_mask_rate"])
 
-    def val_dataloader(self) -> DataLoader[MLMBatch]:
-        """Return all validation rows in order, with masks that depend on the place in the text only."""
+    def prediction_batches(self, files: list[str], batch_size: int) -> PredictionLines:
+        """Return lines of text with masks in them."""
         rank, world_size = self._rank()
-        batch_size = self.hparams["val_batch_size"] or self.hparams["batch_size"]
-        rows = self._rows(self.prepare().val, self.hparams["val_mask_rate"])
-        sampler = PositionSampler(
-            batch_size, row_count(rows.rows, batch_size), end=rows.rows, rank=rank, world_size=world_size
-        )
-        return self._loader(rows, sampler)
-
-    def predict_dataloader(self) -> DataLoader[PredictBatch]:
-        """Return the lines of `predict_files`, `batch_size` at a time, in order."""
-        files = _as_list(self.hparams["predict_files"])
-        if not files:
-            raise UserError("data.predict_files: nothing to predict. Give text files, or - for standard input")
-        rank, world_size = self._rank()
-        batch_size = self.hparams["batch_size"]
-        lines = PredictionLines(files, self.tokenizer, self.hparams["max_length"], batch_size, rank, world_size)
-        return DataLoader(lines, batch_size=None)
-
-    def _setup_prediction(self) -> None:
-        if self.hparams["tokenizer"] is not None:
-            self.tokenizer = TextTokenizer.from_file(self.hparams["tokenizer"])
-        if not hasattr(self, "tokenizer"):
-            raise UserError("data.tokenizer: predict needs the model's tokenizer. Give --ckpt_path, or its path")
-
-    def _predicting(self) -> bool:
-        return self.trainer is not None and self.trainer.predicting
+        return PredictionLines(files, self.tokenizer, self.hparams["max_length"], batch_size, rank, world_size)
 
     def _rows(self, cache: TokenCache, rate: float, seed: int | None = None) -> RowDataset:
         rule = self._masking_rule(rate)
@@ -204,38 +142,6 @@ class MaskedLMData(LightningDataModule):
             raise UserError("data.whole_word: no token of this tokenizer continues a word. Set it to false")
         return MaskingRule(rate, tuple(self.hparams["mask_split"]), self.tokenizer.mask_id, special, continues)
 
-    def _loader(self, rows: RowDataset, sampler: PositionSampler) -> DataLoader[MLMBatch]:
-        device = self._device_type()
-        workers = self.hparams["num_workers"]
-        if workers is None:
-            workers = 0 if device == "cpu" else 2
-        return DataLoader(
-            rows,
-            batch_size=None,
-            sampler=sampler,
-            num_workers=workers,
-            pin_memory=device == "cuda",
-            persistent_workers=workers > 0,
-            worker_init_fn=_ignore_interrupt,
-            # Without a generator of its own each pass would draw from the global one, and shift dropout.
-            generator=torch.Generator().manual_seed(self.hparams["seed"]),
-        )
-
-    def _rank(self) -> tuple[int, int]:
-        if self.trainer is None:
-            return 0, 1
-        return self.trainer.global_rank, self.trainer.world_size
-
-    def _device_type(self) -> str:
-        if self.trainer is None:
-            return "cpu"
-        return str(self.trainer.strategy.root_device.type)
-
-
-def _ignore_interrupt(worker: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to all processes, to the one that trains: it saves first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
 
 def _check(settings: Any) -> None:
     """Raise `UserError` for a setting that cannot work, before anything is read."""
@@ -245,17 +151,10 @@ def _check(settings: Any) -> None:
     split = tuple(settings["mask_split"])
     if len(split) != 3 or min(split) < 0 or abs(sum(split) - 1) > 1e-6:
         raise UserError(f"data.mask_split: {list(split)} are not three shares that add up to 1. Set [0.8, 0.1, 0.1]")
-    least = {"max_length": 8, "batch_size": 1, "val_batch_size": 1, "num_workers": 0}
-    for name, lowest in least.items():
-        if settings[name] is not None and settings[name] < lowest:
-            raise UserError(f"data.{name}: {settings[name]} is too small. Set at least {lowest}")
+    check_settings(settings)
 
 
 def _statistics(cache: TokenCache, unk_id: int | None, length: int) -> CorpusStatistics:
     rows = row_count(cache.tokens, length)
     unknown = 0 if unk_id is None else int(cache.unigram_counts[unk_id])
     return CorpusStatistics(cache.documents, cache.tokens, unknown / cache.tokens, rows, cache.tokens / rows)
-
-
-def _as_list(files: str | list[str] | None) -> list[str] | None:
-    return [files] if isinstance(files, str) else files

@@ -1,4 +1,4 @@
-"""Full rows: the stream of documents cut every `length` tokens, nothing dropped and nothing padded but the end.
+"""Full rows: of running text the stream cut every `length` tokens, of examples as many whole ones as there is room for.
 
 Letters: B rows, S row length.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from leanbert.data.cache import TokenCache
+from leanbert.data.randomness import permute
 
 PADDING_DOCUMENT = -1
 """Document id of padding, of which there is some in the last row only."""
@@ -64,3 +65,55 @@ def _document_begins(offsets: np.ndarray, starts: np.ndarray, length: int) -> np
     begins = np.zeros((len(starts), length), dtype=bool)
     begins[row, offsets[first[row] + within] - starts[row]] = True
     return begins
+
+
+OPEN_ROWS = 256
+"""Rows that are looked at for room: more waste less, and take longer."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Which examples share a row: those of row r are `order[starts[r] : starts[r + 1]]`; both are int64."""
+
+    order: np.ndarray
+    starts: np.ndarray
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(self.starts) - 1
+
+    def examples(self, row: int) -> np.ndarray:
+        """Return the numbers of a row's examples."""
+        return self.order[self.starts[row] : self.starts[row + 1]]
+
+
+def pack_examples(lengths: np.ndarray, room: tuple[int, ...], most: int, seed: int | None = None) -> Packing:
+    """Put examples into rows, first fit (Johnson 1974) among the newest `OPEN_ROWS` rows.
+
+    Args:
+        lengths: int64 [N, C]: tokens of each example, in each of the C sequences that a row has (source, target).
+        room: Tokens that a row has in each of them. No example may need more.
+        most: Examples in a row, at most.
+        seed: Decides which share a row; None: neighbours do.
+
+    """
+    count = len(lengths)
+    numbers = np.arange(count)
+    order = numbers if seed is None else permute(numbers, count, seed, count)
+    free = np.empty((0, len(room)), dtype=np.int64)  # of the open rows, [open, C]
+    rows: list[list[int]] = []
+    for example in order.tolist():
+        need = lengths[example]
+        fits = np.flatnonzero((free >= need).all(axis=1))
+        if len(fits):
+            place = int(fits[0])
+        else:
+            free = np.concatenate([free[-(OPEN_ROWS - 1) :], np.asarray([room])])
+            place = len(free) - 1
+            rows.append([])
+        row = len(rows) - len(free) + place
+        rows[row].append(example)
+        free[place] = free[place] - need if len(rows[row]) < most else -1
+    flat = np.asarray([example for row in rows for example in row], dtype=np.int64)
+    return Packing(flat, np.cumsum([0, *map(len, rows)], dtype=np.int64))

@@ -11,7 +11,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from leanbert.errors import UserError
 
@@ -72,36 +72,59 @@ def read_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
 
 def read_json_lines(lines: Iterable[tuple[int, str]], name: str, field: str) -> Iterator[str]:
     """Yield the string `field` of each JSON object, one a line; blank lines are skipped."""
-    for number, line in _whole_lines(lines):
+    for place, record in json_records(lines, name):
+        text = record.get(field)
+        if not isinstance(text, str):
+            raise _no_field(place, field)
+        yield whole_characters(text)
+
+
+def json_records(lines: Iterable[tuple[int, str]], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ("file:line", object) of JSON objects, one a line; blank lines are skipped."""
+    for number, line in whole_lines(lines):
         if line.isspace():
             continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{name}:{number}: not valid JSON ({error}). Write one object a line") from error
-        text = record.get(field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise _no_field(f"{name}:{number}", field)
-        # A lone surrogate, which JSON can spell, is no character: the tokenizer would refuse it.
-        yield text.encode("utf-8", "replace").decode("utf-8") if "\\u" in line else text
+        if not isinstance(record, dict):
+            raise UserError(f"{name}:{number}: not a JSON object. Write one object a line")
+        yield f"{name}:{number}", record
+
+
+def whole_characters(text: str) -> str:
+    """Return the text without lone surrogates, which JSON can spell: the tokenizer would refuse them."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def read_table(lines: Iterable[tuple[int, str]], name: str, field: str) -> Iterator[str]:
     """Yield column `field` of a .csv (quoted as RFC 4180) or .tsv (no quoting) file with a header line."""
+    for place, record in table_records(lines, name, (field,)):
+        if field not in record:
+            raise _no_field(place, field)
+        yield record[field]
+
+
+def table_records(
+    lines: Iterable[tuple[int, str]], name: str, wanted: Iterable[str]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield ("file:line", cells by column) of a .csv (quoted as RFC 4180) or .tsv (no quoting) with a header line.
+
+    Raises UserError if a `wanted` column is not in the header.
+    """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    texts = (line for _, line in _whole_lines(lines))
+    texts = (line for _, line in whole_lines(lines))
     is_tsv = name.removesuffix(".gz").endswith(".tsv")
     rows = csv.reader(texts, delimiter="\t" if is_tsv else ",", quoting=csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL)
     try:
         header = next(rows, [])
-        if field not in header:
-            raise _no_field(f"{name}:1", field)
-        column = header.index(field)
+        for field in wanted:
+            if field not in header:
+                raise _no_field(f"{name}:1", field)
         for row in rows:
-            if row and column >= len(row):
-                raise _no_field(f"{name}:{rows.line_num}", field)
             if row:
-                yield row[column]
+                yield f"{name}:{rows.line_num}", dict(zip(header, row, strict=False))
     except csv.Error as error:
         raise UserError(f"{name}:{rows.line_num}: not a valid table ({error}). Mend the row") from error
 
@@ -163,7 +186,8 @@ def split_dataset_spec(spec: str) -> tuple[str, str]:
     return name, "train"
 
 
-def _whole_lines(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+def whole_lines(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """Join the parts of long lines that `read_lines` yields."""
     parts: list[str] = []
     number = 0
     for number, part in lines:

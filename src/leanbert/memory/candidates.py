@@ -167,7 +167,7 @@ class _Trials:
         self._whole: dict[tuple[str, ...], Prediction] = {(): predict(settings)}
         self._cut: dict[tuple[str, ...], MicroBatches] = {}
         needs = target.needs(self._whole[()].peak_bytes, settings.callbacks)
-        self.given = Candidate((), _micro_batch_of(settings), self._whole[()], needs, 0.0, {})
+        self.given = Candidate((), settings.micro_batch, self._whole[()], needs, 0.0, {})
 
     def candidate(self, names: tuple[str, ...], micro_batch: int | None) -> Candidate:
         """Return a set of techniques, with its micro-batch if it has one."""
@@ -196,14 +196,3 @@ class _Trials:
         if micro_batch is not None and self.settings.validation_rows > 4:
             overlay = overlays.merge([overlay, SMALL_EVALUATION])
         return overlay
-
-
-def _micro_batch_of(settings: RunSettings) -> int:
-    """Return the sequences that a run has in one forward pass."""
-    sizes = [settings.rows_per_step]
-    for callback in settings.callbacks:
-        if type(callback).__name__ == "LayerMajor":
-            sizes.append(callback.micro_batch)  # type: ignore[attr-defined]
-        if type(callback).__name__ == "GradientAccumulation":
-            sizes.append(max(callback.schedule.values()))  # type: ignore[attr-defined]
-    return min(sizes)

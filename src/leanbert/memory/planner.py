@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from leanbert.errors import UserError
 from leanbert.memory.extrapolation import Course, NoCounterpartError, extrapolate, peaks
-from leanbert.memory.rehearsal import Rehearsal, RunSettings, rehearse
+from leanbert.memory.rehearsal import Rehearsal, RunSettings, Totals, rehearse
 
 SMALLEST_STACK = 2
 """Blocks of the smaller rehearsal, at least: a first and a last."""
@@ -62,7 +62,7 @@ def predict(settings: RunSettings, *, exact: bool = False) -> Prediction:
         UserError: Techniques that cannot combine, or match nothing.
 
     """
-    whole, slice_rows = settings.rows_per_step, _slice_rows(settings)
+    whole, slice_rows = settings.rows_per_step, settings.slice_rows
     if slice_rows is not None and not exact:
         chunk = _rows_of_a_chunk(settings)
         few = max(2, math.ceil(chunk / slice_rows) if whole > chunk else 0) * slice_rows
@@ -84,7 +84,7 @@ class MicroBatches:
     def __init__(self, settings_with: Callable[[int], RunSettings]) -> None:
         self.settings_with = settings_with
         first = settings_with(1)
-        self._chunk, in_slices = _rows_of_a_chunk(first), _slice_rows(first) is not None
+        self._chunk, in_slices = _rows_of_a_chunk(first), first.slice_rows is not None
         self._size = 2  # a single sequence spares some copies
         if in_slices and first.rows_per_step > self._chunk > 0:
             self._size = max(2, _rows_of_full_chunks(first))
@@ -110,22 +110,23 @@ class MicroBatches:
 def _assemble(settings: RunSettings, small: _Courses, rows: int, *directions: tuple[_Courses, float]) -> Prediction:
     """Return the prediction of a run of which a step of `rows` sequences was found, `small` and its directions."""
     step = extrapolate(small.step, *((larger.step, times) for larger, times in directions))
-    flops = small.flops + sum(times * (larger.flops - small.flops) for larger, times in directions)
+    totals = small.totals
+    flops = totals.flops + sum(times * (larger.totals.flops - totals.flops) for larger, times in directions)
     phases, whole = peaks(step), settings.rows_per_step
-    if not directions or _slice_rows(settings) is None:  # all micro-batches are there, not the rehearsed two
+    if not directions or settings.slice_rows is None:  # all micro-batches are there, not the rehearsed two
         flops *= whole / rows
         for categories in phases.values():
             categories["other"] += (whole - rows) * settings.row_bytes
     phases.update(peaks(small.validation))
-    reduced = small.gradient_bytes if settings.devices > 1 and settings.mesh is None else 0
+    reduced = totals.gradient_bytes if settings.devices > 1 and settings.mesh is None else 0
     for categories in phases.values():  # DDP's buckets: a copy of all gradients, from the first step to the end
         categories["gradients"] += reduced
     micro_batches = _micro_batches(settings, whole) / _micro_batches(settings, rows)
-    collectives = Counter({kind: round(size * micro_batches) for kind, size in small.passes_bytes.items()})
-    collectives.update(small.update_bytes)
+    collectives = Counter({kind: round(size * micro_batches) for kind, size in totals.passes_bytes.items()})
+    collectives.update(totals.update_bytes)
     collectives.update({"all_reduce": reduced} if reduced else {})
     return Prediction(
-        phases, round(flops) + small.update_flops, small.parameters, small.gradient_bytes, dict(collectives)
+        phases, round(flops) + totals.update_flops, totals.parameters, totals.gradient_bytes, dict(collectives)
     )
 
 
@@ -133,18 +134,11 @@ def _assemble(settings: RunSettings, small: _Courses, rows: int, *directions: tu
 class _Courses:
     step: list[Course]
     validation: list[Course]
-    flops: int
-    update_flops: int
-    parameters: int
-    gradient_bytes: int
-    passes_bytes: dict[str, int]
-    update_bytes: dict[str, int]
+    totals: Totals
 
     @classmethod
     def of(cls, rehearsal: Rehearsal) -> _Courses:
-        step, validation = [Course.of(rehearsal.step)], [Course.of(rehearsal.validation)]
-        totals = (getattr(rehearsal, each.name) for each in fields(cls)[2:])
-        return cls(step, validation, *totals)
+        return cls([Course.of(rehearsal.step)], [Course.of(rehearsal.validation)], rehearsal.totals)
 
 
 def _predict_layers(settings: RunSettings, rows: int, exact: bool = False) -> _Courses:
@@ -160,7 +154,7 @@ def _predict_layers(settings: RunSettings, rows: int, exact: bool = False) -> _C
             return _Courses(
                 extrapolate(one.step, (other.step, times)),
                 extrapolate(one.validation, (other.validation, times)),
-                *(_affine(getattr(one, each.name), getattr(other, each.name), times) for each in fields(_Courses)[2:]),
+                Totals(**_affine(vars(one.totals), vars(other.totals), times)),
             )
         except NoCounterpartError:
             pass  # blocks that are not alike: rehearse them all
@@ -177,39 +171,32 @@ def _affine(one: Any, other: Any, times: float) -> Any:
 def period_of_blocks(settings: RunSettings) -> int:
     """Return after how many blocks the stack repeats itself."""
     config = settings.task.encoder_config.resolved()
-    every = _setting(settings.callbacks, "ActivationCheckpointing", "every") or 1
-    return math.lcm(every, config.global_every if config.local_window else 1)
+    checkpointing = settings.callback("ActivationCheckpointing")
+    every = 1 if checkpointing is None else checkpointing.every
+    return math.lcm(every or 1, config.global_every if config.local_window else 1)
 
 
 def rows_to_rehearse(settings: RunSettings) -> int:
     """Return the sequences to rehearse: two micro-batches, of which the second finds gradients of the first."""
-    schedule = _setting(settings.callbacks, "GradientAccumulation", "schedule")
-    whole = settings.rows_per_step
-    if schedule is None or _slice_rows(settings) is not None:  # which cannot combine: the rehearsal says so
+    whole, largest = settings.rows_per_step, settings.accumulated_rows
+    if largest is None or settings.slice_rows is not None:  # which cannot combine: the rehearsal says so
         return whole
-    largest = max(schedule.values())
-    if min(schedule.values()) < whole <= largest:
+    if min(settings.callback("GradientAccumulation").schedule.values()) < whole <= largest:
         raise UserError(
             "plan: a micro-batch schedule that begins or ends with the whole batch. Plan its largest alone."
         )
     return min(whole, 2 * largest)
 
 
-def _slice_rows(settings: RunSettings) -> int | None:
-    """Return the sequences of a slice of layer-major execution, None without it."""
-    rows: int | None = _setting(settings.callbacks, "LayerMajor", "micro_batch")
-    return rows
-
-
 def _rows_of_a_chunk(settings: RunSettings) -> int:
     """Return the sequences above which a chunked head needs no more memory for its logits; 0 if it is not chunked."""
-    chunk = _setting(settings.callbacks, "ChunkedHead", "targets")
-    return 0 if chunk is None else math.ceil(chunk / settings.targets_per_row)
+    head = settings.callback("ChunkedHead")
+    return 0 if head is None else math.ceil(head.targets / settings.targets_per_row)
 
 
 def _rows_of_full_chunks(settings: RunSettings) -> int:
     """Return the fewest sequences whose targets fill chunks of the head (nearly): with each more, whole chunks more."""
-    chunk, targets = _setting(settings.callbacks, "ChunkedHead", "targets"), settings.targets_per_row
+    chunk, targets = settings.callback("ChunkedHead").targets, settings.targets_per_row
     rows = math.ceil(chunk / targets)
     while rows * targets % chunk > 0.04 * rows * targets:
         rows += 1
@@ -218,10 +205,5 @@ def _rows_of_full_chunks(settings: RunSettings) -> int:
 
 def _micro_batches(settings: RunSettings, rows: int) -> int:
     """Return how many micro-batches `rows` sequences make."""
-    schedule = _setting(settings.callbacks, "GradientAccumulation", "schedule")
-    return 1 if schedule is None else -(-rows // max(schedule.values()))
-
-
-def _setting(callbacks: Iterable[object], kind: str, name: str) -> Any:
-    """Return a setting of the callback of class `kind`, or None if there is none."""
-    return next((getattr(callback, name) for callback in callbacks if type(callback).__name__ == kind), None)
+    size = settings.accumulated_rows
+    return 1 if size is None else -(-rows // size)

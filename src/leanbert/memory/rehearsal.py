@@ -51,6 +51,34 @@ class RunSettings:
     mesh: Any = None
     """`DeviceMesh` of a process group, over which FSDP2 shards the model; None: it is whole on each device."""
 
+    def callback(self, kind: str) -> Any:
+        """Return the callback of the class named `kind`, or None."""
+        return next((callback for callback in self.callbacks if type(callback).__name__ == kind), None)
+
+    def with_encoder(self, **dimensions: Any) -> RunSettings:
+        """Return the settings with other dimensions of the encoder."""
+        task = copy.deepcopy(self.task)
+        task.encoder_config = replace(task.encoder_config, **dimensions)
+        return replace(self, task=task)
+
+    @property
+    def accumulated_rows(self) -> int | None:
+        """The largest micro-batch of gradient accumulation on each device; None without it."""
+        accumulation = self.callback("GradientAccumulation")
+        return None if accumulation is None else max(accumulation.schedule.values())
+
+    @property
+    def slice_rows(self) -> int | None:
+        """Sequences of a slice of layer-major execution; None without it."""
+        layer_major = self.callback("LayerMajor")
+        return None if layer_major is None else layer_major.micro_batch
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences of one forward pass on each device."""
+        bounds = (self.rows_per_step, self.accumulated_rows, self.slice_rows)
+        return min(rows for rows in bounds if rows is not None)
+
     @property
     def rows_per_step(self) -> int:
         """Sequences of a step on each device."""
@@ -75,21 +103,28 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
-class Rehearsal:
-    """Traces of a step and of a validation batch; floating-point operations of the step's passes and of its update.
+class Totals:
+    """What a step adds up to: floating-point operations of its passes and of its update, and bytes.
 
     `gradient_bytes` are those of all gradients of the whole model. The bytes of collectives (`Collectives`) are of
     each micro-batch together, and of the update.
     """
 
-    step: Timeline
-    validation: Timeline
     flops: int
     update_flops: int
     parameters: int
     gradient_bytes: int
     passes_bytes: dict[str, int]
     update_bytes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Traces of a step and of a validation batch, and the step's totals."""
+
+    step: Timeline
+    validation: Timeline
+    totals: Totals
 
 
 class _Nowhere(DiskStorage):
@@ -148,7 +183,7 @@ def rehearse(settings: RunSettings, rows: int, *, layers: int | None = None) -> 
         batch = data.blank_batch(rows)  # type: ignore[attr-defined]
         begin(task, trainer, batch)
         # a step of one micro-batch makes the optimizer's state
-        take_step(task, trainer, data.blank_batch(_micro_batch(settings.callbacks, rows)))  # type: ignore[attr-defined]
+        take_step(task, trainer, data.blank_batch(min(rows, settings.micro_batch)))  # type: ignore[attr-defined]
         existing = [*_tensors_of(task), *_tensors_of(batch)]
         optimizers = trainer.strategy.optimizers
         with LiveBytes(task.model, optimizers, existing=existing) as trace, Collectives(trace) as collectives:
@@ -158,10 +193,11 @@ def rehearse(settings: RunSettings, rows: int, *, layers: int | None = None) -> 
         validation = _validate(task, trainer, blank)
     update = trace.flops["optimizer"]
     gradient_bytes = sum(parameter.numel() * parameter.itemsize for parameter in trainable(task.model.parameters()))
-    return Rehearsal(
-        step, validation, trace.flops.total() - update, update, task.model.num_parameters,
+    totals = Totals(
+        trace.flops.total() - update, update, task.model.num_parameters,
         gradient_bytes, dict(collectives.passes), dict(collectives.update),
     )  # fmt: skip
+    return Rehearsal(step, validation, totals)
 
 
 def stage(
@@ -270,13 +306,6 @@ def take_step(task: Any, trainer: Trainer, batch: Any, after_backward: Callable[
         return loss.detach()
 
     task.optimizer_step(0, 0, optimizer, closure)
-
-
-def _micro_batch(callbacks: Sequence[Callback], rows: int) -> int:
-    """Return the sequences that run at a time."""
-    own = [max(c.schedule.values()) for c in callbacks if type(c).__name__ == "GradientAccumulation"]  # type: ignore
-    own += [c.micro_batch for c in callbacks if type(c).__name__ == "LayerMajor"]  # type: ignore[attr-defined]
-    return min([rows, *own])
 
 
 def _validate(task: Any, trainer: Trainer, batch: Any) -> Timeline:

@@ -27,7 +27,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     A block is gathered before it runs and freed after, forward and backward; what is outside of blocks (embeddings
     and head) stays from the forward to the end of the backward pass (the defaults of `fully_shard`, FSDP2).
     """
-    for block in model.encoder.blocks:  # type: ignore[union-attr]
+    for block in model.blocks:  # type: ignore[union-attr]
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "loss_sum")  # tasks train by it, not by `forward`

@@ -64,8 +64,7 @@ def with_size(settings: RunSettings, size: str) -> RunSettings:
     _, path = find_shipped(["--config", f"configs/size/{size}.yaml"])
     with open(path, encoding="utf-8") as file:
         dimensions = yaml.safe_load(file)["model"]["init_args"]["encoder"]
-    task = type(settings.task)(replace(settings.task.encoder_config, **dimensions), settings.task.optimizer_config)
-    return replace(settings, task=task)
+    return settings.with_encoder(**dimensions)
 
 
 def sweep(
@@ -92,13 +91,9 @@ def sweep(
 
 
 def _cell(settings: RunSettings, target: Target, budget_bytes: int, size: str, length: int) -> Cell:
-    sliced = any(type(callback).__name__ == "LayerMajor" for callback in settings.callbacks)
-    technique = "layer_major" if sliced else "accumulation"
+    technique = "accumulation" if settings.slice_rows is None else "layer_major"
     sized = with_size(settings, size)
-    config = sized.task.encoder_config
-    if config.max_positions < length:
-        task = type(sized.task)(replace(config, max_positions=length), sized.task.optimizer_config)
-        sized = replace(sized, task=task)
+    sized = sized.with_encoder(max_positions=max(length, sized.task.encoder_config.max_positions))
 
     def with_micro_batch(rows: int) -> RunSettings:
         found = overlays.apply(sized, overlays.read(technique, rows))

@@ -139,16 +139,15 @@ def apply(techniques: Techniques, model: Any, *, compile_blocks: bool = False) -
     """Apply to a model that has its initial weights, in the one order: prune, checkpoint, head, offload, compile."""
     if techniques.structured is not None:
         apply_at_build(model, *techniques.structured)
-    encoder = model.encoder
     if techniques.keep != "all":
-        set_checkpointing(encoder.blocks, techniques.keep, techniques.keep_every)
-    for block in encoder.blocks:
+        set_checkpointing(model.blocks, techniques.keep, techniques.keep_every)
+    for block in model.blocks:
         block.slice_rows = techniques.slice_rows
     model.head_chunk = techniques.head_chunk
     if techniques.storage == "host":
-        encoder.storage = to_host
+        model.encoder.storage = to_host
     elif isinstance(techniques.storage, Path):
-        encoder.storage = DiskStorage(techniques.storage)
+        model.encoder.storage = DiskStorage(techniques.storage)
     if compile_blocks:
-        for block in encoder.blocks:
+        for block in model.blocks:
             block.compile()

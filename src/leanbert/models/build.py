@@ -1,8 +1,9 @@
-"""One function that makes a masked language model with its initial weights."""
+"""One function that makes a model with its initial weights."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ from torch import nn
 
 from leanbert.errors import UserError
 from leanbert.models.attention import SelfAttention
-from leanbert.models.config import EncoderConfig
+from leanbert.models.base import EncoderModel
+from leanbert.models.config import EncoderConfig, ResolvedConfig
 from leanbert.models.convert import read_huggingface
 from leanbert.models.embeddings import INIT_STD
 from leanbert.models.encoder import FeedForward
 from leanbert.models.mlm import MaskedLanguageModel
-from leanbert.models.weights import StateDict, read_checkpoint
+from leanbert.models.weights import StateDict, Stored, read_checkpoint
 
+ENCODER = "encoder."
+"""Prefix of the encoder's weights."""
 OFFSETS = (-1, 1, -2, 2)
 """Neighbours at which the first heads of a model with learned positions look at first."""
 POSITION_RMS = 0.1
@@ -31,30 +35,39 @@ NEIGHBOUR_GAIN = 0.8
 def build_model(
     config: EncoderConfig,
     vocab_size: int,
+    make: Callable[[ResolvedConfig], Any] = MaskedLanguageModel,
     *,
     init_from: str | Path | None = None,
     unigram_counts: np.ndarray | None = None,
-) -> MaskedLanguageModel:
+) -> Any:
     """Build, then load or initialise; in torch's default dtype and device.
 
-    `init_from` is a Hugging Face folder or a LeanBERT checkpoint: its architecture and weights replace those
-    of `config`, of which only `dropout` and `attention_dropout`, where set, count. `unigram_counts` (integers
-    [V]) sets the head's bias of a new model to the log frequencies.
-    Raises `UserError` for settings or weights that do not fit, or if the weights are for another vocabulary.
+    Args:
+        config: Architecture of a new model.
+        vocab_size: Tokens of the tokenizer, V.
+        make: Makes an `EncoderModel` of a whole configuration.
+        init_from: Hugging Face folder or LeanBERT checkpoint: its architecture and weights replace those of `config`,
+            of which only `dropout` and `attention_dropout`, where set, count. Of a model of another task the encoder is
+            taken, and the head begins anew.
+        unigram_counts: Integers [V]: a new masked language model's output bias begins at the log frequencies.
+
+    Raises:
+        UserError: Settings or weights that do not fit, or weights for another vocabulary.
+
     """
     if init_from is None:
         rows = max(config.vocab_size or 0, vocab_size)  # an imported model may have more rows than its tokenizer
-        model = MaskedLanguageModel(config.resolved().with_vocabulary(rows))
+        model = make(config.resolved().with_vocabulary(rows))
         initialise(model)
         if unigram_counts is not None:
             set_unigram_bias(model, unigram_counts)
     else:
-        model = _load(config, vocab_size, Path(init_from))
+        model = _load(config, vocab_size, make, Path(init_from))
     return model
 
 
 @torch.no_grad()
-def initialise(model: MaskedLanguageModel) -> None:
+def initialise(model: EncoderModel) -> None:
     """Draw new weights: normal with standard deviation 0.02, biases 0, norms 1; stored padding rows 0.
 
     With pre-norm the output projections of both branches are 0, so that each block begins as the identity
@@ -65,7 +78,7 @@ def initialise(model: MaskedLanguageModel) -> None:
             module.weight.normal_(std=INIT_STD)
         if isinstance(module, nn.Linear) and module.bias is not None:
             module.bias.zero_()
-    model.encoder.embeddings.token.weight[model.head.vocab_size :].zero_()
+    model.encoder.embeddings.token.weight[model.config.vocab_size :].zero_()
     if model.config.norm_position == "pre":
         for module in model.modules():
             if isinstance(module, SelfAttention | FeedForward):
@@ -75,7 +88,7 @@ def initialise(model: MaskedLanguageModel) -> None:
 
 
 @torch.no_grad()
-def look_at_neighbours(model: MaskedLanguageModel) -> None:
+def look_at_neighbours(model: EncoderModel) -> None:
     """Let heads of the first block begin by looking at the token before, after, two before and two after.
 
     With a learned table nothing says at first what is next to what, and training stays at the loss of word counts
@@ -119,29 +132,38 @@ def set_unigram_bias(model: MaskedLanguageModel, counts: np.ndarray) -> None:
     model.head.bias[:size] = torch.tensor(np.log(smoothed / smoothed.sum()), dtype=model.head.bias.dtype)
 
 
-def _load(config: EncoderConfig, vocab_size: int, source: Path) -> MaskedLanguageModel:
-    stored, state = read_huggingface(source) if source.is_dir() else read_checkpoint(source)
-    if stored.vocab_size is None or stored.vocab_size < vocab_size:
+def read_stored(source: Path) -> Stored:
+    """Read a Hugging Face folder or a LeanBERT checkpoint."""
+    return read_huggingface(source) if source.is_dir() else read_checkpoint(source)
+
+
+def _load(config: EncoderConfig, vocab_size: int, make: Callable[[ResolvedConfig], Any], source: Path) -> Any:
+    stored = read_stored(source)
+    known = stored.config.vocab_size
+    if known is None or known < vocab_size:
         raise UserError(
-            f"{source}: the model knows {stored.vocab_size} tokens, the tokenizer has {vocab_size}. "
+            f"{source}: the model knows {known} tokens, the tokenizer has {vocab_size}. "
             "Use the tokenizer that belongs to the model (data.tokenizer)"
         )
     rates = {"dropout": config.dropout, "attention_dropout": config.attention_dropout}
     changed: dict[str, Any] = {name: rate for name, rate in rates.items() if rate is not None}
-    model = MaskedLanguageModel(replace(stored, **changed).resolved())
+    model = make(replace(stored.config, **changed).resolved())
     initialise(model)
+    state = stored.state
+    if stored.task != model.task:
+        state = {name: tensor for name, tensor in state.items() if name.startswith(ENCODER)}
     load_weights(model, state, source)
     return model
 
 
-def load_weights(model: MaskedLanguageModel, state: StateDict, source: Path) -> None:
-    """Copy `state` into `model`; a state without any head leaves the model's head as it is.
+def load_weights(model: EncoderModel, state: StateDict, source: Path) -> None:
+    """Copy `state` into `model`; a state of an encoder alone leaves the rest of the model as it is.
 
     Raises `UserError`, naming `source`, if a key is missing, unexpected or of another shape.
     """
     wanted = model.state_dict()
-    headless = not any(name.startswith("head.") for name in state)
-    missing = [name for name in wanted if name not in state and not (headless and name.startswith("head."))]
+    headless = all(name.startswith(ENCODER) for name in state)
+    missing = [name for name in wanted if name not in state and not (headless and not name.startswith(ENCODER))]
     unknown = [name for name in state if name not in wanted]
     for problem, names in (("lack", missing), ("have unexpected", unknown)):
         if names:

@@ -20,7 +20,7 @@ from leanbert.models.embeddings import padded_rows
 from leanbert.models.huggingface_config import bert_settings, modernbert_settings, read_bert, read_modernbert
 from leanbert.models.mlm import MaskedLanguageModel
 from leanbert.models.naming import HEAD_BIAS, TOKEN_EMBEDDING, Names, bert_names, modernbert_names
-from leanbert.models.weights import StateDict, read_folder, read_json
+from leanbert.models.weights import StateDict, Stored, read_folder, read_json
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +56,11 @@ FAMILIES = {
 }
 
 
-def read_huggingface(folder: str | Path) -> tuple[ResolvedConfig, StateDict]:
+def read_huggingface(folder: str | Path) -> Stored:
     """Read settings and weights of a model in a folder made by `save_pretrained` or by our export.
 
-    Returns the configuration, and a state for `MaskedLanguageModel` in float32, on the CPU. It has no head
-    where the folder has none (`BertModel`), which is logged as a warning.
+    The state, for `MaskedLanguageModel`, is in float32 on the CPU. It has no head where the folder has none
+    (`BertModel`), which is logged as a warning.
     Raises `UserError` for an architecture that we do not have, or weights that do not fit `config.json`.
     """
     folder = Path(folder)
@@ -73,7 +73,7 @@ def read_huggingface(folder: str | Path) -> tuple[ResolvedConfig, StateDict]:
     if not any(part in theirs for ours in names if ours.startswith("head.") for part in names[ours]):
         log.warning("%s holds an encoder only: the output head starts from fresh weights", folder)
         names = {ours: parts for ours, parts in names.items() if not ours.startswith("head.")}
-    return config, _translate(theirs, names, config, folder)
+    return Stored(config, _translate(theirs, names, config, folder), "mlm", {})
 
 
 def write_huggingface(

@@ -5,50 +5,27 @@ Shapes: B batch, S sequence, M targets per row, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from leanbert.models.base import EncoderModel, gather_rows
 from leanbert.models.config import ResolvedConfig
-from leanbert.models.encoder import Encoder
 from leanbert.models.heads import MaskedLMHead
 from leanbert.models.loss import cross_entropy_sum, linear_cross_entropy_sum
 
 
-def gather_rows(hidden: Tensor, target_index: Tensor) -> Tensor:
-    """Pick positions `target_index` (int64 [B, M]) of each row of `hidden` [B, S, D]: [B, M, D]."""
-    rows, length, width = hidden.shape
-    offset = torch.arange(rows, device=hidden.device)[:, None] * length  # [B, 1]
-    flat = (target_index + offset).flatten()  # [B * M]
-    return hidden.reshape(rows * length, width).index_select(0, flat).view(rows, -1, width)
-
-
-class MaskedLanguageModel(nn.Module):
+class MaskedLanguageModel(EncoderModel):
     """An encoder and the head that predicts the vocabulary at chosen positions."""
 
+    task = "mlm"
+
     def __init__(self, config: ResolvedConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.encoder = Encoder(config)
+        super().__init__(config)
         self.head = MaskedLMHead(config)
-        self.head_chunk: int | None = None  # targets whose logits exist at a time in training; None: all
 
     @property
     def num_parameters(self) -> int:
-        """Parameters as published and exported: without the padding rows of the vocabulary."""
-        stored, width = self.encoder.embeddings.token.weight.shape
-        padding = (stored - self.head.vocab_size) * (width + 1)  # each row has a bias in the head
-        return sum(parameter.numel() for parameter in self.parameters()) - padding
-
-    def encode(
-        self,
-        input_ids: Tensor,
-        *,
-        position_ids: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-    ) -> Tensor:
-        """Hidden states [B, S, D]; arguments as in `Encoder.forward`."""
-        return self.encoder(input_ids, position_ids=position_ids, document_ids=document_ids, segment_ids=segment_ids)
+        """Parameters as published and exported: each row of the vocabulary has a bias in the head."""
+        return super().num_parameters - (len(self.head.bias) - self.head.vocab_size)
 
     def forward(
         self,

@@ -6,7 +6,7 @@ import json
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -22,6 +22,15 @@ MODEL_PREFIX = "model."
 DAMAGE = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile)
 """What reading a file with flipped bits raises (UnicodeDecodeError and NotImplementedError are among them)."""
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+class Stored(NamedTuple):
+    """A model on disk: the encoder's settings, the weights by our names, its task, and what its data kept (labels)."""
+
+    config: ResolvedConfig
+    state: StateDict
+    task: str
+    facts: dict[str, Any]
 
 
 def read_folder(folder: Path) -> StateDict:
@@ -53,8 +62,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_checkpoint(path: Path) -> tuple[ResolvedConfig, StateDict]:
-    """Read encoder settings and weights of a LeanBERT checkpoint; tensors stay mapped to the file.
+def read_checkpoint(path: Path) -> Stored:
+    """Read a LeanBERT checkpoint; tensors stay mapped to the file.
 
     Raises `UserError` if it is missing, damaged, carries code, or is not of LeanBERT.
     """
@@ -62,12 +71,14 @@ def read_checkpoint(path: Path) -> tuple[ResolvedConfig, StateDict]:
         raise UserError(f"{path}: no such checkpoint or folder. Correct model.init_from")
     checkpoint = load_pickled(path, "Use another checkpoint of the run.")
     try:
-        config = EncoderConfig(**checkpoint["leanbert"]["encoder"]).resolved()
+        kept = checkpoint["leanbert"]
+        config = EncoderConfig(**kept["encoder"]).resolved()
         weights = checkpoint["state_dict"]
     except (KeyError, TypeError):
         raise UserError(f"{path}: not a LeanBERT checkpoint. Name a .ckpt of a run, or a folder") from None
     prefix = MODEL_PREFIX
-    return config, {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
+    state = {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
+    return Stored(config, state, kept.get("task", "mlm"), kept.get("data", {}))
 
 
 def load_pickled(path: Path, fix: str) -> Any:

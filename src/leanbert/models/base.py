@@ -1,0 +1,61 @@
+"""What the models of all tasks have in common: an encoder, and what the memory techniques need to know of it.
+
+Shapes: B batch, S sequence, M targets per row, D hidden.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from leanbert.models.config import ResolvedConfig
+from leanbert.models.encoder import Block, Encoder
+
+
+def gather_rows(hidden: Tensor, target_index: Tensor) -> Tensor:
+    """Pick positions `target_index` (int64 [B, M]) of each row of `hidden` [B, S, D]: [B, M, D]."""
+    rows, length, width = hidden.shape
+    offset = torch.arange(rows, device=hidden.device)[:, None] * length  # [B, 1]
+    flat = (target_index + offset).flatten()  # [B * M]
+    return hidden.reshape(rows * length, width).index_select(0, flat).view(rows, -1, width)
+
+
+class EncoderModel(nn.Module):
+    """An encoder with a head of its task.
+
+    `task` is the name of the task that trains it. `head_chunk`: targets whose scores exist at a time in training; None:
+    all.
+    """
+
+    task: ClassVar[str]
+
+    def __init__(self, config: ResolvedConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.head_chunk: int | None = None
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters as published and exported: without the padding rows of the vocabulary."""
+        table = self.encoder.embeddings.token.weight
+        padding = (len(table) - (self.config.vocab_size or 0)) * table.shape[1]
+        return sum(parameter.numel() for parameter in self.parameters()) - padding
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All blocks, in the order in which they run: what is checkpointed, sliced, compiled and sharded."""
+        return list(self.encoder.blocks)  # type: ignore[arg-type]
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [B, S, D]; arguments as in `Encoder.forward`."""
+        return self.encoder(input_ids, position_ids=position_ids, document_ids=document_ids, segment_ids=segment_ids)
