@@ -51,7 +51,7 @@ SIZES = {  # layers, hidden, heads, sequences a step, vocabulary, steps
     "base": (12, 768, 12, 16, 30_522, 3),
 }
 LENGTH = 128
-LEARNING_ROWS = 16  # sequences a step of --learning
+LEARNING_ROWS, LEARNING_LENGTH = 16, 64  # sequences a step of --learning, and their tokens
 EXACT = [
     "accumulation",
     "chunked_head",
@@ -227,8 +227,8 @@ def learning(root: Path, options: argparse.Namespace) -> str:
         result = train(
             root, "mini", () if name == "plain" else (name,), f"--data.train_files={options.train}",
             f"--data.val_files={options.val}", f"--data.batch_size={LEARNING_ROWS}",
-            f"--trainer.max_steps={options.steps}",
-            "--trainer.limit_val_batches=1.0", f"--trainer.val_check_interval={options.steps}",
+            f"--data.max_length={LEARNING_LENGTH}", f"--trainer.max_steps={options.steps}",
+            "--trainer.limit_val_batches=0.5", f"--trainer.val_check_interval={options.steps}",
             "--trainer.log_every_n_steps=50",
             *([f"--model.init_from={options.start}"] if options.start else []),
         )  # fmt: skip
@@ -239,7 +239,7 @@ def learning(root: Path, options: argparse.Namespace) -> str:
          f"{loss - losses['plain']:+.4f}" if "plain" in losses else ""]
         for name, loss in losses.items()
     ]  # fmt: skip
-    title = f"mini, {LEARNING_ROWS} x {LENGTH} tokens a step, same seed and batches, learning rate {LEARNING_RATE}"
+    title = f"mini, {LEARNING_ROWS} x {LEARNING_LENGTH} tokens a step, same seed and batches, learning rate {LEARNING_RATE}"
     if options.start:
         title += ", all from one checkpoint"
     return f"{title}\n\n" + table(["", "", f"val/loss after {options.steps} steps", "against plain, nats"], rows)

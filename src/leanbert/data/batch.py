@@ -109,3 +109,4 @@ class PredictBatch(Batch):
     input_ids: Tensor
     position_ids: Tensor
     document_ids: Tensor
+    segment_ids: Tensor

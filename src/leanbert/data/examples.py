@@ -63,6 +63,10 @@ class ExampleCache:
         """Return how many values each example has in a column: int64 [count]."""
         return np.diff(self.offsets(column))
 
+    def all_lengths(self, columns: Sequence[str]) -> np.ndarray:
+        """Return the lengths in several columns side by side: int64 [count, columns]."""
+        return np.stack([self.lengths(column) for column in columns], axis=1)
+
     def read(self, column: str, examples: np.ndarray) -> list[np.ndarray]:
         """Return the values of each of `examples` (their numbers, int64) in a column."""
         values, offsets = self.values(column), self.offsets(column)

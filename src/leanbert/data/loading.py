@@ -125,15 +125,20 @@ def encode_lines(texts: list[str], tokenizer: TextTokenizer, length: int) -> tup
     own = [text.replace(MASK_PLACEHOLDER, tokenizer.mask_token) for text in texts]
     encoded = tokenizer.encode_bare(own, literal=False)
     rows = [before + ids[:room] + after for ids in encoded]
-    width = max(1, *map(len, rows)) if rows else 1
-    ids = np.full((len(rows), width), tokenizer.pad_id, dtype=np.int64)
+    ids, positions, documents = pad_rows(rows, tokenizer.pad_id)
+    batch = PredictBatch(texts, *map(torch.from_numpy, (ids, positions, documents, np.zeros_like(ids))))
+    return batch, sum(len(ids) > room for ids in encoded)
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return ids, positions and document ids (0, on padding -1) of rows padded to the longest: int64 [B, S]."""
+    width = max(map(len, rows), default=1) or 1
+    ids = np.full((len(rows), width), pad_id, dtype=np.int64)
     documents = np.full_like(ids, PADDING_DOCUMENT)
     for row, values in enumerate(rows):
         ids[row, : len(values)] = values
         documents[row, : len(values)] = 0
-    positions = np.where(documents == 0, np.arange(width), 0)
-    batch = PredictBatch(texts, *map(torch.from_numpy, (ids, positions, documents)))
-    return batch, sum(len(ids) > room for ids in encoded)
+    return ids, np.where(documents == 0, np.arange(width), 0), documents
 
 
 def _to_batch(packed: PackedRows, key: np.ndarray, rule: MaskingRule) -> MLMBatch:

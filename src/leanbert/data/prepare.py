@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from leanbert.data.cache import TokenCache, build_cache, progress_bar
 from leanbert.data.digests import corpus_digest
@@ -74,9 +75,7 @@ class CorpusSettings:
     @cached_property
     def cache_folder(self) -> Path:
         """Where tokenizers and token caches are kept."""
-        if self.cache_dir is not None:
-            return Path(self.cache_dir).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leanbert"
+        return cache_folder(self.cache_dir)
 
     def _corpus(self, files: Sequence[str] | None, setting: str) -> Corpus:
         if files is None:
@@ -96,28 +95,35 @@ class CorpusSettings:
     def _tokenizer(self, train: Split, content: str) -> TextTokenizer:
         if self.tokenizer is not None:
             return TextTokenizer.from_file(self.tokenizer)
-        path = self.cache_folder / "tokenizers" / f"{self._tokenizer_key(train, content)}.json"
-        if not path.exists():
-            with locked(path):
-                if not path.exists():
-                    write_text_atomically(path, self._train_tokenizer(train).to_json())
-        return TextTokenizer.from_file(path)
-
-    def _train_tokenizer(self, train: Split) -> TextTokenizer:
         share = SAMPLE_BYTES / max(1, _text_bytes(train.corpus))
 
         def texts() -> Iterator[str]:
             with progress_bar(train, "Tokenizer") as bar:
                 yield from sample_evenly((piece.text for piece in train.pieces(bar.update)), share)
 
-        return TextTokenizer.train(
-            texts, kind=self.tokenizer_kind, vocab_size=self.vocab_size, lowercase=self.lowercase
-        )
+        facts = [content, self.text_field, self.document_separator, train.low]
+        return trained_tokenizer(self.cache_folder, facts, texts, self.tokenizer_kind, self.vocab_size, self.lowercase)
 
-    def _tokenizer_key(self, train: Split, content: str) -> str:
-        facts = [TRAINING_FORMAT, version("tokenizers"), content, self.text_field, self.document_separator]
-        facts += [train.low, self.tokenizer_kind, self.lowercase, self.vocab_size]
-        return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+
+def cache_folder(given: str | None) -> Path:
+    """Return where tokenizers and caches are kept: the folder given, or the user's cache."""
+    if given is not None:
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leanbert"
+
+
+def trained_tokenizer(
+    folder: Path, facts: list[Any], texts: Callable[[], Iterable[str]], kind: Kind, vocab_size: int, lowercase: bool
+) -> TextTokenizer:
+    """Return the tokenizer trained on `texts()`, from below `folder` if it is there; `facts` tell which texts."""
+    key = json.dumps([TRAINING_FORMAT, version("tokenizers"), *facts, kind, lowercase, vocab_size])
+    path = folder / "tokenizers" / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.json"
+    if not path.exists():
+        with locked(path):
+            if not path.exists():
+                tokenizer = TextTokenizer.train(texts, kind=kind, vocab_size=vocab_size, lowercase=lowercase)
+                write_text_atomically(path, tokenizer.to_json())
+    return TextTokenizer.from_file(path)
 
 
 def _lowest_hash(corpus: Corpus, enough: float) -> float:

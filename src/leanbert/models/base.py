@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.encoder import Block, Encoder
+from leanbert.models.weights import Stored
+
+ENCODER = "encoder."
+"""Prefix of the encoder's weights."""
 
 
 def gather_rows(hidden: Tensor, target_index: Tensor) -> Tensor:
@@ -48,6 +52,10 @@ class EncoderModel(nn.Module):
     def blocks(self) -> list[Block]:
         """All blocks, in the order in which they run: what is checkpointed, sliced, compiled and sharded."""
         return list(self.encoder.blocks)  # type: ignore[arg-type]
+
+    def inherits(self, name: str, stored: Stored) -> bool:
+        """Whether weight `name` of a stored model is taken over when training starts from it."""
+        return stored.task == self.task or name.startswith(ENCODER)
 
     def encode(
         self,

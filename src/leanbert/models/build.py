@@ -14,7 +14,7 @@ from torch import nn
 
 from leanbert.errors import UserError
 from leanbert.models.attention import SelfAttention
-from leanbert.models.base import EncoderModel
+from leanbert.models.base import ENCODER, EncoderModel
 from leanbert.models.config import EncoderConfig, ResolvedConfig
 from leanbert.models.convert import read_huggingface
 from leanbert.models.embeddings import INIT_STD
@@ -22,8 +22,6 @@ from leanbert.models.encoder import FeedForward
 from leanbert.models.mlm import MaskedLanguageModel
 from leanbert.models.weights import StateDict, Stored, read_checkpoint
 
-ENCODER = "encoder."
-"""Prefix of the encoder's weights."""
 OFFSETS = (-1, 1, -2, 2)
 """Neighbours at which the first heads of a model with learned positions look at first."""
 POSITION_RMS = 0.1
@@ -48,7 +46,7 @@ def build_model(
         make: Makes an `EncoderModel` of a whole configuration.
         init_from: Hugging Face folder or LeanBERT checkpoint: its architecture and weights replace those of `config`,
             of which only `dropout` and `attention_dropout`, where set, count. Of a model of another task the encoder is
-            taken, and the head begins anew.
+            taken, and what its head has in common (`EncoderModel.inherits`).
         unigram_counts: Integers [V]: a new masked language model's output bias begins at the log frequencies.
 
     Raises:
@@ -149,21 +147,19 @@ def _load(config: EncoderConfig, vocab_size: int, make: Callable[[ResolvedConfig
     changed: dict[str, Any] = {name: rate for name, rate in rates.items() if rate is not None}
     model = make(replace(stored.config, **changed).resolved())
     initialise(model)
-    state = stored.state
-    if stored.task != model.task:
-        state = {name: tensor for name, tensor in state.items() if name.startswith(ENCODER)}
-    load_weights(model, state, source)
+    state = {name: tensor for name, tensor in stored.state.items() if model.inherits(name, stored)}
+    load_weights(model, state, source, partial=stored.task != model.task or len(state) < len(stored.state))
     return model
 
 
-def load_weights(model: EncoderModel, state: StateDict, source: Path) -> None:
-    """Copy `state` into `model`; a state of an encoder alone leaves the rest of the model as it is.
+def load_weights(model: EncoderModel, state: StateDict, source: Path, partial: bool = False) -> None:
+    """Copy `state` into `model`; a `partial` one, or one of an encoder alone, leaves the rest as it is.
 
     Raises `UserError`, naming `source`, if a key is missing, unexpected or of another shape.
     """
     wanted = model.state_dict()
-    headless = all(name.startswith(ENCODER) for name in state)
-    missing = [name for name in wanted if name not in state and not (headless and not name.startswith(ENCODER))]
+    partial |= all(name.startswith(ENCODER) for name in state)
+    missing = [name for name in wanted if name not in state and (not partial or name.startswith(ENCODER))]
     unknown = [name for name in state if name not in wanted]
     for problem, names in (("lack", missing), ("have unexpected", unknown)):
         if names:

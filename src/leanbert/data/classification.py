@@ -1,0 +1,198 @@
+"""Texts, or pairs of texts, with their labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset
+
+from leanbert.data.batch import PredictBatch
+from leanbert.data.docstring_examples import embedded_examples
+from leanbert.data.example_data import Part
+from leanbert.data.examples import Example
+from leanbert.data.labelled import LabelledData, Problem
+from leanbert.data.loading import pad_rows
+from leanbert.data.records import Record, read_records, text_of
+from leanbert.data.sources import document_hash, prediction_lines
+from leanbert.data.tokenizer import TextTokenizer
+from leanbert.errors import UserError
+
+ENCODED_TOGETHER = 1024
+"""Texts that are given to the tokenizer at a time."""
+
+
+class ClassificationData(LabelledData):
+    """Texts with labels, from .jsonl, .csv and .tsv files; by default which library a docstring is of.
+
+    Args:
+        problem: single: each text has one of the labels; multi: any number of them, as a list or a text with "," between;
+            regression: a number, or a list of numbers.
+        text_field: Field of the text.
+        pair_field: Field of a second text, such as a hypothesis; unset: there is none.
+        label_field: Field of the label or labels.
+        settings: See `ExampleData`.
+
+    """
+
+    def __init__(
+        self,
+        problem: Problem = "single",
+        text_field: str = "text",
+        pair_field: str | None = None,
+        label_field: str = "label",
+        **settings: Any,
+    ) -> None:
+        own = {"problem": problem, "text_field": text_field, "pair_field": pair_field, "label_field": label_field}
+        super().__init__(**settings, **own)
+        self.problem = problem
+
+    @property
+    def slots(self) -> int:
+        """Examples in a row, at most: short texts share one."""
+        return max(1, int(self.hparams["max_length"]) // 8)
+
+    def embedded(self, cache_dir: Path) -> dict[Part, Path]:
+        """Return docstrings with the libraries that they are of."""
+        return embedded_examples("classification", cache_dir)  # type: ignore[return-value]
+
+    def key(self, part: Part) -> list[Any]:
+        """Return the settings of reading and, for evaluation, the labels."""
+        names = ("problem", "text_field", "pair_field", "label_field")
+        return [*(self.hparams[name] for name in names), None if part == "train" else self.labels]
+
+    def texts(self, files: list[str]) -> Iterator[str]:
+        """Yield both texts of each training example."""
+        low, high = self.held_out("train")
+        for _, texts, _ in self._read(files, low, high):
+            yield from texts
+
+    def encode(self, files: list[str], part: Part, facts: dict[str, Any]) -> Iterator[Example]:
+        """Yield the examples; `facts` get "labels" (and "cut", the number of texts that were cut)."""
+        known = {label: number for number, label in enumerate(self.labels)} if part != "train" else {}
+        facts["cut"] = 0
+        records = self._read(files, *self.held_out(part))
+        while batch := list(islice(records, ENCODED_TOGETHER)):
+            encoded = encode_texts([texts for _, texts, _ in batch], self.tokenizer, self.hparams["max_length"])
+            for (place, _, value), (ids, segments, needed) in zip(batch, encoded, strict=True):
+                facts["cut"] += self.fit_length(place, needed)
+                targets = self._targets(place, value, known, part)
+                yield {"ids": ids, "segments": segments, "index": [0], "targets": targets}
+        facts["labels"] = list(known) if self.problem != "regression" else [self.hparams["label_field"]] * self._numbers
+
+    def prediction_batches(self, files: list[str], batch_size: int) -> TextLines:
+        """Return the lines; a tab stands between two texts."""
+        pairs = self.hparams["pair_field"] is not None
+        return TextLines(files, self.tokenizer, self.hparams["max_length"], batch_size, pairs)
+
+    def _read(self, files: list[str], low: float, high: float) -> Iterator[tuple[str, list[str], Any]]:
+        fields = [name for name in (self.hparams["text_field"], self.hparams["pair_field"]) if name is not None]
+        label = self.hparams["label_field"]
+        for place, record in read_records(files, "data.train_files", (*fields, label)):
+            texts = [text_of(place, record, field) for field in fields]
+            if not texts[0].strip():
+                raise UserError(f'{place}: the text in field "{fields[0]}" is empty. Remove the line, or give a text')
+            if low <= document_hash("\t".join(texts)) < high:
+                yield place, texts, record[label]
+
+    def _targets(self, place: str, value: Any, known: dict[str, int], part: Part) -> list[float]:
+        if self.problem == "regression":
+            numbers = _numbers(place, value, self.hparams["label_field"])
+            self._numbers = len(numbers)
+            return numbers
+        found = _labels(place, value, self.problem, self.hparams["label_field"])
+        for label in found:
+            if part == "train":
+                known.setdefault(label, len(known))
+            elif label not in known:
+                raise UserError(
+                    f"{place}: label {label!r} is not among the {len(known)} of the training examples "
+                    f"({', '.join(list(known)[:8])}). Correct it, or train with it"
+                )
+        return [known[label] for label in found]
+
+    _numbers = 1
+
+    @property
+    def dtypes(self) -> dict[str, str]:  # type: ignore[override]
+        """Columns of the cache: numbers are floats."""
+        return {**LabelledData.dtypes, "targets": "float32" if self.problem == "regression" else "int32"}
+
+
+def _numbers(place: str, value: Any, field: str) -> list[float]:
+    try:
+        return [float(number) for number in (value if isinstance(value, list) else [value])]
+    except (TypeError, ValueError):
+        raise UserError(f'{place}: field "{field}" is {value!r}, no number. Correct it, or set data.problem') from None
+
+
+def _labels(place: str, value: Any, problem: Problem, field: str) -> list[str]:
+    if problem == "single":
+        if isinstance(value, list | dict) or str(value).strip() == "":
+            raise UserError(f'{place}: field "{field}" is {value!r}, no single label. Correct it, or set data.problem')
+        return [str(value)]
+    items = value if isinstance(value, list) else str(value).split(",")
+    return [str(item).strip() for item in items if str(item).strip()]
+
+
+def encode_texts(
+    texts: list[list[str]], tokenizer: TextTokenizer, length: int
+) -> list[tuple[list[int], list[int], int]]:
+    """Return (ids, segments, tokens needed) of single texts, or of pairs, in the tokenizer's template.
+
+    A pair is `before a after b after` with segments 0 and 1, as `[CLS] a [SEP] b [SEP]`; of one that is too long the
+    longer text is cut first.
+    """
+    before, after = tokenizer.template
+    flat = tokenizer.encode_bare([text for group in texts for text in group])
+    found, start = [], 0
+    for group in texts:
+        pieces = flat[start : start + len(group)]
+        start += len(group)
+        needed = len(before) + sum(len(piece) + len(after) for piece in pieces)
+        while (excess := len(before) + sum(len(piece) + len(after) for piece in pieces) - length) > 0:
+            longest = max(range(len(pieces)), key=lambda number: len(pieces[number]))
+            others = max((len(p) for n, p in enumerate(pieces) if n != longest), default=0)
+            keep = max(len(pieces[longest]) - excess, min(others, len(pieces[longest]) - 1), 0)
+            pieces[longest] = pieces[longest][:keep]
+        ids, segments = list(before), [0] * len(before)
+        for number, piece in enumerate(pieces):
+            ids += [*piece, *after]
+            segments += [number] * (len(piece) + len(after))
+        found.append((ids, segments, needed))
+    return found
+
+
+class TextLines(IterableDataset[PredictBatch]):
+    """Batches of the lines of text files, or of standard input, as they come."""
+
+    def __init__(self, files: list[str], tokenizer: TextTokenizer, length: int, batch_size: int, pairs: bool) -> None:
+        self.files, self.tokenizer, self.length, self.batch_size, self.pairs = (
+            files,
+            tokenizer,
+            length,
+            batch_size,
+            pairs,
+        )
+
+    def __iter__(self) -> Iterator[PredictBatch]:
+        lines = prediction_lines(self.files)
+        while texts := list(islice(lines, self.batch_size)):
+            yield text_batch(texts, self.tokenizer, self.length, self.pairs)
+
+
+def text_batch(texts: list[str], tokenizer: TextTokenizer, length: int, pairs: bool = False) -> PredictBatch:
+    """Return texts, or pairs with a tab between, as a padded batch [B, S <= length]."""
+    groups = [text.split("\t", 1) if pairs else [text] for text in texts]
+    encoded = encode_texts(groups, tokenizer, length)
+    ids, positions, documents = pad_rows([ids for ids, _, _ in encoded], tokenizer.pad_id)
+    segments, _, _ = pad_rows([segments for _, segments, _ in encoded], 0)
+    return PredictBatch(texts, *map(torch.from_numpy, (ids, positions, documents, segments)))
+
+
+def record_line(record: Record, fields: list[str]) -> str:
+    """Return the texts of a record as a line for prediction."""
+    return "\t".join(" ".join(str(record[field]).split()) for field in fields)

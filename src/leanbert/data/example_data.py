@@ -1,0 +1,235 @@
+"""What the data modules of all tasks with answers share: files of records to a tokenizer and example caches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from leanbert.data.digests import corpus_digest
+from leanbert.data.examples import Example, ExampleCache, build_examples
+from leanbert.data.module import CorpusStatistics, RowData, as_list, check_settings
+from leanbert.data.packing import Packing, pack_examples
+from leanbert.data.prepare import cache_folder, trained_tokenizer
+from leanbert.data.sources import Corpus
+from leanbert.data.tokenizer import TextTokenizer
+from leanbert.data.tokenizer_training import Kind
+from leanbert.errors import UserError
+
+TooLong = Literal["truncate", "refuse"]
+Part = Literal["train", "val", "test"]
+
+
+class ExampleData(RowData):
+    """Files of examples to batches of packed rows, each with as many whole examples as there is room for.
+
+    Args:
+        train_files: Files of examples, globs too (*.jsonl, *.csv, *.tsv, each also with .gz). Default: an embedded sample.
+        val_files: Validation examples. Default: those of the embedded sample, or `val_share` of the training examples.
+        test_files: Test examples, for `test`.
+        predict_files: Files to answer, one input a line; - is standard input.
+        val_share: Share of the training examples that is held out for validation where `val_files` is not given.
+        tokenizer: tokenizer.json, vocab.txt, a folder with one, or a checkpoint. Default: that of model.init_from, or one
+            is trained on the training examples.
+        tokenizer_kind: Kind of tokenizer that is trained.
+        lowercase: Whether a trained tokenizer lowers case.
+        vocab_size: Entries of a trained tokenizer, at most.
+        max_length: Tokens in a row.
+        too_long: What to do with an example that is longer than a row: truncate it (they are counted and told), or
+            refuse.
+        batch_size: Rows of one optimizer step over all devices.
+        val_batch_size: Rows of one evaluation batch over all devices. Default: batch_size.
+        num_workers: Processes that make batches. Default: 0 on a CPU, else 2.
+        cache_dir: Folder of tokenizers and caches. Default: ~/.cache/leanbert.
+        seed: Seed of the order of rows (the CLI sets it to seed_everything if it is 0).
+
+    """
+
+    dtypes: ClassVar[Mapping[str, str]]
+    """Columns of the cache and their types."""
+    lengths: ClassVar[tuple[str, ...]] = ("ids",)
+    """Columns whose lengths decide how examples share a row."""
+
+    def __init__(
+        self,
+        train_files: str | list[str] | None = None,
+        val_files: str | list[str] | None = None,
+        test_files: str | list[str] | None = None,
+        predict_files: str | list[str] | None = None,
+        val_share: float = 0.05,
+        tokenizer: str | None = None,
+        tokenizer_kind: Kind = "wordpiece",
+        lowercase: bool = True,
+        vocab_size: int = 8192,
+        max_length: int = 128,
+        too_long: TooLong = "truncate",
+        batch_size: int = 32,
+        val_batch_size: int | None = None,
+        num_workers: int | None = None,
+        cache_dir: str | None = None,
+        seed: int = 0,
+        **own: Any,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(
+            {name: value for name, value in locals().items() if name in _COMMON} | own, logger=False
+        )
+        check_settings(self.hparams)
+        if not 0.0 < val_share < 1.0:
+            raise UserError(f"data.val_share: {val_share} is not a share. Choose one between 0 and 1")
+        self.caches: dict[str, ExampleCache] = {}
+
+    # ---- what a kind of data supplies
+
+    def embedded(self, cache_dir: Path) -> dict[Part, Path]:
+        """Return the files of the embedded sample."""
+        raise NotImplementedError
+
+    def texts(self, files: list[str]) -> Iterator[str]:
+        """Yield the texts that a tokenizer is trained on."""
+        raise NotImplementedError
+
+    def encode(self, files: list[str], part: Part, facts: dict[str, Any]) -> Iterator[Example]:
+        """Yield the examples of a part, and put into `facts` what its cache keeps; `self.tokenizer` is there."""
+        raise NotImplementedError
+
+    def key(self, part: Part) -> list[Any]:
+        """Return what decides the encoding of a part besides files, tokenizer and length."""
+        raise NotImplementedError
+
+    # ---- files, tokenizer, caches
+
+    def prepare(self) -> Any:
+        """Make, or find, the tokenizer and the caches of training and validation examples."""
+        if not self.caches:
+            self.tokenizer = self._tokenizer()
+            for part in ("train", "val"):
+                self.caches[part] = self._build(part)  # type: ignore[arg-type]
+        return self.caches
+
+    def cache(self, part: Part) -> ExampleCache:
+        """Return the examples of a part.
+
+        Raises:
+            UserError: Its files are not set, or cannot be read.
+        """
+        if part not in self.caches:
+            self.caches[part] = self._build(part)
+        return self.caches[part]
+
+    def adopt_prepared(self) -> None:
+        """Set tokenizer and statistics."""
+        self.prepare()
+        self.statistics = {part: self._statistics(part) for part in ("train", "val")}  # type: ignore[arg-type]
+
+    def planned_vocabulary(self) -> int:
+        """Return the size of the tokenizer, and prepare what a plan needs to know of the examples."""
+        self.prepare()
+        return self.tokenizer.vocab_size
+
+    def pretend_prepared(self, vocab_size: int | None) -> None:
+        """Do nothing: `planned_vocabulary` has prepared."""
+
+    def files(self, part: Part) -> list[str]:
+        """Return the files of a part; validation may be held out of the training files.
+
+        Raises:
+            UserError: They are not set.
+        """
+        given = as_list(self.hparams[f"{part}_files"])
+        if given is not None:
+            return given
+        if self.hparams["train_files"] is None:
+            return [str(self.embedded(self.cache_folder)[part])]
+        if part == "val":
+            return as_list(self.hparams["train_files"]) or []
+        raise UserError(f"data.{part}_files: not set. Give the files of {part} examples")
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where tokenizers and caches are kept."""
+        return cache_folder(self.hparams["cache_dir"])
+
+    def held_out(self, part: Part) -> tuple[float, float]:
+        """Return the hashes of texts, from and below, that belong to a part of shared files."""
+        if self.hparams["train_files"] is None or self.hparams["val_files"] is not None or part == "test":
+            return 0.0, 1.0
+        share = self.hparams["val_share"]
+        return (0.0, share) if part == "val" else (share, 1.0)
+
+    def packing(self, part: Part) -> Packing:
+        """Return which examples share a row: neighbours in evaluation, in training a random choice."""
+        cache, length = self.cache(part), self.hparams["max_length"]
+        lengths = cache.all_lengths(self.lengths)
+        room = (length,) * len(self.lengths)
+        return pack_examples(lengths, room, self.slots, self.hparams["seed"] if part == "train" else None)
+
+    @property
+    def slots(self) -> int:
+        """Examples in a row, at most."""
+        return int(self.hparams["max_length"])
+
+    def tell_cut(self, cut: int) -> None:
+        """Say how many examples were cut."""
+        if cut:
+            from leanbert.callbacks.progress import say
+
+            say(f"{cut:,} examples were longer than data.max_length ({self.hparams['max_length']} tokens) and were cut")
+
+    def fit_length(self, place: str, needed: int) -> bool:
+        """Return whether an example must be cut.
+
+        Raises:
+            UserError: It is too long, and such are refused.
+        """
+        length = self.hparams["max_length"]
+        if needed > length and self.hparams["too_long"] == "refuse":
+            raise UserError(
+                f"{place}: {needed} tokens, but data.max_length is {length}. Raise it, or set data.too_long to truncate"
+            )
+        return needed > length
+
+    def _tokenizer(self) -> TextTokenizer:
+        given = self.hparams["tokenizer"]
+        if given is not None:
+            return TextTokenizer.from_file(given)
+        files, names = self.files("train"), ("tokenizer_kind", "lowercase", "vocab_size", "val_share", "val_files")
+        facts = [
+            type(self).__name__,
+            self._digest(files),
+            *(str(self.hparams[name]) for name in names),
+            self.key("train"),
+        ]
+        return trained_tokenizer(
+            self.cache_folder, facts, lambda: self.texts(files), self.hparams["tokenizer_kind"],
+            self.hparams["vocab_size"], self.hparams["lowercase"],
+        )  # fmt: skip
+
+    def _build(self, part: Part) -> ExampleCache:
+        files = self.files(part)
+        tokenizer = hashlib.blake2b(self.tokenizer.to_json().encode(), digest_size=16).hexdigest()
+        settings = [self.hparams["max_length"], self.hparams["too_long"], self.held_out(part)]
+        key = [type(self).__name__, self._digest(files), tokenizer, settings, self.key(part)]
+        setting = f"data.{part}_files"
+        cache = build_examples(
+            key, self.dtypes, lambda facts: self.encode(files, part, facts), self.cache_folder, setting
+        )
+        self.tell_cut(cache.facts.get("cut", 0))
+        return cache
+
+    def _digest(self, files: list[str]) -> str:
+        return corpus_digest(Corpus(tuple(files), setting="data.train_files"), self.cache_folder)
+
+    def _statistics(self, part: Part) -> CorpusStatistics:
+        cache, length = self.cache(part), self.hparams["max_length"]
+        tokens = int(sum(cache.lengths(column).sum() for column in self.lengths))
+        rows = self.packing(part).rows
+        unknown = 0
+        if self.tokenizer.unk_id is not None:
+            unknown = sum(int((cache.values(column) == self.tokenizer.unk_id).sum()) for column in self.lengths)
+        per_row = tokens / rows / len(self.lengths)
+        return CorpusStatistics(cache.count, tokens, unknown / max(1, tokens), rows, min(per_row, length))
+
+
+_COMMON = frozenset(ExampleData.__init__.__annotations__) - {"return", "own"}

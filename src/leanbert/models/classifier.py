@@ -1,0 +1,114 @@
+"""An encoder that scores labels: of whole texts, at their first token, or of words, at their first piece.
+
+Shapes: B batch, S sequence, M targets per row, D hidden, L labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from leanbert.models.base import EncoderModel, gather_rows
+from leanbert.models.config import ResolvedConfig
+from leanbert.models.dropout import dropout
+from leanbert.models.encoder import make_norm
+from leanbert.models.weights import Stored
+
+Of = Literal["text", "word"]
+
+INHERITED = ("head.dense.", "head.norm.")
+"""What the head of a masked language model and that of a classifier have in common with pre-norm, as in ModernBERT."""
+
+
+class ClassificationHead(nn.Module):
+    """Hidden states to scores of labels: [..., D] -> [..., L].
+
+    With pre-norm: dense, GELU, norm, as in ModernBERT. With post-norm: for texts BERT's pooler (dense, tanh), for words
+    nothing. Then dropout at the encoder's rate and a linear layer with a bias.
+    """
+
+    def __init__(self, config: ResolvedConfig, labels: int, of: Of) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.dropout = config.dropout
+        self.dense = nn.Linear(width, width, bias=config.bias) if config.norm_position == "pre" else None
+        self.norm = make_norm(config) if config.norm_position == "pre" else None
+        self.pooler = nn.Linear(width, width) if config.norm_position == "post" and of == "text" else None
+        self.scores = nn.Linear(width, labels)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the scores [..., L] of `hidden` [..., D]."""
+        if self.dense is not None and self.norm is not None:
+            hidden = self.norm(F.gelu(self.dense(hidden)))
+        elif self.pooler is not None:
+            hidden = torch.tanh(self.pooler(hidden))
+        return self.scores(dropout(hidden, self.dropout, self.training))
+
+
+class Classifier(EncoderModel):
+    """An encoder and a head that scores `labels` at chosen positions.
+
+    Args:
+        config: Architecture of the encoder.
+        labels: Names of the labels, in the order of the scores.
+        of: What is labelled: a "text" at its first token, or a "word" at its first piece.
+        task: Name of the task that trains it.
+
+    """
+
+    def __init__(self, config: ResolvedConfig, labels: Sequence[str], of: Of, task: str) -> None:
+        super().__init__(config)
+        self.labels, self.of = list(labels), of
+        self.task = task  # type: ignore[misc]
+        self.head = ClassificationHead(config, len(self.labels), of)
+
+    def inherits(self, name: str, stored: Stored) -> bool:
+        """Whether weight `name` of a stored model is taken over: all if it has the same labels, else the trunk."""
+        if stored.task == self.task and stored.facts.get("labels") == self.labels:
+            return True
+        return super().inherits(name, stored) or (stored.task == "mlm" and name.startswith(INHERITED))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        target_index: Tensor | None = None,
+    ) -> Tensor:
+        """Scores [B, M, L] at `target_index` (int64 [B, M], positions inside each row), else [B, S, L]."""
+        hidden = self.encode(input_ids, position_ids=position_ids, document_ids=document_ids, segment_ids=segment_ids)
+        return self.head(hidden if target_index is None else gather_rows(hidden, target_index))
+
+    def loss_sum(
+        self,
+        input_ids: Tensor,
+        target_index: Tensor,
+        targets: Tensor,
+        criterion: Callable[[Tensor, Tensor], Tensor],
+        *,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Sum of `criterion(scores [B, m, L], targets [B, m, ...])`, shape [], over the targets at `target_index`.
+
+        With `head_chunk`, the head works on so many targets at a time and is computed again in the backward pass.
+        """
+        hidden = self.encode(input_ids, position_ids=position_ids, document_ids=document_ids, segment_ids=segment_ids)
+        hidden = gather_rows(hidden, target_index)  # [B, M, D]
+
+        def loss(part: Tensor, truth: Tensor) -> Tensor:
+            return criterion(self.head(part), truth)
+
+        if self.head_chunk is None:
+            return loss(hidden, targets)
+        columns = max(1, self.head_chunk // len(hidden))
+        pieces = zip(hidden.split(columns, dim=1), targets.split(columns, dim=1), strict=True)
+        return torch.stack([checkpoint(loss, part, truth, use_reentrant=False) for part, truth in pieces]).sum()
