@@ -1,0 +1,262 @@
+"""BIO tags: what is legal, the spans they stand for, the best legal sequence of tags, and counts of right spans.
+
+Shapes: N sequences, W words of the longest, L labels (BIO tags), R roles.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from leanbert.models.loss import IGNORED
+
+OUTSIDE = "O"
+PREDICATE = "V"
+OTHER_ROLES = "(other roles)"
+"""Where roles are counted that the labels of the model do not know."""
+
+_CONTINUATION = "C-"
+
+
+class Span(NamedTuple):
+    """The words `start` to `end` - 1, and their role."""
+
+    role: str
+    start: int
+    end: int
+
+
+class Argument(NamedTuple):
+    """A role and the spans of words, (start, end) each, that fill it: several if it is discontinuous."""
+
+    role: str
+    pieces: tuple[tuple[int, int], ...]
+
+
+class SpanScore(NamedTuple):
+    """Numbers of spans: predicted ones that are right, predicted ones, and those that should be found."""
+
+    correct: int
+    predicted: int
+    gold: int
+
+    @property
+    def precision(self) -> float:
+        """Share of the predicted spans that are right; 0 if there are none."""
+        return self.correct / self.predicted if self.predicted else 0.0
+
+    @property
+    def recall(self) -> float:
+        """Share of the gold spans that were found; 0 if there are none."""
+        return self.correct / self.gold if self.gold else 0.0
+
+    @property
+    def f1(self) -> float:
+        """Harmonic mean of precision and recall; 0 if no span is right."""
+        return 2 * self.correct / (self.predicted + self.gold) if self.correct else 0.0
+
+
+class SpanScores(NamedTuple):
+    """The score over all spans (micro average), and by role: of the roles that were seen, sorted by name."""
+
+    overall: SpanScore
+    roles: dict[str, SpanScore]
+
+
+def check_bio(labels: Sequence[str]) -> str | None:
+    """Say what is wrong with the first tag that is not legal in BIO (IOB2); None if all are.
+
+    Legal are O, B-x and I-x, the last only after B-x or I-x of the same x. The words name the tag, its index and
+    the fix, so that a reader of files has only to put file and line before them.
+    """
+    before = OUTSIDE
+    for index, label in enumerate(labels):
+        if label != OUTSIDE and not _role(label):
+            return f'tag {index} is "{label}". Tags are O, B-x or I-x, where x is a role'
+        if label.startswith("I-") and _role(before) != _role(label):
+            return f'tag {index} is "{label}" after "{before}". Begin the span with "B-{_role(label)}"'
+        before = label
+    return None
+
+
+def spans(labels: Sequence[str]) -> list[Span]:
+    """Return the spans in the order of their words: B-x and the I-x that follow it without a gap.
+
+    An I-x that continues nothing belongs to no span, as in the strict mode of `seqeval`.
+    """
+    found: list[Span] = []
+    inside = ""  # the tag that would go on with the last span
+    for index, label in enumerate(labels):
+        if label.startswith("B-"):
+            inside = f"I-{_role(label)}"
+            found.append(Span(_role(label), index, index + 1))
+        elif label == inside:
+            found[-1] = found[-1]._replace(end=index + 1)
+        else:
+            inside = ""
+    return found
+
+
+def arguments(labels: Sequence[str]) -> list[Argument]:
+    """Return the arguments as srl-eval.pl of the CoNLL-2005 shared task (Carreras and Màrquez, 2005) reads them.
+
+    A span C-X is a further piece of the last argument X before it, whatever stands between them. A C-X without an
+    X before it is an argument X, which later C-X continue. A reference (R-X) is a role like any other, and
+    C-R-X continues it.
+    """
+    found: list[Argument] = []
+    last: dict[str, int] = {}  # the place in `found` of the last argument of each role
+    for span in spans(labels):
+        role = span.role.removeprefix(_CONTINUATION)
+        piece = (span.start, span.end)
+        if role != span.role and role in last:
+            found[last[role]] = Argument(role, (*found[last[role]].pieces, piece))
+        else:
+            last[role] = len(found)
+            found.append(Argument(role, (piece,)))
+    return found
+
+
+class SpanCounts(Metric):
+    """Counts predicted, gold and right spans by role: precision, recall and F1, exact over several devices.
+
+    A span is right if its role and all its words are. Two ways to count:
+
+    - As `seqeval` does with `mode="strict", scheme=IOB2`: each span by itself, C-X a role of its own.
+    - As srl-eval.pl does (`join_continuations`): the pieces of an argument are one, see `arguments`; it is right
+      only if all pieces are.
+
+    Args:
+        labels: BIO tags that the model can predict. Spans of all other roles are counted together, as
+            `OTHER_ROLES`: gold ones that no prediction can meet lower the recall.
+        join_continuations: Count as srl-eval.pl does.
+        ignored: Roles that do not count, after joining; None: `V`, the predicate, where continuations are joined
+            (so neither C-V counts), else no role.
+
+    """
+
+    full_state_update = False
+    counts: Tensor
+
+    def __init__(
+        self, labels: Iterable[str], join_continuations: bool = False, ignored: Collection[str] | None = None
+    ) -> None:
+        super().__init__()
+        self.join_continuations = join_continuations
+        self.ignored = frozenset(((PREDICATE,) if join_continuations else ()) if ignored is None else ignored)
+        prefix = _CONTINUATION if join_continuations else ""
+        roles = {_role(label).removeprefix(prefix) for label in labels} - self.ignored - {""}
+        self.roles = (*sorted(roles), OTHER_ROLES)
+        self._index = {role: index for index, role in enumerate(self.roles)}
+        # integers: no dtype of the model rounds them. Columns: right, predicted, gold
+        self.add_state("counts", torch.zeros(len(self.roles), 3, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, predicted: Sequence[Sequence[str]], gold: Sequence[Sequence[str]]) -> None:
+        """Add sentences: their predicted and their gold BIO tags. Raises ValueError if lengths differ."""
+        added = torch.zeros(self.counts.shape, dtype=torch.int64)
+        for guess, truth in zip(predicted, gold, strict=True):
+            if len(guess) != len(truth):
+                raise ValueError(f"{len(guess)} predicted tags of {len(truth)} words")
+            for column, found in enumerate(self._compare(guess, truth)):
+                for role, count in found.items():
+                    added[self._index.get(role, len(self.roles) - 1), column] += count
+        self.counts += added.to(self.counts.device)
+
+    def compute(self) -> SpanScores:
+        """Return the scores of all sentences since the last `reset`, on all devices."""
+        rows = self.counts.tolist()
+        overall = SpanScore(*(sum(column) for column in zip(*rows, strict=True)))
+        return SpanScores(
+            overall, {role: SpanScore(*row) for role, row in zip(self.roles, rows, strict=True) if any(row)}
+        )
+
+    def _compare(self, guess: Sequence[str], truth: Sequence[str]) -> tuple[Counter[str], Counter[str], Counter[str]]:
+        """Return how often each role is right, predicted and gold in a sentence."""
+        predicted, gold = self._found(guess), self._found(truth)
+        right, guessed, true = ((item.role for item in items) for items in (predicted & gold, predicted, gold))
+        return Counter(right), Counter(guessed), Counter(true)
+
+    def _found(self, labels: Sequence[str]) -> set[Span | Argument]:
+        found = arguments(labels) if self.join_continuations else spans(labels)
+        return {item for item in found if item.role not in self.ignored}
+
+
+class BioDecoder(nn.Module):
+    """Finds the legal sequence of BIO tags with the highest sum of scores (Viterbi, 1967).
+
+    Only I-x has a condition: it follows B-x or I-x. So a step takes the best of all labels for the others and the
+    better of two for I-x: O(L) a word, not O(L^2).
+
+    Args:
+        labels: The BIO tags, in the order of the scores; at least one of them O or B-x. Each occurs once.
+
+    Raises:
+        ValueError: Labels that are not BIO tags, or none that a sequence may begin with.
+
+    """
+
+    inside: Tensor  # bool [L]: I-x
+    begin: Tensor  # int64 [L]: of I-x the index of B-x, of others their own
+    stay: Tensor  # int64 [L + 1]: each state's own index
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        super().__init__()
+        index = {label: place for place, label in enumerate(labels)}
+        strange = [label for label in labels if label != OUTSIDE and not _role(label)]
+        if strange or len(index) < len(labels):
+            raise ValueError(f"labels must be different BIO tags, O, B-x or I-x: {', '.join(strange or labels)}")
+        inside = [label.startswith("I-") for label in labels]
+        if all(inside):
+            raise ValueError("no label can begin a sequence: add O or a B-x")
+        # an I-x without B-x has only itself before it and is never reached
+        begin = [index.get(f"B-{_role(label)}", place) for label, place in index.items()]
+        self.register_buffer("inside", torch.tensor(inside), persistent=False)
+        self.register_buffer("begin", torch.tensor(begin), persistent=False)
+        self.register_buffer("stay", torch.arange(len(labels) + 1), persistent=False)
+
+    @torch.no_grad()
+    def decode(self, scores: Tensor, valid: Tensor) -> Tensor:
+        """Return the index of each word's label, int64 [N, W], -100 where there is no word.
+
+        Args:
+            scores: Of each label at each word, [N, W, L], logits or log-probabilities of any float type.
+            valid: Where a word is, bool [N, W]. What is no word is passed over, wherever it stands.
+
+        """
+        count, width, labels = scores.shape
+        scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+        best = scores.new_full((count, labels + 1), -torch.inf)  # of sequences so far that end in a label
+        best[:, -1] = 0.0  # the state before the first word
+        origins = []
+        for word in range(width):
+            here = valid[:, word, None]  # [N, 1]
+            reached, origin = self._step(best, scores[:, word])
+            best = torch.where(here, reached, best)
+            origins.append(torch.where(here, origin, self.stay))
+        label = best.argmax(-1)  # [N]
+        path = []
+        for origin in reversed(origins):
+            path.append(label)
+            label = origin.gather(1, label[:, None])[:, 0]
+        chosen = torch.stack(path[::-1], dim=1) if path else self.stay.new_empty((count, 0))  # [N, W]
+        return torch.where(valid, chosen, IGNORED)
+
+    def _step(self, best: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the best sums after one more word, [N, L + 1], and from which state each comes."""
+        any_best, any_origin = best.max(-1, keepdim=True)  # [N, 1]
+        begun, going_on = best[:, self.begin], best[:, :-1]  # [N, L]
+        before = torch.where(self.inside, torch.maximum(begun, going_on), any_best)
+        same_span = torch.where(begun >= going_on, self.begin, self.stay[:-1])
+        origin = torch.where(self.inside, same_span, any_origin)
+        reached = nn.functional.pad(before + scores, (0, 1), value=-torch.inf)
+        return reached, nn.functional.pad(origin, (0, 1))
+
+
+def _role(label: str) -> str:
+    """Return what follows B- or I-; nothing for O and what is no tag."""
+    return label[2:] if label.startswith(("B-", "I-")) else ""
