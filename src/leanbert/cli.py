@@ -34,10 +34,9 @@ from leanbert.callbacks.prediction import PredictionWriter
 from leanbert.callbacks.progress import ProgressBar, say
 from leanbert.callbacks.pruning import StructuredPruning
 from leanbert.callbacks.report import RunSummary, StartReport, tagged
-from leanbert.callbacks.samples import FilledMasks
+from leanbert.callbacks.samples import Samples
 from leanbert.callbacks.validation import ValidateAtEnds
 from leanbert.data.storage import DISK_FULL, FORBIDDEN
-from leanbert.data.tokenizer import TextTokenizer
 from leanbert.data.workers import available_cpus
 from leanbert.errors import UserError
 from leanbert.memory.allocator import keep_freed_pages
@@ -152,7 +151,7 @@ class CLI(LightningCLI):
             self.plan_report = self._plan_and_apply(settings)
         if self.subcommand == "predict":
             settings["return_predictions"] = False  # they are written as they come
-        if self.subcommand == "validate":
+        if self.subcommand in ("validate", "test"):
             settings["verbose"] = False
         if self.subcommand != "fit":
             self.save_config_callback = None  # only a run has a folder
@@ -207,6 +206,8 @@ class CLI(LightningCLI):
             return
         stored = self.checkpoint["leanbert"]
         self.datamodule.hparams["tokenizer"] = self._settings["ckpt_path"]  # never train another one
+        if stored.get("data"):
+            self.datamodule.adopt(stored["data"])
         if self.subcommand == "fit" and self.model.init_from is None:
             self.model.shrinks = any(isinstance(callback, StructuredPruning) for callback in callbacks)
             self.model.resume_from(stored)  # before anything in the run's folder is touched
@@ -240,7 +241,7 @@ class CLI(LightningCLI):
                 StepMonitor(),
                 ValidateAtEnds(),
                 StartReport(),  # after the validation before step 1, from which it estimates the time
-                FilledMasks(),
+                Samples(),
                 RunSummary(),
                 StopBetweenSteps(),
                 *([self.plan_report] if self.plan_report is not None else []),
@@ -303,7 +304,7 @@ class CLI(LightningCLI):
             callbacks=tuple(self._get(self.config_init, "trainer")["callbacks"] or ()),
             precision=trainer["precision"],
             clip=trainer["gradient_clip_val"],
-            vocab_size=planned_vocabulary(self.datamodule),
+            vocab_size=self.datamodule.planned_vocabulary(),
             device_type=self.device_type,
             rows=self.datamodule.hparams["batch_size"] // self.planned_devices,
             devices=self.planned_devices,
@@ -314,19 +315,23 @@ class CLI(LightningCLI):
         self.trainer.validate(**kwargs)
         print(json.dumps(tagged(self.trainer.callback_metrics)))
 
+    def test(self, **kwargs: Any) -> None:
+        """Print the metrics as one JSON line."""
+        self.trainer.test(**kwargs)
+        print(json.dumps(tagged(self.trainer.callback_metrics)))
+
     def _say_how_to_go_on(self) -> None:
         """Say what came out, where it is, and the next commands."""
         trainer: Any = self.trainer
         metrics = tagged(trainer.callback_metrics)
         if "val/loss" in metrics:
-            say(f"val/loss {metrics['val/loss']:.3f}, unigram counts {metrics['val/unigram_loss']:.3f}, "
-                f"accuracy {metrics['val/accuracy']:.1%}")  # fmt: skip
+            say(self.model.closing_words(metrics))
         checkpoint = next(c for c in trainer.callbacks if isinstance(c, RunCheckpoint))
         program, configs = program_name(), config_arguments(self.arguments)
         say(f"Checkpoint   {checkpoint.last_path}")
         say(f"TensorBoard  tensorboard --logdir {shlex.quote(str(trainer.default_root_dir))}")
-        say(f"Fill masks   echo 'The {self.datamodule.tokenizer.mask_token} of the function.' | {program} predict "
-            f"{configs} --ckpt_path last --data.predict_files -")  # fmt: skip
+        example = shlex.quote(self.model.example.replace("[MASK]", self.datamodule.tokenizer.mask_token))
+        say(f"Answers      echo {example} | {program} predict {configs} --ckpt_path last --data.predict_files -")
 
 
 def complete(arguments: list[str]) -> list[str]:
@@ -342,12 +347,6 @@ def complete(arguments: list[str]) -> list[str]:
         else:
             found.append("--measure=true" if word == "--measure" and not values else word)
     return found
-
-
-def planned_vocabulary(data: Any) -> int | None:
-    """Return the size of a given tokenizer; None: one will be trained, with `data.vocab_size` entries at most."""
-    tokenizer = data.hparams["tokenizer"]
-    return None if tokenizer is None else TextTokenizer.from_file(tokenizer).vocab_size
 
 
 def program_name() -> str:

@@ -26,7 +26,7 @@ def test_to_moves_every_tensor() -> None:
 
 def test_predict_batch_keeps_its_texts() -> None:
     ids = torch.zeros(2, 3, dtype=torch.int64)
-    moved = PredictBatch(["a", "b"], ids, ids, ids).to("meta")
+    moved = PredictBatch(["a", "b"], ids, ids, ids, ids).to("meta")
     assert len(moved) == 2
     assert moved.texts == ["a", "b"]
     assert moved.document_ids.device.type == "meta"

@@ -9,17 +9,8 @@ import torch
 from seqeval.metrics.v1 import precision_recall_fscore_support
 from seqeval.scheme import IOB2
 
-from leanbert.tasks.spans import (
-    OTHER_ROLES,
-    Argument,
-    BioDecoder,
-    Span,
-    SpanCounts,
-    SpanScore,
-    arguments,
-    check_bio,
-    spans,
-)
+from leanbert.data.bio import Argument, Span, arguments, check_bio, spans
+from leanbert.tasks.spans import OTHER_ROLES, BioDecoder, SpanCounts, SpanScore
 
 LABELS = ["I-B", "O", "B-A", "B-B", "I-A", "B-C", "I-D"]  # no I-C, and an I-D that nothing can begin
 

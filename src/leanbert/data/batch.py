@@ -110,3 +110,20 @@ class PredictBatch(Batch):
     position_ids: Tensor
     document_ids: Tensor
     segment_ids: Tensor
+
+
+@dataclass
+class WordBatch(Batch):
+    """Sentences, one a row, padded to the longest of the batch; tensors are int64.
+
+    `input_ids`, `position_ids`, `document_ids` (-1: padding) and `segment_ids` are [B, S]; `target_index` is [B, W]:
+    the places of the words' first pieces; `targets` is [B, W]: 0 where there is a word, -100 where there is none.
+    """
+
+    sentences: list[Any]
+    input_ids: Tensor
+    position_ids: Tensor
+    document_ids: Tensor
+    segment_ids: Tensor
+    target_index: Tensor
+    targets: Tensor

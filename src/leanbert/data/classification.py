@@ -11,12 +11,12 @@ import torch
 from torch.utils.data import IterableDataset
 
 from leanbert.data.batch import PredictBatch
-from leanbert.data.docstring_examples import embedded_examples
+from leanbert.data.embedded import embedded_files
 from leanbert.data.example_data import Part
 from leanbert.data.examples import Example
 from leanbert.data.labelled import LabelledData, Problem
 from leanbert.data.loading import pad_rows
-from leanbert.data.records import Record, read_records, text_of
+from leanbert.data.records import read_records, text_of
 from leanbert.data.sources import document_hash, prediction_lines
 from leanbert.data.tokenizer import TextTokenizer
 from leanbert.errors import UserError
@@ -29,8 +29,8 @@ class ClassificationData(LabelledData):
     """Texts with labels, from .jsonl, .csv and .tsv files; by default which library a docstring is of.
 
     Args:
-        problem: single: each text has one of the labels; multi: any number of them, as a list or a text with "," between;
-            regression: a number, or a list of numbers.
+        problem: single: each text has one of the labels; multi: any number of them, a list or a text with "," between
+            them; regression: a number, or a list of numbers.
         text_field: Field of the text.
         pair_field: Field of a second text, such as a hypothesis; unset: there is none.
         label_field: Field of the label or labels.
@@ -57,7 +57,7 @@ class ClassificationData(LabelledData):
 
     def embedded(self, cache_dir: Path) -> dict[Part, Path]:
         """Return docstrings with the libraries that they are of."""
-        return embedded_examples("classification", cache_dir)  # type: ignore[return-value]
+        return embedded_files("classification", cache_dir)
 
     def key(self, part: Part) -> list[Any]:
         """Return the settings of reading and, for evaluation, the labels."""
@@ -191,8 +191,3 @@ def text_batch(texts: list[str], tokenizer: TextTokenizer, length: int, pairs: b
     ids, positions, documents = pad_rows([ids for ids, _, _ in encoded], tokenizer.pad_id)
     segments, _, _ = pad_rows([segments for _, segments, _ in encoded], 0)
     return PredictBatch(texts, *map(torch.from_numpy, (ids, positions, documents, segments)))
-
-
-def record_line(record: Record, fields: list[str]) -> str:
-    """Return the texts of a record as a line for prediction."""
-    return "\t".join(" ".join(str(record[field]).split()) for field in fields)

@@ -25,13 +25,13 @@ class ExampleData(RowData):
     """Files of examples to batches of packed rows, each with as many whole examples as there is room for.
 
     Args:
-        train_files: Files of examples, globs too (*.jsonl, *.csv, *.tsv, each also with .gz). Default: an embedded sample.
+        train_files: Files of examples, globs too (.jsonl, .csv, .tsv, each also with .gz). Default: an embedded sample.
         val_files: Validation examples. Default: those of the embedded sample, or `val_share` of the training examples.
         test_files: Test examples, for `test`.
         predict_files: Files to answer, one input a line; - is standard input.
         val_share: Share of the training examples that is held out for validation where `val_files` is not given.
-        tokenizer: tokenizer.json, vocab.txt, a folder with one, or a checkpoint. Default: that of model.init_from, or one
-            is trained on the training examples.
+        tokenizer: tokenizer.json, vocab.txt, a folder with one, or a checkpoint. Default: that of model.init_from, or
+            one is trained on the training examples.
         tokenizer_kind: Kind of tokenizer that is trained.
         lowercase: Whether a trained tokenizer lowers case.
         vocab_size: Entries of a trained tokenizer, at most.

@@ -30,8 +30,8 @@ class LabelledRows(Dataset[LabelledBatch]):
     """
 
     def __init__(
-        self, cache: ExampleCache, packing: Packing, length: int, slots: int, pad_id: int, problem: Problem, labels: int,
-        seed: int | None = None,
+        self, cache: ExampleCache, packing: Packing, length: int, slots: int, pad_id: int, problem: Problem,
+        labels: int, seed: int | None = None,
     ) -> None:  # fmt: skip
         self.cache, self.packing, self.seed = cache, packing, seed
         self.length, self.slots, self.pad_id, self.problem, self.labels = length, slots, pad_id, problem, labels
@@ -89,7 +89,7 @@ def blank_labelled(rows: int, length: int, slots: int, problem: Problem, labels:
 class LabelledData(ExampleData):
     """What the data modules of labelled texts and of labelled words share.
 
-    After `setup` there is `labels`: the names of the labels, in the order in which the training examples first have them.
+    After `setup` there is `labels`: their names, in the order in which the training examples first have them.
     """
 
     dtypes: ClassVar = {"ids": "int32", "segments": "uint8", "index": "int32", "targets": "int32"}

@@ -65,6 +65,11 @@ class RowData(LightningDataModule):
         """Return the batches of `predict_files`, in order."""
         raise NotImplementedError
 
+    def planned_vocabulary(self) -> int | None:
+        """Return the size of a given tokenizer; None: one will be trained, with `vocab_size` entries at most."""
+        tokenizer = self.hparams["tokenizer"]
+        return None if tokenizer is None else TextTokenizer.from_file(tokenizer).vocab_size
+
     def facts(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the data besides the tokenizer: primitives, such as the labels' names."""
         return {}

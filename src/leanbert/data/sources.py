@@ -28,7 +28,19 @@ Separator = Literal["blank_line", "line"]
 PIECE_CHARACTERS = 1 << 20
 """A longer document comes in pieces of about this size."""
 
-SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
+SUFFIXES = (
+    ".txt",
+    ".txt.gz",
+    ".conll",
+    ".conll.gz",
+    ".jsonl",
+    ".jsonl.gz",
+    ".csv",
+    ".csv.gz",
+    ".tsv",
+    ".tsv.gz",
+    ".parquet",
+)
 
 
 class EmptyCorpusError(UserError):

@@ -162,6 +162,18 @@ class TextTokenizer:
         self._tokenizer.encode_special_tokens = literal
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def encode_words(self, words: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each word as inside a sentence; at least one: the unknown token's, or padding."""
+        spaced = not isinstance(self._tokenizer.model, models.WordPiece | models.WordLevel)
+        found = self.encode_bare([f" {word}" if spaced else word for word in words])
+        nothing = [self.pad_id if self.unk_id is None else self.unk_id]
+        return [ids or nothing for ids in found]
+
+    @property
+    def separator_id(self) -> int:
+        """Id of a token that stands in no text: that after a document, else the mask's."""
+        return self.mask_id if self.sep_id is None else self.sep_id
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`."""
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))

@@ -45,19 +45,19 @@ class Checkpointable(nn.Module):
     slice_rows: int | None = None
 
 
-def run_block(block: Any, hidden: Tensor, context: Any) -> Tensor:
-    """Return `block(hidden, context)`, [B, S, D], keeping for the backward pass what the block's switches say.
+def run_block(block: Any, hidden: Tensor, context: Any, *more: Tensor) -> Tensor:
+    """Return `block(hidden, context, *more)`, [B, S, D], keeping for the backward pass what the block's switches say.
 
-    `block` is a `Checkpointable`. Source: Chen et al. 2016, arXiv 1604.06174, through `torch.utils.checkpoint`.
+    `block` is a `Checkpointable`; `more` are tensors that may need gradients too. Source: Chen et al. 2016, arXiv 1604.06174, through `torch.utils.checkpoint`.
     """
     if not torch.is_grad_enabled():
-        return block(hidden, context)
+        return block(hidden, context, *more)
     if block.slice_rows is not None:
-        return run_in_slices(block, hidden, context, block.slice_rows)
+        return run_in_slices(block, hidden, context, block.slice_rows, *more)
     if block.keep == "all":
-        return block(hidden, context)
+        return block(hidden, context, *more)
     extra: dict[str, Any] = {} if block.keep == "input" else {"context_fn": _keep_products}
-    return checkpoint(block, hidden, context, use_reentrant=False, **extra)
+    return checkpoint(block, hidden, context, *more, use_reentrant=False, **extra)
 
 
 def set_checkpointing(blocks: Iterable[nn.Module], keep: Keep, every: int = 1) -> int:

@@ -18,19 +18,20 @@ from torch.autograd.function import once_differentiable
 from leanbert.memory.step import seed_position
 
 
-def run_in_slices(block: nn.Module, hidden: Tensor, context: Any, rows: int) -> Tensor:
-    """Return `block(hidden, context)`, [B, S, D], computed `rows` rows at a time, forward and backward.
+def run_in_slices(block: nn.Module, hidden: Tensor, context: Any, rows: int, *more: Tensor) -> Tensor:
+    """Return `block(hidden, context, *more)`, [B, S, D], computed `rows` rows at a time, forward and backward.
 
     Args:
-        block: Called as `block(hidden, context)`; each row of its output depends on the same row of `hidden` only.
+        block: Called as `block(hidden, context, *more)`; each row of its output depends on the same row of its input.
         hidden: Input, [B, S, D].
         context: A tuple, nested tuples or None, of tensors; those whose first dimension is B are cut as well.
         rows: Rows of a slice, the last maybe smaller.
+        more: Further inputs [B, ...] that may need gradients.
 
     Dropout is a function of torch's seed at the call, of the block's call within it and of the slice.
     """
     parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
-    return _Sliced.apply(_Call(block, context, rows, hidden), hidden, *parameters)
+    return _Sliced.apply(_Call(block, context, rows, hidden), 1 + len(more), hidden, *more, *parameters)
 
 
 class _Call:
@@ -52,10 +53,10 @@ class _Call:
     def slices(self) -> list[slice]:
         return [slice(start, start + self.rows) for start in range(0, self.length, self.rows)]
 
-    def run(self, index: int, part: slice, hidden: Tensor) -> Tensor:
+    def run(self, index: int, part: slice, hidden: Tensor, *more: Tensor) -> Tensor:
         layer = getattr(self.block, "layer", 0)
         seed_position(self.seed, layer, index)
-        return self.block(hidden, _cut(self.context, part, self.length))
+        return self.block(hidden, _cut(self.context, part, self.length), *more)
 
     def done(self) -> None:
         torch.manual_seed(self.seed)
@@ -63,30 +64,32 @@ class _Call:
 
 class _Sliced(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, hidden: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, call: _Call, inputs: int, *tensors: Tensor) -> Tensor:
         ctx.call = call
-        ctx.save_for_backward(hidden)
-        ctx.parameters = parameters
-        out = torch.empty_like(hidden)
+        own, ctx.parameters = tensors[:inputs], tensors[inputs:]
+        ctx.save_for_backward(*own)
+        out = torch.empty_like(own[0])
         with call.precision():
             for index, part in enumerate(call.slices()):
-                out[part] = call.run(index, part, hidden.detach()[part])
+                out[part] = call.run(index, part, *(tensor.detach()[part] for tensor in own))
         call.done()
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        call, (hidden,) = ctx.call, ctx.saved_tensors
-        below = torch.empty_like(hidden)
+        call, inputs = ctx.call, ctx.saved_tensors
+        below = [torch.empty_like(tensor) for tensor in inputs]
         sums: list[Tensor] = []
         slices = call.slices()
         for index, part in enumerate(slices):
-            own = hidden[part].detach().requires_grad_()
+            own = [tensor[part].detach().requires_grad_() for tensor in inputs]
             with torch.enable_grad(), call.precision():
                 # a view: torch's counters of memory and FLOPs hook a module's input, which cannot be a leaf here
-                out = call.run(index, part, own.view_as(own))
-            below[part], *gradients = torch.autograd.grad(out, [own, *ctx.parameters], upstream[part])
+                out = call.run(index, part, *(tensor.view_as(tensor) for tensor in own))
+            gradients = list(torch.autograd.grad(out, [*own, *ctx.parameters], upstream[part]))
+            for whole in below:
+                whole[part] = gradients.pop(0)
             del out, own
             if index == 0:  # the sum over slices is in float32 where gradients have 16 bits
                 sums = [g if len(slices) == 1 else g.to(torch.promote_types(g.dtype, torch.float32)) for g in gradients]
@@ -95,7 +98,7 @@ class _Sliced(torch.autograd.Function):
             del gradients  # not kept through the next slice's passes
         call.done()
         totals = (total.to(p.dtype) for total, p in zip(sums, ctx.parameters, strict=True))
-        return None, below, *totals
+        return None, None, *below, *totals
 
 
 def _add(gradients: list[Tensor], sums: list[Tensor]) -> None:

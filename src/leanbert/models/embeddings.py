@@ -31,16 +31,19 @@ def sinusoidal_table(positions: int, width: int) -> Tensor:
 
 
 class Embeddings(nn.Module):
-    """Sum of token, segment and absolute position embeddings, normalised: [B, S] -> [B, S, D]."""
+    """Sum of token, segment and absolute position embeddings, normalised: [B, S] -> [B, S, D].
+
+    Without `tokens` of its own, as in a decoder, their table comes with each call.
+    """
 
     fixed_position: Tensor | None
 
-    def __init__(self, config: ResolvedConfig) -> None:
+    def __init__(self, config: ResolvedConfig, tokens: bool = True) -> None:
         super().__init__()
         if config.vocab_size is None:
             raise ValueError("the encoder is built after the tokenizer: config.vocab_size is None")
         width = config.hidden_size
-        self.token = nn.Embedding(padded_rows(config.vocab_size), width)
+        self.token = nn.Embedding(padded_rows(config.vocab_size), width) if tokens else None
         self.segment = nn.Embedding(config.type_vocab_size, width) if config.type_vocab_size else None
         self.position = nn.Embedding(config.max_positions, width) if config.position == "learned" else None
         fixed = sinusoidal_table(config.max_positions, width) if config.position == "sinusoidal" else None
@@ -48,9 +51,13 @@ class Embeddings(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
         self.dropout = config.dropout
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor | None) -> Tensor:
-        """Embed int64 ids; without `segment_ids` all tokens are in segment 0."""
-        hidden = self.token(input_ids)
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor | None, tokens: Tensor | None = None
+    ) -> Tensor:
+        """Embed int64 ids; without `segment_ids` all tokens are in segment 0. `tokens`: another table, [R, D]."""
+        own = self.token.weight if tokens is None and self.token is not None else tokens
+        assert own is not None, "the table of tokens is the caller's"
+        hidden = nn.functional.embedding(input_ids, own)
         if self.segment is not None:
             hidden = hidden + (self.segment.weight[0] if segment_ids is None else self.segment(segment_ids))
         table = self.fixed_position if self.position is None else self.position.weight

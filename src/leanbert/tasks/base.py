@@ -98,6 +98,17 @@ class Task(LightningModule):
         """Return the loss summed over targets, shape []."""
         raise NotImplementedError
 
+    def samples(self, batch: Any) -> dict[str, str]:
+        """Return Markdown by TensorBoard tag: what the model makes of a few rows of a validation batch."""
+        return {}
+
+    def closing_words(self, metrics: dict[str, float]) -> str:
+        """Return one line that says what a run came to; `metrics` by tag."""
+        return ", ".join(f"{tag} {value:.4g}" for tag, value in metrics.items() if tag.startswith("val/"))
+
+    example: ClassVar[str] = "A text."
+    """A line that `predict` answers."""
+
     @property
     def _data(self) -> Any:
         return self.trainer.datamodule  # type: ignore[attr-defined]
@@ -242,6 +253,24 @@ class Task(LightningModule):
         for group, peak in zip(self.trainer.optimizers[0].param_groups, self._peak_rates, strict=True):
             group["initial_lr"], group["lr"] = peak, peak * factor
 
+    # ---- evaluation
+
+    def log_evaluation(self, part: str, values: dict[str, float]) -> None:
+        """Log metrics as `part/name` at the number of completed steps; all ranks have the same."""
+        tagged = {f"{part}/{name}": value for name, value in values.items()}
+        self.log_dict(tagged, logger=False)
+        self.log(f"{part}_loss", values["loss"], prog_bar=True, logger=False)
+        if self.logger is not None and not self.trainer.sanity_checking:
+            self.logger.log_metrics(tagged, step=self.global_step)
+
+    def gather_over_ranks(self, tensor: Tensor) -> Tensor:
+        """Return the rows of all ranks' tensors [N, ...], of which each rank may have another number."""
+        if self.trainer.world_size == 1:
+            return tensor
+        parts: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(parts, tensor)
+        return torch.cat(parts)
+
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -252,6 +281,7 @@ class Task(LightningModule):
             "tokenizer": self._data.tokenizer.to_json(),
             "max_length": self._data.hparams["max_length"],
             "samples_consumed": self._data.samples_consumed,
+            "data": self._data.facts(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -11,6 +11,56 @@ from torchmetrics import SumMetric
 from leanbert.models.loss import IGNORED, cross_entropy_sum
 
 
+class ExactSums(nn.Module):
+    """Sums in float32, where the model is in bfloat16 too, exact over batches and devices; reset by `totals`.
+
+    Args:
+        names: What is summed.
+
+    """
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        # a loss that is not a number shall be seen; to look for one would read values back at every batch.
+        # Sums, because MeanMetric with "disable" forgets its weights (torchmetrics 1.9)
+        self.sums = nn.ModuleDict({name: SumMetric(nan_strategy="disable") for name in names})
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExactSums:
+        super()._apply(fn, recurse)
+        for metric in self.sums.values():
+            metric.set_dtype(torch.float32)  # type: ignore[operator]
+        return self
+
+    def add(self, **values: Tensor) -> None:
+        """Add the elements of each tensor."""
+        for name, value in values.items():
+            self.sums[name].update(value.float())  # type: ignore[operator]
+
+    def totals(self) -> dict[str, Tensor]:
+        """Return the sums over all devices, each of shape [], and start afresh."""
+        found = {name: metric.compute() for name, metric in self.sums.items()}  # type: ignore[operator]
+        for metric in self.sums.values():
+            metric.reset()  # type: ignore[operator]
+        return found
+
+
+class MeanLoss(nn.Module):
+    """Loss over all targets of an evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums = ExactSums("loss", "targets")
+
+    def update(self, loss: Tensor, targets: Tensor) -> None:
+        """Add a batch: the summed loss and the number of targets, both of shape []."""
+        self.sums.add(loss=loss, targets=targets)
+
+    def compute(self) -> float:
+        """Return the mean and start afresh."""
+        totals = self.sums.totals()
+        return float(totals["loss"] / totals["targets"])
+
+
 class MaskedLMMetrics(nn.Module):
     """Loss, perplexity and accuracy over masked positions, beside the loss of unigram counts on the same targets.
 
@@ -23,39 +73,28 @@ class MaskedLMMetrics(nn.Module):
 
     def __init__(self, unigram_counts: Tensor | None = None) -> None:
         super().__init__()
-        # a loss that is not a number shall be seen; to look for one would read values back at every batch.
-        # Sums, because MeanMetric with "disable" forgets its weights (torchmetrics 1.9)
-        self.targets, self.loss, self.correct, self.unigram_loss = (SumMetric(nan_strategy="disable") for _ in range(4))
+        self.sums = ExactSums("targets", "loss", "correct", "unigram_loss")
         self.register_buffer("unigram_counts", unigram_counts, persistent=False)  # integers: no dtype rounds them
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedLMMetrics:
-        """Move with the model, but count in float32 where it is in bfloat16."""
-        super()._apply(fn, recurse)
-        for metric in self._sums():
-            metric.set_dtype(torch.float32)
-        return self
-
-    def _sums(self) -> tuple[SumMetric, ...]:
-        return self.targets, self.loss, self.correct, self.unigram_loss
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Add a batch: logits [B, M, V] of any float type, targets [B, M] int64 with -100 in unused slots."""
         used = targets != IGNORED  # [B, M]
-        self.targets.update(used.float())
-        self.loss.update(cross_entropy_sum(logits, targets))
-        self.correct.update((logits.argmax(-1) == targets).float())  # never -100
+        self.sums.add(
+            targets=used,
+            loss=cross_entropy_sum(logits, targets),
+            correct=logits.argmax(-1) == targets,  # never -100
+        )
         if self.unigram_counts is not None:
             smoothed = self.unigram_counts + 1  # add-one: a target never seen in training has a finite loss
             log_probability = smoothed.float().log() - smoothed.sum().float().log()
-            self.unigram_loss.update(-log_probability[torch.where(used, targets, 0)] * used)
+            self.sums.add(unigram_loss=-log_probability[torch.where(used, targets, 0)] * used)
 
     def compute(self) -> dict[str, float]:
-        """Return the values by TensorBoard tag and start afresh."""
-        count = self.targets.compute()
-        loss = self.loss.compute() / count
-        values = {"val/loss": loss, "val/perplexity": loss.exp(), "val/accuracy": self.correct.compute() / count}
+        """Return the values by name and start afresh."""
+        totals = self.sums.totals()
+        count = totals["targets"]
+        loss = totals["loss"] / count
+        values = {"loss": loss, "perplexity": loss.exp(), "accuracy": totals["correct"] / count}
         if self.unigram_counts is not None:
-            values["val/unigram_loss"] = self.unigram_loss.compute() / count
-        for metric in self._sums():
-            metric.reset()
-        return {tag: float(value) for tag, value in values.items()}
+            values["unigram_loss"] = totals["unigram_loss"] / count
+        return {name: float(value) for name, value in values.items()}

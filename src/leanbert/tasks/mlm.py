@@ -14,6 +14,7 @@ from leanbert.models.config import EncoderConfig
 from leanbert.models.loss import IGNORED
 from leanbert.tasks.base import Task
 from leanbert.tasks.metrics import MaskedLMMetrics
+from leanbert.tasks.tables import markdown_table
 
 
 class MaskedLM(Task):
@@ -31,6 +32,7 @@ class MaskedLM(Task):
     """
 
     name: ClassVar[str] = "mlm"
+    example: ClassVar[str] = "The [MASK] of the function."
 
     def __init__(
         self,
@@ -94,11 +96,18 @@ class MaskedLM(Task):
     def on_validation_epoch_end(self) -> None:
         """Log the metrics at the number of completed steps."""
         assert self.metrics is not None
-        values = self.metrics.compute()
-        self.log_dict(values, logger=False)
-        self.log("val_loss", values["val/loss"], prog_bar=True, logger=False)
-        if self.logger is not None and not self.trainer.sanity_checking:
-            self.logger.log_metrics(values, step=self.global_step)
+        self.log_evaluation("val", self.metrics.compute())
+
+    def samples(self, batch: MLMBatch) -> dict[str, str]:
+        """Return a table with one target of each row."""
+        return {"samples/filled_masks": filled_masks_table(batch, self(batch), self._data.tokenizer)}
+
+    def closing_words(self, metrics: dict[str, float]) -> str:
+        """Return loss, that of unigram counts, and accuracy."""
+        return (
+            f"val/loss {metrics['val/loss']:.3f}, unigram counts {metrics['val/unigram_loss']:.3f}, "
+            f"accuracy {metrics['val/accuracy']:.1%}"
+        )
 
     def predict_step(self, batch: PredictBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Return one answer per text; see `fill_masks`."""
@@ -137,3 +146,35 @@ def fill_masks(model: nn.Module, tokenizer: Any, batch: PredictBatch, top_k: int
             for candidates in zip(tokens[:count], probabilities[:count], strict=True)
         ]
     return answers
+
+
+def filled_masks_table(batch: MLMBatch, logits: Tensor, tokenizer: Any, context: int = 10) -> str:
+    """Return a Markdown table with one target of each row: text around the mask, truth, best three candidates.
+
+    Args:
+        batch: Rows with targets, [B, S] and [B, M].
+        logits: Scores at the targets, [B, M, V].
+        tokenizer: The TextTokenizer that made the ids.
+        context: Tokens shown on each side of the mask.
+
+    """
+    best = logits.float().softmax(-1).topk(3)  # [B, M, 3]
+    rows = []
+    for row in range(len(batch)):
+        slots = [m for m, target in enumerate(batch.targets[row].tolist()) if target != IGNORED]
+        if not slots:
+            continue
+        slot = slots[len(slots) // 2]  # the middle of the row has context on both sides
+        place = int(batch.target_index[row, slot])
+        ids = batch.input_ids[row].tolist()
+        left = tokenizer.decode(ids[max(0, place - context) : place])
+        right = tokenizer.decode(ids[place + 1 : place + 1 + context])
+        guesses = ", ".join(
+            f"{tokenizer.decode([token])} ({probability:.0%})"
+            for token, probability in zip(
+                best.indices[row, slot].tolist(), best.values[row, slot].tolist(), strict=True
+            )
+        )
+        truth = tokenizer.decode([int(batch.targets[row, slot])])
+        rows.append((f"{left} **[{tokenizer.mask_token.strip('[]<>')}]** {right}", truth, guesses))
+    return markdown_table(("text", "truth", "model"), rows)

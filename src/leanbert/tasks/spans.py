@@ -1,4 +1,4 @@
-"""BIO tags: what is legal, the spans they stand for, the best legal sequence of tags, and counts of right spans.
+"""Tagged spans: the best legal sequence of BIO tags, and counts of right spans.
 
 Shapes: N sequences, W words of the longest, L labels (BIO tags), R roles.
 """
@@ -13,29 +13,11 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from leanbert.data.bio import CONTINUATION, OUTSIDE, PREDICATE, Argument, Span, arguments, role_of, spans
 from leanbert.models.loss import IGNORED
 
-OUTSIDE = "O"
-PREDICATE = "V"
 OTHER_ROLES = "(other roles)"
 """Where roles are counted that the labels of the model do not know."""
-
-_CONTINUATION = "C-"
-
-
-class Span(NamedTuple):
-    """The words `start` to `end` - 1, and their role."""
-
-    role: str
-    start: int
-    end: int
-
-
-class Argument(NamedTuple):
-    """A role and the spans of words, (start, end) each, that fill it: several if it is discontinuous."""
-
-    role: str
-    pieces: tuple[tuple[int, int], ...]
 
 
 class SpanScore(NamedTuple):
@@ -68,60 +50,6 @@ class SpanScores(NamedTuple):
     roles: dict[str, SpanScore]
 
 
-def check_bio(labels: Sequence[str]) -> str | None:
-    """Say what is wrong with the first tag that is not legal in BIO (IOB2); None if all are.
-
-    Legal are O, B-x and I-x, the last only after B-x or I-x of the same x. The words name the tag, its index and
-    the fix, so that a reader of files has only to put file and line before them.
-    """
-    before = OUTSIDE
-    for index, label in enumerate(labels):
-        if label != OUTSIDE and not _role(label):
-            return f'tag {index} is "{label}". Tags are O, B-x or I-x, where x is a role'
-        if label.startswith("I-") and _role(before) != _role(label):
-            return f'tag {index} is "{label}" after "{before}". Begin the span with "B-{_role(label)}"'
-        before = label
-    return None
-
-
-def spans(labels: Sequence[str]) -> list[Span]:
-    """Return the spans in the order of their words: B-x and the I-x that follow it without a gap.
-
-    An I-x that continues nothing belongs to no span, as in the strict mode of `seqeval`.
-    """
-    found: list[Span] = []
-    inside = ""  # the tag that would go on with the last span
-    for index, label in enumerate(labels):
-        if label.startswith("B-"):
-            inside = f"I-{_role(label)}"
-            found.append(Span(_role(label), index, index + 1))
-        elif label == inside:
-            found[-1] = found[-1]._replace(end=index + 1)
-        else:
-            inside = ""
-    return found
-
-
-def arguments(labels: Sequence[str]) -> list[Argument]:
-    """Return the arguments as srl-eval.pl of the CoNLL-2005 shared task (Carreras and Màrquez, 2005) reads them.
-
-    A span C-X is a further piece of the last argument X before it, whatever stands between them. A C-X without an
-    X before it is an argument X, which later C-X continue. A reference (R-X) is a role like any other, and
-    C-R-X continues it.
-    """
-    found: list[Argument] = []
-    last: dict[str, int] = {}  # the place in `found` of the last argument of each role
-    for span in spans(labels):
-        role = span.role.removeprefix(_CONTINUATION)
-        piece = (span.start, span.end)
-        if role != span.role and role in last:
-            found[last[role]] = Argument(role, (*found[last[role]].pieces, piece))
-        else:
-            last[role] = len(found)
-            found.append(Argument(role, (piece,)))
-    return found
-
-
 class SpanCounts(Metric):
     """Counts predicted, gold and right spans by role: precision, recall and F1, exact over several devices.
 
@@ -149,8 +77,8 @@ class SpanCounts(Metric):
         super().__init__()
         self.join_continuations = join_continuations
         self.ignored = frozenset(((PREDICATE,) if join_continuations else ()) if ignored is None else ignored)
-        prefix = _CONTINUATION if join_continuations else ""
-        roles = {_role(label).removeprefix(prefix) for label in labels} - self.ignored - {""}
+        prefix = CONTINUATION if join_continuations else ""
+        roles = {role_of(label).removeprefix(prefix) for label in labels} - self.ignored - {""}
         self.roles = (*sorted(roles), OTHER_ROLES)
         self._index = {role: index for index, role in enumerate(self.roles)}
         # integers: no dtype of the model rounds them. Columns: right, predicted, gold
@@ -207,14 +135,14 @@ class BioDecoder(nn.Module):
     def __init__(self, labels: Sequence[str]) -> None:
         super().__init__()
         index = {label: place for place, label in enumerate(labels)}
-        strange = [label for label in labels if label != OUTSIDE and not _role(label)]
+        strange = [label for label in labels if label != OUTSIDE and not role_of(label)]
         if strange or len(index) < len(labels):
             raise ValueError(f"labels must be different BIO tags, O, B-x or I-x: {', '.join(strange or labels)}")
         inside = [label.startswith("I-") for label in labels]
         if all(inside):
             raise ValueError("no label can begin a sequence: add O or a B-x")
         # an I-x without B-x has only itself before it and is never reached
-        begin = [index.get(f"B-{_role(label)}", place) for label, place in index.items()]
+        begin = [index.get(f"B-{role_of(label)}", place) for label, place in index.items()]
         self.register_buffer("inside", torch.tensor(inside), persistent=False)
         self.register_buffer("begin", torch.tensor(begin), persistent=False)
         self.register_buffer("stay", torch.arange(len(labels) + 1), persistent=False)
@@ -255,8 +183,3 @@ class BioDecoder(nn.Module):
         origin = torch.where(self.inside, same_span, any_origin)
         reached = nn.functional.pad(before + scores, (0, 1), value=-torch.inf)
         return reached, nn.functional.pad(origin, (0, 1))
-
-
-def _role(label: str) -> str:
-    """Return what follows B- or I-; nothing for O and what is no tag."""
-    return label[2:] if label.startswith(("B-", "I-")) else ""

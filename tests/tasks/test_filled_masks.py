@@ -1,6 +1,6 @@
 import torch
 
-from leanbert.callbacks.samples import filled_masks_table
+from leanbert.tasks.mlm import filled_masks_table
 from leanbert.data.batch import MLMBatch
 from leanbert.data.tokenizer import TextTokenizer
 

@@ -1,0 +1,290 @@
+"""Sentences of words with a tag each: named entities and the like, and the roles of a predicate's arguments."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset
+
+from leanbert.data.batch import WordBatch
+from leanbert.data.bio import PREDICATE, TO_FIND, check_bio
+from leanbert.data.conll import read_columns, read_roles
+from leanbert.data.embedded import embedded_files
+from leanbert.data.example_data import Part
+from leanbert.data.examples import Example
+from leanbert.data.labelled import LabelledData
+from leanbert.data.loading import pad_rows
+from leanbert.data.records import items_of, read_records
+from leanbert.data.sources import document_hash, prediction_lines
+from leanbert.data.tokenizer import TextTokenizer
+from leanbert.errors import UserError
+from leanbert.models.loss import IGNORED
+
+Mark = Literal["tokens", "segments"]
+"""How the predicate is marked in the input: between two separator tokens, or by segment 1."""
+
+ENCODED_TOGETHER = 256
+"""Sentences whose words are given to the tokenizer at a time."""
+
+
+class Sentence(NamedTuple):
+    """Words and the place of their predicate; None: there is none, or it is to be found."""
+
+    tokens: list[str]
+    predicate: int | None = None
+
+
+class EncodedSentence(NamedTuple):
+    """Ids and segments of a sentence in the tokenizer's template, and the places of its words' first pieces.
+
+    `needed` is the number of tokens of the whole sentence; words that did not fit are not in `index`.
+    """
+
+    ids: list[int]
+    segments: list[int]
+    index: list[int]
+    needed: int
+
+
+def encode_sentences(
+    sentences: Sequence[Sentence], tokenizer: TextTokenizer, length: int, mark: Mark = "tokens"
+) -> list[EncodedSentence]:
+    """Encode sentences word by word; of one that needs more than `length` tokens the last words are left out."""
+    pieces = iter(tokenizer.encode_words([word for sentence in sentences for word in sentence.tokens]))
+    return [
+        _encode(sentence, [next(pieces) for _ in sentence.tokens], tokenizer, length, mark) for sentence in sentences
+    ]
+
+
+def _encode(
+    sentence: Sentence, pieces: list[list[int]], tokenizer: TextTokenizer, length: int, mark: Mark
+) -> EncodedSentence:
+    before, after = tokenizer.template
+    separator = [tokenizer.separator_id] if mark == "tokens" and sentence.predicate is not None else []
+    needed = len(before) + sum(map(len, pieces)) + 2 * len(separator) + len(after)
+    ids, segments, index = list(before), [0] * len(before), []
+    for number, piece in enumerate(pieces):
+        is_predicate = number == sentence.predicate
+        added = [*separator, *piece, *separator] if is_predicate else piece
+        if len(ids) + len(added) + len(after) > length:
+            break
+        index.append(len(ids) + (len(separator) if is_predicate else 0))
+        ids += added
+        segments += [int(is_predicate and mark == "segments")] * len(added)
+    return EncodedSentence([*ids, *after], [*segments, *[0] * len(after)], index, needed)
+
+
+class TokenLabelData(LabelledData):
+    """Sentences of words with a BIO tag each, such as named entities: .jsonl, or .conll files of columns.
+
+    Args:
+        tokens_field: JSON field of the list of words.
+        labels_field: JSON field of the list of tags.
+        word_column: Column of the word in .conll files, counted from 0.
+        label_column: Column of the tag in .conll files; negative ones count from the last.
+        settings: See `ExampleData`.
+
+    """
+
+    def __init__(
+        self,
+        tokens_field: str = "tokens",
+        labels_field: str = "labels",
+        word_column: int = 0,
+        label_column: int = -1,
+        **settings: Any,
+    ) -> None:
+        own = {"tokens_field": tokens_field, "labels_field": labels_field, "word_column": word_column}
+        super().__init__(**{**settings, **own, "label_column": label_column})
+
+    mark: Mark = "tokens"
+
+    def embedded(self, cache_dir: Path) -> dict[Part, Path]:
+        """Return synthetic sentences, whose roles are found without a predicate given."""
+        return embedded_files("srl", cache_dir)
+
+    def key(self, part: Part) -> list[Any]:
+        """Return the settings of reading and, for evaluation, the labels."""
+        names = ("tokens_field", "labels_field", "word_column", "label_column")
+        return [*(self.hparams[name] for name in names), None if part == "train" else self.labels]
+
+    def texts(self, files: list[str]) -> Iterator[str]:
+        """Yield each training sentence once."""
+        low, high = self.held_out("train")
+        last: list[str] = []
+        for _, sentence, _ in self.read(files, low, high):
+            if sentence.tokens != last:
+                yield " ".join(sentence.tokens)
+            last = sentence.tokens
+
+    def encode(self, files: list[str], part: Part, facts: dict[str, Any]) -> Iterator[Example]:
+        """Yield the examples; `facts` get "labels", those "unknown" in training, and "cut", the sentences cut."""
+        known = {label: number for number, label in enumerate(self.labels)} if part != "train" else {}
+        trained, facts["cut"] = len(known), 0
+        records = self.read(files, *self.held_out(part))
+        while batch := list(islice(records, ENCODED_TOGETHER)):
+            sentences = [sentence for _, sentence, _ in batch]
+            encoded = encode_sentences(sentences, self.tokenizer, self.hparams["max_length"], self.mark)
+            for (place, _, labels), (ids, segments, index, needed) in zip(batch, encoded, strict=True):
+                facts["cut"] += self.fit_length(place, needed)
+                targets = [known.setdefault(label, len(known)) for label in labels[: len(index)]]
+                yield {"ids": ids, "segments": segments, "index": index, "targets": targets}
+        facts["labels"] = list(known)
+        facts["unknown"] = list(known)[trained:] if part != "train" else []
+
+    def prediction_batches(self, files: list[str], batch_size: int) -> SentenceLines:
+        """Return the lines, each a sentence with spaces between its words, or a JSON object with them."""
+        return SentenceLines(files, self, batch_size)
+
+    def read(self, files: list[str], low: float, high: float) -> Iterator[tuple[str, Sentence, list[str]]]:
+        """Yield ("file:line", sentence, tags) of the sentences whose text hashes to [low, high)."""
+        for place, sentence, labels in self._records(files):
+            if low <= document_hash(" ".join(sentence.tokens)) < high:
+                self._check(place, sentence, labels)
+                yield place, sentence, labels
+
+    def _records(self, files: list[str]) -> Iterator[tuple[str, Sentence, list[str]]]:
+        tokens, labels = self.hparams["tokens_field"], self.hparams["labels_field"]
+        columns = [file for file in files if file.removesuffix(".gz").endswith(".conll")]
+        for place, rows in read_columns(columns, (self.hparams["word_column"], self.hparams["label_column"])):
+            yield place, Sentence([row[0] for row in rows]), [row[1] for row in rows]
+        if others := [file for file in files if file not in columns]:
+            for place, record in read_records(others, "data.train_files", (tokens, labels)):
+                words = items_of(place, record, tokens, str)
+                yield place, Sentence(words), items_of(place, record, labels, str)
+
+    def _check(self, place: str, sentence: Sentence, labels: list[str]) -> None:
+        if not sentence.tokens:
+            raise UserError(f"{place}: a sentence without words. Remove it")
+        if len(labels) != len(sentence.tokens):
+            raise UserError(f"{place}: {len(labels)} labels for {len(sentence.tokens)} words. Give one for each")
+        if problem := check_bio(labels):
+            raise UserError(f"{place}: {problem}")
+
+
+class SemanticRoleData(TokenLabelData):
+    """Sentences with a predicate and the BIO tags of its arguments: .jsonl, or .conll files as of CoNLL-2005 and 2012.
+
+    Args:
+        tokens_field: JSON field of the list of words.
+        labels_field: JSON field of the list of tags.
+        predicate_field: JSON field of the predicate's place among the words.
+        mark: How the model sees the predicate: between two separator tokens, or by segment 1 (with an encoder that
+            has segments).
+        find_predicates: Train also to find the predicates, in sentences without a mark, so that `predict` takes plain
+            text.
+        word_column: Column of the word in .conll files, counted from 0: 3 in CoNLL-2012, 0 in CoNLL-2005.
+        role_columns: First column of roles in .conll files, one column for each predicate, in brackets as (A0* and *).
+        last_column: Whether the last column holds roles as well (CoNLL-2005), or coreference (CoNLL-2012).
+        settings: See `ExampleData`.
+
+    """
+
+    def __init__(
+        self,
+        tokens_field: str = "tokens",
+        labels_field: str = "labels",
+        predicate_field: str = "predicate",
+        mark: Mark = "tokens",
+        find_predicates: bool = True,
+        word_column: int = 3,
+        role_columns: int = 11,
+        last_column: bool = False,
+        **settings: Any,
+    ) -> None:
+        names = {"predicate_field": predicate_field, "mark": mark, "find_predicates": find_predicates}
+        columns = {"role_columns": role_columns, "last_column": last_column}
+        super().__init__(tokens_field, labels_field, word_column, **{**settings, **names, **columns})
+        self.mark = mark
+
+    def key(self, part: Part) -> list[Any]:
+        """Return the settings of reading and, for evaluation, the labels."""
+        names = ("predicate_field", "mark", "find_predicates", "role_columns", "last_column")
+        return [*super().key(part), *(self.hparams[name] for name in names)]
+
+    def read(self, files: list[str], low: float, high: float) -> Iterator[tuple[str, Sentence, list[str]]]:
+        """Yield sentences with a predicate, and after all predicates of one the sentence without."""
+        before: list[str] = []
+        predicates: set[int] = set()
+        place = ""
+        for place, sentence, labels in super().read(files, low, high):
+            if sentence.tokens != before and predicates:
+                yield place, Sentence(before), predicate_tags(len(before), predicates)
+                predicates = set()
+            before = sentence.tokens
+            if self.hparams["find_predicates"] and sentence.predicate is not None:
+                predicates.add(sentence.predicate)
+            yield place, sentence, labels
+        if predicates:
+            yield place, Sentence(before), predicate_tags(len(before), predicates)
+
+    def _records(self, files: list[str]) -> Iterator[tuple[str, Sentence, list[str]]]:
+        tokens, labels, field = (self.hparams[name] for name in ("tokens_field", "labels_field", "predicate_field"))
+        columns = [file for file in files if file.removesuffix(".gz").endswith(".conll")]
+        yield from self._columns(columns)
+        if others := [file for file in files if file not in columns]:
+            for place, record in read_records(others, "data.train_files", (tokens, labels, field)):
+                words = items_of(place, record, tokens, str)
+                sentence = Sentence(words, predicate_place(place, record[field], len(words)))
+                yield place, sentence, items_of(place, record, labels, str)
+
+    def _columns(self, files: list[str]) -> Iterator[tuple[str, Sentence, list[str]]]:
+        word, first, last = (self.hparams[name] for name in ("word_column", "role_columns", "last_column"))
+        for place, words, labels in read_roles(files, word, first, last):
+            if f"B-{PREDICATE}" not in labels:
+                raise UserError(f"{place}: no (V*) in a column of roles. Set data.role_columns to the first of them")
+            yield place, Sentence(words, labels.index(f"B-{PREDICATE}")), labels
+
+
+def predicate_tags(words: int, predicates: set[int]) -> list[str]:
+    """Return the tags of a sentence in which predicates are to be found."""
+    return [f"B-{TO_FIND}" if place in predicates else "O" for place in range(words)]
+
+
+def predicate_place(place: str, value: Any, words: int) -> int:
+    """Return the predicate's place. Raises UserError, naming the `place`, if there is no such word."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < words:
+        raise UserError(f"{place}: predicate {value!r} is not the place of one of {words} words, 0 to {words - 1}")
+    return value
+
+
+class SentenceLines(IterableDataset[WordBatch]):
+    """Batches of the lines of text files, or of standard input, as they come: sentences to label."""
+
+    def __init__(self, files: list[str], data: TokenLabelData, batch_size: int) -> None:
+        self.files, self.data, self.batch_size = files, data, batch_size
+
+    def __iter__(self) -> Iterator[WordBatch]:
+        lines = enumerate(prediction_lines(self.files), start=1)
+        sentences = (_sentence(f"data.predict_files:{number}", line) for number, line in lines if line.strip())
+        length = self.data.hparams["max_length"]
+        while batch := list(islice(sentences, self.batch_size)):
+            yield word_batch(batch, self.data.tokenizer, length, self.data.mark)
+
+
+def _sentence(place: str, line: str) -> Sentence:
+    if not line.lstrip().startswith("{"):
+        return Sentence(line.split())
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{place}: not valid JSON ({error}). Write one object, or one sentence, a line") from error
+    tokens = items_of(place, record, "tokens", str)
+    predicate = record.get("predicate")
+    return Sentence(tokens, None if predicate is None else predicate_place(place, predicate, len(tokens)))
+
+
+def word_batch(sentences: Sequence[Sentence], tokenizer: TextTokenizer, length: int, mark: Mark) -> WordBatch:
+    """Return sentences, one a row, as a padded batch; words that do not fit into `length` have no target."""
+    encoded = encode_sentences(sentences, tokenizer, length, mark)
+    ids, positions, documents = pad_rows([sentence.ids for sentence in encoded], tokenizer.pad_id)
+    segments, _, _ = pad_rows([sentence.segments for sentence in encoded], 0)
+    index, _, real = pad_rows([sentence.index for sentence in encoded], 0)
+    targets = np.where(real == 0, 0, IGNORED)
+    return WordBatch(list(sentences), *map(torch.from_numpy, (ids, positions, documents, segments, index, targets)))

@@ -1,0 +1,158 @@
+"""Sequence to sequence: an encoder, a decoder that looks at its output, and a head tied to the token embedding.
+
+Shapes: B batch, S source tokens, T target tokens, D hidden, V vocabulary, R rows stored for it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from leanbert.models.base import EncoderModel
+from leanbert.models.config import ResolvedConfig
+from leanbert.models.decoder import CrossAttention, Decoder, DecoderBlock
+from leanbert.models.encoder import Block
+from leanbert.models.heads import MaskedLMHead
+from leanbert.models.loss import cross_entropy_sum, linear_cross_entropy_sum, smoothed_cross_entropy_sum
+from leanbert.models.weights import Stored
+
+Start = Literal["encoder", "shared", "random"]
+"""Where the decoder's weights come from: copies of the encoder's, the encoder's own (trained together), or chance."""
+
+INHERITED_HEAD = "head."
+
+
+class Seq2SeqModel(EncoderModel):
+    """Encoder, decoder and output head; source and target have one vocabulary and one token embedding.
+
+    Args:
+        config: Architecture of the encoder and, but for the number of blocks, of the decoder.
+        decoder_layers: Blocks of the decoder; None: as many as the encoder has.
+        start: Where the decoder's weights come from (Rothe et al. 2020, arXiv 1907.12461).
+        task: Name of the task that trains it.
+
+    """
+
+    def __init__(self, config: ResolvedConfig, decoder_layers: int | None, start: Start, task: str = "seq2seq") -> None:
+        super().__init__(config)
+        self.start = start
+        self.task = task  # type: ignore[misc]
+        self.decoder = Decoder(config, decoder_layers or config.num_layers)
+        self.head = MaskedLMHead(config)
+        if start == "shared":
+            self._share()
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters as exported, shared ones once: each row of the vocabulary has a bias in the head."""
+        return super().num_parameters - (len(self.head.bias) - self.head.vocab_size)
+
+    @property
+    def blocks(self) -> list[Block | DecoderBlock]:  # type: ignore[override]
+        """All blocks, those of the encoder first."""
+        return [*self.encoder.blocks, *self.decoder.blocks]  # type: ignore[list-item]
+
+    def inherits(self, name: str, stored: Stored) -> bool:
+        """Whether weight `name` of a stored model is taken over: of a masked language model the head too."""
+        same = stored.task == self.task
+        return same or super().inherits(name, stored) or (stored.task == "mlm" and name.startswith(INHERITED_HEAD))
+
+    def warm_start(self) -> None:
+        """Copy the encoder's weights into the decoder: blocks evenly chosen, cross-attention from self-attention."""
+        count, layers = len(self.decoder.blocks), len(self.encoder.blocks)
+        for number, block in enumerate(self.decoder.blocks):
+            _copy_block(self.encoder.blocks[number * layers // count], block, first=number == 0)
+        own, theirs = self.decoder.embeddings, self.encoder.embeddings
+        own.load_state_dict({n: t for n, t in theirs.state_dict().items() if not n.startswith("token.")})
+        if self.decoder.final_norm is not None and self.encoder.final_norm is not None:
+            self.decoder.final_norm.load_state_dict(self.encoder.final_norm.state_dict())
+
+    def _share(self) -> None:
+        """Let the decoder's blocks use the encoder's self-attention and feed-forward."""
+        count, layers = len(self.decoder.blocks), len(self.encoder.blocks)
+        for number, block in enumerate(self.decoder.blocks):
+            source = self.encoder.blocks[number * layers // count]
+            block.attention, block.feed_forward = source.attention, source.feed_forward
+            block.feed_forward_norm = source.feed_forward_norm
+            if type(block.attention_norm) is type(source.attention_norm):
+                block.attention_norm = source.attention_norm
+
+    def decode(
+        self,
+        ids: Tensor,
+        memory: Tensor,
+        *,
+        position_ids: Tensor,
+        document_ids: Tensor,
+        memory_document_ids: Tensor,
+    ) -> Tensor:
+        """Hidden states [B, T, D] of the target; arguments as in `Decoder.forward`."""
+        return self.decoder(
+            ids, self.encoder.embeddings.token.weight, memory, position_ids=position_ids, document_ids=document_ids,
+            memory_document_ids=memory_document_ids,
+        )  # fmt: skip
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        decoder_ids: Tensor,
+        *,
+        position_ids: Tensor,
+        document_ids: Tensor,
+        decoder_position_ids: Tensor,
+        decoder_document_ids: Tensor,
+    ) -> Tensor:
+        """Hidden states [B, T, D] for sources [B, S] and what the decoder reads [B, T], int64 all of them."""
+        memory = self.encode(input_ids, position_ids=position_ids, document_ids=document_ids)
+        return self.decode(
+            decoder_ids, memory, position_ids=decoder_position_ids, document_ids=decoder_document_ids,
+            memory_document_ids=document_ids,
+        )  # fmt: skip
+
+    def forward(self, input_ids: Tensor, decoder_ids: Tensor, **places: Tensor) -> Tensor:
+        """Logits [B, T, V] of the next tokens; arguments as in `hidden`."""
+        return self.logits(self.hidden(input_ids, decoder_ids, **places))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of decoder states [..., D]."""
+        return self.head(hidden, self.encoder.embeddings.token.weight)
+
+    def loss_sum(
+        self, input_ids: Tensor, decoder_ids: Tensor, targets: Tensor, smoothing: float = 0.0, **places: Tensor
+    ) -> Tensor:
+        """Cross entropy (nats, shape []) summed over `targets` (int64 [B, T], -100: none), labels smoothed if wanted.
+
+        Label smoothing is that of Szegedy et al. 2016 (arXiv 1512.00567), over the whole vocabulary.
+        """
+        hidden = self.hidden(input_ids, decoder_ids, **places)
+        embedding = self.encoder.embeddings.token.weight
+        if self.head_chunk is None:
+            logits = self.head(hidden, embedding)
+            if smoothing:
+                return smoothed_cross_entropy_sum(logits, targets, smoothing)
+            return cross_entropy_sum(logits, targets)
+        return linear_cross_entropy_sum(
+            self.head.transform(hidden).flatten(0, 1), embedding, self.head.bias, targets.flatten(),
+            vocab_size=self.head.vocab_size, chunk=self.head_chunk, smoothing=smoothing,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def _copy_block(source: Block, block: DecoderBlock, *, first: bool) -> None:
+    for part in ("attention", "feed_forward", "feed_forward_norm", "attention_norm"):
+        weights = getattr(source, part).state_dict()
+        if weights or first:
+            own = getattr(block, part)
+            own.load_state_dict(weights if own.state_dict() else {})
+    cross: CrossAttention = block.cross_attention
+    query, key, value = source.attention.qkv.weight.chunk(3)
+    cross.query.weight.copy_(query)
+    cross.key_value.weight.copy_(torch.cat((key, value)))
+    cross.output.weight.copy_(source.attention.output.weight)
+    if source.attention.qkv.bias is not None:
+        query_bias, key_bias, value_bias = source.attention.qkv.bias.chunk(3)
+        cross.query.bias.copy_(query_bias)
+        cross.key_value.bias.copy_(torch.cat((key_bias, value_bias)))
+        cross.output.bias.copy_(source.attention.output.bias)

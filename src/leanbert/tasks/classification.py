@@ -1,0 +1,167 @@
+"""Classification of texts and of pairs of texts: one label, several, or numbers."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torchmetrics.functional import spearman_corrcoef
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_f1_score,
+    multiclass_matthews_corrcoef,
+    multilabel_exact_match,
+    multilabel_f1_score,
+)
+
+from leanbert.data.batch import LabelledBatch, PredictBatch
+from leanbert.data.labelled import Problem
+from leanbert.errors import UserError
+from leanbert.memory.optimizers import OptimizerConfig, ScheduleConfig
+from leanbert.models.config import EncoderConfig
+from leanbert.models.loss import IGNORED
+from leanbert.tasks.labelling import Labelling
+from leanbert.tasks.tables import markdown_table
+
+
+class TextClassification(Labelling):
+    """Classify texts, or pairs of texts, by their first token (Devlin et al. 2019); the kind of labels is the data's.
+
+    Args:
+        encoder: Architecture of the encoder.
+        optimizer: Optimizer and its settings.
+        schedule: Learning rate by step.
+        init_from: Hugging Face folder or LeanBERT checkpoint whose encoder to start from.
+        compile: Compile each block with torch.compile: faster steps after about a minute of compilation.
+        seed: Seed of initial weights and dropout (the CLI sets it to seed_everything if it is 0).
+        class_weights: Weight of each label in the loss, by name; those left out weigh 1. For one label of several.
+        threshold: Probability from which a label is given, where there may be several.
+
+    """
+
+    name: ClassVar[str] = "classification"
+    of: ClassVar = "text"
+
+    def __init__(
+        self,
+        encoder: EncoderConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
+        schedule: ScheduleConfig | None = None,
+        init_from: str | None = None,
+        compile: bool = False,
+        seed: int = 0,
+        class_weights: dict[str, float] | None = None,
+        threshold: float = 0.5,
+    ) -> None:
+        super().__init__(encoder, optimizer, schedule, init_from, compile, seed)
+        if not 0.0 < threshold < 1.0:
+            raise UserError(f"model.threshold: {threshold} is no probability. Choose one between 0 and 1")
+        self.class_weights, self.threshold = class_weights, threshold
+
+    def build_model(self) -> Any:
+        """Return the model, and check the class weights against its labels."""
+        self.problem: Problem = self._data.problem
+        model = super().build_model()
+        strange = sorted(set(self.class_weights or ()) - set(self._data.labels))
+        if strange or (self.class_weights and self.problem != "single"):
+            what = f"{strange[0]!r} is no label of the data" if strange else f"data.problem is {self.problem}"
+            raise UserError(f"model.class_weights: {what}. Name labels of data with one label for each text")
+        return model
+
+    def count_targets(self, batch: LabelledBatch) -> Tensor:
+        """Return the number of labels, shape [], or the sum of their weights."""
+        if not self.class_weights:
+            return super().count_targets(batch)
+        return (self._weights(batch.targets.device)[batch.targets.clamp(min=0)] * (batch.targets != IGNORED)).sum()
+
+    def criterion(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the losses, each times the weight of its label."""
+        if not self.class_weights:
+            return super().criterion(scores, targets)
+        return torch.nn.functional.cross_entropy(
+            scores.flatten(0, 1).float(), targets.flatten(), self._weights(scores.device), ignore_index=IGNORED,
+            reduction="sum",
+        )  # fmt: skip
+
+    def _weights(self, device: torch.device) -> Tensor:
+        given = self.class_weights or {}
+        return torch.tensor([given.get(label, 1.0) for label in self.model.labels], device=device)
+
+    # ---- evaluation and answers
+
+    def predictions(self, scores: Tensor, batch: LabelledBatch) -> Tensor:
+        """Return the best labels [B, M], probabilities of each, or numbers [B, M, L]."""
+        if self.problem == "single":
+            return scores.argmax(-1)
+        return scores.float().sigmoid() if self.problem == "multi" else scores.float()
+
+    def evaluate(self, part: Any, batches: list[tuple[Tensor, ...]]) -> dict[str, float]:
+        """Return accuracy, F1, Matthews correlation; with several labels F1s and exact match; Spearman of numbers."""
+        guesses, truths = (self.gather_over_ranks(torch.cat([flatten(b[i]) for b in batches])) for i in (0, 1))
+        used = (truths != IGNORED) if self.problem == "single" else ~truths.isnan()[..., 0]
+        guesses, truths, labels = guesses[used], truths[used], len(self.model.labels)
+        if self.problem == "single":
+            given = (guesses, truths, labels)
+            found = {
+                "accuracy": multiclass_accuracy(*given, average="micro"),
+                "f1": multiclass_f1_score(*given, average="macro"),
+                "matthews": multiclass_matthews_corrcoef(*given),
+            }
+        elif self.problem == "multi":
+            several = (guesses, truths.long(), labels, self.threshold)
+            found = {
+                "f1": multilabel_f1_score(*several, average="micro"),
+                "f1_macro": multilabel_f1_score(*several, average="macro"),
+                "accuracy": multilabel_exact_match(*several),
+            }
+        else:
+            found = {"spearman": spearman_corrcoef(guesses, truths).mean()}
+        return {name: float(value) for name, value in found.items()}
+
+    def predict_step(self, batch: PredictBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Return one answer per text; see `classify`."""
+        return classify(self.model, batch, self._data.problem, self.threshold)
+
+    def samples(self, batch: LabelledBatch) -> dict[str, str]:
+        """Return a table of texts with their labels and those of the model."""
+        if self.problem != "single":
+            return {}
+        best = self.predictions(self(batch), batch).tolist()
+        names, rows = self.model.labels, []
+        for row in range(len(batch)):
+            for slot, target in enumerate(batch.targets[row].tolist()):
+                if target != IGNORED:
+                    ids = batch.input_ids[row][batch.document_ids[row] == slot].tolist()
+                    rows.append((self._data.tokenizer.decode(ids)[:200], names[target], names[best[row][slot]]))
+        return {"samples/labels": markdown_table(("text", "truth", "model"), rows[:12])}
+
+
+def flatten(tensor: Tensor) -> Tensor:
+    """Return [B, M, ...] as [B * M, ...]."""
+    return tensor.flatten(0, 1)
+
+
+def classify(model: Any, batch: PredictBatch, problem: Problem, threshold: float = 0.5) -> list[dict[str, Any]]:
+    """Return for each text its label.
+
+    `{"text", "label", "probability"}`; with several labels `{"text", "labels": [{"label", "probability"}, ...]}`, best
+    first; with numbers `{"text", "values": [...]}`.
+    """
+    first = torch.zeros(len(batch), 1, dtype=torch.int64, device=batch.input_ids.device)
+    scores = model(
+        batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids,
+        segment_ids=batch.segment_ids, target_index=first,
+    )[:, 0].float()  # fmt: skip
+    if problem == "regression":
+        return [{"text": text, "values": row} for text, row in zip(batch.texts, scores.tolist(), strict=True)]
+    probabilities = scores.softmax(-1) if problem == "single" else scores.sigmoid()
+    answers: list[dict[str, Any]] = []
+    for text, row in zip(batch.texts, probabilities.tolist(), strict=True):
+        ranked = sorted(zip(row, model.labels, strict=True), reverse=True)
+        named = [{"label": label, "probability": round(probability, 6)} for probability, label in ranked]
+        if problem == "single":
+            answers.append({"text": text, **named[0]})
+        else:
+            answers.append({"text": text, "labels": [each for each in named if each["probability"] >= threshold]})
+    return answers

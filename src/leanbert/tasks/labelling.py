@@ -1,0 +1,120 @@
+"""Labels for texts and for words: what classification, tagging and semantic role labelling share."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leanbert.data.batch import LabelledBatch
+from leanbert.data.labelled import Problem
+from leanbert.models.build import build_model
+from leanbert.models.classifier import Classifier, Of
+from leanbert.models.loss import IGNORED, cross_entropy_sum
+from leanbert.tasks.base import Task
+from leanbert.tasks.metrics import MeanLoss
+
+
+class Labelling(Task):
+    """A task whose model is a `Classifier` and whose batches are `LabelledBatch`."""
+
+    of: ClassVar[Of]
+    problem: Problem = "single"
+
+    # ---- what a task supplies
+
+    def predictions(self, scores: Tensor, batch: LabelledBatch) -> Tensor:
+        """Return what evaluation keeps of the scores [B, M, L]: [B, M] or [B, M, L]."""
+        raise NotImplementedError
+
+    def evaluate(self, part: Any, batches: list[tuple[Tensor, ...]]) -> dict[str, float]:
+        """Return metrics by name from the `kept` tensors of all batches of "val" or "test"."""
+        raise NotImplementedError
+
+    def kept(self, scores: Tensor, batch: LabelledBatch) -> tuple[Tensor, ...]:
+        """Return what evaluation keeps of a batch: predictions and targets."""
+        return self.predictions(scores, batch), batch.targets
+
+    # ---- model, step
+
+    def build_model(self) -> nn.Module:
+        """Return the model for the tokenizer and the labels of the data."""
+        return build_model(
+            self.encoder_config,
+            self._data.tokenizer.vocab_size,
+            lambda config: Classifier(config, self._data.labels, self.of, self.name),
+            init_from=self.init_from,
+        )
+
+    def build_metrics(self) -> None:
+        """Make the mean loss; other metrics are computed from what the batches keep."""
+        self.mean_loss = MeanLoss()
+        self._kept: list[tuple[Tensor, ...]] = []
+
+    def forward(self, batch: Any) -> Tensor:
+        """Return scores [B, M, L] at the targets."""
+        return self.model(
+            batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids,
+            segment_ids=batch.segment_ids, target_index=batch.target_index,
+        )  # fmt: skip
+
+    def count_targets(self, batch: LabelledBatch) -> Tensor:
+        """Return the number of labels that count, shape []: words or texts, times numbers where there are several."""
+        targets = batch.targets
+        return (known(targets, len(self.model.labels)) if self.problem == "single" else ~targets.isnan()).sum()
+
+    def loss_sum(self, batch: LabelledBatch) -> Tensor:
+        """Return the loss summed over targets, shape []."""
+        return self.model.loss_sum(
+            batch.input_ids, batch.target_index, batch.targets, self.criterion, position_ids=batch.position_ids,
+            document_ids=batch.document_ids, segment_ids=batch.segment_ids,
+        )  # fmt: skip
+
+    def criterion(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the losses, shape [], of scores [B, M, L]: cross entropy, that of each label, or the squared error."""
+        if self.problem == "single":
+            return cross_entropy_sum(scores, targets.where(known(targets, scores.shape[-1]), IGNORED))
+        used = ~targets.isnan()
+        truth = targets.where(used, 0.0)
+        if self.problem == "multi":
+            losses = F.binary_cross_entropy_with_logits(scores.float(), truth, reduction="none")
+        else:
+            losses = (scores.float() - truth).square()
+        return losses.where(used, 0.0).sum()
+
+    # ---- evaluation
+
+    def validation_step(self, batch: LabelledBatch, batch_idx: int) -> None:
+        """Add a batch to the loss, and keep its predictions."""
+        scores = self(batch)
+        self.mean_loss.update(self.criterion(scores, batch.targets), self.count_targets(batch))
+        self._kept.append(tuple(tensor.cpu() for tensor in self.kept(scores, batch)))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics at the number of completed steps."""
+        self.log_evaluation("val", self._finish("val"))
+
+    def test_step(self, batch: LabelledBatch, batch_idx: int) -> None:
+        """Do as in validation."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics."""
+        self.log_evaluation("test", self._finish("test"))
+
+    def _finish(self, part: str) -> dict[str, float]:
+        batches, self._kept = self._kept, []
+        return {"loss": self.mean_loss.compute(), **self.evaluate(part, batches)}
+
+
+def known(targets: Tensor, labels: int) -> Tensor:
+    """Return where targets [B, M] count in training: used, and of a label that the model has; bool [B, M]."""
+    return (targets != IGNORED) & (targets < labels)
+
+
+def gather_documents(batch: Any) -> Tensor:
+    """Return the document of each target, int64 [B, M]; -1 where there is none."""
+    documents = batch.document_ids.gather(1, batch.target_index)
+    return documents.where(batch.targets != IGNORED, torch.full_like(documents, -1))

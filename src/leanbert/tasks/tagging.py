@@ -1,0 +1,209 @@
+"""Tags of words: spans such as named entities, and the arguments of predicates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from leanbert.data.batch import LabelledBatch, WordBatch
+from leanbert.data.bio import TO_FIND, spans
+from leanbert.data.words import Mark, Sentence, word_batch
+from leanbert.models.loss import IGNORED
+from leanbert.tasks.labelling import Labelling, gather_documents
+from leanbert.tasks.spans import BioDecoder, SpanCounts, SpanScores
+from leanbert.tasks.tables import markdown_table
+
+
+class TokenClassification(Labelling):
+    """Give each word a tag by its first piece; the best legal sequence of BIO tags is chosen (Viterbi)."""
+
+    name: ClassVar[str] = "tagging"
+    of: ClassVar = "word"
+    joins: ClassVar[bool] = False
+    """Whether the pieces of an argument count as one and the predicate not at all (CoNLL-2005)."""
+    example: ClassVar[str] = "The cook gave the guest a cake yesterday ."
+
+    def build_metrics(self) -> None:
+        """Make the decoder besides."""
+        super().build_metrics()
+        self.decoder = BioDecoder(self._data.labels)
+
+    def predictions(self, scores: Tensor, batch: LabelledBatch) -> Tensor:
+        """Return the tags of the best legal sequences of each document, int64 [B, M]."""
+        documents = gather_documents(batch)
+        begins = documents != documents.roll(1, dims=1)
+        begins[:, 0] = True
+        scores = scores.float().masked_fill(begins[..., None] & self.decoder.inside, -torch.inf)
+        return self.decoder.decode(scores, batch.targets != IGNORED)
+
+    def kept(self, scores: Tensor, batch: LabelledBatch) -> tuple[Tensor, ...]:
+        """Return predictions, targets and the documents they are of, each [B, M]."""
+        return self.predictions(scores, batch), batch.targets, gather_documents(batch)
+
+    def evaluate(self, part: Any, batches: list[tuple[Tensor, ...]]) -> dict[str, float]:
+        """Return precision, recall and F1 of spans, over all and by role."""
+        counts = SpanCounts(self.model.labels, join_continuations=self.joins).to(self.device)
+        names = self._data.names(part)
+        for batch in batches:
+            for guess, truth in sentences_of(*batch):
+                self.count(counts, [names[tag] for tag in guess], [names[tag] for tag in truth])
+        scores = counts.compute()
+        return {**by_name(scores), **self.further_scores()}
+
+    def count(self, counts: SpanCounts, guess: list[str], truth: list[str]) -> None:
+        """Add a sentence."""
+        counts.update([guess], [truth])
+
+    def further_scores(self) -> dict[str, float]:
+        """Return what else was counted."""
+        return {}
+
+    def predict_step(self, batch: WordBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Return `{"tokens", "labels", "text"}` for each sentence."""
+        return [
+            {"tokens": sentence.tokens, "labels": labels, "text": bracketed(sentence.tokens, labels)}
+            for sentence, labels in zip(batch.sentences, tag(self.model, self.decoder, batch), strict=True)
+        ]
+
+    def samples(self, batch: LabelledBatch) -> dict[str, str]:
+        """Return a table of sentences with their spans and those of the model."""
+        guesses = self.predictions(self(batch), batch).cpu()
+        names = self._data.names("val")
+        rows = []
+        for row in range(len(batch)):
+            part = slice(row, row + 1)
+            kept = (guesses[part], batch.targets[part].cpu(), gather_documents(batch)[part].cpu())
+            for document, (guess, truth) in enumerate(sentences_of(*kept)):
+                ids = batch.input_ids[row][batch.document_ids[row] == document].tolist()
+                text = self._data.tokenizer.decode(ids)
+                rows.append((text[:200], *(listed([names[tag] for tag in tags]) for tags in (truth, guess))))
+        return {"samples/labels": markdown_table(("sentence", "truth (role: words)", "model"), rows[:12])}
+
+
+class SemanticRoleLabelling(TokenClassification):
+    """Find the arguments of a predicate (Shi and Lin 2019, arXiv 1904.05255) and, in unmarked sentences, predicates.
+
+    F1 is that of the CoNLL-2005 evaluation: strict, pieces of an argument joined, the predicate itself not counted.
+    """
+
+    name: ClassVar[str] = "srl"
+    joins: ClassVar[bool] = True
+
+    def build_metrics(self) -> None:
+        """Make the counts of predicates besides."""
+        super().build_metrics()
+        self._predicates = SpanCounts(self._data.labels)
+
+    def count(self, counts: SpanCounts, guess: list[str], truth: list[str]) -> None:
+        """Add a sentence to the arguments or, if its predicates are to be found, to these."""
+        (self._predicates if f"B-{TO_FIND}" in truth else counts).update([guess], [truth])
+
+    def further_scores(self) -> dict[str, float]:
+        """Return precision, recall and F1 of the predicates, if there were sentences in which to find them."""
+        scores = self._predicates.compute()
+        self._predicates.reset()
+        return {f"predicate_{name}": value for name, value in overall(scores).items()} if scores.roles else {}
+
+    def predict_step(self, batch: WordBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Return `{"tokens", "predicate", "labels", "text"}` for each predicate; those not given are found first."""
+        data = self._data
+        return label_roles(
+            self.model, self.decoder, batch.sentences, data.tokenizer, data.hparams["max_length"], data.mark
+        )
+
+
+def by_name(scores: SpanScores) -> dict[str, float]:
+    """Return the scores by name, those of roles as `f1_role/NAME`."""
+    roles = {f"f1_role/{role}": score.f1 for role, score in scores.roles.items()}
+    return {**overall(scores), **roles}
+
+
+def overall(scores: SpanScores) -> dict[str, float]:
+    """Return F1, precision and recall over all roles."""
+    score = scores.overall
+    return {"f1": score.f1, "precision": score.precision, "recall": score.recall}
+
+
+def sentences_of(guesses: Tensor, truths: Tensor, documents: Tensor) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield (predicted tags, true tags) of each document of packed rows, int64 [B, M] each."""
+    for guess, truth, document in zip(guesses.tolist(), truths.tolist(), documents.tolist(), strict=True):
+        found: dict[int, tuple[list[int], list[int]]] = {}
+        for one, other, number in zip(guess, truth, document, strict=True):
+            if number >= 0:
+                pair = found.setdefault(number, ([], []))
+                pair[0].append(one)
+                pair[1].append(other)
+        yield from found.values()
+
+
+def tag(model: Any, decoder: BioDecoder, batch: WordBatch) -> list[list[str]]:
+    """Return the tags of each sentence; words that did not fit are O."""
+    scores = model(
+        batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids,
+        segment_ids=batch.segment_ids, target_index=batch.target_index,
+    )  # fmt: skip
+    best = decoder.decode(scores.float(), batch.targets != IGNORED).tolist()
+    return [
+        [model.labels[tag] for tag in row if tag != IGNORED] + ["O"] * (len(sentence.tokens) - _count(row))
+        for sentence, row in zip(batch.sentences, best, strict=True)
+    ]
+
+
+def _count(row: list[int]) -> int:
+    return sum(tag != IGNORED for tag in row)
+
+
+def label_roles(
+    model: Any, decoder: BioDecoder, sentences: Sequence[Sentence], tokenizer: Any, length: int, mark: Mark
+) -> list[dict[str, Any]]:
+    """Return `{"tokens", "predicate", "labels", "text"}` for each predicate of each sentence, in order.
+
+    Sentences without a predicate are looked at first, and those in which none is found have no answer but
+    `"predicate": null` with all tags O.
+    """
+    device = next(model.parameters()).device
+
+    def tags(some: Sequence[Sentence]) -> list[list[str]]:
+        return tag(model, decoder, word_batch(some, tokenizer, length, mark).to(device)) if some else []
+
+    unmarked = [sentence for sentence in sentences if sentence.predicate is None]
+    found = iter(tags(unmarked))
+    marked: list[Sentence] = []
+    for sentence in sentences:
+        if sentence.predicate is not None:
+            marked.append(sentence)
+        else:
+            places = [place for place, label in enumerate(next(found)) if label == f"B-{TO_FIND}"]
+            marked += [Sentence(sentence.tokens, place) for place in places] or [sentence]
+    roles = iter(tags([sentence for sentence in marked if sentence.predicate is not None]))
+    answers = []
+    for sentence in marked:
+        labels = ["O"] * len(sentence.tokens) if sentence.predicate is None else next(roles)
+        answers.append(
+            {"tokens": sentence.tokens, "predicate": sentence.predicate, "labels": labels,
+             "text": bracketed(sentence.tokens, labels)}
+        )  # fmt: skip
+    return answers
+
+
+def bracketed(tokens: Sequence[str], labels: Sequence[str]) -> str:
+    """Return the sentence with its spans in brackets, as `[ARG0 The cook] [V gave] ...`."""
+    begins = {span.start: span for span in spans(labels)}
+    words, place = [], 0
+    while place < len(tokens):
+        span = begins.get(place)
+        end = place + 1 if span is None else span.end
+        text = " ".join(tokens[place:end])
+        words.append(text if span is None else f"[{span.role} {text}]")
+        place = end
+    return " ".join(words)
+
+
+def listed(labels: Sequence[str]) -> str:
+    """Return spans as `ARG0: 0-1, V: 2`."""
+    return ", ".join(
+        f"{role}: {start}" + (f"-{end - 1}" if end - 1 > start else "") for role, start, end in spans(labels)
+    )
