@@ -105,7 +105,7 @@ class ExampleData(RowData):
         if not self.caches:
             self.tokenizer = self._tokenizer()
             for part in ("train", "val"):
-                self.caches[part] = self._build(part)  # type: ignore[arg-type]
+                self.caches[part] = self._build(part)
         return self.caches
 
     def cache(self, part: Part) -> ExampleCache:
@@ -121,7 +121,7 @@ class ExampleData(RowData):
     def adopt_prepared(self) -> None:
         """Set tokenizer and statistics."""
         self.prepare()
-        self.statistics = {part: self._statistics(part) for part in ("train", "val")}  # type: ignore[arg-type]
+        self.statistics = {part: self._statistics(part) for part in ("train", "val")}
 
     def planned_vocabulary(self) -> int:
         """Return the size of the tokenizer, and prepare what a plan needs to know of the examples."""
@@ -177,16 +177,16 @@ class ExampleData(RowData):
 
             say(f"{cut:,} examples were longer than data.max_length ({self.hparams['max_length']} tokens) and were cut")
 
-    def fit_length(self, place: str, needed: int) -> bool:
-        """Return whether an example must be cut.
+    def fit_length(self, place: str, needed: int, length: int | None = None) -> bool:
+        """Return whether an example must be cut to `length`, by default `max_length`.
 
         Raises:
             UserError: It is too long, and such are refused.
         """
-        length = self.hparams["max_length"]
+        length = length or self.hparams["max_length"]
         if needed > length and self.hparams["too_long"] == "refuse":
             raise UserError(
-                f"{place}: {needed} tokens, but data.max_length is {length}. Raise it, or set data.too_long to truncate"
+                f"{place}: {needed} tokens, but a row has {length}. Raise data.max_length, or truncate (data.too_long)"
             )
         return needed > length
 
@@ -219,7 +219,7 @@ class ExampleData(RowData):
         return cache
 
     def _digest(self, files: list[str]) -> str:
-        return corpus_digest(Corpus(tuple(files), setting="data.train_files"), self.cache_folder)
+        return corpus_digest(Corpus(tuple(files), setting="data.train_files", suffixes=("",)), self.cache_folder)
 
     def _statistics(self, part: Part) -> CorpusStatistics:
         cache, length = self.cache(part), self.hparams["max_length"]

@@ -102,8 +102,10 @@ class PredictionLines(IterableDataset[PredictBatch]):
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
+        masks: bool = True,
     ) -> None:
         self.files, self.tokenizer, self.length, self.batch_size = files, tokenizer, length, batch_size
+        self.masks = masks
         self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[PredictBatch]:
@@ -111,19 +113,21 @@ class PredictionLines(IterableDataset[PredictBatch]):
         batches = iter(lambda: list(islice(lines, self.batch_size)), [])
         cut = 0
         for texts in islice(batches, self.rank, None, self.world_size):
-            batch, truncated = encode_lines(texts, self.tokenizer, self.length)
+            batch, truncated = encode_lines(texts, self.tokenizer, self.length, self.masks)
             cut += truncated
             yield batch
         if cut:
             rank_zero_warn(f"{cut} lines were longer than data.max_length ({self.length} tokens) and were cut")
 
 
-def encode_lines(texts: list[str], tokenizer: TextTokenizer, length: int) -> tuple[PredictBatch, int]:
-    """Return texts with `[MASK]` in them as a padded batch [B, S <= length], and how many were cut to fit."""
+def encode_lines(
+    texts: list[str], tokenizer: TextTokenizer, length: int, masks: bool = True
+) -> tuple[PredictBatch, int]:
+    """Return texts as a padded batch [B, S <= length], and how many were cut to fit; with `masks`, [MASK] is read."""
     before, after = tokenizer.template
     room = length - len(before) - len(after)
-    own = [text.replace(MASK_PLACEHOLDER, tokenizer.mask_token) for text in texts]
-    encoded = tokenizer.encode_bare(own, literal=False)
+    own = [text.replace(MASK_PLACEHOLDER, tokenizer.mask_token) if masks else text for text in texts]
+    encoded = tokenizer.encode_bare(own, literal=not masks)
     rows = [before + ids[:room] + after for ids in encoded]
     ids, positions, documents = pad_rows(rows, tokenizer.pad_id)
     batch = PredictBatch(texts, *map(torch.from_numpy, (ids, positions, documents, np.zeros_like(ids))))

@@ -67,13 +67,15 @@ class Corpus:
     """Files and data sets, and how their text is cut into documents.
 
     `patterns` are paths, globs (`**` too) or `hf:NAME_OR_FOLDER[:SPLIT]`; `text_field` names the JSON field or
-    table column; `separator` is what stands between documents of text files; `setting` is named in errors.
+    table column; `separator` is what stands between documents of text files; `setting` is named in errors;
+    `suffixes` are the formats that are taken.
     """
 
     patterns: tuple[str, ...]
     text_field: str = "text"
     separator: Separator = "blank_line"
     setting: str = "data.train_files"
+    suffixes: tuple[str, ...] = SUFFIXES
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
@@ -107,8 +109,8 @@ class Corpus:
         if not paths:
             raise UserError(f'{self.setting}: no file matches "{pattern}". Check the path, from {Path.cwd()}')
         for path in paths:
-            if not path.name.endswith(SUFFIXES):
-                raise UserError(f"{path}: unknown format. {self.setting} takes {' '.join(SUFFIXES)}")
+            if not path.name.endswith(self.suffixes):
+                raise UserError(f"{path}: unknown format. {self.setting} takes {' '.join(self.suffixes)}")
         return paths
 
     def _read(self, path: Path, report: Report) -> Iterator[tuple[str, bool]]:

@@ -43,12 +43,12 @@ class Sentence(NamedTuple):
 class EncodedSentence(NamedTuple):
     """Ids and segments of a sentence in the tokenizer's template, and the places of its words' first pieces.
 
-    `needed` is the number of tokens of the whole sentence; words that did not fit are not in `index`.
+    `needed` is the number of tokens of the whole sentence; words that did not fit are not among them.
     """
 
     ids: list[int]
     segments: list[int]
-    index: list[int]
+    places: list[int]
     needed: int
 
 
@@ -285,6 +285,6 @@ def word_batch(sentences: Sequence[Sentence], tokenizer: TextTokenizer, length: 
     encoded = encode_sentences(sentences, tokenizer, length, mark)
     ids, positions, documents = pad_rows([sentence.ids for sentence in encoded], tokenizer.pad_id)
     segments, _, _ = pad_rows([sentence.segments for sentence in encoded], 0)
-    index, _, real = pad_rows([sentence.index for sentence in encoded], 0)
+    index, _, real = pad_rows([sentence.places for sentence in encoded], 0)
     targets = np.where(real == 0, 0, IGNORED)
     return WordBatch(list(sentences), *map(torch.from_numpy, (ids, positions, documents, segments, index, targets)))

@@ -46,9 +46,10 @@ class Checkpointable(nn.Module):
 
 
 def run_block(block: Any, hidden: Tensor, context: Any, *more: Tensor) -> Tensor:
-    """Return `block(hidden, context, *more)`, [B, S, D], keeping for the backward pass what the block's switches say.
+    """Return `block(hidden, context, *more)`, [B, S, D], keeping for its backward pass what the block's switches say.
 
-    `block` is a `Checkpointable`; `more` are tensors that may need gradients too. Source: Chen et al. 2016, arXiv 1604.06174, through `torch.utils.checkpoint`.
+    `block` is a `Checkpointable`; `more` are tensors that may need gradients too. Source: Chen et al. 2016, arXiv
+    1604.06174, through `torch.utils.checkpoint`.
     """
     if not torch.is_grad_enabled():
         return block(hidden, context, *more)

@@ -5,8 +5,6 @@ Shapes: B batch, S sequence, M targets per row, D hidden.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +31,7 @@ class EncoderModel(nn.Module):
     all.
     """
 
-    task: ClassVar[str]
+    task: str
 
     def __init__(self, config: ResolvedConfig) -> None:
         super().__init__()
@@ -56,6 +54,9 @@ class EncoderModel(nn.Module):
     def inherits(self, name: str, stored: Stored) -> bool:
         """Whether weight `name` of a stored model is taken over when training starts from it."""
         return stored.task == self.task or name.startswith(ENCODER)
+
+    def warm_start(self) -> None:
+        """Start what the model has besides the encoder, which comes from a model of another task."""
 
     def encode(
         self,

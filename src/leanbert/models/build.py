@@ -149,6 +149,8 @@ def _load(config: EncoderConfig, vocab_size: int, make: Callable[[ResolvedConfig
     initialise(model)
     state = {name: tensor for name, tensor in stored.state.items() if model.inherits(name, stored)}
     load_weights(model, state, source, partial=stored.task != model.task or len(state) < len(stored.state))
+    if stored.task != model.task:
+        model.warm_start()
     return model
 
 

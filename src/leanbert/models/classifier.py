@@ -64,7 +64,7 @@ class Classifier(EncoderModel):
     def __init__(self, config: ResolvedConfig, labels: Sequence[str], of: Of, task: str) -> None:
         super().__init__(config)
         self.labels, self.of = list(labels), of
-        self.task = task  # type: ignore[misc]
+        self.task = task
         self.head = ClassificationHead(config, len(self.labels), of)
 
     def inherits(self, name: str, stored: Stored) -> bool:

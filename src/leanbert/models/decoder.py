@@ -71,16 +71,14 @@ class DecoderBlock(Checkpointable):
     def forward(self, hidden: Tensor, context: DecoderContext, memory: Tensor) -> Tensor:
         """Run one block on the whole target `hidden` [B, T, D] and source `memory` [B, S, D]."""
         key, value = self.cross_attention.project(memory)
-        return self.run(hidden, lambda x: self.attention(x, context.own), key, value, context.cross_mask)
+        return self.run(
+            hidden,
+            lambda x: self.attention(x, context.own),
+            lambda x: self.cross_attention(x, key, value, context.cross_mask),
+        )
 
-    def run(
-        self, hidden: Tensor, attention: Callable[[Tensor], Tensor], key: Tensor, value: Tensor, cross_mask: Tensor
-    ) -> Tensor:
-        """Run one block with a given way of self-attention, and the source's keys and values."""
-
-        def cross(x: Tensor) -> Tensor:
-            return self.cross_attention(x, key, value, cross_mask)
-
+    def run(self, hidden: Tensor, attention: Callable[[Tensor], Tensor], cross: Callable[[Tensor], Tensor]) -> Tensor:
+        """Run one block with given ways of attention to the target and to the source."""
         if self.pre_norm:
             hidden = hidden + self._drop(attention(self.attention_norm(hidden)))
             hidden = hidden + self._drop(cross(self.cross_attention_norm(hidden)))

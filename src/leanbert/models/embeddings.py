@@ -36,6 +36,7 @@ class Embeddings(nn.Module):
     Without `tokens` of its own, as in a decoder, their table comes with each call.
     """
 
+    token: nn.Embedding
     fixed_position: Tensor | None
 
     def __init__(self, config: ResolvedConfig, tokens: bool = True) -> None:
@@ -43,7 +44,7 @@ class Embeddings(nn.Module):
         if config.vocab_size is None:
             raise ValueError("the encoder is built after the tokenizer: config.vocab_size is None")
         width = config.hidden_size
-        self.token = nn.Embedding(padded_rows(config.vocab_size), width) if tokens else None
+        self.token = nn.Embedding(padded_rows(config.vocab_size), width) if tokens else None  # type: ignore[assignment]
         self.segment = nn.Embedding(config.type_vocab_size, width) if config.type_vocab_size else None
         self.position = nn.Embedding(config.max_positions, width) if config.position == "learned" else None
         fixed = sinusoidal_table(config.max_positions, width) if config.position == "sinusoidal" else None
@@ -55,9 +56,7 @@ class Embeddings(nn.Module):
         self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor | None, tokens: Tensor | None = None
     ) -> Tensor:
         """Embed int64 ids; without `segment_ids` all tokens are in segment 0. `tokens`: another table, [R, D]."""
-        own = self.token.weight if tokens is None and self.token is not None else tokens
-        assert own is not None, "the table of tokens is the caller's"
-        hidden = nn.functional.embedding(input_ids, own)
+        hidden = nn.functional.embedding(input_ids, self.token.weight if tokens is None else tokens)
         if self.segment is not None:
             hidden = hidden + (self.segment.weight[0] if segment_ids is None else self.segment(segment_ids))
         table = self.fixed_position if self.position is None else self.position.weight

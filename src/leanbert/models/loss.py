@@ -22,58 +22,82 @@ GRADIENT_BLOCK = 2**20
 """Elements of the vocabulary's gradient that a 16-bit product is added to at a time."""
 
 
-def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy_sum(logits: Tensor, targets: Tensor, smoothing: float = 0.0, vocab_size: int | None = None) -> Tensor:
     """Sum of the cross entropies (nats, at least float32) of `logits` [..., V] at `targets` (int64 [...]).
 
     Targets of -100 do not count. Equals `F.cross_entropy(logits.float(), ..., reduction="sum")`, but float32
     values and probabilities exist for a few rows at a time only, in the forward and again in the backward.
+    With `smoothing` this share of each target is spread over the first `vocab_size` labels (None: all): Szegedy et al.
+    2016, arXiv 1512.00567.
     """
-    return _CrossEntropySum.apply(logits.flatten(0, -2), targets.flatten())
+    size = logits.shape[-1] if vocab_size is None else vocab_size
+    return _CrossEntropySum.apply(logits.flatten(0, -2), targets.flatten(), smoothing, size)
 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, smoothing: float, size: int) -> Tensor:
         counted = targets != IGNORED  # [N]
         wanted = targets.clamp(min=0)[:, None]  # [N, 1]
         rows = _rows_per_chunk(logits)
         wide = _wide_dtype(logits)
         normaliser = torch.cat([chunk.to(wide).logsumexp(-1) for chunk in logits.split(rows)])  # [N]
         score = logits.gather(1, wanted).squeeze(1).to(wide)  # [N]
+        if smoothing:
+            mean = torch.cat([chunk[:, :size].to(wide).mean(-1) for chunk in logits.split(rows)])  # [N]
+            score = torch.lerp(score, mean, smoothing)
         ctx.save_for_backward(logits, wanted, counted, normaliser)
+        ctx.smoothing, ctx.size = smoothing, size
         return torch.where(counted, normaliser - score, 0.0).sum()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         logits, wanted, counted, normaliser = ctx.saved_tensors
         scale = torch.where(counted, upstream, 0.0)[:, None]  # [N, 1]
         gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         each = (gradient, logits, wanted, normaliser[:, None], scale)
         rows = _rows_per_chunk(logits)
         for out, chunk, target, norm, factor in zip(*(x.split(rows) for x in each), strict=True):
-            probability = chunk.to(norm.dtype).sub(norm).exp_()
-            out.copy_(probability.mul_(factor).scatter_add_(1, target, -factor))
-        return gradient, None
+            probability = chunk.to(norm.dtype).sub(norm).exp_().mul_(factor)
+            probability.scatter_add_(1, target, (ctx.smoothing - 1.0) * factor)
+            if ctx.smoothing:
+                probability[:, : ctx.size] -= ctx.smoothing / ctx.size * factor
+            out.copy_(probability)
+        return gradient, None, None, None
 
 
 def linear_cross_entropy_sum(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, *, vocab_size: int, chunk: int
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    chunk: int,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """Sum of the cross entropies (nats) of `hidden` [N, D] against `weight` [R, D] and `bias` [R] at `targets` [N].
 
     The first `vocab_size` of the R rows count. Logits [chunk, R] exist for `chunk` targets at a time only. Equals
-    `cross_entropy_sum` of the logits: the gradients are made chunk by chunk in the forward pass, while the logits are
-    there, so nothing is computed twice (as in Liger Kernel, Hsu et al. 2024, arXiv 2410.10989); those of weight and
-    bias are summed in at least float32. Can be back-propagated once. Exact.
+    `cross_entropy_sum` of the logits (with its `smoothing`): the gradients are made chunk by chunk in the forward
+    pass, while the logits are there, so nothing is computed twice (as in Liger Kernel, Hsu et al. 2024, arXiv
+    2410.10989); those of weight and bias are summed in at least float32. Can be back-propagated once. Exact.
     """
-    return _LinearCrossEntropySum.apply(hidden, weight, bias, targets, vocab_size, chunk)
+    return _LinearCrossEntropySum.apply(hidden, weight, bias, targets, vocab_size, chunk, smoothing)
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, vocab_size: int, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        chunk: int,
+        smoothing: float,
     ) -> Tensor:
         kind, wide = hidden.device.type, _wide_dtype(hidden)
         product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -93,7 +117,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                 logits = F.linear(part, matrix, shift)  # [chunk, R]
                 logits[:, vocab_size:] = float("-inf")
                 with torch.enable_grad():
-                    loss = cross_entropy_sum(logits.requires_grad_(), targets[rows])
+                    loss = cross_entropy_sum(logits.requires_grad_(), targets[rows], smoothing, vocab_size)
                 total += loss.detach()
                 if any(ctx.needs_input_grad):
                     (slope,) = torch.autograd.grad(loss, logits)  # [chunk, R]
@@ -105,7 +129,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place: a copy of the weight's would be large
         scaled = (g if g is None else g.mul_(upstream).to(d) for g, d in zip(gradients, ctx.dtypes, strict=True))
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None
 
 
 def _add_gradients(sums: list[Tensor | None], rows: slice, slope: Tensor, part: Tensor, matrix: Tensor) -> None:

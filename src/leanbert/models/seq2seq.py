@@ -5,7 +5,7 @@ Shapes: B batch, S source tokens, T target tokens, D hidden, V vocabulary, R row
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from leanbert.models.config import ResolvedConfig
 from leanbert.models.decoder import CrossAttention, Decoder, DecoderBlock
 from leanbert.models.encoder import Block
 from leanbert.models.heads import MaskedLMHead
-from leanbert.models.loss import cross_entropy_sum, linear_cross_entropy_sum, smoothed_cross_entropy_sum
+from leanbert.models.loss import cross_entropy_sum, linear_cross_entropy_sum
 from leanbert.models.weights import Stored
 
 Start = Literal["encoder", "shared", "random"]
@@ -38,7 +38,7 @@ class Seq2SeqModel(EncoderModel):
     def __init__(self, config: ResolvedConfig, decoder_layers: int | None, start: Start, task: str = "seq2seq") -> None:
         super().__init__(config)
         self.start = start
-        self.task = task  # type: ignore[misc]
+        self.task = task
         self.decoder = Decoder(config, decoder_layers or config.num_layers)
         self.head = MaskedLMHead(config)
         if start == "shared":
@@ -61,9 +61,12 @@ class Seq2SeqModel(EncoderModel):
 
     def warm_start(self) -> None:
         """Copy the encoder's weights into the decoder: blocks evenly chosen, cross-attention from self-attention."""
+        if self.start == "random":
+            return
         count, layers = len(self.decoder.blocks), len(self.encoder.blocks)
         for number, block in enumerate(self.decoder.blocks):
-            _copy_block(self.encoder.blocks[number * layers // count], block, first=number == 0)
+            source: Any = self.encoder.blocks[number * layers // count]
+            _copy_block(source, block, first=number == 0)  # type: ignore[arg-type]
         own, theirs = self.decoder.embeddings, self.encoder.embeddings
         own.load_state_dict({n: t for n, t in theirs.state_dict().items() if not n.startswith("token.")})
         if self.decoder.final_norm is not None and self.encoder.final_norm is not None:
@@ -129,10 +132,7 @@ class Seq2SeqModel(EncoderModel):
         hidden = self.hidden(input_ids, decoder_ids, **places)
         embedding = self.encoder.embeddings.token.weight
         if self.head_chunk is None:
-            logits = self.head(hidden, embedding)
-            if smoothing:
-                return smoothed_cross_entropy_sum(logits, targets, smoothing)
-            return cross_entropy_sum(logits, targets)
+            return cross_entropy_sum(self.head(hidden, embedding), targets, smoothing)
         return linear_cross_entropy_sum(
             self.head.transform(hidden).flatten(0, 1), embedding, self.head.bias, targets.flatten(),
             vocab_size=self.head.vocab_size, chunk=self.head_chunk, smoothing=smoothing,

@@ -1,0 +1,258 @@
+"""Pairs of a source and a target: sentences and their translations, documents and their summaries.
+
+Letters: B rows, S source tokens of a row, T its target tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from leanbert.data.batch import PairBatch, PredictBatch
+from leanbert.data.embedded import embedded_files
+from leanbert.data.example_data import ExampleData, Part
+from leanbert.data.examples import Example, ExampleCache
+from leanbert.data.loading import PredictionLines, encode_lines, locate
+from leanbert.data.module import as_list
+from leanbert.data.packing import PADDING_DOCUMENT, Packing, pack_examples
+from leanbert.data.readers import open_binary, read_lines, whole_lines
+from leanbert.data.records import read_records, text_of
+from leanbert.data.sources import Corpus, document_hash, no_report
+from leanbert.errors import UserError
+from leanbert.models.loss import IGNORED
+
+ENCODED_TOGETHER = 1024
+"""Pairs whose texts are given to the tokenizer at a time."""
+
+
+class Pair(NamedTuple):
+    """A source and its target, and where they stand; of evaluation all references, the target first."""
+
+    place: str
+    source: str
+    target: str
+    references: list[str]
+
+
+class PairRows(Dataset[PairBatch]):
+    """Packed rows of pairs; the index is an array of stream positions, the item a whole batch.
+
+    The columns of the cache: "source" and "target", ids in the tokenizer's template.
+    """
+
+    def __init__(
+        self, cache: ExampleCache, packing: Packing, source_length: int, target_length: int, pad_id: int,
+        seed: int | None = None,
+    ) -> None:  # fmt: skip
+        self.cache, self.packing, self.pad_id, self.seed = cache, packing, pad_id, seed
+        self.source_length, self.target_length, self.rows = source_length, target_length, packing.rows
+
+    def __getitem__(self, positions: np.ndarray) -> PairBatch:
+        """Return the batch of the rows at `positions`, int64 [B]."""
+        rows, _ = locate(positions, self.rows, self.seed)
+        blank = blank_pairs(len(rows), self.source_length, self.target_length, self.pad_id)
+        for place, row in enumerate(rows):
+            examples = self.packing.examples(row)
+            sources, targets = self.cache.read("source", examples), self.cache.read("target", examples)
+            start = begin = 0
+            for document, (source, target) in enumerate(zip(sources, targets, strict=True)):
+                here = (place, slice(start, start + len(source)))
+                blank["input_ids"][here] = source
+                blank["position_ids"][here] = np.arange(len(source))
+                blank["document_ids"][here] = document
+                there = (place, slice(begin, begin + len(target) - 1))
+                blank["decoder_ids"][there] = target[:-1]
+                blank["decoder_position_ids"][there] = np.arange(len(target) - 1)
+                blank["decoder_document_ids"][there] = document
+                blank["targets"][there] = target[1:]
+                start, begin = here[1].stop, there[1].stop
+        return PairBatch(**{name: torch.from_numpy(array) for name, array in blank.items()})
+
+
+def blank_pairs(rows: int, source_length: int, target_length: int, pad_id: int) -> dict[str, np.ndarray]:
+    """Return the arrays of a `PairBatch` of padding."""
+    source, target = (rows, source_length), (rows, target_length)
+    return {
+        "input_ids": np.full(source, pad_id, dtype=np.int64),
+        "position_ids": np.zeros(source, dtype=np.int64),
+        "document_ids": np.full(source, PADDING_DOCUMENT, dtype=np.int64),
+        "decoder_ids": np.full(target, pad_id, dtype=np.int64),
+        "decoder_position_ids": np.zeros(target, dtype=np.int64),
+        "decoder_document_ids": np.full(target, PADDING_DOCUMENT, dtype=np.int64),
+        "targets": np.full(target, IGNORED, dtype=np.int64),
+    }
+
+
+class PairData(ExampleData):
+    """Sources and targets, as two text files with a line each, or as fields of .jsonl, .csv and .tsv files.
+
+    Args:
+        sample: The embedded sample that is used without files: a synthetic language to translate into, or docstrings
+            and their first lines.
+        train_target_files: Text files of the targets, line by line to `train_files`; unset: `train_files` have both.
+        val_target_files: The same of validation.
+        test_target_files: The same of the test.
+        source_field: Field of the source.
+        target_field: Field of the target.
+        references_field: Field with a list of further right outputs, for evaluation.
+        max_target_length: Target tokens in a row. Default: max_length.
+        settings: See `ExampleData`.
+
+    """
+
+    dtypes: ClassVar = {"source": "int32", "target": "int32"}
+    lengths: ClassVar = ("source", "target")
+
+    def __init__(
+        self,
+        sample: Literal["translation", "summarization"] = "translation",
+        train_target_files: str | list[str] | None = None,
+        val_target_files: str | list[str] | None = None,
+        test_target_files: str | list[str] | None = None,
+        source_field: str = "source",
+        target_field: str = "target",
+        references_field: str | None = None,
+        max_target_length: int | None = None,
+        **settings: Any,
+    ) -> None:
+        own: dict[str, Any] = {
+            "sample": sample, "train_target_files": train_target_files, "val_target_files": val_target_files,
+            "test_target_files": test_target_files, "source_field": source_field, "target_field": target_field,
+            "references_field": references_field, "max_target_length": max_target_length,
+        }  # fmt: skip
+        super().__init__(**{**settings, **own})
+        if max_target_length is not None and max_target_length < 8:
+            raise UserError(f"data.max_target_length: {max_target_length} is too small. Set at least 8")
+
+    @property
+    def room(self) -> tuple[int, int]:
+        """Source and target tokens in a row."""
+        return self.hparams["max_length"], self.hparams["max_target_length"] or self.hparams["max_length"]
+
+    def embedded(self, cache_dir: Path) -> dict[Part, Path]:
+        """Return the sample."""
+        return embedded_files(self.hparams["sample"], cache_dir)
+
+    def key(self, part: Part) -> list[Any]:
+        """Return the settings of reading, and the target files."""
+        targets = self.target_files(part)
+        names = ("source_field", "target_field")
+        digest = self._digest(targets) if targets else None
+        return [digest, self.room, *(self.hparams[name] for name in names)]
+
+    def target_files(self, part: Part) -> list[str] | None:
+        """Return the text files of the targets."""
+        shared = part == "val" and self.hparams["val_files"] is None
+        return as_list(self.hparams["train_target_files" if shared else f"{part}_target_files"])
+
+    def texts(self, files: list[str]) -> Iterator[str]:
+        """Yield sources and targets of the training pairs."""
+        for pair in self.pairs("train"):
+            yield from (pair.source, pair.target)
+
+    def encode(self, files: list[str], part: Part, facts: dict[str, Any]) -> Iterator[Example]:
+        """Yield the examples; `facts` get "cut", the number of pairs that were cut."""
+        before, after = self.tokenizer.template
+        frame = len(before) + len(after)
+        facts["cut"], pairs = 0, self.pairs(part)
+        while batch := list(islice(pairs, ENCODED_TOGETHER)):
+            bare = self.tokenizer.encode_bare([text for pair in batch for text in (pair.source, pair.target)])
+            for pair, source, target in zip(batch, bare[::2], bare[1::2], strict=True):
+                cut = self.fit_length(pair.place, len(source) + frame, self.room[0])
+                cut |= self.fit_length(pair.place, len(target) + frame - 1, self.room[1])
+                facts["cut"] += cut
+                yield {
+                    "source": [*before, *source[: self.room[0] - frame], *after],
+                    "target": [*before, *target[: self.room[1] - frame + 1], *after],
+                }
+
+    def pairs(self, part: Part) -> Iterator[Pair]:
+        """Yield the pairs of a part.
+
+        Raises:
+            UserError: Files of different length, an empty side, a missing field; names file and line.
+        """
+        low, high = self.held_out(part)
+        targets = self.target_files(part)
+        found = self._records(part) if targets is None else _lines(self.files(part), targets)
+        for pair in found:
+            for side, text in (("source", pair.source), ("target", pair.target)):
+                if not text.strip():
+                    raise UserError(f"{pair.place}: the {side} is empty. Remove the pair, or give a text")
+            if low <= document_hash(pair.source) < high:
+                yield pair
+
+    def _records(self, part: Part) -> Iterator[Pair]:
+        summaries = self.hparams["train_files"] is None and self.hparams["sample"] == "summarization"
+        source, target = ("document", "summary") if summaries else (
+            self.hparams["source_field"], self.hparams["target_field"])  # fmt: skip
+        further = self.hparams["references_field"]
+        for place, record in read_records(self.files(part), f"data.{part}_files", (source, target)):
+            own = text_of(place, record, target)
+            more = record.get(further, []) if further else []
+            references = [own, *(text for text in more if text != own)]
+            yield Pair(place, text_of(place, record, source), own, references)
+
+    # ---- rows
+
+    def packing(self, part: Part) -> Packing:
+        """Return which pairs share a row; a target needs one token less, for it is read up to its last."""
+        lengths = self.cache(part).all_lengths(self.lengths) - np.asarray([0, 1])
+        return pack_examples(lengths, self.room, self.slots, self.hparams["seed"] if part == "train" else None)
+
+    def training_rows(self) -> PairRows:
+        """Return rows in an order that changes with each epoch."""
+        return self._rows("train", self.hparams["seed"])
+
+    def evaluation_rows(self, part: Any) -> PairRows:
+        """Return rows in the order of the files."""
+        return self._rows(part, None)
+
+    def blank_batch(self, rows: int, *, validation: bool = False) -> PairBatch:
+        """Return a batch of padding in the shapes of a real one."""
+        arrays = blank_pairs(rows, *self.room, self.tokenizer.pad_id)
+        return PairBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+
+    def sources(self, part: Part, batch_size: int) -> Iterator[tuple[PredictBatch, list[list[str]]]]:
+        """Yield batches of sources to generate from, each with its references, longest sources together."""
+        pairs = sorted(self.pairs(part), key=lambda pair: -len(pair.source))
+        for start in range(0, len(pairs), batch_size):
+            some = pairs[start : start + batch_size]
+            batch, _ = encode_lines([pair.source for pair in some], self.tokenizer, self.room[0], masks=False)
+            yield batch, [pair.references for pair in some]
+
+    def prediction_batches(self, files: list[str], batch_size: int) -> PredictionLines:
+        """Return lines of text."""
+        return PredictionLines(files, self.tokenizer, self.room[0], batch_size, masks=False)
+
+    def _rows(self, part: Part, seed: int | None) -> PairRows:
+        return PairRows(self.cache(part), self.packing(part), *self.room, self.tokenizer.pad_id, seed)
+
+
+def _lines(sources: list[str], targets: list[str]) -> Iterator[Pair]:
+    """Yield line by line pairs of text files. Raises UserError if one has more lines."""
+    # any name will do, such as train.en: they are lines of text
+    here, there = (list(Corpus(tuple(f), suffixes=("",)).files) for f in (sources, targets))
+    if len(here) != len(there):
+        raise UserError(f"data.train_target_files: {len(there)} files for {len(here)} of sources. Give one for each")
+    for source, target in zip(here, there, strict=True):
+        for one, other in zip_longest(_read(source), _read(target)):
+            if one is None or other is None:
+                longer, place = (source, one) if other is None else (target, other)
+                raise UserError(
+                    f"{longer}:{place[0]}: the other file ({target if other is None else source}) has no such line. "
+                    "Give files with a line for each pair"
+                )
+            yield Pair(f"{source}:{one[0]}", one[1], other[1], [other[1]])
+
+
+def _read(path: Path) -> Iterator[tuple[int, str]]:
+    with open_binary(path, no_report) as stream:
+        for number, line in whole_lines(read_lines(stream, str(path))):
+            yield number, line.rstrip("\n")

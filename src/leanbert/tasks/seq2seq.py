@@ -1,0 +1,239 @@
+"""Sequence to sequence: translation and summarization with a pretrained encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.text import CHRFScore, SacreBLEUScore
+from torchmetrics.text.rouge import ROUGEScore
+from tqdm import tqdm
+
+from leanbert.data.batch import PairBatch, PredictBatch
+from leanbert.errors import UserError
+from leanbert.memory.optimizers import OptimizerConfig, ScheduleConfig
+from leanbert.models.build import build_model
+from leanbert.models.config import EncoderConfig
+from leanbert.models.generation import GenerationConfig, Tokens, generate
+from leanbert.models.loss import IGNORED
+from leanbert.models.seq2seq import Seq2SeqModel, Start
+from leanbert.tasks.base import Task
+from leanbert.tasks.metrics import MeanLoss
+from leanbert.tasks.tables import markdown_table
+
+Quality = Literal["bleu", "rouge"]
+
+SIGNATURE = "nrefs:var|case:mixed|eff:no|tok:13a|smooth:exp|torchmetrics"
+"""How BLEU is counted, in sacreBLEU's terms."""
+GENERATED_TOGETHER = 64
+"""Sources of one batch of generation in evaluation."""
+
+
+class Seq2Seq(Task):
+    """An encoder and a decoder that writes the target, trained with the right target before each token.
+
+    Args:
+        encoder: Architecture of the encoder and, but for the number of blocks, of the decoder.
+        optimizer: Optimizer and its settings.
+        schedule: Learning rate by step.
+        init_from: Hugging Face folder or LeanBERT checkpoint whose encoder to start from.
+        compile: Compile each block with torch.compile: faster steps after about a minute of compilation.
+        seed: Seed of initial weights and dropout (the CLI sets it to seed_everything if it is 0).
+        decoder_layers: Blocks of the decoder. Default: as many as the encoder has.
+        decoder_start: Where the decoder's weights come from: encoder (copies), shared (with the encoder, which saves
+            parameters), random. With encoder, and nothing to start from, it is random.
+        label_smoothing: Share of each target that is spread over the vocabulary.
+        quality: What generated outputs are measured by: bleu (and chrF), or rouge.
+        generation: How `test` and `predict` search for outputs.
+        validation_sources: Generate for so many validation sources, greedily, at each validation. Default: for all; 0:
+            for none.
+
+    """
+
+    name: ClassVar[str] = "seq2seq"
+    example: ClassVar[str] = "The cook gives the guest a cake ."
+
+    def __init__(
+        self,
+        encoder: EncoderConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
+        schedule: ScheduleConfig | None = None,
+        init_from: str | None = None,
+        compile: bool = False,
+        seed: int = 0,
+        decoder_layers: int | None = None,
+        decoder_start: Start = "encoder",
+        label_smoothing: float = 0.1,
+        quality: Quality = "bleu",
+        generation: GenerationConfig | None = None,
+        validation_sources: int | None = None,
+    ) -> None:
+        super().__init__(encoder, optimizer, schedule, init_from, compile, seed)
+        if not 0.0 <= label_smoothing < 1.0:
+            raise UserError(f"model.label_smoothing: {label_smoothing} is no share. Choose from 0 to below 1")
+        if decoder_layers is not None and decoder_layers < 1:
+            raise UserError(f"model.decoder_layers: {decoder_layers} is too small. Set at least 1")
+        self.decoder_layers, self.decoder_start = decoder_layers, decoder_start
+        self.label_smoothing, self.quality = label_smoothing, quality
+        self.generation = (generation or GenerationConfig()).check()
+        self.validation_sources = validation_sources
+
+    def build_model(self) -> nn.Module:
+        """Return the model whose vocabulary is the tokenizer's; the decoder starts as is set."""
+        model: Seq2SeqModel = build_model(
+            self.encoder_config,
+            self._data.tokenizer.vocab_size,
+            lambda config: Seq2SeqModel(config, self.decoder_layers, self.decoder_start, self.name),
+            init_from=self.init_from,
+        )
+        return model
+
+    def build_metrics(self) -> None:
+        """Make the mean loss, and the measures of generated outputs."""
+        self.mean_loss = MeanLoss()
+        self.outputs = OutputMetrics(self.quality)
+        self._shown: list[tuple[str, str, str]] = []
+
+    def forward(self, batch: PairBatch) -> Tensor:
+        """Return logits [B, T, V] of the next tokens."""
+        return self.model(batch.input_ids, batch.decoder_ids, **places(batch))
+
+    def count_targets(self, batch: PairBatch) -> Tensor:
+        """Return the number of target tokens, shape []."""
+        return (batch.targets != IGNORED).sum()
+
+    def loss_sum(self, batch: PairBatch) -> Tensor:
+        """Return the smoothed cross entropy in nats summed over target tokens, shape []."""
+        return self._loss_sum(batch, self.label_smoothing)
+
+    def _loss_sum(self, batch: PairBatch, smoothing: float) -> Tensor:
+        return self.model.loss_sum(batch.input_ids, batch.decoder_ids, batch.targets, smoothing, **places(batch))
+
+    # ---- evaluation
+
+    def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
+        """Add a batch to the loss, which is not smoothed here."""
+        self.mean_loss.update(self._loss_sum(batch, 0.0), self.count_targets(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Generate, and log the metrics at the number of completed steps."""
+        greedy = GenerationConfig(length_ratio=self.generation.length_ratio, length_more=self.generation.length_more)
+        self._finish("val", greedy, self.validation_sources)
+
+    def test_step(self, batch: PairBatch, batch_idx: int) -> None:
+        """Do as in validation."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Generate as set, and log the metrics."""
+        self._finish("test", self.generation, None)
+
+    def _finish(self, part: Any, config: GenerationConfig, most: int | None) -> None:
+        loss = self.mean_loss.compute()
+        values = {"loss": loss, "perplexity": float(torch.tensor(loss).exp())}
+        if most != 0:
+            self.generate_part(part, config, most)
+            values.update(self.outputs.compute())
+        self.log_evaluation(part, values)
+
+    def generate_part(self, part: Any, config: GenerationConfig, most: int | None) -> None:
+        """Add the outputs for a part's sources, each rank for its share of the batches."""
+        batches = self._data.sources(part, GENERATED_TOGETHER)
+        if most is not None:
+            batches = self._data.sources(part, most)
+        self._shown = []
+        bar = tqdm(batches, desc="Generating", unit="batch", disable=None, leave=False)
+        for number, (batch, references) in enumerate(bar):
+            if most is not None and number > 0:
+                break
+            if number % self.trainer.world_size == self.global_rank:
+                texts = [a["output"] for a in self._answers(batch.to(self.device), config)]
+                self.outputs.update(texts, references)
+                shown = zip(batch.texts, (own[0] for own in references), texts, strict=True)
+                self._shown += list(shown)[: 12 - len(self._shown)]
+
+    def samples(self, batch: PairBatch) -> dict[str, str]:
+        """Return a table of the first generated outputs."""
+        return (
+            {"samples/outputs": markdown_table(("source", "reference", "output"), self._shown)} if self._shown else {}
+        )
+
+    def predict_step(self, batch: PredictBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Return `{"source", "output", "score"}` for each text."""
+        return self._answers(batch, self.generation)
+
+    def _answers(self, batch: PredictBatch, config: GenerationConfig) -> list[dict[str, Any]]:
+        return write(self.model, self._data.tokenizer, batch, config)
+
+
+class OutputMetrics(nn.Module):
+    """BLEU and chrF, or ROUGE, of whole generated sets, with any number of references; as torchmetrics has them.
+
+    BLEU is sacreBLEU's (Post 2018, arXiv 1804.08771), cased, tokenised by 13a; chrF2 that of Popović 2015; ROUGE-1, 2
+    and L those of Lin 2004 with the best of several references, all from 0 to 100.
+    """
+
+    def __init__(self, quality: Quality) -> None:
+        super().__init__()
+        self.metrics = nn.ModuleDict(
+            {"bleu": SacreBLEUScore(), "chrf": CHRFScore(n_word_order=0)}
+            if quality == "bleu"
+            else {"rouge": ROUGEScore(rouge_keys=("rouge1", "rouge2", "rougeL"), accumulate="best")}
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OutputMetrics:
+        return self  # counts of words: they stay where and what they are
+
+    def update(self, outputs: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+        """Add outputs, each with its references."""
+        for name, metric in self.metrics.items():
+            if name == "chrf":  # with fewer references for one than for another torchmetrics would mix them up
+                for output, own in zip(outputs, references, strict=True):
+                    metric.update([output], [list(own)])  # type: ignore[operator]
+            else:
+                metric.update(list(outputs), [list(own) for own in references])  # type: ignore[operator]
+
+    def compute(self) -> dict[str, float]:
+        """Return the scores by name and start afresh."""
+        found: dict[str, float] = {}
+        for name, metric in self.metrics.items():
+            value = metric.compute()  # type: ignore[operator]
+            scores = {name: value} if isinstance(value, Tensor) else value
+            for key, score in scores.items():
+                if not key.endswith(("_precision", "_recall")):
+                    found[key.removesuffix("_fmeasure")] = 100.0 * float(score)
+            metric.reset()  # type: ignore[operator]
+        return found
+
+
+def places(batch: PairBatch) -> dict[str, Tensor]:
+    """Return positions and documents of a batch, by the names of the model's arguments."""
+    return {
+        "position_ids": batch.position_ids,
+        "document_ids": batch.document_ids,
+        "decoder_position_ids": batch.decoder_position_ids,
+        "decoder_document_ids": batch.decoder_document_ids,
+    }
+
+
+def special_tokens(tokenizer: Any) -> Tokens:
+    """Return the ids that begin and end a target, and those that are not text.
+
+    Raises:
+        UserError: The tokenizer's template has no token before or after a text.
+    """
+    before, after = tokenizer.template
+    if not before or not after:
+        raise UserError("data.tokenizer: puts no token before or after a text: nothing to begin and end an output with")
+    return Tokens(before[0], after[-1], [i for i in tokenizer.special_ids if i != after[-1]])
+
+
+def write(model: Any, tokenizer: Any, batch: PredictBatch, config: GenerationConfig) -> list[dict[str, Any]]:
+    """Return `{"source", "output", "score"}` for each text; the score is log-probability over length to a power."""
+    found = generate(model, batch, special_tokens(tokenizer), config)
+    return [
+        {"source": text, "output": tokenizer.decode(output.ids).strip(), "score": round(output.score, 6)}
+        for text, output in zip(batch.texts, found, strict=True)
+    ]
