@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -24,7 +24,8 @@ class RunCheckpoint(Checkpoint):
         every_n_steps: Optimizer steps between two checkpoints.
         every_n_minutes: Save also when this much time has passed; None: by steps only.
         keep: Newest checkpoints that are kept; two, so that a damaged one has one before it.
-        monitor: Metric whose smallest value is kept as `best.ckpt`.
+        monitor: Metric whose best value is kept as `best.ckpt`.
+        mode: Whether the smallest or the largest value is the best.
 
     Raises:
         UserError: A setting is not positive.
@@ -37,6 +38,7 @@ class RunCheckpoint(Checkpoint):
         every_n_minutes: float | None = 10.0,
         keep: int = 2,
         monitor: str = "val/loss",
+        mode: Literal["min", "max"] = "min",
     ) -> None:
         for setting, value in (
             ("every_n_steps", every_n_steps),
@@ -46,7 +48,7 @@ class RunCheckpoint(Checkpoint):
             if value is not None and value <= 0:
                 raise UserError(f"checkpoint.{setting}: is {value}. Give a positive number.")
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
-        self.keep, self.monitor = keep, monitor
+        self.keep, self.monitor, self.sign = keep, monitor, 1.0 if mode == "min" else -1.0
         self.best: float | None = None
         self.best_path: str | None = None
         self.last_path: str | None = None
@@ -91,7 +93,7 @@ class RunCheckpoint(Checkpoint):
         value = trainer.callback_metrics.get(self.monitor)
         if trainer.state.fn != "fit" or value is None or trainer.global_step == 0:
             return
-        if math.isfinite(value) and (self.best is None or float(value) < self.best):
+        if math.isfinite(value) and (self.best is None or self.sign * float(value) < self.sign * self.best):
             self.best = float(value)
             self.best_path = str(self._folder(trainer) / BEST)
             trainer.save_checkpoint(self.best_path, weights_only=False)

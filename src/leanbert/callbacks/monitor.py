@@ -70,7 +70,7 @@ class StepMonitor(Callback):
         now = time.perf_counter()
         seconds = now - (self._started or now)
         self._started = now
-        tokens = batch.input_ids.numel() * trainer.world_size
+        tokens = batch.tokens * trainer.world_size
         self._count(tokens, seconds)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.global_step % every == 0 or trainer.global_step == trainer.max_steps:

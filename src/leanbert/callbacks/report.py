@@ -40,7 +40,7 @@ class StartReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Count its tokens."""
-        self._tokens += batch.input_ids.numel()
+        self._tokens += batch.tokens
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep its speed."""

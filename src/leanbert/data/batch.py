@@ -27,6 +27,11 @@ class Batch:
         """Return B."""
         return len(getattr(self, fields(self)[0].name))  # type: ignore[arg-type]
 
+    @property
+    def tokens(self) -> int:
+        """Places for tokens, of sources and of targets."""
+        return sum(value.numel() for name, value in vars(self).items() if name in ("input_ids", "decoder_ids"))
+
     def split(self: Kind, micro_batch: int) -> list[Kind]:
         """Cut into pieces of `micro_batch` rows, the last maybe smaller; the tensors' pieces are views."""
         parts = (slice(start, start + micro_batch) for start in range(0, len(self), micro_batch))

@@ -46,8 +46,9 @@ class ClassificationData(LabelledData):
         label_field: str = "label",
         **settings: Any,
     ) -> None:
-        own = {"problem": problem, "text_field": text_field, "pair_field": pair_field, "label_field": label_field}
-        super().__init__(**settings, **own)
+        super().__init__(
+            problem=problem, text_field=text_field, pair_field=pair_field, label_field=label_field, **settings
+        )
         self.problem = problem
 
     @property

@@ -121,12 +121,11 @@ class PairData(ExampleData):
         max_target_length: int | None = None,
         **settings: Any,
     ) -> None:
-        own: dict[str, Any] = {
-            "sample": sample, "train_target_files": train_target_files, "val_target_files": val_target_files,
-            "test_target_files": test_target_files, "source_field": source_field, "target_field": target_field,
-            "references_field": references_field, "max_target_length": max_target_length,
-        }  # fmt: skip
-        super().__init__(**{**settings, **own})
+        super().__init__(
+            sample=sample, train_target_files=train_target_files, val_target_files=val_target_files,
+            test_target_files=test_target_files, source_field=source_field, target_field=target_field,
+            references_field=references_field, max_target_length=max_target_length, **settings,
+        )  # fmt: skip
         if max_target_length is not None and max_target_length < 8:
             raise UserError(f"data.max_target_length: {max_target_length} is too small. Set at least 8")
 

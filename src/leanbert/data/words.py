@@ -80,28 +80,21 @@ def _encode(
     return EncodedSentence([*ids, *after], [*segments, *[0] * len(after)], index, needed)
 
 
-class TokenLabelData(LabelledData):
-    """Sentences of words with a BIO tag each, such as named entities: .jsonl, or .conll files of columns.
+class WordData(LabelledData):
+    """Sentences of words with a BIO tag each: what tagging and semantic role labelling share.
 
     Args:
         tokens_field: JSON field of the list of words.
         labels_field: JSON field of the list of tags.
         word_column: Column of the word in .conll files, counted from 0.
-        label_column: Column of the tag in .conll files; negative ones count from the last.
         settings: See `ExampleData`.
 
     """
 
     def __init__(
-        self,
-        tokens_field: str = "tokens",
-        labels_field: str = "labels",
-        word_column: int = 0,
-        label_column: int = -1,
-        **settings: Any,
+        self, tokens_field: str = "tokens", labels_field: str = "labels", word_column: int = 0, **settings: Any
     ) -> None:
-        own = {"tokens_field": tokens_field, "labels_field": labels_field, "word_column": word_column}
-        super().__init__(**{**settings, **own, "label_column": label_column})
+        super().__init__(tokens_field=tokens_field, labels_field=labels_field, word_column=word_column, **settings)
 
     mark: Mark = "tokens"
 
@@ -111,7 +104,7 @@ class TokenLabelData(LabelledData):
 
     def key(self, part: Part) -> list[Any]:
         """Return the settings of reading and, for evaluation, the labels."""
-        names = ("tokens_field", "labels_field", "word_column", "label_column")
+        names = ("tokens_field", "labels_field", "word_column")
         return [*(self.hparams[name] for name in names), None if part == "train" else self.labels]
 
     def texts(self, files: list[str]) -> Iterator[str]:
@@ -150,14 +143,8 @@ class TokenLabelData(LabelledData):
                 yield place, sentence, labels
 
     def _records(self, files: list[str]) -> Iterator[tuple[str, Sentence, list[str]]]:
-        tokens, labels = self.hparams["tokens_field"], self.hparams["labels_field"]
-        columns = [file for file in files if file.removesuffix(".gz").endswith(".conll")]
-        for place, rows in read_columns(columns, (self.hparams["word_column"], self.hparams["label_column"])):
-            yield place, Sentence([row[0] for row in rows]), [row[1] for row in rows]
-        if others := [file for file in files if file not in columns]:
-            for place, record in read_records(others, "data.train_files", (tokens, labels)):
-                words = items_of(place, record, tokens, str)
-                yield place, Sentence(words), items_of(place, record, labels, str)
+        """Yield ("file:line", sentence, tags)."""
+        raise NotImplementedError
 
     def _check(self, place: str, sentence: Sentence, labels: list[str]) -> None:
         if not sentence.tokens:
@@ -168,7 +155,37 @@ class TokenLabelData(LabelledData):
             raise UserError(f"{place}: {problem}")
 
 
-class SemanticRoleData(TokenLabelData):
+class TokenLabelData(WordData):
+    """Sentences of words with a BIO tag each, such as named entities: .jsonl, or .conll files of columns.
+
+    Args:
+        tokens_field: JSON field of the list of words.
+        labels_field: JSON field of the list of tags.
+        word_column: Column of the word in .conll files, counted from 0.
+        label_column: Column of the tag in .conll files; negative ones count from the last.
+        settings: See `ExampleData`.
+
+    """
+
+    def __init__(self, label_column: int = -1, **settings: Any) -> None:
+        super().__init__(label_column=label_column, **settings)
+
+    def key(self, part: Part) -> list[Any]:
+        """Return the settings of reading and, for evaluation, the labels."""
+        return [*super().key(part), self.hparams["label_column"]]
+
+    def _records(self, files: list[str]) -> Iterator[tuple[str, Sentence, list[str]]]:
+        tokens, labels = self.hparams["tokens_field"], self.hparams["labels_field"]
+        columns = [file for file in files if file.removesuffix(".gz").endswith(".conll")]
+        for place, rows in read_columns(columns, (self.hparams["word_column"], self.hparams["label_column"])):
+            yield place, Sentence([row[0] for row in rows]), [row[1] for row in rows]
+        if others := [file for file in files if file not in columns]:
+            for place, record in read_records(others, "data.train_files", (tokens, labels)):
+                words = items_of(place, record, tokens, str)
+                yield place, Sentence(words), items_of(place, record, labels, str)
+
+
+class SemanticRoleData(WordData):
     """Sentences with a predicate and the BIO tags of its arguments: .jsonl, or .conll files as of CoNLL-2005 and 2012.
 
     Args:
@@ -188,8 +205,6 @@ class SemanticRoleData(TokenLabelData):
 
     def __init__(
         self,
-        tokens_field: str = "tokens",
-        labels_field: str = "labels",
         predicate_field: str = "predicate",
         mark: Mark = "tokens",
         find_predicates: bool = True,
@@ -198,9 +213,10 @@ class SemanticRoleData(TokenLabelData):
         last_column: bool = False,
         **settings: Any,
     ) -> None:
-        names = {"predicate_field": predicate_field, "mark": mark, "find_predicates": find_predicates}
-        columns = {"role_columns": role_columns, "last_column": last_column}
-        super().__init__(tokens_field, labels_field, word_column, **{**settings, **names, **columns})
+        super().__init__(
+            predicate_field=predicate_field, mark=mark, find_predicates=find_predicates, word_column=word_column,
+            role_columns=role_columns, last_column=last_column, **settings,
+        )  # fmt: skip
         self.mark = mark
 
     def key(self, part: Part) -> list[Any]:
@@ -257,7 +273,7 @@ def predicate_place(place: str, value: Any, words: int) -> int:
 class SentenceLines(IterableDataset[WordBatch]):
     """Batches of the lines of text files, or of standard input, as they come: sentences to label."""
 
-    def __init__(self, files: list[str], data: TokenLabelData, batch_size: int) -> None:
+    def __init__(self, files: list[str], data: WordData, batch_size: int) -> None:
         self.files, self.data, self.batch_size = files, data, batch_size
 
     def __iter__(self) -> Iterator[WordBatch]:

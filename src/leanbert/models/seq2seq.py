@@ -52,7 +52,7 @@ class Seq2SeqModel(EncoderModel):
     @property
     def blocks(self) -> list[Block | DecoderBlock]:  # type: ignore[override]
         """All blocks, those of the encoder first."""
-        return [*self.encoder.blocks, *self.decoder.blocks]  # type: ignore[list-item]
+        return [*self.encoder.blocks, *self.decoder.blocks]
 
     def inherits(self, name: str, stored: Stored) -> bool:
         """Whether weight `name` of a stored model is taken over: of a masked language model the head too."""

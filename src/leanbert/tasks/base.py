@@ -104,7 +104,9 @@ class Task(LightningModule):
 
     def closing_words(self, metrics: dict[str, float]) -> str:
         """Return one line that says what a run came to; `metrics` by tag."""
-        return ", ".join(f"{tag} {value:.4g}" for tag, value in metrics.items() if tag.startswith("val/"))
+        return ", ".join(
+            f"{tag} {value:.4g}" for tag, value in metrics.items() if tag.startswith("val/") and tag.count("/") == 1
+        )
 
     example: ClassVar[str] = "A text."
     """A line that `predict` answers."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leanbert.data.batch import LabelledBatch, WordBatch
-from leanbert.data.bio import TO_FIND, spans
+from leanbert.data.bio import PREDICATE, TO_FIND, spans
 from leanbert.data.words import Mark, Sentence, word_batch
 from leanbert.models.loss import IGNORED
 from leanbert.tasks.labelling import Labelling, gather_documents
@@ -45,7 +45,8 @@ class TokenClassification(Labelling):
 
     def evaluate(self, part: Any, batches: list[tuple[Tensor, ...]]) -> dict[str, float]:
         """Return precision, recall and F1 of spans, over all and by role."""
-        counts = SpanCounts(self.model.labels, join_continuations=self.joins).to(self.device)
+        ignored = (PREDICATE, TO_FIND) if self.joins else ()
+        counts = SpanCounts(self.model.labels, join_continuations=self.joins, ignored=ignored).to(self.device)
         names = self._data.names(part)
         for batch in batches:
             for guess, truth in sentences_of(*batch):
