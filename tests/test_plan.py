@@ -75,6 +75,13 @@ def test_a_budget_changes_memory_and_nothing_else(folder, planned):
     assert summary["peak_bytes"] == pytest.approx(summary["predicted_peak_bytes"], rel=0.04)
     assert list(after["memory/plan/predicted_mib"].values()) == [pytest.approx(summary["predicted_peak_bytes"] / MIB)]
     assert abs(next(iter(after["memory/plan/error_percent"].values()))) < 4
+    kept = json.loads((lean / "plan.json").read_text())
+    chosen = next(candidate for candidate in kept["candidates"] if candidate["fits"])
+    assert chosen["techniques"] == kept["chosen"]
+    size = summary["micro_batch_sequences"]
+    assert {"micro_batch": size} in [
+        e["init_args"] for e in chosen["overlay"]["trainer"]["callbacks+"] if "init_args" in e
+    ]
     saved = (lean / "config.yaml").read_text()
     assert "GradientAccumulation" in saved
     assert "budget" not in saved
