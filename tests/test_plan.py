@@ -78,10 +78,8 @@ def test_a_budget_changes_memory_and_nothing_else(folder, planned):
     kept = json.loads((lean / "plan.json").read_text())
     chosen = next(candidate for candidate in kept["candidates"] if candidate["fits"])
     assert chosen["techniques"] == kept["chosen"]
-    size = summary["micro_batch_sequences"]
-    assert {"micro_batch": size} in [
-        e["init_args"] for e in chosen["overlay"]["trainer"]["callbacks+"] if "init_args" in e
-    ]
+    callbacks = chosen["overlay"]["trainer"]["callbacks+"]
+    assert {"micro_batch": summary["micro_batch_sequences"]} in [callback.get("init_args") for callback in callbacks]
     saved = (lean / "config.yaml").read_text()
     assert "GradientAccumulation" in saved
     assert "budget" not in saved
