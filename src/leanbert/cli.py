@@ -187,7 +187,7 @@ class CLI(LightningCLI):
                 sys.exit(done.returncode)
             plan, chosen = json.loads(answer.read_text()), yaml.safe_load(overlay.read_text()) or {}
         add_overlay(settings, chosen)
-        return PlanReport(plan["predicted_peak_bytes"], plan["predicted_needs_bytes"], plan["budget_bytes"])
+        return PlanReport(plan["predicted_peak_bytes"], plan["predicted_needs_bytes"], plan["budget_bytes"], plan)
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer; what they refuse is raised as it is."""
