@@ -77,6 +77,11 @@ PROPBANK = """# sent_id = s-1
 
 # sent_id = s-2
 1\tYes\tyes\tINTJ\tUH\t_\t0\troot\t_\t_\t_
+
+# sent_id = s-3
+1\tMen\tman\tNOUN\tNN\t_\t0\troot\t_\t_\t_\tARG0
+2\tsinging\tsing\tVERB\tVBG\t_\t1\tacl\t_\t_\tsing.01\tV
+3\there\there\tADV\tRB\t_\t2\tadvmod\t_\t_\t_\t_
 """
 
 
@@ -112,7 +117,7 @@ def test_articles_and_stories():
 
 
 def test_roles_at_head_words_become_spans():
-    records = list(conversion.propbank_records(PROPBANK))
+    *records, last = conversion.propbank_records(PROPBANK)
     words = ["The", "man", "who", "sang", ",", "saw", "the", "old", "dog", "in", "May", "."]
     assert [record["tokens"] for record in records] == [words] * 3
     assert [(record["sent_id"], record["predicate"], record["roleset"]) for record in records] == [
@@ -126,6 +131,7 @@ def test_roles_at_head_words_become_spans():
     assert see == see_labels.split()
     assert dog == ["O"] * 8 + ["B-V"] + ["O"] * 3
     assert [check_bio(labels) for labels in (sing, see, dog)] == [None] * 3
+    assert last["labels"] == ["B-ARG0", "B-V", "O"]  # what is below the predicate is not below its argument
 
 
 def test_segments_of_test_sets():
@@ -144,11 +150,9 @@ def sources(tmp_path, monkeypatch):
             ("de", f"Ein Hund von {split} .\nLeer\nZwei\n"),
         ):
             (folder / f"{split}.{language}.gz").write_bytes(gzip.compress(lines.encode()))
-    corpora = conversion.WMT_CORPORA.items()
-    for archive, name in corpora:
-        _archive(
-            folder / archive, {f"x/{name}.en": f"{name}\n\n", f"x/{name}.de": "Satz\nLeer\n", f"x/._{name}.en": "-"}
-        )
+    for archive, name in conversion.WMT_CORPORA.items():
+        hidden = {f"x/._{name}.en": "-"}  # as macOS adds
+        _archive(folder / archive, hidden | {f"x/{name}.en": f"{name}\n\n", f"x/{name}.de": "Satz\nLeer\n"})
     _archive(folder / "dev.tgz", {f"dev/newstest2013.{language}": f"{language}\n" for language in ("en", "de")})
     sgm = {f"t/newstest2014-deen-{side}.sgm": f'<seg id="1">{side}</seg>' for side in ("src.en", "ref.de", "src.de")}
     _archive(folder / "test-full.tgz", sgm)
@@ -203,7 +207,7 @@ def test_json_lines(sources, tmp_path, name, ids):
         rows = _rows(tmp_path / "out" / f"{split}.jsonl")
         if ids is not None:
             assert [row["id"] for row in rows] == ids[split]
-        assert len(rows) == (3 if name == "propbank" else 1)
+        assert len(rows) == (4 if name == "propbank" else 1)
 
 
 def test_checksums_are_recorded_and_checked(sources, tmp_path, capsys):
