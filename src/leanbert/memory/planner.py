@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,7 +69,8 @@ def predict(settings: RunSettings, *, exact: bool = False) -> Prediction:
         few = max(2, math.ceil(chunk / slice_rows) if whole > chunk else 0) * slice_rows
         if few + slice_rows < whole:
             small, large = (_predict_layers(settings, rows) for rows in (few, few + slice_rows))
-            return _assemble(settings, small, few, (large, (whole - few) / slice_rows))
+            with suppress(NoCounterpartError):  # else the steps are not alike: rehearse the whole one
+                return _assemble(settings, small, few, (large, (whole - few) / slice_rows))
     rows = whole if slice_rows is not None else rows_to_rehearse(settings)
     return _assemble(settings, _predict_layers(settings, rows, exact), rows)
 
@@ -104,7 +106,10 @@ class MicroBatches:
         if self._longer is not None:
             directions.append((self._longer, (settings.rows_per_step - rows) / size))
             rows = settings.rows_per_step
-        return _assemble(settings, self._small, rows, *directions)
+        try:
+            return _assemble(settings, self._small, rows, *directions)
+        except NoCounterpartError:  # a head that works in other pieces with another micro-batch
+            return predict(settings)
 
 
 def _assemble(settings: RunSettings, small: _Courses, rows: int, *directions: tuple[_Courses, float]) -> Prediction:
