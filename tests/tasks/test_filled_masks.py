@@ -1,8 +1,8 @@
 import torch
 
-from leanbert.tasks.mlm import filled_masks_table
 from leanbert.data.batch import MLMBatch
 from leanbert.data.tokenizer import TextTokenizer
+from leanbert.tasks.mlm import filled_masks_table
 
 
 def test_the_table_shows_context_truth_and_candidates():
