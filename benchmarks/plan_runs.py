@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -37,10 +38,14 @@ TEN_BILLION = [
 
 @dataclass(frozen=True)
 class Run:
-    """How a command ended, what it took, and what it said; `peak_bytes` is the resident memory of all its processes."""
+    """How a command ended, what it took, and what it said; `peak_bytes` is the resident memory of all its processes.
+
+    `cpu_seconds` are what it would have taken of one core without others at work on the machine.
+    """
 
     code: int
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
     error: str
 
@@ -58,14 +63,20 @@ def command(subcommand: str, *arguments: str) -> Run:
     """Run a subcommand of `train.py` and sample its memory from outside."""
     words = [sys.executable, "train.py", subcommand, "--config=configs/mlm.yaml", *arguments]
     with tempfile.TemporaryFile("w+") as errors:
-        started, peak = time.perf_counter(), 0
+        started, used, peak = time.perf_counter(), cpu_seconds(), 0
         process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors, text=True)
         while process.poll() is None:
             peak = max(peak, resident_bytes(process.pid), highest_bytes(process.pid))
             time.sleep(SAMPLE_SECONDS)
         seconds = time.perf_counter() - started
         errors.seek(0)
-        return Run(process.returncode, seconds, peak, errors.read())
+        return Run(process.returncode, seconds, cpu_seconds() - used, peak, errors.read())
+
+
+def cpu_seconds() -> float:
+    """Return the processor time of all child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def resident_bytes(pid: int) -> int:
@@ -221,6 +232,6 @@ def search_section(root: Path) -> str:
         plan = json.loads(answer.read_text())
         cells = [size, f"{plan['parameters']:,}", arguments[-2].split("=")[1], f"{len(plan['candidates'])}"]
         cells += [", ".join(plan["chosen"]), format_size(plan["predicted_needs_bytes"])]
-        rows.append([*cells, f"{done.seconds:.0f}", format_size(done.peak_bytes)])
+        rows.append([*cells, f"{done.seconds:.0f}", f"{done.cpu_seconds:.0f}", format_size(done.peak_bytes)])
         say(rows[-1])
-    return table(["", "parameters", "for", "candidates", "choice", "it needs", "wall s", "peak RSS"], rows)
+    return table(["", "parameters", "for", "candidates", "choice", "it needs", "wall s", "CPU s", "peak RSS"], rows)
