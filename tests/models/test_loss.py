@@ -107,3 +107,62 @@ def test_chunked_head_without_gradients():
     inputs = [torch.randn(shape) for shape in ((6, 16), (64, 16), (64,))]
     whole = cross_entropy_sum(F.linear(*inputs)[:, :50], torch.arange(6))
     assert linear_loss(inputs, torch.arange(6)).item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+def smoothed_reference(logits, targets, smoothing):
+    return F.cross_entropy(
+        logits.flatten(0, -2), targets.flatten(), ignore_index=-100, reduction="sum", label_smoothing=smoothing
+    )
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.5])
+@pytest.mark.parametrize("chunk", [1, 200, 2**19])
+def test_smoothing_equals_torchs(monkeypatch, smoothing, chunk):
+    monkeypatch.setattr(loss, "CPU_CHUNK", chunk)
+    generator = torch.Generator().manual_seed(0)
+    wide = (5 * torch.randn(3, 7, 64, generator=generator, dtype=torch.float64)).requires_grad_()
+    targets = torch.randint(0, 50, (3, 7), generator=generator)
+    targets[0, 3] = targets[2, 6] = -100
+    ours, theirs = (
+        cross_entropy_sum(wide[..., :50], targets, smoothing),
+        smoothed_reference(wide[..., :50], targets, smoothing),
+    )
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
+    assert abs(ours.item() - cross_entropy_sum(wide[..., :50], targets).item()) > 0.1
+    (gradient,) = torch.autograd.grad(ours / 19, wide)
+    (expected,) = torch.autograd.grad(theirs / 19, wide)
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+    assert gradient[..., 50:].abs().max() == 0
+    assert gradient[0, 3].abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_smoothing_in_lower_precision(dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = (5 * torch.randn(21, 50, generator=generator)).to(dtype).requires_grad_()
+    targets = torch.arange(21)
+    ours, theirs = cross_entropy_sum(logits, targets, 0.1), smoothed_reference(logits.float(), targets, 0.1)
+    assert ours.dtype == torch.float32
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    (gradient,) = torch.autograd.grad(ours, logits)
+    (expected,) = torch.autograd.grad(theirs, logits)
+    assert torch.allclose(gradient, expected, rtol=max(1e-5, 2 * torch.finfo(dtype).eps), atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 50])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_chunked_head_smooths_over_the_vocabulary_without_its_padding(chunk, autocast):
+    generator = torch.Generator().manual_seed(0)
+    shapes, dtype = ((21, 16), (64, 16), (64,)), torch.float32 if autocast else torch.float64
+    inputs = [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+    targets = torch.randint(0, 50, (21,), generator=generator)
+    targets[[3, 20]] = -100
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = F.linear(*inputs)[:, :50]
+        chunked = linear_cross_entropy_sum(*inputs, targets, vocab_size=50, chunk=chunk, smoothing=0.1)
+    whole = smoothed_reference(logits.to(dtype), targets, 0.1)
+    near = 0.02 if autocast else 1e-9
+    assert chunked.item() == pytest.approx(whole.item(), rel=near)
+    expected = torch.autograd.grad(whole / 19, inputs)
+    for gradient, wanted in zip(torch.autograd.grad(chunked / 19, inputs), expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=near, atol=near * float(wanted.abs().max()))

@@ -22,7 +22,7 @@ from leanbert.data.loading import PredictionLines, encode_lines, locate
 from leanbert.data.module import as_list
 from leanbert.data.packing import PADDING_DOCUMENT, Packing, pack_examples
 from leanbert.data.readers import open_binary, read_lines, whole_lines
-from leanbert.data.records import read_records, text_of
+from leanbert.data.records import items_of, read_records, text_of
 from leanbert.data.sources import Corpus, document_hash, no_report
 from leanbert.errors import UserError
 from leanbert.models.loss import IGNORED
@@ -142,8 +142,9 @@ class PairData(ExampleData):
         """Return the settings of reading, and the target files."""
         targets = self.target_files(part)
         names = ("source_field", "target_field")
-        digest = self._digest(targets) if targets else None
-        return [digest, self.room, *(self.hparams[name] for name in names)]
+        # one by one: their order says which belong together
+        digests = [self._digest([pattern]) for pattern in (*self.files(part), *targets)] if targets else None
+        return [digests, self.room, *(self.hparams[name] for name in names)]
 
     def target_files(self, part: Part) -> list[str] | None:
         """Return the text files of the targets."""
@@ -179,7 +180,7 @@ class PairData(ExampleData):
         """
         low, high = self.held_out(part)
         targets = self.target_files(part)
-        found = self._records(part) if targets is None else _lines(self.files(part), targets)
+        found = self._records(part) if targets is None else _lines(self.files(part), targets, part)
         for pair in found:
             for side, text in (("source", pair.source), ("target", pair.target)):
                 if not text.strip():
@@ -194,7 +195,7 @@ class PairData(ExampleData):
         further = self.hparams["references_field"]
         for place, record in read_records(self.files(part), f"data.{part}_files", (source, target)):
             own = text_of(place, record, target)
-            more = record.get(further, []) if further else []
+            more = items_of(place, record, further, str) if further and further in record else []
             references = [own, *(text for text in more if text != own)]
             yield Pair(place, text_of(place, record, source), own, references)
 
@@ -218,9 +219,11 @@ class PairData(ExampleData):
         arrays = blank_pairs(rows, *self.room, self.tokenizer.pad_id)
         return PairBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
-    def sources(self, part: Part, batch_size: int) -> Iterator[tuple[PredictBatch, list[list[str]]]]:
-        """Yield batches of sources to generate from, each with its references, longest sources together."""
-        pairs = sorted(self.pairs(part), key=lambda pair: -len(pair.source))
+    def sources(
+        self, part: Part, batch_size: int, most: int | None = None
+    ) -> Iterator[tuple[PredictBatch, list[list[str]]]]:
+        """Yield batches of the first `most` sources (None: all), each with its references, longest sources together."""
+        pairs = sorted(islice(self.pairs(part), most), key=lambda pair: -len(pair.source))
         for start in range(0, len(pairs), batch_size):
             some = pairs[start : start + batch_size]
             batch, _ = encode_lines([pair.source for pair in some], self.tokenizer, self.room[0], masks=False)
@@ -234,12 +237,14 @@ class PairData(ExampleData):
         return PairRows(self.cache(part), self.packing(part), *self.room, self.tokenizer.pad_id, seed)
 
 
-def _lines(sources: list[str], targets: list[str]) -> Iterator[Pair]:
-    """Yield line by line pairs of text files. Raises UserError if one has more lines."""
-    # any name will do, such as train.en: they are lines of text
-    here, there = (list(Corpus(tuple(f), suffixes=("",)).files) for f in (sources, targets))
+def _lines(sources: list[str], targets: list[str], part: Part) -> Iterator[Pair]:
+    """Yield line by line pairs of text files, in the order in which they are given. Raises UserError if one is longer.
+
+    Any name will do, such as train.en: they are lines of text.
+    """
+    here, there = _in_order(sources, f"data.{part}_files"), _in_order(targets, f"data.{part}_target_files")
     if len(here) != len(there):
-        raise UserError(f"data.train_target_files: {len(there)} files for {len(here)} of sources. Give one for each")
+        raise UserError(f"data.{part}_target_files: {len(there)} files for {len(here)} of sources. Give one for each")
     for source, target in zip(here, there, strict=True):
         for one, other in zip_longest(_read(source), _read(target)):
             if one is None or other is None:
@@ -249,6 +254,10 @@ def _lines(sources: list[str], targets: list[str]) -> Iterator[Pair]:
                     "Give files with a line for each pair"
                 )
             yield Pair(f"{source}:{one[0]}", one[1], other[1], [other[1]])
+
+
+def _in_order(patterns: list[str], setting: str) -> list[Path]:
+    return [path for pattern in patterns for path in Corpus((pattern,), setting=setting, suffixes=("",)).files]
 
 
 def _read(path: Path) -> Iterator[tuple[int, str]]:

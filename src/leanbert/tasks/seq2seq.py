@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.text import CHRFScore, SacreBLEUScore
-from torchmetrics.text.rouge import ROUGEScore
 from tqdm import tqdm
 
+from leanbert.callbacks.progress import say
 from leanbert.data.batch import PairBatch, PredictBatch
 from leanbert.errors import UserError
 from leanbert.memory.optimizers import OptimizerConfig, ScheduleConfig
@@ -21,12 +19,9 @@ from leanbert.models.loss import IGNORED
 from leanbert.models.seq2seq import Seq2SeqModel, Start
 from leanbert.tasks.base import Task
 from leanbert.tasks.metrics import MeanLoss
+from leanbert.tasks.output_metrics import OutputMetrics, Quality, bleu_signature
 from leanbert.tasks.tables import markdown_table
 
-Quality = Literal["bleu", "rouge"]
-
-SIGNATURE = "nrefs:var|case:mixed|eff:no|tok:13a|smooth:exp|torchmetrics"
-"""How BLEU is counted, in sacreBLEU's terms."""
 GENERATED_TOGETHER = 64
 """Sources of one batch of generation in evaluation."""
 
@@ -78,6 +73,8 @@ class Seq2Seq(Task):
         self.decoder_layers, self.decoder_start = decoder_layers, decoder_start
         self.label_smoothing, self.quality = label_smoothing, quality
         self.generation = (generation or GenerationConfig()).check()
+        if validation_sources is not None and validation_sources < 0:
+            raise UserError(f"model.validation_sources: {validation_sources} is too small. Set at least 0")
         self.validation_sources = validation_sources
 
     def build_model(self) -> nn.Module:
@@ -139,20 +136,19 @@ class Seq2Seq(Task):
         self.log_evaluation(part, values)
 
     def generate_part(self, part: Any, config: GenerationConfig, most: int | None) -> None:
-        """Add the outputs for a part's sources, each rank for its share of the batches."""
-        batches = self._data.sources(part, GENERATED_TOGETHER)
-        if most is not None:
-            batches = self._data.sources(part, most)
-        self._shown = []
+        """Add the outputs for a part's sources (None: all), each rank for its share of the batches."""
+        batches = self._data.sources(part, GENERATED_TOGETHER, most)
+        self._shown, counted = [], []
         bar = tqdm(batches, desc="Generating", unit="batch", disable=None, leave=False)
         for number, (batch, references) in enumerate(bar):
-            if most is not None and number > 0:
-                break
+            counted += references
             if number % self.trainer.world_size == self.global_rank:
                 texts = [a["output"] for a in self._answers(batch.to(self.device), config)]
                 self.outputs.update(texts, references)
                 shown = zip(batch.texts, (own[0] for own in references), texts, strict=True)
                 self._shown += list(shown)[: 12 - len(self._shown)]
+        if part == "test" and self.quality == "bleu":
+            say(f"BLEU is sacreBLEU's: {bleu_signature(counted)}")
 
     def samples(self, batch: PairBatch) -> dict[str, str]:
         """Return a table of the first generated outputs."""
@@ -166,46 +162,6 @@ class Seq2Seq(Task):
 
     def _answers(self, batch: PredictBatch, config: GenerationConfig) -> list[dict[str, Any]]:
         return write(self.model, self._data.tokenizer, batch, config)
-
-
-class OutputMetrics(nn.Module):
-    """BLEU and chrF, or ROUGE, of whole generated sets, with any number of references; as torchmetrics has them.
-
-    BLEU is sacreBLEU's (Post 2018, arXiv 1804.08771), cased, tokenised by 13a; chrF2 that of Popović 2015; ROUGE-1, 2
-    and L those of Lin 2004 with the best of several references, all from 0 to 100.
-    """
-
-    def __init__(self, quality: Quality) -> None:
-        super().__init__()
-        self.metrics = nn.ModuleDict(
-            {"bleu": SacreBLEUScore(), "chrf": CHRFScore(n_word_order=0)}
-            if quality == "bleu"
-            else {"rouge": ROUGEScore(rouge_keys=("rouge1", "rouge2", "rougeL"), accumulate="best")}
-        )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OutputMetrics:
-        return self  # counts of words: they stay where and what they are
-
-    def update(self, outputs: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-        """Add outputs, each with its references."""
-        for name, metric in self.metrics.items():
-            if name == "chrf":  # with fewer references for one than for another torchmetrics would mix them up
-                for output, own in zip(outputs, references, strict=True):
-                    metric.update([output], [list(own)])  # type: ignore[operator]
-            else:
-                metric.update(list(outputs), [list(own) for own in references])  # type: ignore[operator]
-
-    def compute(self) -> dict[str, float]:
-        """Return the scores by name and start afresh."""
-        found: dict[str, float] = {}
-        for name, metric in self.metrics.items():
-            value = metric.compute()  # type: ignore[operator]
-            scores = {name: value} if isinstance(value, Tensor) else value
-            for key, score in scores.items():
-                if not key.endswith(("_precision", "_recall")):
-                    found[key.removesuffix("_fmeasure")] = 100.0 * float(score)
-            metric.reset()  # type: ignore[operator]
-        return found
 
 
 def places(batch: PairBatch) -> dict[str, Tensor]:

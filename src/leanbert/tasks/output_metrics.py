@@ -1,0 +1,134 @@
+"""BLEU, chrF and ROUGE of whole generated sets, each with any number of references, as the reference packages count."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torchmetrics
+from torchmetrics.text import SacreBLEUScore
+from torchmetrics.text.rouge import ROUGEScore
+
+Quality = Literal["bleu", "rouge"]
+
+CHARACTER_ORDER, RECALL_WEIGHT = 6, 2.0
+"""chrF's longest n-gram, and how many times recall counts as much as precision."""
+ROUGE = ("rouge1", "rouge2", "rougeL")
+
+
+class OutputMetrics:
+    """BLEU and chrF, or ROUGE, of the outputs of all ranks, from 0 to 100.
+
+    BLEU is sacreBLEU's (Post 2018, arXiv 1804.08771), cased, tokenised by 13a; chrF that of Popović 2015 as sacreBLEU
+    counts it (chrF2); ROUGE-1, 2 and L those of Lin 2004 as rouge-score counts them, of several references the best.
+    """
+
+    def __init__(self, quality: Quality) -> None:
+        self.quality = quality
+        self._outputs: list[str] = []
+        self._references: list[list[str]] = []
+
+    def update(self, outputs: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+        """Add outputs, each with its references."""
+        self._outputs += outputs
+        self._references += map(list, references)
+
+    def compute(self) -> dict[str, float]:
+        """Return the scores by name and start afresh. Raises ValueError if there is no output."""
+        outputs, references = _over_ranks(self._outputs), _over_ranks(self._references)
+        self._outputs, self._references = [], []
+        if not outputs:
+            raise ValueError("no output was added")
+        if self.quality == "rouge":
+            return rouge(outputs, references)
+        return {"bleu": bleu(outputs, references), "chrf": chrf(outputs, references)}
+
+
+def bleu_signature(references: Sequence[Sequence[str]]) -> str:
+    """Return how `bleu` counts, in sacreBLEU's terms."""
+    counts = {len(own) for own in references}
+    number = counts.pop() if len(counts) == 1 else "var"
+    return f"nrefs:{number}|case:mixed|eff:no|tok:13a|smooth:exp|version:torchmetrics-{torchmetrics.__version__}"
+
+
+def bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Return the BLEU of a whole set.
+
+    The n-grams are counted by torchmetrics, whose score is 0 as soon as no 4-gram is right, and whose reference length
+    is, of two equally near ones, the first: sacreBLEU smooths exponentially (Lin and Och 2004) and takes the shorter.
+    """
+    metric = SacreBLEUScore()
+    tokens = metric.tokenizer
+    metric.update(list(outputs), [sorted(own, key=lambda text: len(tokens(text))) for own in references])
+    length, wanted = float(metric.preds_len), float(metric.target_len)
+    right, total = metric.numerator.tolist(), metric.denominator.tolist()
+    if not any(right) or not all(total):
+        return 0.0
+    missing, logarithm = 0, 0.0
+    for hits, count in zip(right, total, strict=True):
+        missing += hits == 0
+        logarithm += math.log(hits / count if hits else 1.0 / (2**missing * count)) / len(total)
+    brevity = min(0.0, 1.0 - wanted / length)
+    return 100.0 * math.exp(logarithm + brevity)
+
+
+def chrf(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Return the chrF2 of a whole set: character n-grams without spaces, of each output against its best reference.
+
+    Precision and recall are averaged over the orders before they are combined, as in sacreBLEU; torchmetrics averages
+    the F-scores of the orders.
+    """
+    sums = [[0, 0, 0] for _ in range(CHARACTER_ORDER)]
+    for output, own in zip(outputs, references, strict=True):
+        grams = _character_grams(output)
+        best = max((_matches(grams, _character_grams(text)) for text in own), key=_combined)
+        sums = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, best, strict=True)]
+    return 100.0 * _combined(sums)
+
+
+def rouge(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return the mean F-scores of ROUGE-1, 2 and L, by name."""
+    metric = ROUGEScore(rouge_keys=ROUGE, accumulate="best", sync_on_compute=False)  # the texts of all ranks are here
+    metric.update(list(outputs), [list(own) for own in references])
+    scores = metric.compute()
+    return {name: 100.0 * float(scores[f"{name}_fmeasure"]) for name in ROUGE}
+
+
+def _character_grams(text: str) -> list[Counter[str]]:
+    bare = "".join(text.split())
+    return [
+        Counter(bare[start : start + order] for start in range(len(bare) - order + 1))
+        for order in range(1, CHARACTER_ORDER + 1)
+    ]
+
+
+def _matches(output: list[Counter[str]], reference: list[Counter[str]]) -> list[list[int]]:
+    """Return for each order the n-grams of the output (0 if the reference has none), the reference, and both."""
+    return [
+        [own.total() if there else 0, there.total(), sum(min(n, there[gram]) for gram, n in own.items())]
+        for own, there in zip(output, reference, strict=True)
+    ]
+
+
+def _combined(counts: Sequence[Sequence[int]]) -> float:
+    used = [(own, there, both) for own, there, both in counts if own and there]
+    if not used:
+        return 0.0
+    precision = sum(both / own for own, _, both in used) / len(used)
+    recall = sum(both / there for _, there, both in used) / len(used)
+    if precision + recall == 0.0:
+        return 0.0
+    weight = RECALL_WEIGHT**2
+    return (1.0 + weight) * precision * recall / (weight * precision + recall)
+
+
+def _over_ranks(own: list[Any]) -> list[Any]:
+    """Return the items of all ranks."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return own
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, own)
+    return [item for part in parts for item in part]
