@@ -239,7 +239,9 @@ def learning(root: Path, options: argparse.Namespace) -> str:
          f"{loss - losses['plain']:+.4f}" if "plain" in losses else ""]
         for name, loss in losses.items()
     ]  # fmt: skip
-    title = f"mini, {LEARNING_ROWS} x {LEARNING_LENGTH} tokens a step, same seed and batches, learning rate {LEARNING_RATE}"
+    title = (
+        f"mini, {LEARNING_ROWS} x {LEARNING_LENGTH} tokens a step, same seed and batches, learning rate {LEARNING_RATE}"
+    )
     if options.start:
         title += ", all from one checkpoint"
     return f"{title}\n\n" + table(["", "", f"val/loss after {options.steps} steps", "against plain, nats"], rows)
