@@ -19,9 +19,10 @@ from leanbert.models.config import EncoderConfig, ResolvedConfig
 from leanbert.models.convert import read_huggingface
 from leanbert.models.embeddings import INIT_STD
 from leanbert.models.encoder import FeedForward
+from leanbert.models.huggingface_classes import read_layout
 from leanbert.models.kinds import make_model
 from leanbert.models.mlm import MaskedLanguageModel
-from leanbert.models.weights import StateDict, Stored, read_checkpoint
+from leanbert.models.weights import StateDict, Stored, read_checkpoint, read_json
 
 OFFSETS = (-1, 1, -2, 2)
 """Neighbours at which the first heads of a model with learned positions look at first."""
@@ -134,6 +135,16 @@ def set_unigram_bias(model: MaskedLanguageModel, counts: np.ndarray) -> None:
 def read_stored(source: Path) -> Stored:
     """Read a Hugging Face folder or a LeanBERT checkpoint."""
     return read_huggingface(source) if source.is_dir() else read_checkpoint(source)
+
+
+def read_facts(source: Path) -> tuple[str, dict[str, Any]]:
+    """Return task and facts of a Hugging Face folder or a LeanBERT checkpoint, as `Stored` has them."""
+    if source.is_dir():
+        path = source / "config.json"
+        layout = read_layout(read_json(path), path)
+        return layout.task, layout.facts
+    stored = read_checkpoint(source)
+    return stored.task, stored.facts
 
 
 def rebuild(stored: Stored, vocab_size: int, source: Path) -> Any:
