@@ -163,7 +163,7 @@ class _Place:
 
 
 def rehearse(settings: RunSettings, rows: int, *, layers: int | None = None) -> Rehearsal:
-    """Run two steps of `rows` sequences, of which the second is traced, and one validation batch, without memory.
+    """Run a step that makes the optimizer's state, one of `rows` sequences, which is traced, and one validation batch.
 
     Args:
         settings: The run.
@@ -183,8 +183,7 @@ def rehearse(settings: RunSettings, rows: int, *, layers: int | None = None) -> 
         _store_nowhere(task)
         batch = data.blank_batch(rows)  # type: ignore[attr-defined]
         begin(task, trainer, batch)
-        # a step of one micro-batch makes the optimizer's state
-        take_step(task, trainer, data.blank_batch(min(rows, settings.micro_batch)))  # type: ignore[attr-defined]
+        take_step(task, trainer, data.blank_batch(1))  # type: ignore[attr-defined] # makes the optimizer's state
         existing = [*_tensors_of(task), *_tensors_of(batch)]
         optimizers = trainer.strategy.optimizers
         with LiveBytes(task.model, optimizers, existing=existing) as trace:
