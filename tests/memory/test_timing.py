@@ -13,7 +13,10 @@ from leanbert.callbacks.accumulation import GradientAccumulation
 from leanbert.callbacks.activations import ActivationCheckpointing
 from leanbert.callbacks.precision import Precision
 from leanbert.callbacks.validation import ValidateAtEnds
+from leanbert.data.batch import LabelledBatch, PairBatch
+from leanbert.data.labelled import blank_labelled
 from leanbert.data.mlm import MaskedLMData
+from leanbert.data.pairs import blank_pairs
 from leanbert.errors import UserError
 from leanbert.memory import rehearsal, timing
 from leanbert.memory.rehearsal import RunSettings, take_step
@@ -196,10 +199,10 @@ def test_an_accelerator():
 def test_batches_are_valid_and_repeatable():
     data = settings().data
     one, other = (fill(data.blank_batch(64), 300) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(one._tensors(), other._tensors(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one._values(), other._values(), strict=True))
     assert all(
         a.shape == b.shape and a.dtype == b.dtype
-        for a, b in zip(one._tensors(), data.blank_batch(64)._tensors(), strict=True)
+        for a, b in zip(one._values(), data.blank_batch(64)._values(), strict=True)
     )
     assert 0 <= one.input_ids.min() < 10
     assert 290 < one.input_ids.max() < 300
@@ -208,6 +211,18 @@ def test_batches_are_valid_and_repeatable():
     assert torch.equal(one.targets, one.input_ids.gather(1, one.target_index))
     assert not one.document_ids.any()
     assert torch.equal(one.position_ids[5], torch.arange(16))
+
+
+def test_batches_of_labels_and_of_pairs_are_valid():
+    labelled = {name: torch.from_numpy(array) for name, array in blank_labelled(3, 16, 4, "single", 5, 0).items()}
+    batch = fill(LabelledBatch(**labelled), 300)
+    assert batch.targets.tolist() == [[0] * 4] * 3
+    assert (batch.target_index.diff(dim=1) > 0).all()
+    assert not batch.document_ids.any()
+    pairs = fill(PairBatch(**{n: torch.from_numpy(a) for n, a in blank_pairs(3, 16, 8, 0).items()}), 300)
+    assert pairs.decoder_position_ids.tolist() == [list(range(8))] * 3
+    assert pairs.targets.min() >= 0
+    assert len({tuple(row) for row in pairs.decoder_ids.tolist()}) == 3
 
 
 class Validations(BoringModel):

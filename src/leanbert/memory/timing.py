@@ -11,14 +11,15 @@ import gc
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from leanbert.data.batch import MLMBatch
+from leanbert.data.batch import MLMBatch, PairBatch
 from leanbert.errors import UserError
 from leanbert.memory.planner import period_of_blocks, rows_to_rehearse
 from leanbert.memory.rehearsal import RunSettings, begin, build, set_up, stage, take_step
@@ -146,14 +147,28 @@ def _repeat(lap: Callable[[], Any], clock: Callable[[], float]) -> list[Any]:
     return laps
 
 
-def fill(blank: MLMBatch, vocab_size: int) -> MLMBatch:
-    """Return a batch of random tokens, one document a row, in the shape of `blank`; always the same."""
+def fill(blank: Any, vocab_size: int) -> Any:
+    """Return a batch of random tokens, one document a row, in the shape of a `blank` of any task; always the same."""
     generator = torch.Generator().manual_seed(0)
-    (rows, length), slots = blank.input_ids.shape, blank.targets.shape[1]
-    ids = torch.randint(vocab_size, (rows, length), generator=generator)
-    index = torch.rand(rows, length, generator=generator).argsort(dim=1)[:, :slots].sort(dim=1).values
-    positions = torch.arange(length).repeat(rows, 1)
-    return MLMBatch(ids, positions, torch.zeros_like(ids), index, ids.gather(1, index))
+
+    def drawn(like: Tensor) -> Tensor:
+        return torch.randint(vocab_size, like.shape, generator=generator)
+
+    changed = {"input_ids": drawn(blank.input_ids)}
+    (rows, length), targets = blank.input_ids.shape, blank.targets
+    if isinstance(blank, PairBatch):
+        changed |= {"decoder_ids": drawn(blank.decoder_ids), "targets": drawn(targets)}
+    else:
+        index = torch.rand(rows, length, generator=generator).argsort(dim=1)[:, : targets.shape[1]].sort(dim=1).values
+        masked = isinstance(blank, MLMBatch)
+        truth = changed["input_ids"].gather(1, index) if masked else torch.zeros_like(targets)
+        changed |= {"target_index": index, "targets": truth}
+    for name, tensor in vars(blank).items():
+        if name.endswith("position_ids"):
+            changed[name] = torch.arange(tensor.shape[1]).repeat(rows, 1)
+        elif name.endswith("document_ids"):
+            changed[name] = torch.zeros_like(tensor)
+    return replace(blank, **changed)
 
 
 def run_seconds(times: StepTimes, *, steps: int, validations: int, batches_per_validation: int) -> float:
