@@ -1,7 +1,6 @@
 """Decoding with a cache of keys and values: greedy, beam search, sampling.
 
-Shapes: N sentences, K beams, Q = N * K hypotheses, S source tokens, P places of the cache, t tokens so far, V
-vocabulary, H heads, d head size, D hidden.
+Shapes: N sentences, K beams, Q = N * K hypotheses, S source tokens, t tokens so far, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,9 +12,11 @@ import torch
 from torch import Tensor
 
 from leanbert.errors import UserError
-from leanbert.models.attention import product_dtype, rotate
-from leanbert.models.decoder import DecoderBlock
+from leanbert.models.decoding_cache import Cache
 from leanbert.models.seq2seq import Seq2SeqModel
+
+DROPPED_TOGETHER = 8
+"""Sentences that have ended are dropped once they are one in so many."""
 
 
 @dataclass
@@ -72,222 +73,165 @@ class Tokens(NamedTuple):
     never: list[int]
 
 
-class _Layer:
-    """Keys and values of one block: of the target so far [Q, H, P, d], and of the source [N, H, S, d]."""
-
-    def __init__(self, block: DecoderBlock, memory: Tensor, beams: int, places: int) -> None:
-        self.block = block
-        self.source_key, self.source_value = block.cross_attention.project(memory)
-        count, heads, _, size = self.source_key.shape
-        shape = (count * beams, heads, places, size)
-        self.key = self.source_key.new_empty(shape)
-        self.value = self.source_key.new_empty(shape)
-
-    def attend(self, hidden: Tensor, place: int, angles: Any) -> Tensor:
-        """Self-attention of the newest token [Q, 1, D], whose key and value are added at `place`."""
-        attention: Any = self.block.attention
-        fused = attention.qkv(hidden).view(len(hidden), 1, 3, attention.num_heads, -1)
-        query_key, value = fused.split((2, 1), dim=2)
-        if angles is not None:
-            query_key = rotate(query_key, angles)
-        query, key = query_key.transpose(1, 3).unbind(2)  # [Q, H, 1, d]
-        self.key[:, :, place], self.value[:, :, place] = key[:, :, 0], value[:, 0, 0]
-        keys, values = self.key[:, :, : place + 1], self.value[:, :, : place + 1]
-        mixed = torch.nn.functional.scaled_dot_product_attention(query, keys, values)
-        return attention.output(mixed.transpose(1, 2).flatten(2))
-
-    def step(self, hidden: Tensor, place: int, angles: Any, mask: Tensor) -> Tensor:
-        """Run the block on the newest token [Q, 1, D]; `mask` [N, 1, 1, S] is added to the scores of the source."""
-        block, count = self.block, len(self.source_key)
-        cross: Any = block.cross_attention
-
-        def look(x: Tensor) -> Tensor:
-            # the beams of a sentence are the rows of one product with its source: [N, K, D]
-            grouped = x.view(count, -1, x.shape[-1])
-            return cross(grouped, self.source_key, self.source_value, mask).view(len(x), 1, -1)
-
-        return block.run(hidden, lambda x: self.attend(x, place, angles), look)
-
-    def reorder(self, rows: Tensor, place: int) -> None:
-        """Keep the hypotheses `rows` (int64 [Q']), of the first `place` places."""
-        for cache in (self.key, self.value):
-            cache[: len(rows), :, :place] = cache[rows, :, :place]
-
-    def keep(self, sentences: Tensor, rows: Tensor) -> None:
-        """Keep the sentences [N'] and their hypotheses [Q'] only."""
-        self.source_key, self.source_value = self.source_key[sentences], self.source_value[sentences]
-        self.key, self.value = self.key[rows], self.value[rows]
-
-
-class Cache:
-    """What decoding one more token needs of those before it, and of the sources.
-
-    Args:
-        model: The model.
-        input_ids: Sources, int64 [N, S].
-        position_ids: Their positions, int64 [N, S].
-        document_ids: 0 on tokens and -1 on padding, int64 [N, S].
-        beams: Hypotheses of each.
-        places: Tokens of the longest output.
-
-    """
-
-    def __init__(
-        self,
-        model: Seq2SeqModel,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        document_ids: Tensor,
-        beams: int,
-        places: int,
-    ) -> None:
-        memory = model.encode(input_ids, position_ids=position_ids, document_ids=document_ids)
-        self.model, self.place = model, 0
-        padding = (document_ids < 0)[:, None, None, :]  # [N, 1, 1, S]
-        self.mask = torch.zeros(padding.shape, dtype=product_dtype(memory), device=memory.device)
-        self.mask.masked_fill_(padding, float("-inf"))
-        self.layers = [_Layer(block, memory, beams, places) for block in model.decoder.blocks]  # type: ignore[arg-type]
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Return the logits [Q, V] after the tokens [Q], float32."""
-        decoder = self.model.decoder
-        positions = torch.full((1, 1), self.place, device=tokens.device)
-        table = self.model.encoder.embeddings.token.weight
-        hidden = decoder.embeddings(tokens[:, None], positions, None, table)  # [Q, 1, D]
-        angles = decoder.angles(positions, hidden)
-        for layer in self.layers:
-            hidden = layer.step(hidden, self.place, angles, self.mask)
-        self.place += 1
-        if decoder.final_norm is not None:
-            hidden = decoder.final_norm(hidden)
-        return self.model.logits(hidden)[:, 0].float()
-
-    def reorder(self, rows: Tensor) -> None:
-        """Let hypothesis q be what hypothesis `rows[q]` was."""
-        for layer in self.layers:
-            layer.reorder(rows, self.place)
-
-    def keep(self, sentences: Tensor, beams: int) -> None:
-        """Drop all sentences but these (int64, ascending)."""
-        rows = (sentences[:, None] * beams + torch.arange(beams, device=sentences.device)).flatten()
-        self.mask = self.mask[sentences]
-        for layer in self.layers:
-            layer.keep(sentences, rows)
-
-
 @torch.inference_mode()
 def generate(model: Seq2SeqModel, batch: Any, tokens: Tokens, config: GenerationConfig) -> list[Generated]:
     """Return the best output for each source of a batch.
 
     Args:
         model: The model, in evaluation mode.
-        batch: Has `input_ids`, `position_ids` and `document_ids`, int64 [N, S].
+        batch: Has `input_ids`, `position_ids` and `document_ids` (0 on tokens, -1 on padding), int64 [N, S].
         tokens: Ids with a meaning.
         config: How to search.
 
     """
     real = (batch.document_ids >= 0).sum(1)  # [N]
-    limits = (real * config.length_ratio).long() + config.length_more
-    limits = limits.clamp(max=model.config.max_positions)  # the first token is `begin`, the last `end`
-    cache = Cache(
-        model, batch.input_ids, batch.position_ids, batch.document_ids, config.beams, int(limits.max())
-    )  # fmt: skip
+    limits = ((real * config.length_ratio).long() + config.length_more).clamp(max=model.config.max_positions).tolist()
+    cache = Cache(model, batch, config.beams, max(limits))
     search = _one_by_one if config.beams == 1 else _beam_search
-    return search(cache, limits, tokens, config)
+    return search(cache, limits, tokens, config, batch.input_ids.device)
 
 
-def _one_by_one(cache: Cache, limits: Tensor, tokens: Tokens, config: GenerationConfig) -> list[Generated]:
-    """Take the likeliest token, or draw one, until each output has ended; those that have are dropped."""
-    count, device = len(limits), limits.device
-    found: list[Generated] = [Generated([], 0.0)] * count
-    running = torch.arange(count, device=device)  # numbers of the sentences that have not ended
-    outputs = torch.full((count, 1), tokens.begin, device=device)
-    scores = torch.zeros(count, device=device)
-    while len(running):
-        logits = forbid(cache.step(outputs[:, -1]), outputs, tokens, config.no_repeat_ngram)
-        chosen = draw(logits, config) if config.sample else logits.argmax(-1)
-        scores = scores + logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
-        outputs = torch.cat((outputs, chosen[:, None]), dim=1)
-        over = (chosen == tokens.end) | (outputs.shape[1] > limits[running])
-        if over.any():
-            for place in over.nonzero()[:, 0].tolist():
-                ids = outputs[place, 1:].tolist()
-                score = float(scores[place]) / len(ids) ** config.length_penalty
-                found[int(running[place])] = Generated(ids[:-1] if ids[-1] == tokens.end else ids, score)
-            still = (~over).nonzero()[:, 0]
-            running, outputs, scores = running[still], outputs[still], scores[still]
-            cache.keep(still, 1)
+class _Running:
+    """Which sentences are still decoded: those that have ended are dropped in groups, for it takes a copy of the cache.
+
+    `numbers` says which sentence of the batch is at a place, `done` whether it has ended.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.numbers = list(range(count))
+        self.done = [False] * count
+
+    def left(self) -> list[int] | None:
+        """Return the places to go on with, once there are enough of those that have ended; None: all."""
+        if not all(self.done) and sum(self.done) * DROPPED_TOGETHER < len(self.done):
+            return None
+        places = [place for place, done in enumerate(self.done) if not done]
+        self.numbers = [self.numbers[place] for place in places]
+        self.done = [False] * len(places)
+        return places
+
+
+def _one_by_one(
+    cache: Cache, limits: list[int], tokens: Tokens, config: GenerationConfig, device: torch.device
+) -> list[Generated]:
+    """Take the likeliest token, or draw one, until each output has ended."""
+    found: list[Generated] = [Generated([], 0.0)] * len(limits)
+    running = _Running(len(limits))
+    outputs = torch.full((len(limits), max(limits) + 1), tokens.begin, device=device)
+    scores = torch.zeros(len(limits), device=device)
+    length = 1
+    while running.numbers:
+        logits = forbid(cache.step(outputs[:, length - 1]), outputs[:, :length], tokens, config.no_repeat_ngram)
+        logarithms = logits.log_softmax(-1)
+        chosen = draw(logits, config) if config.sample else logarithms.argmax(-1)
+        scores = scores + logarithms.gather(1, chosen[:, None])[:, 0]
+        outputs[:, length] = chosen
+        for place, token in enumerate(chosen.tolist()):
+            number = running.numbers[place]
+            if not running.done[place] and (token == tokens.end or length >= limits[number]):
+                running.done[place] = True
+                ids = outputs[place, 1 : length + 1].tolist()
+                score = float(scores[place]) / length**config.length_penalty
+                found[number] = Generated(ids[:-1] if token == tokens.end else ids, score)
+        length += 1
+        if (left := running.left()) is not None:
+            still = torch.tensor(left, dtype=torch.long, device=device)
+            outputs, scores = outputs[still], scores[still]
+            cache.keep(still)
     return found
 
 
-def _beam_search(cache: Cache, limits: Tensor, tokens: Tokens, config: GenerationConfig) -> list[Generated]:
+def _beam_search(
+    cache: Cache, limits: list[int], tokens: Tokens, config: GenerationConfig, device: torch.device
+) -> list[Generated]:
     """Keep the K best hypotheses of each sentence until K outputs that ended are better than any that may still end."""
-    beams, device = config.beams, limits.device
+    beams, running = config.beams, _Running(len(limits))
     finished: list[list[Generated]] = [[] for _ in limits]
-    running = torch.arange(len(limits), device=device)
-    outputs = torch.full((len(limits) * beams, 1), tokens.begin, device=device)  # [Q, t]
+    outputs = torch.full((len(limits), beams, max(limits) + 1), tokens.begin, device=device)
     scores = torch.full((len(limits), beams), -torch.inf, device=device)
     scores[:, 0] = 0.0  # all hypotheses are the same at first: one is looked at
-    while len(running):
-        logits = forbid(cache.step(outputs[:, -1]), outputs, tokens, config.no_repeat_ngram)
-        vocabulary = logits.shape[-1]
-        sums = scores[:, :, None] + logits.log_softmax(-1).view(len(running), beams, vocabulary)
-        best = sums.flatten(1).topk(min(2 * beams, beams * vocabulary), dim=1)  # [N, 2 K]: enough if K of them end
-        parents, chosen = best.indices // vocabulary, best.indices % vocabulary
-        length = outputs.shape[1]
-        ends = chosen == tokens.end
-        _collect(finished, running, outputs, best.values, parents, ends, length, config)
+    length = 1
+    while running.numbers:
+        before = outputs[:, :, :length]
+        logits = cache.step(before[:, :, -1].flatten())
+        logits = forbid(logits, before.flatten(0, 1), tokens, config.no_repeat_ngram)
+        sums, parents, chosen = likeliest(scores, logits.log_softmax(-1), 2 * beams)
+        ends = chosen == tokens.end  # [N, 2 K]: enough where K of them end
+        _collect(finished, running, before, sums, parents, ends, config)
         # those that do not end come first, in the order of their scores
         order = ends.int().argsort(dim=1, stable=True)[:, :beams]  # [N, K]
-        scores = best.values.gather(1, order).masked_fill(ends.gather(1, order), -torch.inf)
-        rows = torch.arange(len(running), device=device)[:, None] * beams + parents.gather(1, order)
-        outputs = torch.cat((outputs[rows.flatten()], chosen.gather(1, order).view(-1, 1)), dim=1)
-        cache.reorder(rows.flatten())
-        over = _over(finished, running, outputs, scores, limits, config)
-        if over.any():
-            still = (~over).nonzero()[:, 0]
-            running, scores = running[still], scores[still]
-            outputs = outputs.view(len(over), beams, -1)[still].flatten(0, 1)
-            cache.keep(still, beams)
+        scores = sums.gather(1, order).masked_fill_(ends.gather(1, order), -torch.inf)
+        parents = parents.gather(1, order)
+        before.copy_(before.gather(1, parents[:, :, None].expand_as(before)))
+        outputs[:, :, length] = chosen.gather(1, order)
+        cache.reorder(parents)
+        _close(finished, running, outputs[:, :, : length + 1], scores, limits, config)
+        length += 1
+        if (left := running.left()) is not None:
+            still = torch.tensor(left, dtype=torch.long, device=device)
+            outputs, scores = outputs[still], scores[still]
+            cache.keep(still)
     return [max(candidates, key=lambda candidate: candidate.score) for candidates in finished]
 
 
+def likeliest(scores: Tensor, logarithms: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the best `count` continuations of each sentence's hypotheses, best first.
+
+    Args:
+        scores: Sums of log-probabilities of the hypotheses, [N, K]; -inf: there is none.
+        logarithms: Log-probabilities of their next tokens, [N * K, V].
+        count: How many, at most K * V.
+
+    Returns:
+        Sums of log-probabilities, the hypotheses' beams and the tokens: [N, count] each.
+
+    """
+    sentences, beams = scores.shape
+    sums = logarithms.view(sentences, beams, -1).add_(scores[:, :, None])
+    sums.masked_fill_((scores == -torch.inf)[:, :, None], -torch.inf)  # may have been no number
+    vocabulary = sums.shape[-1]
+    flat = sums.flatten(1)
+    best = flat.topk(min(count, flat.shape[1]), dim=1)
+    return best.values, best.indices // vocabulary, best.indices % vocabulary
+
+
 def _collect(
-    finished: list[list[Generated]], running: Tensor, outputs: Tensor, sums: Tensor, parents: Tensor, ends: Tensor,
-    length: int, config: GenerationConfig,
+    finished: list[list[Generated]], running: _Running, outputs: Tensor, sums: Tensor, parents: Tensor, ends: Tensor,
+    config: GenerationConfig,
 ) -> None:  # fmt: skip
-    """Add the hypotheses that end, if they are among the K best."""
-    beams = config.beams
-    for sentence, rank in ends[:, :beams].nonzero().tolist():
-        if float(sums[sentence, rank]) == -torch.inf:
+    """Add the hypotheses that end, if they are among the K best; `outputs` [N, K, t] are those they go on from."""
+    beams, length = config.beams, outputs.shape[2]  # with the end, without the begin
+    places = ends[:, :beams].nonzero()
+    values, beam = (x[:, :beams][ends[:, :beams]].tolist() for x in (sums, parents))
+    for (place, _), total, parent in zip(places.tolist(), values, beam, strict=True):
+        if total == -torch.inf or running.done[place]:
             continue
-        ids = outputs[sentence * beams + int(parents[sentence, rank]), 1:].tolist()
-        score = float(sums[sentence, rank]) / length**config.length_penalty
-        kept = finished[int(running[sentence])]
-        kept.append(Generated(ids, score))
+        kept = finished[running.numbers[place]]
+        kept.append(Generated(outputs[place, parent, 1:].tolist(), total / length**config.length_penalty))
         kept.sort(key=lambda candidate: -candidate.score)
         del kept[beams:]
 
 
-def _over(
-    finished: list[list[Generated]], running: Tensor, outputs: Tensor, scores: Tensor, limits: Tensor,
+def _close(
+    finished: list[list[Generated]], running: _Running, outputs: Tensor, scores: Tensor, limits: list[int],
     config: GenerationConfig,
-) -> Tensor:  # fmt: skip
-    """Return the sentences that need no more steps, bool [N]; at the longest length hypotheses count as they are."""
-    over = torch.zeros(len(running), dtype=torch.bool, device=scores.device)
-    length = outputs.shape[1]  # of the outputs if they ended with the next token
-    for place, (sentence, best) in enumerate(zip(running.tolist(), scores.max(1).values.tolist(), strict=True)):
-        kept, limit = finished[sentence], int(limits[sentence])
+) -> None:  # fmt: skip
+    """Mark the sentences that need no more steps; at the longest length hypotheses count as they are."""
+    length = outputs.shape[2]  # of the outputs if they ended with the next token
+    best, beam = scores.max(1)
+    for place, (total, which) in enumerate(zip(best.tolist(), beam.tolist(), strict=True)):
+        kept, limit = finished[running.numbers[place]], limits[running.numbers[place]]
+        if running.done[place]:
+            continue
         if length > limit:
             if not kept:
-                row = place * config.beams + int(scores[place].argmax())
-                kept.append(Generated(outputs[row, 1:].tolist(), best / (length - 1) ** config.length_penalty))
-            over[place] = True
-        elif len(kept) >= config.beams or best == -torch.inf:
+                score = total / (length - 1) ** config.length_penalty
+                kept.append(Generated(outputs[place, which, 1:].tolist(), score))
+            running.done[place] = True
+        elif len(kept) >= config.beams or total == -torch.inf:
             # the sum of log-probabilities only falls; over a longer length it can still become better
             longest = length if config.early or config.length_penalty <= 0 else limit
-            over[place] = best / longest**config.length_penalty <= kept[-1].score
-    return over
+            running.done[place] = total / longest**config.length_penalty <= kept[-1].score
 
 
 def forbid(logits: Tensor, outputs: Tensor, tokens: Tokens, ngram: int) -> Tensor:
