@@ -1,7 +1,9 @@
 """Predicted against measured memory.
 
     python benchmarks/plan.py                 # peak of live tensors, 48 configurations, 8 minutes on 2 cores
-    python benchmarks/plan.py --budgets       # ten budgets each for base and large, 25 minutes
+    python benchmarks/plan.py --budgets       # ten budgets for base and large, 40 minutes on one core
+    python benchmarks/plan.py --time          # wall time of 200 steps of mini and small, 10 minutes
+    python benchmarks/plan.py --search        # what a plan takes for large and for ten billion parameters, 2 minutes
 
 The prediction is that of `train.py plan`. The measurement is torch's profiler, which hears of every allocation and free
 from the allocator itself, around the second step and the last validation of `train.py fit`.
@@ -13,9 +15,7 @@ import argparse
 import contextlib
 import gc
 import io
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +30,8 @@ from torch.profiler import ProfilerActivity, profile
 from leanbert.cli import CLI, quiet_libraries
 from leanbert.memory.planner import Prediction, predict
 from leanbert.memory.trace import live_tensors
-from leanbert.units import MIB, parse_size
+from leanbert.units import MIB
+from plan_runs import budget_section, search_section, time_section
 from report import table, write_section
 
 ROOT = Path(__file__).parents[1]
@@ -219,45 +220,19 @@ def draw(pairs: list[tuple[int, int]], path: Path) -> None:
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
-BUDGETS = {  # the size's dimensions, sequences a step, and budgets from tight to loose
-    "base": (16, ["1GiB", "1.25GiB", "1.5GiB", "2GiB", "4.5GiB"]),
-    "large": (8, ["1.75GiB", "2.5GiB", "4GiB", "6GiB", "9GiB"]),
-}
-
-
-def budget_section(root: Path) -> str:
-    """Return predicted and measured resident memory of `fit --budget` for budgets from tight to loose."""
-    rows = []
-    for size, (batch, budgets) in BUDGETS.items():
-        for budget in budgets:
-            folder = root / f"{size}-{budget}"
-            command = [
-                sys.executable, "train.py", "fit", "--config=configs/mlm.yaml", f"--config=configs/size/{size}.yaml",
-                f"--data.batch_size={batch}", "--data.vocab_size=16384", "--trainer.max_steps=2",
-                "--trainer.limit_val_batches=2", f"--trainer.default_root_dir={folder}", f"--budget={budget}",
-            ]  # fmt: skip
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-            if done.returncode:
-                rows.append([size, budget, done.stderr.strip().splitlines()[-1], "", "", "", ""])
-                continue
-            summary = json.loads((folder / "mlm" / "version_0" / "summary.json").read_text())
-            choice = next(line for line in done.stderr.splitlines() if line.startswith("Budget"))
-            peak, limit = summary["peak_rss_bytes"], parse_size(budget, "budget")
-            rows.append(
-                [size, budget, choice.partition(": ")[2], f"{peak / MIB:,.0f}", "yes" if peak <= limit else "NO",
-                 f"{summary['predicted_peak_bytes'] / MIB:,.0f}", f"{summary['peak_bytes'] / MIB:,.0f}"]
-            )  # fmt: skip
-            print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
-    return table(["", "budget", "choice, predicted", "peak RSS MiB", "kept", "live predicted", "live measured"], rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budgets", action="store_true", help="fit --budget for base and large instead")
+    parser.add_argument("--time", action="store_true", help="wall time that plan --measure foretells instead")
+    parser.add_argument("--search", action="store_true", help="time and memory of the plan itself instead")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.budgets:
             write_section("plan-budgets", "Budgets kept on a CPU", budget_section(Path(folder)))
+        elif options.time:
+            write_section("plan-time", "Wall time foretold", time_section(Path(folder)))
+        elif options.search:
+            write_section("plan-search", "What a plan takes", search_section(Path(folder)))
         else:
             text = live_section(Path(folder), ROOT / "docs" / "plan.png")
             write_section("plan", "Predicted against measured memory", text)

@@ -75,6 +75,11 @@ def test_a_budget_changes_memory_and_nothing_else(folder, planned):
     assert summary["peak_bytes"] == pytest.approx(summary["predicted_peak_bytes"], rel=0.04)
     assert list(after["memory/plan/predicted_mib"].values()) == [pytest.approx(summary["predicted_peak_bytes"] / MIB)]
     assert abs(next(iter(after["memory/plan/error_percent"].values()))) < 4
+    kept = json.loads((lean / "plan.json").read_text())
+    chosen = next(candidate for candidate in kept["candidates"] if candidate["fits"])
+    assert chosen["techniques"] == kept["chosen"]
+    callbacks = chosen["overlay"]["trainer"]["callbacks+"]
+    assert {"micro_batch": summary["micro_batch_sequences"]} in [callback.get("init_args") for callback in callbacks]
     saved = (lean / "config.yaml").read_text()
     assert "GradientAccumulation" in saved
     assert "budget" not in saved

@@ -1,65 +1,208 @@
-"""Answers from Python: `leanbert.load(path).fill_mask(texts)`."""
+"""Answers from Python: `leanbert.load(path).fill_mask(texts)`, `.classify(texts)`, `.translate(texts)` and so on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from leanbert import checkpoints
 from leanbert.data.batch import PredictBatch
+from leanbert.data.classification import group_batch
 from leanbert.data.loading import encode_lines
+from leanbert.data.storage import write_text_atomically
 from leanbert.data.tokenizer import TextTokenizer
+from leanbert.data.words import Sentence, predicate_place, word_batch
 from leanbert.errors import UserError
-from leanbert.models.build import build_model
-from leanbert.models.config import EncoderConfig
-from leanbert.models.convert import write_huggingface
-from leanbert.models.mlm import MaskedLanguageModel
+from leanbert.models.base import EncoderModel
+from leanbert.models.build import rebuild
+from leanbert.models.convert import read_huggingface, write_huggingface
+from leanbert.models.generation import GenerationConfig
+from leanbert.models.huggingface_tasks import generation_settings
+from leanbert.models.weights import unpack
+from leanbert.tasks.classification import classify
 from leanbert.tasks.mlm import fill_masks
+from leanbert.tasks.seq2seq import special_tokens, write
+from leanbert.tasks.spans import BioDecoder
+from leanbert.tasks.tagging import label_roles, tag_sentences
+
+Item = TypeVar("Item")
+Answers = list[dict[str, Any]]
+
+METHODS = {
+    "mlm": "fill_mask",
+    "classification": "classify",
+    "tagging": "tag",
+    "srl": "label_roles",
+    "seq2seq": "translate or summarize",
+}
+"""What a model of each task is asked by; `encode` is there for all."""
 
 
 class Pretrained:
-    """A trained masked language model with its tokenizer, on the CPU until `to` moves it."""
+    """A trained model with its tokenizer, on the CPU until `to` moves it.
 
-    def __init__(self, model: MaskedLanguageModel, tokenizer: TextTokenizer) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
+    Args:
+        model: The model; its `task` decides which methods answer, the others raise `UserError`.
+        tokenizer: Its tokenizer.
+        facts: What else was kept with it: "max_length" and, by task, "problem", "threshold", "mark", "generation".
+
+    """
+
+    def __init__(self, model: EncoderModel, tokenizer: TextTokenizer, facts: Mapping[str, Any] | None = None) -> None:
+        self.model, self.tokenizer, self.facts = model.eval(), tokenizer, dict(facts or {})
+        self.task = model.task
+        positions = model.config.max_positions
+        self.max_length: int = min(self.facts.get("max_length", positions), positions)
 
     def to(self, device: str | torch.device) -> Pretrained:
         """Move the model and return self."""
         self.model.to(device)
         return self
 
-    def fill_mask(self, texts: Sequence[str], top_k: int = 5, batch_size: int = 32) -> list[dict[str, Any]]:
+    def fill_mask(self, texts: Sequence[str], top_k: int = 5, batch_size: int = 32) -> Answers:
         """Return for each text with `[MASK]` in it `{"text", "masks": [[{"token", "probability"}, ...], ...]}`.
 
         Texts longer than the model's positions are cut.
         """
-        with torch.inference_mode():
-            return [
-                answer
-                for batch in self._batches(texts, batch_size)
-                for answer in fill_masks(self.model, self.tokenizer, batch, top_k)
-            ]
+        self._require("fill_mask", "mlm")
+
+        def answer(part: list[str]) -> Answers:
+            return fill_masks(self.model, self.tokenizer, self._lines(part), top_k)
+
+        return self._answers(texts, batch_size, answer)
 
     def encode(self, texts: Sequence[str], batch_size: int = 32) -> Tensor:
-        """Return one vector per text, float32 [N, D]: the mean of the last hidden states over its tokens."""
+        """Return one vector per text, float32 [N, D]: the mean of the encoder's last hidden states over its tokens.
+
+        A model of any task has them. Texts longer than the model's positions are cut.
+        """
         with torch.inference_mode():
-            vectors = [self._mean(batch) for batch in self._batches(texts, batch_size)]
+            vectors = [self._mean(self._lines(part)) for part in _batches(texts, batch_size)]
         return torch.cat(vectors).cpu() if vectors else torch.empty(0, self.model.config.hidden_size)
 
+    def classify(self, texts: Sequence[str | Sequence[str]], batch_size: int = 32) -> Answers:
+        """Return for each text, or pair of texts, `{"text", "label", "probability"}`.
+
+        A model for several labels gives `{"text", "labels": [{"label", "probability"}, ...]}`, best first, one for
+        numbers `{"text", "values": [...]}`. Of texts longer than those of the training the end is cut.
+        """
+        self._require("classify", "classification")
+        groups = [[text] if isinstance(text, str) else list(text) for text in _listed(texts)]
+        problem, threshold = self.facts.get("problem", "single"), self.facts.get("threshold", 0.5)
+
+        def answer(part: list[list[str]]) -> Answers:
+            batch = group_batch(part, self.tokenizer, self.max_length).to(self._device)
+            return classify(self.model, batch, problem, threshold)
+
+        return self._answers(groups, batch_size, answer)
+
+    def tag(self, sentences: Sequence[str | Sequence[str]], batch_size: int = 32) -> Answers:
+        """Return for each sentence, a text with spaces between its words or a list of words, its tags.
+
+        `{"tokens", "labels", "text"}`, where the text has the tagged spans in brackets. Words beyond the length of the
+        training are O.
+        """
+        self._require("tag", "tagging")
+
+        def answer(part: list[Sentence]) -> Answers:
+            batch = word_batch(part, self.tokenizer, self.max_length, "tokens").to(self._device)
+            return tag_sentences(self.model, self._decoder, batch)
+
+        return self._answers(_sentences(sentences), batch_size, answer)
+
+    def label_roles(
+        self, sentences: Sequence[str | Sequence[str] | Mapping[str, Any]], batch_size: int = 32
+    ) -> Answers:
+        """Return the arguments of each predicate: `{"tokens", "predicate", "labels", "text"}`.
+
+        A sentence is a text with spaces between its words, a list of words, or `{"tokens": [...], "predicate": 1}`.
+        Where no predicate is given all are found, and each has an answer; without any it is one with `None`.
+        """
+        self._require("label_roles", "srl")
+        mark = self.facts.get("mark", "tokens")
+
+        def answer(part: list[Sentence]) -> Answers:
+            return label_roles(self.model, self._decoder, part, self.tokenizer, self.max_length, mark)
+
+        return self._answers(_sentences(sentences), batch_size, answer)
+
+    def translate(
+        self, texts: Sequence[str], beams: int | None = None, batch_size: int = 32, **generation: Any
+    ) -> Answers:
+        """Return `{"source", "output", "score"}` for each text.
+
+        `beams` and further settings of `GenerationConfig` (such as `length_penalty`) are by default those of the
+        training. Texts longer than those of the training are cut.
+        """
+        self._require("translate", "seq2seq")
+        return self._write(texts, batch_size, {**generation, **({} if beams is None else {"beams": beams})})
+
+    def summarize(
+        self, texts: Sequence[str], beams: int | None = None, batch_size: int = 32, **generation: Any
+    ) -> Answers:
+        """Return `{"source", "output", "score"}` for each text; see `translate`."""
+        self._require("summarize", "seq2seq")
+        return self._write(texts, batch_size, {**generation, **({} if beams is None else {"beams": beams})})
+
     def export(self, folder: str | Path) -> None:
-        """Write a Hugging Face folder with weights, configuration and tokenizer."""
+        """Write a Hugging Face folder with weights, configuration and tokenizer.
+
+        Raises:
+            UserError: No class of transformers expresses the model.
+
+        """
         tokenizer = self.tokenizer
-        special_ids = {
+        ids: dict[str, int | None] = {
             "pad_token_id": tokenizer.pad_id,
             "cls_token_id": tokenizer.cls_id,
             "sep_token_id": tokenizer.sep_id,
         }
-        write_huggingface(self.model, folder, {name: i for name, i in special_ids.items() if i is not None})
-        self.tokenizer.save(folder)
+        if self.task == "seq2seq":
+            tokens = special_tokens(tokenizer)
+            ids |= {"decoder_start_token_id": tokens.begin, "eos_token_id": tokens.end}
+        ids = {name: index for name, index in ids.items() if index is not None}
+        write_huggingface(self.model, folder, ids, self.facts)
+        if self.task == "seq2seq":
+            searching = generation_settings(self.facts, ids, tokens.never, self.max_length)
+            write_text_atomically(Path(folder) / "generation_config.json", json.dumps(searching, indent=2) + "\n")
+        tokenizer.save(folder, segments=self.task != "seq2seq" and self.model.config.type_vocab_size > 1)
+
+    def _require(self, method: str, task: str) -> None:
+        if self.task != task:
+            raise UserError(f"{method}: this is a model of task {self.task}. Call {METHODS[self.task]}, or encode")
+
+    def _write(self, texts: Sequence[str], batch_size: int, changes: dict[str, Any]) -> Answers:
+        """Write with texts of about the same length together, and answer in their order."""
+        known = {field.name for field in fields(GenerationConfig)}
+        if strange := sorted(changes.keys() - known):
+            raise UserError(f"{strange[0]}: no setting of generation. There are {', '.join(sorted(known))}")
+        stored = {name: value for name, value in self.facts.get("generation", {}).items() if name in known}
+        config = replace(GenerationConfig(**stored), **changes).check()
+        texts = _listed(texts)
+        order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
+
+        def answer(part: list[str]) -> Answers:
+            batch, _ = encode_lines(part, self.tokenizer, self.max_length, masks=False)
+            return write(self.model, self.tokenizer, batch.to(self._device), config)
+
+        found = self._answers([texts[place] for place in order], batch_size, answer)
+        return [found[place] for place in sorted(range(len(order)), key=order.__getitem__)]
+
+    def _answers(self, items: Sequence[Item], batch_size: int, answer: Callable[[list[Item]], Answers]) -> Answers:
+        with torch.inference_mode():
+            return [each for part in _batches(items, batch_size) for each in answer(part)]
+
+    def _lines(self, texts: list[str]) -> PredictBatch:
+        masks = self.task == "mlm"
+        batch, _ = encode_lines(texts, self.tokenizer, self.model.config.max_positions, masks=masks)
+        return batch.to(self._device)
 
     def _mean(self, batch: PredictBatch) -> Tensor:
         hidden = self.model.encode(
@@ -68,16 +211,24 @@ class Pretrained:
         real = (batch.document_ids >= 0).unsqueeze(-1)  # [B, S, 1]
         return (hidden * real).sum(1).float() / real.sum(1)
 
-    def _batches(self, texts: Sequence[str], batch_size: int) -> Iterator[PredictBatch]:
-        device = next(self.model.parameters()).device
-        for start in range(0, len(texts), batch_size):
-            part = list(texts[start : start + batch_size])
-            batch, _ = encode_lines(part, self.tokenizer, self.model.config.max_positions)
-            yield batch.to(device)
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @cached_property
+    def _tags(self) -> BioDecoder:
+        try:
+            return BioDecoder(self.model.labels)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise UserError(f"{METHODS[self.task]}: {error}. Load a model with such labels") from None
+
+    @property
+    def _decoder(self) -> BioDecoder:
+        return self._tags.to(self._device)
 
 
 def load(path: str | Path) -> Pretrained:
-    """Load a trained model: a run's folder (its best checkpoint), a .ckpt file, or a Hugging Face folder.
+    """Load a trained model of any task: a run's folder (its best checkpoint), a .ckpt file, or a Hugging Face folder.
 
     Nothing in the files is executed.
 
@@ -87,16 +238,47 @@ def load(path: str | Path) -> Pretrained:
     path = Path(path).expanduser()
     if (path / "config.json").is_file():
         tokenizer = TextTokenizer.from_file(path)
-        return Pretrained(build_model(EncoderConfig(), tokenizer.vocab_size, init_from=path), tokenizer)
-    if (path / "checkpoints").is_dir():
-        path = _best_or_last(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no run, checkpoint or Hugging Face folder. Give the path of one.")
-    stored = checkpoints.load(path)["leanbert"]
-    tokenizer = TextTokenizer.from_json(stored["tokenizer"], source=str(path))
-    return Pretrained(build_model(EncoderConfig(), tokenizer.vocab_size, init_from=path), tokenizer)
+        stored = read_huggingface(path)
+    else:
+        if (path / "checkpoints").is_dir():
+            path = _best_or_last(path)
+        if not path.is_file():
+            raise UserError(f"{path}: no run, checkpoint or Hugging Face folder. Give the path of one.")
+        checkpoint = checkpoints.load(path)
+        tokenizer = TextTokenizer.from_json(checkpoint["leanbert"]["tokenizer"], source=str(path))
+        stored = unpack(checkpoint, path)
+    return Pretrained(rebuild(stored, tokenizer.vocab_size, path), tokenizer, stored.facts)
 
 
 def _best_or_last(run: Path) -> Path:
     best = run / "checkpoints" / checkpoints.BEST
     return best if best.is_file() else checkpoints.newest_whole(run)
+
+
+def _listed(texts: Sequence[Item]) -> list[Item]:
+    if isinstance(texts, str):
+        raise UserError(f"{texts[:40]!r} is one text. Give a list of texts")
+    return list(texts)
+
+
+def _batches(items: Sequence[Item], batch_size: int) -> Iterator[list[Item]]:
+    """Yield `batch_size` items at a time."""
+    items = _listed(items)
+    for start in range(0, len(items), batch_size):
+        yield items[start : start + batch_size]
+
+
+def _sentences(values: Sequence[Any]) -> list[Sentence]:
+    return [_sentence(f"sentence {number}", value) for number, value in enumerate(_listed(values))]
+
+
+def _sentence(place: str, value: Any) -> Sentence:
+    """Return a sentence. Raises `UserError`, naming the `place`, if its predicate is none of its words."""
+    if isinstance(value, str):
+        return Sentence(value.split())
+    if not isinstance(value, Mapping):
+        return Sentence(list(value))
+    if "tokens" not in value:
+        raise UserError(f'{place}: no "tokens" in it. Give the list of words')
+    tokens, predicate = list(value["tokens"]), value.get("predicate")
+    return Sentence(tokens, None if predicate is None else predicate_place(place, predicate, len(tokens)))

@@ -43,6 +43,7 @@ from leanbert.memory.allocator import keep_freed_pages
 from leanbert.memory.precision import default_precision
 from leanbert.memory.rehearsal import RunSettings
 from leanbert.memory.timing import RunLength, count_validations, limited
+from leanbert.models.build import read_facts
 from leanbert.models.config import EncoderConfig
 from leanbert.settings import (
     Parser,
@@ -187,7 +188,7 @@ class CLI(LightningCLI):
                 sys.exit(done.returncode)
             plan, chosen = json.loads(answer.read_text()), yaml.safe_load(overlay.read_text()) or {}
         add_overlay(settings, chosen)
-        return PlanReport(plan["predicted_peak_bytes"], plan["predicted_needs_bytes"], plan["budget_bytes"])
+        return PlanReport(plan["predicted_peak_bytes"], plan["predicted_needs_bytes"], plan["budget_bytes"], plan)
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer; what they refuse is raised as it is."""
@@ -203,6 +204,8 @@ class CLI(LightningCLI):
         if not any(isinstance(callback, ReturnFreedPages) for callback in callbacks):
             keep_freed_pages()
         if self.checkpoint is None:
+            if self.subcommand in ("validate", "test", "predict") and self.model.init_from is not None:
+                self._adopt_start(self.model.init_from)
             return
         stored = self.checkpoint["leanbert"]
         self.datamodule.hparams["tokenizer"] = self._settings["ckpt_path"]  # never train another one
@@ -213,11 +216,24 @@ class CLI(LightningCLI):
             self.model.resume_from(stored)  # before anything in the run's folder is touched
         else:
             self.model.encoder_config = EncoderConfig(**stored["encoder"])
+            self.model.adopt(stored.get("model", {}))
         self.model.init_from = None
         if self.subcommand != "fit":
             self.datamodule.hparams["max_length"] = stored["max_length"]
         self.resumed_step = self.checkpoint["global_step"]
         self.checkpoint = None  # Lightning reads the file again; do not hold it twice
+
+    def _adopt_start(self, source: str) -> None:
+        """Take labels and the like from a model that is used as it is."""
+        task, facts = read_facts(Path(source))
+        if task == self.model.name:
+            self.datamodule.adopt(facts)
+            self.model.adopt(facts)
+        elif self.subcommand == "predict":
+            raise UserError(
+                f"model.init_from: a model of task {task}, which has nothing of {self.model.name} learnt. "
+                "Give a trained one, or --ckpt_path."
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return the trainer with the callbacks that every run has, its run folder and its checkpoint files."""

@@ -310,6 +310,7 @@ def as_json(plan: Plan, target: Target) -> dict[str, Any]:
                 "predicted_needs_bytes": candidate.needs_bytes,
                 "added_compute": candidate.added_compute,
                 "fits": plan.fits(candidate),
+                "overlay": candidate.overlay,
             }
             for candidate in plan.candidates
         ],

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+import torch
 
 from leanbert.memory.extrapolation import Course, NoCounterpartError, extrapolate, peaks
+from leanbert.memory.timeline import Event, Storage, Timeline
 
 
 def course(repetitions, first=3.0, block=10.0, head=4.0):
@@ -58,6 +60,18 @@ def test_two_repetitions_within_each_other():
     few = extrapolate([run(2, 3)], ([run(2, 4)], 9))
     more = extrapolate([run(3, 3)], ([run(3, 4)], 9))
     assert peak(peaks(extrapolate(few, (more, 6)))) == peak(peaks([run(8, 12)]))
+
+
+def test_the_update_of_the_head_is_not_that_of_one_block_more():
+    """Updates look alike but for their size: those of 8 bytes for each block, then the head's of 1."""
+
+    def updates(blocks):
+        sizes = [8] * blocks + [1, 1]
+        storages = [Storage("optimizer", "", "optimizer", (size,), torch.uint8, size) for size in sizes]
+        events = [Event(0, "optimizer", s, sign * s.size_bytes) for s in storages for sign in (1, -1)]
+        return [Course.of(Timeline([], [Event(0, "optimizer", None, 0), *events]))]
+
+    assert peak(peaks(extrapolate(updates(2), (updates(3), 20)))) == {"optimizer": 8}
 
 
 def test_what_is_not_alike_is_not_extrapolated():

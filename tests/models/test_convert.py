@@ -198,7 +198,7 @@ def test_what_no_class_expresses_is_refused(tmp_path, setting, values):
     [
         (bert, {"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
         (bert, {"model_type": "roberta"}, "model_type 'roberta' is not supported"),
-        (bert, {"architectures": ["BertForTokenClassification"]}, "BertForTokenClassification is not supported"),
+        (bert, {"architectures": ["BertForQuestionAnswering"]}, "BertForQuestionAnswering is not supported"),
         (bert, {"tie_word_embeddings": False}, "tie_word_embeddings False is not supported"),
         (bert, {"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key'"),
         (bert, {"num_attention_heads": 5}, r"hidden_size: 32 is not divisible by num_heads 5"),

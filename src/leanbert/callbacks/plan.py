@@ -24,11 +24,19 @@ class PlanReport(Callback):
         predicted_bytes: Peak of live tensors.
         needs_bytes: Peak of what the device gives: on a CPU resident memory.
         budget_bytes: What the run may need; None: no bound.
+        answer: The whole plan as `plan --json` writes it, for the run's folder.
 
     """
 
-    def __init__(self, predicted_bytes: int, needs_bytes: int, budget_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        predicted_bytes: int,
+        needs_bytes: int,
+        budget_bytes: int | None = None,
+        answer: dict[str, Any] | None = None,
+    ) -> None:
         self.predicted_bytes, self.needs_bytes, self.budget_bytes = predicted_bytes, needs_bytes, budget_bytes
+        self.answer = answer
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Bound what the CUDA allocator may take."""

@@ -82,18 +82,21 @@ def _describe_corpus(statistics: Any, length: int) -> str:
 
 
 class RunSummary(Callback):
-    """Write `summary.json` into the run's folder, atomically, however the run ends; keep the tokenizer there."""
+    """Write `summary.json` into the run's folder, atomically, however the run ends; keep tokenizer and plan there."""
 
     def __init__(self) -> None:
         self.folder: Path | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the tokenizer beside the checkpoints."""
+        """Keep the tokenizer beside the checkpoints, and the plan that the run follows, if it follows one."""
         log_dir = trainer.log_dir  # exchanged between ranks: all of them ask, and never after an exception
         if trainer.is_global_zero and log_dir is not None:
             self.folder = Path(log_dir)
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             data.tokenizer.save(self.folder / "tokenizer")
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, PlanReport) and callback.answer is not None:
+                    write_json(self.folder / "plan.json", callback.answer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the summary of a finished run, after the last checkpoint."""

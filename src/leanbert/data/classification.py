@@ -51,6 +51,15 @@ class ClassificationData(LabelledData):
         )
         self.problem = problem
 
+    def facts(self) -> dict[str, Any]:
+        """Return the labels and their kind."""
+        return {**super().facts(), "problem": self.problem}
+
+    def adopt(self, facts: dict[str, Any]) -> None:
+        """Take over the labels of a checkpoint, and their kind."""
+        super().adopt(facts)
+        self.problem = self.hparams["problem"] = facts.get("problem", self.problem)
+
     @property
     def slots(self) -> int:
         """Examples in a row, at most: short texts share one."""
@@ -187,8 +196,13 @@ class TextLines(IterableDataset[PredictBatch]):
 
 def text_batch(texts: list[str], tokenizer: TextTokenizer, length: int, pairs: bool = False) -> PredictBatch:
     """Return texts, or pairs with a tab between, as a padded batch [B, S <= length]."""
-    groups = [text.split("\t", 1) if pairs else [text] for text in texts]
+    return group_batch([text.split("\t", 1) if pairs else [text] for text in texts], tokenizer, length)
+
+
+def group_batch(groups: list[list[str]], tokenizer: TextTokenizer, length: int) -> PredictBatch:
+    """Return texts and pairs of texts as a padded batch [B, S <= length]."""
     encoded = encode_texts(groups, tokenizer, length)
     ids, positions, documents = pad_rows([ids for ids, _, _ in encoded], tokenizer.pad_id)
     segments, _, _ = pad_rows([segments for _, segments, _ in encoded], 0)
+    texts = ["\t".join(group) for group in groups]
     return PredictBatch(texts, *map(torch.from_numpy, (ids, positions, documents, segments)))

@@ -40,7 +40,7 @@ def embedded_corpus(cache_dir: Path) -> Path:
     A document is a docstring, a line of it a paragraph; a blank line separates documents.
     """
     libraries = installed_libraries()
-    path = cache_dir / "corpora" / f"docstrings-{_key(libraries)}.txt"
+    path = cache_dir / "corpora" / f"docstrings-{versions_key(libraries)}.txt"
     if not path.exists():
         with locked(path):
             if not path.exists():
@@ -67,13 +67,27 @@ def installed_libraries() -> dict[str, metadata.Distribution]:
 
 def harvest(libraries: dict[str, metadata.Distribution]) -> list[str]:
     """Return the cleaned documents, library by library, without paragraphs that were there before."""
+    return list(_without_repeats(paragraphs for _, paragraphs in labelled_docstrings(libraries)))
+
+
+def labelled_docstrings(libraries: dict[str, metadata.Distribution]) -> Iterator[tuple[str, list[str]]]:
+    """Yield (library, paragraphs of prose) of each docstring, Python's own first, in the order of the files."""
     sources = {STANDARD_LIBRARY: _standard_files()}
     sources |= {name: _python_files(library) for name, library in libraries.items()}
+    names = [name for name, paths in sources.items() for _ in paths]
     files = [path for paths in sources.values() for path in paths]
     with process_pool() as pool:
         found = pool.map(read_docstrings, files, chunksize=FILES_PER_TASK)
         bar = tqdm(found, total=len(files), desc="Docstrings", unit="file", disable=None, leave=False)
-        return list(_without_repeats(document for documents in bar for document in documents))
+        for name, documents in zip(names, bar, strict=True):
+            yield from ((name, paragraphs) for paragraphs in documents)
+
+
+def versions_key(libraries: dict[str, metadata.Distribution]) -> str:
+    """Return a name for what is harvested: it changes with the versions and with `FORMAT`."""
+    versions = {name: library.version for name, library in libraries.items()}
+    facts = json.dumps([FORMAT, platform.python_version(), versions])
+    return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
 
 
 def read_docstrings(path: Path) -> list[list[str]]:
@@ -144,9 +158,3 @@ def _sorted_sources(root: Path, paths: Iterable[Path]) -> list[Path]:
 def _required(line: str) -> str:
     match = _REQUIRED_NAME.match(line)
     return match.group() if match else ""
-
-
-def _key(libraries: dict[str, metadata.Distribution]) -> str:
-    versions = {name: library.version for name, library in libraries.items()}
-    facts = json.dumps([FORMAT, platform.python_version(), versions])
-    return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()

@@ -186,8 +186,11 @@ class TextTokenizer:
         """Return the text of tokenizer.json: the same for the same tokenizer, in any process."""
         return str(self._tokenizer.to_str(pretty=True))
 
-    def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and the tokenizer_config.json that `AutoTokenizer` of transformers reads."""
+    def save(self, folder: str | Path, segments: bool = False) -> None:
+        """Write tokenizer.json and the tokenizer_config.json that `AutoTokenizer` of transformers reads.
+
+        With `segments` it says there which of two texts each token is of, for a model that takes this in.
+        """
         named = {
             "pad_token": self.pad_token,
             "unk_token": self.unk_token,
@@ -195,7 +198,9 @@ class TextTokenizer:
             "sep_token": self.sep_token,
             "mask_token": self.mask_token,
         }
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", **{k: v for k, v in named.items() if v}}
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **{k: v for k, v in named.items() if v}}
+        if segments:
+            config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
         write_text_atomically(Path(folder) / "tokenizer.json", self.to_json())
         write_text_atomically(Path(folder) / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 

@@ -219,6 +219,15 @@ class SemanticRoleData(WordData):
         )  # fmt: skip
         self.mark = mark
 
+    def facts(self) -> dict[str, Any]:
+        """Return the labels, and how the predicate is marked."""
+        return {**super().facts(), "mark": self.mark}
+
+    def adopt(self, facts: dict[str, Any]) -> None:
+        """Take over the labels of a checkpoint, and how it marks the predicate."""
+        super().adopt(facts)
+        self.mark = self.hparams["mark"] = facts.get("mark", self.mark)
+
     def key(self, part: Part) -> list[Any]:
         """Return the settings of reading and, for evaluation, the labels."""
         names = ("predicate_field", "mark", "find_predicates", "role_columns", "last_column")

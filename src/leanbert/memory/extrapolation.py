@@ -37,11 +37,17 @@ class Course:
 
     @classmethod
     def of(cls, timeline: Timeline) -> Course:
-        """Return the course of a trace; a label is phase, category with the maker's name, and whether bytes grew."""
+        """Return the course of a trace; a label is phase, category with the maker's name, and whether bytes grew.
+
+        What an update makes for a moment depends on its parameter only: there the bytes are part of the name, or the
+        update of what comes after the blocks would pass for that of one block more.
+        """
         labels = []
         for event in timeline.events:
             storage = event.storage
             name = "" if storage is None else f"{storage.category} {re.sub(r'[0-9]+', '', storage.module)}"
+            if event.phase == "optimizer" and storage is not None and storage.category == "optimizer":
+                name += f" {abs(event.delta_bytes)}"
             labels.append((event.phase, name, event.delta_bytes > 0))
         return cls(tuple(labels), timeline.live.astype(np.float64))
 

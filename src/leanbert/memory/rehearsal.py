@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -186,8 +187,10 @@ def rehearse(settings: RunSettings, rows: int, *, layers: int | None = None) -> 
         take_step(task, trainer, data.blank_batch(min(rows, settings.micro_batch)))  # type: ignore[attr-defined]
         existing = [*_tensors_of(task), *_tensors_of(batch)]
         optimizers = trainer.strategy.optimizers
-        with LiveBytes(task.model, optimizers, existing=existing) as trace, Collectives(trace) as collectives:
-            take_step(task, trainer, batch)
+        with LiveBytes(task.model, optimizers, existing=existing) as trace:
+            collectives = Collectives(trace)
+            with collectives if settings.mesh is not None else nullcontext():  # another mode takes time
+                take_step(task, trainer, batch)
         step = trace.timeline()
         blank = data.blank_batch(settings.validation_rows, validation=True)  # type: ignore[attr-defined]
         validation = _validate(task, trainer, blank)

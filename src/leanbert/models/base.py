@@ -5,6 +5,8 @@ Shapes: B batch, S sequence, M targets per row, D hidden.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -54,6 +56,9 @@ class EncoderModel(nn.Module):
     def inherits(self, name: str, stored: Stored) -> bool:
         """Whether weight `name` of a stored model is taken over when training starts from it."""
         return stored.task == self.task or name.startswith(ENCODER)
+
+    def check_stored(self, stored: Stored, source: Path) -> None:
+        """Raise `UserError`, naming `source`, if a stored model of the same task is made otherwise than this one."""
 
     def warm_start(self) -> None:
         """Start what the model has besides the encoder, which comes from a model of another task."""

@@ -19,8 +19,10 @@ from leanbert.models.config import EncoderConfig, ResolvedConfig
 from leanbert.models.convert import read_huggingface
 from leanbert.models.embeddings import INIT_STD
 from leanbert.models.encoder import FeedForward
+from leanbert.models.huggingface_classes import read_layout
+from leanbert.models.kinds import make_model
 from leanbert.models.mlm import MaskedLanguageModel
-from leanbert.models.weights import StateDict, Stored, read_checkpoint
+from leanbert.models.weights import StateDict, Stored, read_checkpoint, read_json
 
 OFFSETS = (-1, 1, -2, 2)
 """Neighbours at which the first heads of a model with learned positions look at first."""
@@ -60,7 +62,7 @@ def build_model(
         if unigram_counts is not None:
             set_unigram_bias(model, unigram_counts)
     else:
-        model = _load(config, vocab_size, make, Path(init_from))
+        model = _load(config, vocab_size, make, read_stored(Path(init_from)), Path(init_from))
     return model
 
 
@@ -135,8 +137,33 @@ def read_stored(source: Path) -> Stored:
     return read_huggingface(source) if source.is_dir() else read_checkpoint(source)
 
 
-def _load(config: EncoderConfig, vocab_size: int, make: Callable[[ResolvedConfig], Any], source: Path) -> Any:
-    stored = read_stored(source)
+def read_facts(source: Path) -> tuple[str, dict[str, Any]]:
+    """Return task and facts of a Hugging Face folder or a LeanBERT checkpoint, as `Stored` has them."""
+    if source.is_dir():
+        path = source / "config.json"
+        layout = read_layout(read_json(path), path)
+        return layout.task, layout.facts
+    stored = read_checkpoint(source)
+    return stored.task, stored.facts
+
+
+def rebuild(stored: Stored, vocab_size: int, source: Path) -> Any:
+    """Return the model that was stored at `source`, of its own task.
+
+    Raises:
+        UserError: It knows fewer than `vocab_size` tokens, or its weights do not fit.
+
+    """
+
+    def make(config: ResolvedConfig) -> Any:
+        return make_model(config, stored.task, stored.facts)
+
+    return _load(EncoderConfig(), vocab_size, make, stored, source)
+
+
+def _load(
+    config: EncoderConfig, vocab_size: int, make: Callable[[ResolvedConfig], Any], stored: Stored, source: Path
+) -> Any:
     known = stored.config.vocab_size
     if known is None or known < vocab_size:
         raise UserError(
@@ -146,6 +173,8 @@ def _load(config: EncoderConfig, vocab_size: int, make: Callable[[ResolvedConfig
     rates = {"dropout": config.dropout, "attention_dropout": config.attention_dropout}
     changed: dict[str, Any] = {name: rate for name, rate in rates.items() if rate is not None}
     model = make(replace(stored.config, **changed).resolved())
+    if stored.task == model.task:
+        model.check_stored(stored, source)
     initialise(model)
     state = {name: tensor for name, tensor in stored.state.items() if model.inherits(name, stored)}
     load_weights(model, state, source, partial=stored.task != model.task or len(state) < len(stored.state))

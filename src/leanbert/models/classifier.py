@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from leanbert.models.base import EncoderModel, gather_rows
+from leanbert.models.base import ENCODER, EncoderModel, gather_rows
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.dropout import dropout
 from leanbert.models.encoder import make_norm
@@ -21,8 +21,8 @@ from leanbert.models.weights import Stored
 
 Of = Literal["text", "word"]
 
-INHERITED = ("head.dense.", "head.norm.")
-"""What the head of a masked language model and that of a classifier have in common with pre-norm, as in ModernBERT."""
+INHERITED = ("head.dense.", "head.norm.", "head.pooler.")
+"""What does not depend on the labels; with pre-norm a masked language model has it too, as in ModernBERT."""
 
 
 class ClassificationHead(nn.Module):
@@ -68,10 +68,10 @@ class Classifier(EncoderModel):
         self.head = ClassificationHead(config, len(self.labels), of)
 
     def inherits(self, name: str, stored: Stored) -> bool:
-        """Whether weight `name` of a stored model is taken over: all if it has the same labels, else the trunk."""
+        """Whether weight `name` of a stored model is taken over: all if it has the same labels, else not the scores."""
         if stored.task == self.task and stored.facts.get("labels") == self.labels:
             return True
-        return super().inherits(name, stored) or (stored.task == "mlm" and name.startswith(INHERITED))
+        return name.startswith(ENCODER) or (stored.task in ("mlm", self.task) and name.startswith(INHERITED))
 
     def forward(
         self,

@@ -5,11 +5,13 @@ Shapes: B batch, S source tokens, T target tokens, D hidden, V vocabulary, R row
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from leanbert.errors import UserError
 from leanbert.models.base import EncoderModel
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.decoder import CrossAttention, Decoder, DecoderBlock
@@ -58,6 +60,20 @@ class Seq2SeqModel(EncoderModel):
         """Whether weight `name` of a stored model is taken over: of a masked language model the head too."""
         same = stored.task == self.task
         return same or super().inherits(name, stored) or (stored.task == "mlm" and name.startswith(INHERITED_HEAD))
+
+    def check_stored(self, stored: Stored, source: Path) -> None:
+        """Raise `UserError` if a stored decoder has another depth, or weights of its own where ours are shared."""
+        layers = len(self.decoder.blocks)
+        if (found := stored.facts.get("decoder_layers") or stored.config.num_layers) != layers:
+            raise UserError(f"model.decoder_layers: {layers}, but {source} has {found}. Set it to {found}")
+        names: dict[int, str] = {}
+        for name, parameter in self.state_dict(keep_vars=True).items():
+            one, other = (stored.state.get(each) for each in (name, names.setdefault(id(parameter), name)))
+            if one is not None and other is not None and not torch.equal(one, other):
+                raise UserError(
+                    f"model.decoder_start: {self.start}, but the decoder of {source} has weights of its own. "
+                    "Set it to encoder"
+                )
 
     def warm_start(self) -> None:
         """Copy the encoder's weights into the decoder: blocks evenly chosen, cross-attention from self-attention."""

@@ -25,7 +25,11 @@ FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class Stored(NamedTuple):
-    """A model on disk: the encoder's settings, the weights by our names, its task, and what its data kept (labels)."""
+    """A model on disk: the encoder's settings, the weights by our names, its task, and what else it is made of.
+
+    `facts` are primitives: those that data module and task keep (labels, the decoder's layers), and "max_length", the
+    tokens of the rows that it was trained on. Each may be absent.
+    """
 
     config: ResolvedConfig
     state: StateDict
@@ -69,16 +73,22 @@ def read_checkpoint(path: Path) -> Stored:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint or folder. Correct model.init_from")
-    checkpoint = load_pickled(path, "Use another checkpoint of the run.")
+    return unpack(load_pickled(path, "Use another checkpoint of the run."), path)
+
+
+def unpack(checkpoint: Any, path: Path) -> Stored:
+    """Return the model in a checkpoint read from `path`. Raises `UserError` if it is not of LeanBERT."""
     try:
         kept = checkpoint["leanbert"]
         config = EncoderConfig(**kept["encoder"]).resolved()
         weights = checkpoint["state_dict"]
+        length = {"max_length": kept["max_length"]} if "max_length" in kept else {}
+        facts = {**length, **kept.get("data", {}), **kept.get("model", {})}
     except (KeyError, TypeError):
         raise UserError(f"{path}: not a LeanBERT checkpoint. Name a .ckpt of a run, or a folder") from None
     prefix = MODEL_PREFIX
     state = {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
-    return Stored(config, state, kept.get("task", "mlm"), kept.get("data", {}))
+    return Stored(config, state, kept.get("task", "mlm"), facts)
 
 
 def load_pickled(path: Path, fix: str) -> Any:

@@ -284,7 +284,15 @@ class Task(LightningModule):
             "max_length": self._data.hparams["max_length"],
             "samples_consumed": self._data.samples_consumed,
             "data": self._data.facts(),
+            "model": self.model_facts(),
         }
+
+    def model_facts(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the model besides its encoder: primitives, such as the decoder's layers."""
+        return {}
+
+    def adopt(self, facts: dict[str, Any]) -> None:
+        """Take over what the `facts` of a checkpoint say of the weights; how to answer is as this run sets it."""
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the architectures agree and go on at the stored position of the data.

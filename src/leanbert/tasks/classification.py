@@ -69,6 +69,10 @@ class TextClassification(Labelling):
             raise UserError(f"model.class_weights: {what}. Name labels of data with one label for each text")
         return model
 
+    def model_facts(self) -> dict[str, Any]:
+        """Return the threshold."""
+        return {"threshold": self.threshold}
+
     def count_targets(self, batch: LabelledBatch) -> Tensor:
         """Return the number of labels, shape [], or the sum of their weights."""
         if not self.class_weights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
@@ -86,6 +87,35 @@ class Seq2Seq(Task):
             init_from=self.init_from,
         )
         return model
+
+    def model_facts(self) -> dict[str, Any]:
+        """Return how the decoder is made, and how outputs are searched for."""
+        return {
+            "decoder_layers": len(self.model.decoder.blocks),
+            "decoder_start": self.decoder_start,
+            "generation": asdict(self.generation),
+        }
+
+    def adopt(self, facts: dict[str, Any]) -> None:
+        """Take over how the decoder is made."""
+        self.decoder_layers = facts.get("decoder_layers", self.decoder_layers)
+        self.decoder_start = facts.get("decoder_start", self.decoder_start)
+
+    def check_resumable(self, stored: dict[str, Any]) -> None:
+        """Raise UserError if `stored` is of another task or architecture, or its decoder is made otherwise."""
+        super().check_resumable(stored)
+        facts, layers = stored.get("model", {}), self.decoder_layers or stored["encoder"]["num_layers"]
+        start = facts.get("decoder_start", self.decoder_start)
+        own: dict[str, tuple[Any, Any]] = {
+            "decoder_layers": (layers, facts.get("decoder_layers", layers)),
+            "decoder_start": (self.decoder_start, start if "shared" in (start, self.decoder_start) else None),
+        }
+        for setting, (value, there) in own.items():
+            if there is not None and there != value:
+                raise UserError(
+                    f"model.{setting}: is {value}, but the checkpoint has {there}. "
+                    "Give the same, or start from it with --model.init_from."
+                )
 
     def build_metrics(self) -> None:
         """Make the mean loss, and the measures of generated outputs."""

@@ -64,10 +64,7 @@ class TokenClassification(Labelling):
 
     def predict_step(self, batch: WordBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Return `{"tokens", "labels", "text"}` for each sentence."""
-        return [
-            {"tokens": sentence.tokens, "labels": labels, "text": bracketed(sentence.tokens, labels)}
-            for sentence, labels in zip(batch.sentences, tag(self.model, self.decoder, batch), strict=True)
-        ]
+        return tag_sentences(self.model, self.decoder, batch)
 
     def samples(self, batch: LabelledBatch) -> dict[str, str]:
         """Return a table of sentences with their spans and those of the model."""
@@ -150,6 +147,14 @@ def tag(model: Any, decoder: BioDecoder, batch: WordBatch) -> list[list[str]]:
     return [
         [model.labels[tag] for tag in row if tag != IGNORED] + ["O"] * (len(sentence.tokens) - _count(row))
         for sentence, row in zip(batch.sentences, best, strict=True)
+    ]
+
+
+def tag_sentences(model: Any, decoder: BioDecoder, batch: WordBatch) -> list[dict[str, Any]]:
+    """Return `{"tokens", "labels", "text"}` for each sentence."""
+    return [
+        {"tokens": sentence.tokens, "labels": labels, "text": bracketed(sentence.tokens, labels)}
+        for sentence, labels in zip(batch.sentences, tag(model, decoder, batch), strict=True)
     ]
 
 

@@ -1,0 +1,197 @@
+"""Which class of Hugging Face holds a model: its settings, and the names of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from leanbert.errors import UserError
+from leanbert.models.base import EncoderModel
+from leanbert.models.classifier import Classifier
+from leanbert.models.config import SETTING, ResolvedConfig
+from leanbert.models.huggingface_config import bert_settings, modernbert_settings, read_bert, read_modernbert
+from leanbert.models.huggingface_tasks import (
+    decoder_settings,
+    label_settings,
+    own_settings,
+    read_decoder,
+    read_labels,
+    read_own,
+)
+from leanbert.models.kinds import kind_of
+from leanbert.models.naming import Kind, Names, bert_names, encoder_decoder_names, modernbert_names
+from leanbert.models.seq2seq import Seq2SeqModel
+
+ENCODER_DECODER = "EncoderDecoderModel"
+SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+
+
+class Family(NamedTuple):
+    """The classes of one architecture: how their settings and weights are named."""
+
+    classes: Mapping[Kind, str]
+    bare: tuple[str, ...]  # further classes that are read as masked language models
+    prefix: str  # of the encoder's weights, absent where it was saved without a head
+    names: Callable[[ResolvedConfig, Kind], Names]
+    read_settings: Callable[[dict[str, Any], Path], ResolvedConfig]
+    settings: Callable[[ResolvedConfig], dict[str, Any]]
+    ignored: tuple[str, ...]  # weights that play no part in our models, or repeat others
+
+
+FAMILIES = {
+    "bert": Family(
+        {
+            "mlm": "BertForMaskedLM",
+            "text": "BertForSequenceClassification",
+            "word": "BertForTokenClassification",
+        },
+        ("BertModel", "BertForPreTraining"),
+        "bert.",
+        bert_names,
+        read_bert,
+        bert_settings,
+        ("bert.pooler.", "bert.embeddings.position_ids", "cls.seq_relationship.", "cls.predictions.decoder."),
+    ),
+    "modernbert": Family(
+        {
+            "mlm": "ModernBertForMaskedLM",
+            "text": "ModernBertForSequenceClassification",
+            "word": "ModernBertForTokenClassification",
+        },
+        ("ModernBertModel",),
+        "model.",
+        modernbert_names,
+        read_modernbert,
+        modernbert_settings,
+        ("decoder.weight",),
+    ),
+}
+POOLER = "encoder.pooler."
+"""Of an encoder that is read by a decoder: transformers has one, and uses it for nothing."""
+DECODER_TOKENS = "decoder.bert.embeddings.word_embeddings.weight"
+"""The token embedding once more; with us encoder and decoder have one."""
+IGNORED_BESIDE_DECODER = (
+    POOLER, "decoder.cls.predictions.decoder.", "encoder.embeddings.position_ids",
+    "decoder.bert.embeddings.position_ids",
+)  # fmt: skip
+
+
+class Layout(NamedTuple):
+    """What a folder holds: a model of `task` with `config` and `facts`, its weights by `names`.
+
+    Weights that begin with `ignored` and have no name play no part. `prefix` is that of the encoder's weights.
+    """
+
+    config: ResolvedConfig
+    task: str
+    facts: dict[str, Any]
+    names: Names
+    ignored: tuple[str, ...]
+    prefix: str
+
+
+def read_layout(settings: dict[str, Any], path: Path) -> Layout:
+    """Return what `config.json` at `path` describes; raises `UserError` for a class that we do not have."""
+    if settings.get("model_type") == "encoder-decoder":
+        config, layers = read_decoder(settings, path)
+        task, facts = read_own(settings, "seq2seq")
+        names = encoder_decoder_names(config, layers)
+        return Layout(config, task, {**facts, "decoder_layers": layers}, names, IGNORED_BESIDE_DECODER, "encoder.")
+    family = _family(settings, path)
+    kind = _kind(settings, family, path)
+    config = family.read_settings(settings, path)
+    task, facts = read_own(settings, kind)
+    if kind != "mlm":
+        facts |= read_labels(settings, kind, path)
+    return Layout(config, task, facts, family.names(config, kind), family.ignored, family.prefix)
+
+
+def write_layout(
+    model: EncoderModel, facts: Mapping[str, Any], special_ids: Mapping[str, int | None]
+) -> tuple[dict[str, Any], Names]:
+    """Return `config.json` and the names of the weights of a model, whose heads are made complete.
+
+    Raises `UserError`, naming the setting, if no class of Hugging Face expresses the model.
+    """
+    config, kind = _with_all_heads(model.config), kind_of(model.task)
+    own = own_settings(model.task, facts)
+    if isinstance(model, Seq2SeqModel):
+        _check_expressible(config, ENCODER_DECODER)
+        layers = len(model.decoder.blocks)
+        ids = {name: special_ids.get(name) for name in SPECIAL_IDS}
+        settings = {"architectures": [ENCODER_DECODER], **special_ids, **decoder_settings(config, layers, ids), **own}
+        return settings, encoder_decoder_names(config, layers)
+    family = FAMILIES["modernbert" if config.position == "rotary" else "bert"]
+    _check_expressible(config, family.classes[kind])
+    settings = {
+        "architectures": [family.classes[kind]],
+        **dict.fromkeys(SPECIAL_IDS),
+        **family.settings(config),
+        **special_ids,
+        **own,
+    }
+    if isinstance(model, Classifier):
+        settings |= label_settings(model, facts)
+    return settings, family.names(config, kind)
+
+
+def _family(settings: dict[str, Any], path: Path) -> Family:
+    family = FAMILIES.get(settings.get("model_type", ""))
+    if family is None:
+        kind = settings.get("model_type")
+        raise UserError(f"{path}: model_type {kind!r} is not supported. Take one of {', '.join(_known())}")
+    return family
+
+
+def _kind(settings: dict[str, Any], family: Family, path: Path) -> Kind:
+    named = settings.get("architectures") or [family.classes["mlm"]]
+    for kind, name in family.classes.items():
+        if name in named or (kind == "mlm" and set(named) & set(family.bare)):
+            return kind
+    raise UserError(f"{path}: architecture {named[0]} is not supported. Take one of {', '.join(_known())}")
+
+
+def _known() -> list[str]:
+    names = [name for family in FAMILIES.values() for name in (*family.classes.values(), *family.bare)]
+    return [*names, ENCODER_DECODER]
+
+
+def _with_all_heads(config: ResolvedConfig) -> ResolvedConfig:
+    """Return the configuration with as many heads as fill the hidden size, or raise `UserError`."""
+    full, rest = divmod(config.hidden_size, config.head_size)
+    if rest:
+        raise UserError(
+            f"{SETTING}.head_size: Hugging Face cannot express heads of {config.head_size}, which do not divide "
+            f"hidden_size {config.hidden_size}. Train with a divisor to export"
+        )
+    if config.num_heads > full:
+        raise UserError(
+            f"{SETTING}.num_heads: Hugging Face cannot express {config.num_heads} heads of {config.head_size} with "
+            f"hidden_size {config.hidden_size}. Train with at most {full} to export"
+        )
+    return replace(config, num_heads=full)
+
+
+def _check_expressible(config: ResolvedConfig, target: str) -> None:
+    """Raise `UserError` with the first setting that the class `target` cannot express."""
+    modern = config.position == "rotary"
+    if modern and target == ENCODER_DECODER:
+        raise UserError(
+            f"{SETTING}.preset: transformers has no decoder with position 'rotary' that an {target} could take "
+            "(ModernBERT's looks at no encoder). Train with preset bert to export"
+        )
+    needed: dict[str, tuple[Any, ...]] = (
+        {"norm_position": ("pre",), "activation": ("geglu", "swiglu"), "type_vocab_size": (0,)}
+        if modern
+        else {"norm_position": ("post",), "activation": ("gelu",), "bias": (True,), "local_window": (0,)}
+    )
+    for name, fitting in needed.items():
+        if (value := getattr(config, name)) not in fitting:
+            raise UserError(
+                f"{SETTING}.{name}: {target} cannot express {value!r} with position {config.position!r}. "
+                f"Train with {' or '.join(map(repr, fitting))} to export"
+            )
+    if not modern and config.type_vocab_size == 0:
+        raise UserError(f"{SETTING}.type_vocab_size: {target} cannot express 0. Train with 1 or 2 to export")

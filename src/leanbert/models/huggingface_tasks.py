@@ -1,0 +1,118 @@
+"""What Hugging Face's `config.json` says of a task: labels, the decoder, and what only LeanBERT knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from leanbert.errors import UserError
+from leanbert.models.classifier import Classifier
+from leanbert.models.config import ResolvedConfig
+from leanbert.models.huggingface_config import bert_settings, read_bert
+from leanbert.models.kinds import TASKS
+from leanbert.models.naming import Kind
+
+OWN = "leanbert"
+"""Key of what no class of transformers asks for: the task, and how it is answered."""
+ELSEWHERE = ("labels", "problem", "decoder_layers", "decoder_start")
+"""Facts that the folder says in transformers' own terms."""
+PROBLEMS = {
+    "single": "single_label_classification",
+    "multi": "multi_label_classification",
+    "regression": "regression",
+}
+GENERATION = {
+    "beams": "num_beams",
+    "length_penalty": "length_penalty",
+    "no_repeat_ngram": "no_repeat_ngram_size",
+    "sample": "do_sample",
+}
+
+
+def own_settings(task: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is written under a key of our own; nothing for masked language models."""
+    kept = {name: value for name, value in facts.items() if name not in ELSEWHERE}
+    return {} if task == "mlm" else {OWN: {"task": task, **kept}}
+
+
+def read_own(settings: dict[str, Any], kind: Kind) -> tuple[str, dict[str, Any]]:
+    """Return the task and its facts; those of a folder that we have not written are what its class says."""
+    kept = settings.get(OWN)
+    if not isinstance(kept, dict) or kept.get("task") not in TASKS[kind]:
+        return TASKS[kind][0], {}
+    return kept["task"], {name: value for name, value in kept.items() if name not in ("task", *ELSEWHERE)}
+
+
+def label_settings(model: Classifier, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a class for sequence or token classification."""
+    return {
+        "id2label": {str(number): label for number, label in enumerate(model.labels)},
+        "label2id": {label: number for number, label in enumerate(model.labels)},
+        "classifier_dropout": model.head.dropout,
+        **({"problem_type": PROBLEMS[facts.get("problem", "single")]} if model.of == "text" else {}),
+    }
+
+
+def read_labels(settings: dict[str, Any], kind: Kind, path: Path) -> dict[str, Any]:
+    """Return the facts "labels" and, of texts, "problem"; where config.json is silent as transformers has it."""
+    named = settings.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    try:
+        labels = [str(named[str(number)]) for number in range(len(named))]
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: id2label does not name 0 to {len(named) - 1}. Give each label a number") from None
+    if kind == "word":
+        return {"labels": labels}
+    if (pooling := settings.get("classifier_pooling", "cls")) != "cls":
+        raise UserError(f"{path}: classifier_pooling {pooling!r} is not supported. Only 'cls' is")
+    problems = {theirs: ours for ours, theirs in PROBLEMS.items()}
+    guess = "single" if len(labels) > 1 else "regression"
+    return {"labels": labels, "problem": problems.get(settings.get("problem_type") or "", guess)}
+
+
+def decoder_settings(config: ResolvedConfig, layers: int, ids: Mapping[str, int | None]) -> dict[str, Any]:
+    """Return the settings of an `EncoderDecoderModel`; `ids` are those of special tokens."""
+    decoder = {**ids, **bert_settings(replace(config, num_layers=layers)), "architectures": ["BertLMHeadModel"]}
+    return {
+        "model_type": "encoder-decoder",
+        "is_encoder_decoder": True,
+        "vocab_size": config.vocab_size,
+        "encoder": {**ids, **bert_settings(config), "architectures": ["BertModel"]},
+        "decoder": {**decoder, "is_decoder": True, "add_cross_attention": True},
+    }
+
+
+def read_decoder(settings: dict[str, Any], path: Path) -> tuple[ResolvedConfig, int]:
+    """Return the encoder's configuration and the decoder's number of blocks, in which alone they may differ."""
+    parts: list[dict[str, Any]] = [settings.get(name) or {} for name in ("encoder", "decoder")]
+    for name, part in zip(("encoder", "decoder"), parts, strict=True):
+        if part.get("model_type") != "bert":
+            raise UserError(f"{path}: {name} is no BERT, which is not supported. Take one with model_type 'bert'")
+    first, second = parts
+    if not (second.get("is_decoder") and second.get("add_cross_attention")):
+        raise UserError(f"{path}: the decoder has no cross-attention. Set its is_decoder and add_cross_attention")
+    encoder, decoder = read_bert(first, path), read_bert({**second, "is_decoder": False}, path)
+    for name, value in vars(encoder).items():
+        if name != "num_layers" and "dropout" not in name and getattr(decoder, name) != value:
+            raise UserError(
+                f"{path}: {name} is {value} in the encoder and {getattr(decoder, name)} in the decoder, which is not "
+                "supported. Only the number of layers may differ"
+            )
+    return encoder, decoder.num_layers
+
+
+def generation_settings(
+    facts: Mapping[str, Any], ids: Mapping[str, int | None], never: list[int], longest: int
+) -> dict[str, Any]:
+    """Return `generation_config.json`: how `generate` of transformers searches as we do.
+
+    `never` are ids that no output may contain, `longest` is the greatest number of its tokens.
+    """
+    chosen = facts.get("generation", {})
+    return {
+        **{theirs: chosen[ours] for ours, theirs in GENERATION.items() if ours in chosen},
+        **{name: value for name, value in ids.items() if value is not None and not name.startswith(("cls", "sep"))},
+        "suppress_tokens": never,
+        "max_length": longest,
+    }

@@ -1,0 +1,35 @@
+"""Which model each task has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from leanbert.models.base import EncoderModel
+from leanbert.models.classifier import Classifier
+from leanbert.models.config import ResolvedConfig
+from leanbert.models.mlm import MaskedLanguageModel
+from leanbert.models.naming import Kind
+from leanbert.models.seq2seq import Seq2SeqModel
+
+TASKS: dict[Kind, tuple[str, ...]] = {
+    "mlm": ("mlm",),
+    "text": ("classification",),
+    "word": ("tagging", "srl"),
+    "seq2seq": ("seq2seq",),
+}
+"""Tasks by the kind of their model; of a folder that names none, it is the first."""
+
+
+def kind_of(task: str) -> Kind:
+    """Return the kind of a task's model."""
+    return next(kind for kind, tasks in TASKS.items() if task in tasks)
+
+
+def make_model(config: ResolvedConfig, task: str, facts: dict[str, Any]) -> EncoderModel:
+    """Return the model of a task, without its weights; `facts` are those of `Stored`."""
+    kind = kind_of(task)
+    if kind == "mlm":
+        return MaskedLanguageModel(config)
+    if kind == "seq2seq":
+        return Seq2SeqModel(config, facts.get("decoder_layers"), facts.get("decoder_start", "encoder"), task)
+    return Classifier(config, facts["labels"], kind, task)

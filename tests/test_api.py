@@ -1,0 +1,295 @@
+"""`leanbert.load` of each task: from a run, a checkpoint and an exported folder, the answers of `predict`."""
+
+import json
+
+import pytest
+import torch
+import transformers
+import yaml
+
+import leanbert
+from leanbert.api import Pretrained
+from leanbert.cli import CLI, quiet_libraries
+from leanbert.data.tokenizer import TextTokenizer
+from leanbert.errors import UserError
+from leanbert.models.build import build_model
+from leanbert.models.classifier import Classifier
+from leanbert.models.config import EncoderConfig
+from tests.training import read_scalars as scalars
+
+WORDS = ["the", "a", "cook", "guest", "cake", "gives", "eats", "red", "old", "in", "of", "house", "dog", "cat"]
+SENTENCE = ["the", "old", "cook", "gives", "a", "guest", "the", "red", "cake"]
+ROLES = ["B-ARG0", "I-ARG0", "I-ARG0", "B-V", "B-ARG2", "I-ARG2", "B-ARG1", "I-ARG1", "I-ARG1"]
+
+TASKS = {
+    "mlm": ("mlm.MaskedLM", "mlm.MaskedLMData", {}, {}),
+    "classification": (
+        "classification.TextClassification",
+        "classification.ClassificationData",
+        {"threshold": 0.4},
+        {"problem": "multi"},
+    ),
+    "tagging": ("tagging.TokenClassification", "words.TokenLabelData", {}, {}),
+    "srl": ("tagging.SemanticRoleLabelling", "words.SemanticRoleData", {}, {"mark": "segments"}),
+    "seq2seq": (
+        "seq2seq.Seq2Seq",
+        "pairs.PairData",
+        {"decoder_layers": 1, "generation": {"beams": 2, "length_more": 3}},
+        {},
+    ),
+}
+ASKED = {
+    "mlm": ["the [MASK] cook", "a [MASK] in the [MASK]"],
+    "classification": ["the red cake", "a dog in the house", "guest"],
+    "tagging": [" ".join(SENTENCE), "the dog"],
+    "srl": [" ".join(SENTENCE), json.dumps({"tokens": SENTENCE, "predicate": 3})],
+    "seq2seq": ["the old cook gives a guest the red cake", "the dog", "a cat sees"],
+}
+METHODS = {"mlm": "fill_mask", "classification": "classify", "tagging": "tag", "srl": "label_roles"} | {
+    "seq2seq": "translate"
+}
+
+
+def records(task):
+    for number in range(40):
+        words = [WORDS[(number * step + step) % len(WORDS)] for step in range(1, 8)]
+        text = " ".join(words)
+        yield {
+            "mlm": {"text": text},
+            "classification": {"text": text, "label": ["a", "b"][: number % 3]},
+            "tagging": {"tokens": SENTENCE + words, "labels": ROLES + ["O"] * 7},
+            "srl": {"tokens": SENTENCE + words, "labels": ROLES + ["O"] * 7, "predicate": 3},
+            "seq2seq": {"source": text, "target": " ".join(reversed(words))},
+        }[task]
+
+
+def arguments(folder, task, subcommand, model=None, data=None):
+    """A configuration without what the checkpoint says (unless given), as arguments of the command line."""
+    kind, kind_of_data, *_ = TASKS[task]
+    settings = {
+        "model": {"class_path": f"leanbert.tasks.{kind}", "init_args": model or {}},
+        "data": {
+            "class_path": f"leanbert.data.{kind_of_data}",
+            "init_args": {"train_files": str(folder / "train.jsonl"), "cache_dir": str(folder / "cache")}
+            | {"vocab_size": 300, "max_length": 32, "batch_size": 4}
+            | (data or {}),
+        },
+        "trainer": {"accelerator": "cpu", "precision": "32-true", "default_root_dir": str(folder / "runs")}
+        | {"enable_progress_bar": False},
+    }
+    path = folder / f"{subcommand}.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return [subcommand, f"--config={path}"]
+
+
+@pytest.fixture(scope="module", params=list(TASKS))
+def run(request, tmp_path_factory):
+    """A run of two steps, whose best checkpoint then gets weights of a size at which every input has another answer."""
+    task = request.param
+    folder = tmp_path_factory.mktemp(task)
+    (folder / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records(task)))
+    encoder = {"preset": "bert", "num_layers": 2, "hidden_size": 32, "num_heads": 2, "max_positions": 48}
+    _, _, model, data = TASKS[task]
+    quiet_libraries()
+    CLI([*arguments(folder, task, "fit", {**model, "encoder": encoder}, {"val_share": 0.2, **data}),
+         "--trainer.max_steps=2"])  # fmt: skip
+    version = folder / "runs" / task / "version_0"
+    checkpoint = torch.load(version / "checkpoints" / "best.ckpt", weights_only=True)
+    generator = torch.Generator().manual_seed(0)
+    for weight in checkpoint["state_dict"].values():
+        weight += 0.2 * torch.randn(weight.shape, generator=generator)
+    torch.save(checkpoint, version / "checkpoints" / "best.ckpt")
+    return task, folder, version
+
+
+def predict(folder, task, capsys, *more):
+    file = folder / "asked.txt"
+    file.write_text("".join(f"{line}\n" for line in ASKED[task]))
+    capsys.readouterr()
+    CLI([*arguments(folder, task, "predict", {k: v for k, v in TASKS[task][2].items() if k != "decoder_layers"}),
+         f"--data.predict_files={file}", *more])  # fmt: skip
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def ask(model, items=None):
+    method = getattr(model, METHODS[model.task])
+    return method([json.loads(i) if i.startswith("{") else i for i in ASKED[model.task]] if items is None else items)
+
+
+def same(ours, theirs):
+    """Equal but for the last digit of a probability or score."""
+    if isinstance(ours, float):
+        return ours == pytest.approx(theirs, abs=3e-6)
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
+    if isinstance(ours, list):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return ours == theirs
+
+
+def test_a_run_a_checkpoint_and_an_export_answer_as_predict_does(run, capsys, tmp_path):
+    task, folder, version = run
+    expected = predict(folder, task, capsys, "--ckpt_path=best")
+    assert len({json.dumps(answer) for answer in expected}) == len(expected) >= len(ASKED[task])
+    of_run = leanbert.load(version)
+    of_run.export(tmp_path)
+    for model in (of_run, leanbert.load(version / "checkpoints" / "best.ckpt"), leanbert.load(tmp_path)):
+        assert model.task == task
+        assert same(ask(model), expected)
+        assert ask(model, []) == []
+    assert same(predict(folder, task, capsys, f"--model.init_from={tmp_path}"), expected)
+
+
+def test_vectors_come_from_any_task(run):
+    model = leanbert.load(run[2])
+    together = model.encode(["the dog", "a much longer text about the dog and the house"])
+    assert together.shape == (2, 32)
+    torch.testing.assert_close(together[:1], model.encode(["the dog"]), rtol=1e-4, atol=1e-5)
+
+
+def test_methods_of_other_tasks_name_the_right_one(run):
+    model = leanbert.load(run[2])
+    for task, method in [*METHODS.items(), ("seq2seq", "summarize")]:
+        if task != run[0]:
+            right = METHODS[run[0]]
+            with pytest.raises(UserError, match=rf"^{method}: this is a model of task {run[0]}\. Call {right}"):
+                getattr(model, method)(["the dog"])
+    with pytest.raises(UserError, match=r"^'the dog' is one text\. Give a list of texts$"):
+        ask(model, "the dog")
+
+
+def test_export_by_the_command_line_loads_in_transformers(run, tmp_path):
+    task, folder, _ = run
+    CLI([*arguments(folder, task, "export"), "--ckpt_path=best", f"--output={tmp_path}"])
+    name = json.loads((tmp_path / "config.json").read_text())["architectures"][0]
+    _, report = getattr(transformers, name).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+
+
+def test_training_goes_on_from_an_export(run, tmp_path):
+    task, folder, version = run
+    leanbert.load(version / "checkpoints" / "step-00000002.ckpt").export(tmp_path / "start")
+    _, _, model, data = TASKS[task]
+    CLI([*arguments(folder, task, "fit", model, {"val_share": 0.2, **data}), "--trainer.max_steps=1",
+         f"--model.init_from={tmp_path / 'start'}", f"--trainer.default_root_dir={tmp_path}"])  # fmt: skip
+    first = scalars(tmp_path / task / "version_0")["val/loss"][0]
+    assert first == pytest.approx(scalars(version)["val/loss"][2], abs=1e-5)
+
+
+# ---- each task
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return TextTokenizer.train(lambda: [" ".join(WORDS)] * 3, vocab_size=300)
+
+
+def classifier(folder, tokenizer, labels, task, facts=None, **settings):
+    sizes = {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "max_positions": 48, "preset": "bert"}
+    of = "text" if task == "classification" else "word"
+    model = build_model(
+        EncoderConfig(**sizes | settings), tokenizer.vocab_size, lambda config: Classifier(config, labels, of, task)
+    )
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(weight)))
+    Pretrained(model, tokenizer, facts).export(folder)
+    return leanbert.load(folder)
+
+
+def test_pairs_are_classified_as_transformers_does(tmp_path, tokenizer):
+    model = classifier(tmp_path, tokenizer, ["yes", "no"], "classification")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    pairs = [("the cook", "a cake"), ("the old dog sees", "the cat"), ("a\tguest", "in the house")]
+    encoded = their_tokenizer(*map(list, zip(*pairs, strict=True)), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        best = theirs(**encoded).logits.softmax(-1).max(-1)
+    answers = model.classify(pairs)
+    assert encoded["token_type_ids"].max() == 1
+    assert [answer["label"] for answer in answers] == [["yes", "no"][place] for place in best.indices]
+    assert [answer["probability"] for answer in answers] == pytest.approx(best.values.tolist(), abs=2e-6)
+    assert answers[0]["text"] == "the cook\ta cake"
+    assert model.classify(["the cook"])[0]["probability"] != answers[0]["probability"]
+
+
+def test_numbers_and_thresholds(tmp_path, tokenizer):
+    facts = {"problem": "regression"}
+    values = classifier(tmp_path / "r", tokenizer, ["x", "y"], "classification", facts).classify(["the cook"])[0]
+    assert len(values["values"]) == 2
+    answers = {}
+    for threshold in (0.000001, 0.999999):
+        facts = {"problem": "multi", "threshold": threshold}
+        model = classifier(tmp_path / str(threshold), tokenizer, ["x", "y"], "classification", facts)
+        answers[threshold] = [each["label"] for each in model.classify(["the cook"])[0]["labels"]]
+    assert (sorted(answers[0.000001]), answers[0.999999]) == (["x", "y"], [])
+
+
+def test_sentences_may_be_lists_of_words(tmp_path, tokenizer):
+    model = classifier(tmp_path, tokenizer, ["O", "B-X", "I-X"], "tagging")
+    assert model.tag([SENTENCE]) == model.tag([" ".join(SENTENCE)])
+    assert model.tag([["dog"], []])[1] == {"tokens": [], "labels": [], "text": ""}
+    long = ["dog"] * 100
+    assert model.tag([long])[0]["labels"][46:] == ["O"] * 54
+
+
+def test_predicates_are_given_or_found(tmp_path, tokenizer):
+    model = classifier(tmp_path, tokenizer, ["O", "B-PRED", "B-V", "B-ARG0"], "srl", {"mark": "tokens"})
+    given = {"tokens": SENTENCE, "predicate": 3}
+    answers = model.label_roles([given, SENTENCE])
+    assert answers[0]["predicate"] == 3
+    assert {answer["predicate"] for answer in answers[1:]} != {None}
+    assert model.label_roles([given]) == answers[:1]
+    for wrong, message in (
+        ({"tokens": SENTENCE, "predicate": 9}, r"^sentence 1: predicate 9 is not the place of one of 9 words, 0 to 8$"),
+        ({"predicate": 3}, r'^sentence 1: no "tokens" in it'),
+    ):
+        with pytest.raises(UserError, match=message):
+            model.label_roles([SENTENCE, wrong])
+
+
+def test_labels_that_are_no_bio_tags_are_refused(tmp_path, tokenizer):
+    model = classifier(tmp_path, tokenizer, ["NOUN", "VERB"], "tagging")
+    with pytest.raises(UserError, match=r"^tag: labels must be different BIO tags, O, B-x or I-x: NOUN, VERB"):
+        model.tag(["the dog"])
+
+
+@pytest.mark.parametrize("run", ["seq2seq"], indirect=True)
+class TestSequenceToSequence:
+    def test_settings_of_generation_are_those_of_the_run_unless_given(self, run):
+        model, asked = leanbert.load(run[2]), ASKED["seq2seq"]
+        assert model.translate(asked) == model.summarize(asked, beams=2)
+        assert same(model.translate(asked, batch_size=1), model.translate(asked))
+        found = {beams: model.translate(asked, beams=beams, no_repeat_ngram=1) for beams in (1, 2)}
+        assert found[1] != found[2] == model.translate(asked, no_repeat_ngram=1) != model.translate(asked)
+        assert [answer["source"] for answer in found[1]] == asked
+        with pytest.raises(UserError, match=r"^beam: no setting of generation\. There are beams, "):
+            model.translate(asked, beam=2)
+
+    def test_transformers_generates_the_same_outputs(self, run, tmp_path):
+        model = leanbert.load(run[2])
+        model.export(tmp_path)
+        theirs = transformers.EncoderDecoderModel.from_pretrained(tmp_path).eval()
+        config = theirs.generation_config
+        assert (config.num_beams, config.suppress_tokens, config.max_length) == (2, [0, 1, 2, 4], 32)  # all but [SEP]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        for text in ASKED["seq2seq"]:
+            encoded = tokenizer(text, return_tensors="pt")
+            more = 2 * encoded["input_ids"].shape[1] + 3
+            found = theirs.generate(
+                input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], num_beams=1,
+                max_new_tokens=more,
+            )  # fmt: skip
+            expected = model.translate([text], beams=1)[0]["output"]
+            assert tokenizer.decode(found[0], skip_special_tokens=True) == expected != ""
+
+    def test_another_decoder_does_not_go_on(self, run):
+        task, folder, _ = run
+        encoder = {"preset": "bert", "num_layers": 2, "hidden_size": 32, "num_heads": 2, "max_positions": 48}
+        for changes, message in (
+            ({}, r"^model\.decoder_layers: is 2, but the checkpoint has 1\."),
+            ({"decoder_layers": 1, "decoder_start": "shared"}, r"^model\.decoder_start: is shared, but the checkpoint"),
+        ):
+            with pytest.raises(UserError, match=message):
+                CLI([*arguments(folder, task, "fit", {**changes, "encoder": encoder}, {"val_share": 0.2}),
+                     "--ckpt_path=last", "--trainer.max_steps=3"])  # fmt: skip
