@@ -270,7 +270,8 @@ class TestSequenceToSequence:
         model = leanbert.load(run[2])
         model.export(tmp_path)
         theirs = transformers.EncoderDecoderModel.from_pretrained(tmp_path).eval()
-        assert theirs.generation_config.num_beams == 2
+        config = theirs.generation_config
+        assert (config.num_beams, config.suppress_tokens, config.max_length) == (2, [0, 1, 2, 4], 32)  # all but [SEP]
         tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
         for text in ASKED["seq2seq"]:
             encoded = tokenizer(text, return_tensors="pt")

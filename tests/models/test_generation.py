@@ -180,6 +180,18 @@ def test_more_beams_find_better_outputs_than_greedy(preset):
 
 
 @PRESETS
+def test_stopping_late_finds_the_longer_outputs_that_a_length_penalty_favours(preset):
+    model, batch = model_that_ends(preset), source_batch(sources(30))
+    found = {
+        early: generate(model, batch, TOKENS, GenerationConfig(beams=2, length_penalty=2.0, early=early))
+        for early in (True, False)
+    }
+    gains = [late.score - soon.score for soon, late in zip(found[True], found[False], strict=True)]
+    assert min(gains) >= 0
+    assert sum(gain > 0.001 for gain in gains) >= 3
+
+
+@PRESETS
 @pytest.mark.parametrize("beams", [1, 4])
 def test_order_padding_and_batch_size_do_not_change_outputs(preset, beams):
     model, texts = model_that_ends(preset), sources(12)
