@@ -1,10 +1,10 @@
-"""Speed of translation against `EncoderDecoderModel.generate` of transformers with the same weights, in one run.
+r"""Speed of translation against `EncoderDecoderModel.generate` of transformers with the same weights, in one run.
 
 Train a model of the bert preset, then translate a test set with it:
 
     T=DATA/translation
-    python train.py fit --config configs/translation.yaml --model.encoder.preset=bert --trainer.max_steps=900 \\
-        --data.train_files=$T/train.en.gz --data.train_target_files=$T/train.de.gz --data.val_files=$T/val.en.gz \\
+    python train.py fit --config configs/translation.yaml --model.encoder.preset=bert --trainer.max_steps=900 \
+        --data.train_files=$T/train.en.gz --data.train_target_files=$T/train.de.gz --data.val_files=$T/val.en.gz \
         --data.val_target_files=$T/val.de.gz --data.vocab_size=10000 --data.batch_size=32
     python benchmarks/decode.py --model runs/seq2seq/version_0 --sources $T/test2016.en.gz
 
@@ -147,7 +147,14 @@ def main() -> None:
         peer = Peer(Path(folder), lambda ids: model.tokenizer.decode(ids).strip())
         for beams in (1, 5):
             rows += compare(model, peer, texts, beams, options)
-    header = ["", "", "sentences/s", "x transformers, fp32", "x the same precision", "same output as transformers, fp32"]
+    header = [
+        "",
+        "",
+        "sentences/s",
+        "x transformers, fp32",
+        "x the same precision",
+        "same output as transformers, fp32",
+    ]
     config = model.model.config
     note = (
         f"{config.num_layers} + {len(model.model.decoder.blocks)} blocks of width {config.hidden_size}, vocabulary of "
