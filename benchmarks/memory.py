@@ -127,8 +127,9 @@ def bytes_and_time(root: Path, size: str) -> str:
     """Return the table of one size."""
     results = {}
     for name in ["plain", *EXACT, *APPROXIMATE]:
-        print(f"{size}: {name}", file=sys.stderr, flush=True)
-        results[name] = train(root, size, () if name == "plain" else (name,))
+        result = results[name] = train(root, size, () if name == "plain" else (name,))
+        peak, seconds = result["peak_bytes"] / MIB, result["step_seconds"]
+        print(f"{size}: {name}: {peak:,.0f} MiB live, {seconds:.2f} s a step", file=sys.stderr, flush=True)
     plain = results["plain"]
     rows = []
     for name, result in results.items():

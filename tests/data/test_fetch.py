@@ -9,8 +9,8 @@ import tarfile
 
 import pytest
 
+from leanbert.data.bio import check_bio
 from leanbert.errors import UserError
-from leanbert.tasks.spans import check_bio
 from tests.data.scripts import load_script
 
 script = load_script("fetch")

@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
+from leanbert.data.bio import check_bio, spans
 from leanbert.data.synthetic import synthetic_roles, synthetic_translation
 from leanbert.data.synthetic_translation import ADJECTIVES, NOUNS
-from leanbert.tasks.spans import check_bio, spans
 
 
 @pytest.fixture(scope="module")
