@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from leanbert.memory.rounds import parts, rounds
 from leanbert.memory.step import seed_position
 
 
@@ -51,7 +52,7 @@ class _Call:
         return torch.autocast(self.kind, dtype=self.dtype, enabled=self.autocast, cache_enabled=False)
 
     def slices(self) -> list[slice]:
-        return [slice(start, start + self.rows) for start in range(0, self.length, self.rows)]
+        return parts(self.length, self.rows)
 
     def run(self, index: int, part: slice, hidden: Tensor, *more: Tensor) -> Tensor:
         layer = getattr(self.block, "layer", 0)
@@ -70,7 +71,7 @@ class _Sliced(torch.autograd.Function):
         ctx.save_for_backward(*own)
         out = torch.empty_like(own[0])
         with call.precision():
-            for index, part in enumerate(call.slices()):
+            for index, part in rounds(list(enumerate(call.slices())), out):
                 out[part] = call.run(index, part, *(tensor.detach()[part] for tensor in own))
         call.done()
         return out
@@ -82,7 +83,7 @@ class _Sliced(torch.autograd.Function):
         below = [torch.empty_like(tensor) for tensor in inputs]
         sums: list[Tensor] = []
         slices = call.slices()
-        for index, part in enumerate(slices):
+        for index, part in rounds(list(enumerate(slices)), upstream):
             own = [tensor[part].detach().requires_grad_() for tensor in inputs]
             with torch.enable_grad(), call.precision():
                 # a view: torch's counters of memory and FLOPs hook a module's input, which cannot be a leaf here

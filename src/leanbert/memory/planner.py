@@ -1,7 +1,8 @@
 """What a run will need, before anything is allocated: peaks by phase and category from rehearsed steps.
 
-A step is rehearsed with few blocks and few sequences, and its course extrapolated to the whole run (see
-`extrapolation`); the peak is taken after. The time this takes depends on neither model nor batch.
+A step is rehearsed with few blocks and few micro-batches, its loops with few rounds (see `rounds`), and its course
+extrapolated to the whole run (see `extrapolation`); the peak is taken after. The time this takes depends on neither
+model nor batch.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,12 @@ from leanbert.memory.rehearsal import Rehearsal, RunSettings, Totals, rehearse
 
 SMALLEST_STACK = 2
 """Blocks of the smaller rehearsal, at least: a first and a last."""
+
+REHEARSED = 2
+"""The smaller of two micro-batches that stand for all others; a single sequence would spare some copies."""
+
+SLICES_ALIKE = 3
+"""Slices of layer-major execution, at least, that look like any larger number of them (see `rounds`)."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +69,8 @@ def predict(settings: RunSettings, *, exact: bool = False) -> Prediction:
         UserError: Techniques that cannot combine, or match nothing.
 
     """
-    whole, slice_rows = settings.rows_per_step, settings.slice_rows
-    if slice_rows is not None and not exact:
-        chunk = _rows_of_a_chunk(settings)
-        few = max(2, math.ceil(chunk / slice_rows) if whole > chunk else 0) * slice_rows
-        if few + slice_rows < whole:
-            small, large = (_predict_layers(settings, rows) for rows in (few, few + slice_rows))
-            with suppress(NoCounterpartError):  # else the steps are not alike: rehearse the whole one
-                return _assemble(settings, small, few, (large, (whole - few) / slice_rows))
-    rows = whole if slice_rows is not None else rows_to_rehearse(settings)
-    return _assemble(settings, _predict_layers(settings, rows, exact), rows)
+    rows = rows_to_rehearse(settings)
+    return _assemble(settings, _rehearse_stack(settings, rows, exact), rows)
 
 
 class MicroBatches:
@@ -86,43 +84,39 @@ class MicroBatches:
     def __init__(self, settings_with: Callable[[int], RunSettings]) -> None:
         self.settings_with = settings_with
         first = settings_with(1)
-        self._chunk, in_slices = _rows_of_a_chunk(first), first.slice_rows is not None
-        self._size = 2  # a single sequence spares some copies
-        if in_slices and first.rows_per_step > self._chunk > 0:
-            self._size = max(2, _rows_of_full_chunks(first))
-        self._small, self._large = (self._rehearse(size, 2 * size) for size in (self._size, 2 * self._size))
-        self._longer = self._rehearse(self._size, 3 * self._size) if in_slices else None
-
-    def _rehearse(self, micro_batch: int, rows: int) -> _Courses:
-        return _predict_layers(self.settings_with(micro_batch), rows)
+        self._chunk, self._in_slices = _rows_of_a_chunk(first), first.slice_rows is not None
+        self._few = self._in_slices and first.rows_per_step < SLICES_ALIKE * 2 * REHEARSED
+        if self._few:
+            return
+        small, large = settings_with(REHEARSED), settings_with(2 * REHEARSED)
+        rows = (first.rows_per_step,) * 2 if self._in_slices else (2 * REHEARSED, 4 * REHEARSED)
+        self._blocks: list[tuple[_Courses, float]] = []
+        if self._in_slices and _is_tall(small):  # what a slice needs does not depend on the number of blocks
+            self._small, *self._blocks = _small_stacks(small, rows[0])
+            self._large = _Courses.of(rehearse(large, rows[1], layers=_smallest_stack(large)))
+        else:
+            self._small, self._large = _rehearse_stack(small, rows[0]), _rehearse_stack(large, rows[1])
 
     def predict(self, micro_batch: int) -> Prediction:
         """Return what the run needs with a micro-batch that cuts its rows."""
-        settings, size = self.settings_with(micro_batch), self._size
-        if self._longer is None and 0 < self._chunk < micro_batch:
+        settings = self.settings_with(micro_batch)
+        if self._few or (not self._in_slices and 0 < self._chunk < micro_batch):
             return predict(settings)
-        directions = [(self._large, micro_batch / size - 1)]
-        rows = 2 * micro_batch
-        if self._longer is not None:
-            directions.append((self._longer, (settings.rows_per_step - rows) / size))
-            rows = settings.rows_per_step
+        rows = settings.rows_per_step if self._in_slices else 2 * micro_batch
         try:
-            return _assemble(settings, self._small, rows, *directions)
+            courses = self._small.towards(*self._blocks, (self._large, micro_batch / REHEARSED - 1))
         except NoCounterpartError:  # a head that works in other pieces with another micro-batch
             return predict(settings)
+        return _assemble(settings, courses, rows)
 
 
-def _assemble(settings: RunSettings, small: _Courses, rows: int, *directions: tuple[_Courses, float]) -> Prediction:
-    """Return the prediction of a run of which a step of `rows` sequences was found, `small` and its directions."""
-    step = extrapolate(small.step, *((larger.step, times) for larger, times in directions))
-    totals = small.totals
-    flops = totals.flops + sum(times * (larger.totals.flops - totals.flops) for larger, times in directions)
-    phases, whole = peaks(step), settings.rows_per_step
-    if not directions or settings.slice_rows is None:  # all micro-batches are there, not the rehearsed two
-        flops *= whole / rows
-        for categories in phases.values():
-            categories["other"] += (whole - rows) * settings.row_bytes
-    phases.update(peaks(small.validation))
+def _assemble(settings: RunSettings, courses: _Courses, rows: int) -> Prediction:
+    """Return the prediction of a run from the courses of a step of `rows` sequences."""
+    totals, phases, whole = courses.totals, peaks(courses.step), settings.rows_per_step
+    flops = totals.flops * whole / rows  # all micro-batches are there, not the rehearsed two
+    for categories in phases.values():
+        categories["other"] += (whole - rows) * settings.row_bytes
+    phases.update(peaks(courses.validation))
     reduced = totals.gradient_bytes if settings.devices > 1 and settings.mesh is None else 0
     for categories in phases.values():  # DDP's buckets: a copy of all gradients, from the first step to the end
         categories["gradients"] += reduced
@@ -145,32 +139,52 @@ class _Courses:
     def of(cls, rehearsal: Rehearsal) -> _Courses:
         return cls([Course.of(rehearsal.step)], [Course.of(rehearsal.validation)], rehearsal.totals)
 
+    def towards(self, *directions: tuple[_Courses, float]) -> _Courses:
+        """Return the courses of a larger run; `directions` as in `extrapolate`."""
+        totals = vars(self.totals)
+        return _Courses(
+            extrapolate(self.step, *((larger.step, times) for larger, times in directions)),
+            extrapolate(self.validation, *((larger.validation, times) for larger, times in directions)),
+            Totals(**_affine(totals, [(vars(larger.totals), times) for larger, times in directions])),
+        )
 
-def _predict_layers(settings: RunSettings, rows: int, exact: bool = False) -> _Courses:
+
+def _affine(start: Any, directions: list[tuple[Any, float]]) -> Any:
+    """Return the integer so many times as far from `start` as the other ones are, in dictionaries value by value."""
+    if isinstance(start, dict):
+        return {key: _affine(value, [(other[key], t) for other, t in directions]) for key, value in start.items()}
+    return round(start + sum(times * (other - start) for other, times in directions))
+
+
+def _rehearse_stack(settings: RunSettings, rows: int, exact: bool = False) -> _Courses:
     """Rehearse two small stacks and extrapolate to the whole one."""
-    layers = settings.task.encoder_config.num_layers
-    period = period_of_blocks(settings)
-    least = SMALLEST_STACK + 2 * (settings.mesh is not None)  # sharded blocks are gathered one ahead
-    small = least + (layers - least) % period
-    if not exact and small + period < layers:
-        one, other = (_Courses.of(rehearse(settings, rows, layers=count)) for count in (small, small + period))
-        times = (layers - small) / period
-        try:
-            return _Courses(
-                extrapolate(one.step, (other.step, times)),
-                extrapolate(one.validation, (other.validation, times)),
-                Totals(**_affine(vars(one.totals), vars(other.totals), times)),
-            )
-        except NoCounterpartError:
-            pass  # blocks that are not alike: rehearse them all
-    return _Courses.of(rehearse(settings, rows))
+    if exact or not _is_tall(settings):
+        return _Courses.of(rehearse(settings, rows))
+    small, larger = _small_stacks(settings, rows)
+    try:
+        return small.towards(larger)
+    except NoCounterpartError:  # blocks that are not alike: rehearse them all
+        return _Courses.of(rehearse(settings, rows))
 
 
-def _affine(one: Any, other: Any, times: float) -> Any:
-    """Return the integer `times` as far from `one` as `other` is, in dictionaries value by value."""
-    if isinstance(one, dict):
-        return {key: _affine(value, other[key], times) for key, value in one.items()}
-    return round(one + times * (other - one))
+def _small_stacks(settings: RunSettings, rows: int) -> tuple[_Courses, tuple[_Courses, float]]:
+    """Return the courses of the smallest stack, and the direction to the whole one."""
+    small, period = _smallest_stack(settings), period_of_blocks(settings)
+    one, other = (_Courses.of(rehearse(settings, rows, layers=count)) for count in (small, small + period))
+    return one, (other, (settings.task.encoder_config.num_layers - small) / period)
+
+
+def _is_tall(settings: RunSettings) -> bool:
+    """Whether the stack is higher than those that it is extrapolated from."""
+    return _smallest_stack(settings) + period_of_blocks(settings) < settings.task.encoder_config.num_layers
+
+
+def _smallest_stack(settings: RunSettings) -> int:
+    """Return the fewest blocks to rehearse, whole periods less than all."""
+    layers, least = settings.task.encoder_config.num_layers, SMALLEST_STACK
+    if settings.mesh is not None:  # sharded blocks are gathered one ahead
+        least += 2
+    return min(layers, least + (layers - least) % period_of_blocks(settings))
 
 
 def period_of_blocks(settings: RunSettings) -> int:
@@ -197,15 +211,6 @@ def _rows_of_a_chunk(settings: RunSettings) -> int:
     """Return the sequences above which a chunked head needs no more memory for its logits; 0 if it is not chunked."""
     head = settings.callback("ChunkedHead")
     return 0 if head is None else math.ceil(head.targets / settings.targets_per_row)
-
-
-def _rows_of_full_chunks(settings: RunSettings) -> int:
-    """Return the fewest sequences whose targets fill chunks of the head (nearly): with each more, whole chunks more."""
-    chunk, targets = settings.callback("ChunkedHead").targets, settings.targets_per_row
-    rows = math.ceil(chunk / targets)
-    while rows * targets % chunk > 0.04 * rows * targets:
-        rows += 1
-    return rows
 
 
 def _micro_batches(settings: RunSettings, rows: int) -> int:

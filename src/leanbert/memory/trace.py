@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from leanbert.memory.rounds import times
 from leanbert.memory.timeline import Event, Storage, Timeline
 
 aten = torch.ops.aten
@@ -173,7 +174,7 @@ class LiveBytes:
         result = func(*args, **kwargs)
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
-            self.flops[self._phase] += count(*args, **kwargs, out_val=result)
+            self.flops[self._phase] += times() * count(*args, **kwargs, out_val=result)
         category = "optimizer" if self._phase == "optimizer" else "activations"
         if func is aten._to_copy.default and any(self._is_parameter(tensor) for tensor in inputs):
             category = "other"  # autocast keeps a low-precision copy of each weight

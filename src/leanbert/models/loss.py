@@ -5,12 +5,15 @@ Shapes: N targets, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from leanbert.memory.rounds import parts, rounds
 
 IGNORED = -100
 """Target of a slot that does not count."""
@@ -39,12 +42,14 @@ class _CrossEntropySum(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor, smoothing: float, size: int) -> Tensor:
         counted = targets != IGNORED  # [N]
         wanted = targets.clamp(min=0)[:, None]  # [N, 1]
-        rows = _rows_per_chunk(logits)
         wide = _wide_dtype(logits)
-        normaliser = torch.cat([chunk.to(wide).logsumexp(-1) for chunk in logits.split(rows)])  # [N]
         score = logits.gather(1, wanted).squeeze(1).to(wide)  # [N]
-        if smoothing:
-            mean = torch.cat([chunk[:, :size].to(wide).mean(-1) for chunk in logits.split(rows)])  # [N]
+        normaliser, mean = torch.empty_like(score), torch.empty_like(score) if smoothing else None
+        for part in _in_float32(logits):
+            normaliser[part] = logits[part].to(wide).logsumexp(-1)
+            if mean is not None:
+                mean[part] = logits[part, :size].to(wide).mean(-1)
+        if mean is not None:
             score = torch.lerp(score, mean, smoothing)
         ctx.save_for_backward(logits, wanted, counted, normaliser)
         ctx.smoothing, ctx.size = smoothing, size
@@ -56,14 +61,13 @@ class _CrossEntropySum(torch.autograd.Function):
         logits, wanted, counted, normaliser = ctx.saved_tensors
         scale = torch.where(counted, upstream, 0.0)[:, None]  # [N, 1]
         gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        each = (gradient, logits, wanted, normaliser[:, None], scale)
-        rows = _rows_per_chunk(logits)
-        for out, chunk, target, norm, factor in zip(*(x.split(rows) for x in each), strict=True):
-            probability = chunk.to(norm.dtype).sub(norm).exp_().mul_(factor)
-            probability.scatter_add_(1, target, (ctx.smoothing - 1.0) * factor)
+        for part in _in_float32(logits):
+            factor = scale[part]
+            probability = logits[part].to(normaliser.dtype).sub(normaliser[part, None]).exp_().mul_(factor)
+            probability.scatter_add_(1, wanted[part], (ctx.smoothing - 1.0) * factor)
             if ctx.smoothing:
                 probability[:, : ctx.size] -= ctx.smoothing / ctx.size * factor
-            out.copy_(probability)
+            gradient[part] = probability
         return gradient, None, None, None
 
 
@@ -111,8 +115,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden.device)
         matrix, shift = weight.to(product), bias.to(product)
         with torch.autocast(kind, enabled=False):
-            for start in range(0, len(hidden), chunk):
-                rows = slice(start, start + chunk)
+            for rows in rounds(parts(len(hidden), chunk), hidden):
                 part = hidden[rows].to(product)
                 logits = F.linear(part, matrix, shift)  # [chunk, R]
                 logits[:, vocab_size:] = float("-inf")
@@ -141,8 +144,7 @@ def _add_gradients(sums: list[Tensor | None], rows: slice, slope: Tensor, part: 
         for_weight.addmm_(slope.mT, part)  # without a second matrix of that size
     elif for_weight is not None:  # row by row block: to add 16-bit numbers to a float32 matrix, torch copies them all
         step = max(1, GRADIENT_BLOCK // for_weight.shape[1])
-        for start in range(0, len(for_weight), step):
-            block = slice(start, start + step)
+        for block in rounds(parts(len(for_weight), step), slope):
             for_weight[block] += slope[:, block].mT @ part
     if for_bias is not None:
         for_bias += slope.sum(0, dtype=for_bias.dtype)
@@ -152,6 +154,7 @@ def _wide_dtype(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-def _rows_per_chunk(logits: Tensor) -> int:
+def _in_float32(logits: Tensor) -> Iterator[slice]:
+    """Yield the rows that are in float32 at a time."""
     elements = CPU_CHUNK if logits.device.type == "cpu" else DEVICE_CHUNK
-    return max(1, elements // logits.shape[-1])
+    return rounds(parts(len(logits), max(1, elements // logits.shape[-1])), logits)
