@@ -175,10 +175,17 @@ class ExampleData(RowData):
         if cut:
             from leanbert.callbacks.progress import say
 
-            say(f"{cut:,} examples were longer than data.max_length ({self.hparams['max_length']} tokens) and were cut")
+            say(f"{cut:,} examples were longer than {self.limits} and were cut")
 
-    def fit_length(self, place: str, needed: int, length: int | None = None) -> bool:
-        """Return whether an example must be cut to `length`, by default `max_length`.
+    @property
+    def limits(self) -> str:
+        """The settings of length, with their values."""
+        return f"data.max_length ({self.hparams['max_length']} tokens)"
+
+    def fit_length(
+        self, place: str, needed: int, length: int | None = None, setting: str = "data.max_length"
+    ) -> bool:  # fmt: skip
+        """Return whether an example must be cut to `length`, by default `max_length`; `setting` says how long it is.
 
         Raises:
             UserError: It is too long, and such are refused.
@@ -186,7 +193,7 @@ class ExampleData(RowData):
         length = length or self.hparams["max_length"]
         if needed > length and self.hparams["too_long"] == "refuse":
             raise UserError(
-                f"{place}: {needed} tokens, but a row has {length}. Raise data.max_length, or truncate (data.too_long)"
+                f"{place}: {needed} tokens, but a row has {length}. Raise {setting}, or truncate (data.too_long)"
             )
         return needed > length
 

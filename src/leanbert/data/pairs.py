@@ -30,6 +30,9 @@ from leanbert.models.loss import IGNORED
 ENCODED_TOGETHER = 1024
 """Pairs whose texts are given to the tokenizer at a time."""
 
+EMBEDDED_FIELDS = {"translation": ("source", "target"), "summarization": ("document", "summary")}
+"""Fields of source and target in the embedded samples."""
+
 
 class Pair(NamedTuple):
     """A source and its target, and where they stand; of evaluation all references, the target first."""
@@ -128,11 +131,20 @@ class PairData(ExampleData):
         )  # fmt: skip
         if max_target_length is not None and max_target_length < 8:
             raise UserError(f"data.max_target_length: {max_target_length} is too small. Set at least 8")
+        for part in ("train", "val", "test"):
+            if self.hparams[f"{part}_target_files"] is not None and self.hparams[f"{part}_files"] is None:
+                raise UserError(f"data.{part}_target_files: there are no sources to them. Set data.{part}_files too")
 
     @property
     def room(self) -> tuple[int, int]:
         """Source and target tokens in a row."""
         return self.hparams["max_length"], self.hparams["max_target_length"] or self.hparams["max_length"]
+
+    @property
+    def limits(self) -> str:
+        """The settings of length, with their values."""
+        length = self.hparams["max_target_length"]
+        return super().limits if length is None else f"{super().limits} or data.max_target_length ({length} tokens)"
 
     def embedded(self, cache_dir: Path) -> dict[Part, Path]:
         """Return the sample."""
@@ -160,12 +172,13 @@ class PairData(ExampleData):
         """Yield the examples; `facts` get "cut", the number of pairs that were cut."""
         before, after = self.tokenizer.template
         frame = len(before) + len(after)
+        setting = "data.max_length" if self.hparams["max_target_length"] is None else "data.max_target_length"
         facts["cut"], pairs = 0, self.pairs(part)
         while batch := list(islice(pairs, ENCODED_TOGETHER)):
             bare = self.tokenizer.encode_bare([text for pair in batch for text in (pair.source, pair.target)])
             for pair, source, target in zip(batch, bare[::2], bare[1::2], strict=True):
-                cut = self.fit_length(pair.place, len(source) + frame, self.room[0])
-                cut |= self.fit_length(pair.place, len(target) + frame - 1, self.room[1])
+                cut = self.fit_length(pair.place, len(source) + frame)
+                cut |= self.fit_length(pair.place, len(target) + frame - 1, self.room[1], setting)
                 facts["cut"] += cut
                 yield {
                     "source": [*before, *source[: self.room[0] - frame], *after],
@@ -189,15 +202,14 @@ class PairData(ExampleData):
                 yield pair
 
     def _records(self, part: Part) -> Iterator[Pair]:
-        summaries = self.hparams["train_files"] is None and self.hparams["sample"] == "summarization"
-        source, target = ("document", "summary") if summaries else (
-            self.hparams["source_field"], self.hparams["target_field"])  # fmt: skip
+        source, target = self.hparams["source_field"], self.hparams["target_field"]
+        if self.hparams["train_files"] is None and self.hparams[f"{part}_files"] is None:
+            source, target = EMBEDDED_FIELDS[self.hparams["sample"]]
         further = self.hparams["references_field"]
         for place, record in read_records(self.files(part), f"data.{part}_files", (source, target)):
             own = text_of(place, record, target)
             more = items_of(place, record, further, str) if further and further in record else []
-            references = [own, *(text for text in more if text != own)]
-            yield Pair(place, text_of(place, record, source), own, references)
+            yield Pair(place, text_of(place, record, source), own, list(dict.fromkeys([own, *more])))
 
     # ---- rows
 
