@@ -16,6 +16,7 @@ from leanbert.data.sources import Corpus
 from leanbert.data.tokenizer import TextTokenizer
 from leanbert.data.tokenizer_training import Kind
 from leanbert.errors import UserError
+from leanbert.messages import say
 
 TooLong = Literal["truncate", "refuse"]
 Part = Literal["train", "val", "test"]
@@ -173,8 +174,6 @@ class ExampleData(RowData):
     def tell_cut(self, cut: int) -> None:
         """Say how many examples were cut."""
         if cut:
-            from leanbert.callbacks.progress import say
-
             say(f"{cut:,} examples were longer than {self.limits} and were cut")
 
     @property
