@@ -20,7 +20,7 @@ from leanbert.data.example_data import Part
 from leanbert.data.examples import Example
 from leanbert.data.labelled import LabelledData
 from leanbert.data.loading import pad_rows
-from leanbert.data.records import items_of, read_records
+from leanbert.data.records import Record, items_of, read_records
 from leanbert.data.sources import document_hash, prediction_lines
 from leanbert.data.tokenizer import TextTokenizer
 from leanbert.errors import UserError
@@ -143,8 +143,26 @@ class WordData(LabelledData):
                 yield place, sentence, labels
 
     def _records(self, files: list[str]) -> Iterator[tuple[str, Sentence, list[str]]]:
-        """Yield ("file:line", sentence, tags)."""
+        """Yield ("file:line", sentence, tags): those of .conll files first."""
+        columns = [file for file in files if file.removesuffix(".gz").endswith(".conll")]
+        yield from self._columns(columns)
+        tokens, labels = self.hparams["tokens_field"], self.hparams["labels_field"]
+        if others := [file for file in files if file not in columns]:
+            for place, record in read_records(others, "data.train_files", self.fields):
+                words = items_of(place, record, tokens, str)
+                yield place, self._sentence(place, words, record), items_of(place, record, labels, str)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields that each record has."""
+        return self.hparams["tokens_field"], self.hparams["labels_field"]
+
+    def _columns(self, files: list[str]) -> Iterator[tuple[str, Sentence, list[str]]]:
+        """Yield what `_records` does, out of .conll files."""
         raise NotImplementedError
+
+    def _sentence(self, place: str, words: list[str], record: Record) -> Sentence:
+        return Sentence(words)
 
     def _check(self, place: str, sentence: Sentence, labels: list[str]) -> None:
         if not sentence.tokens:
@@ -174,15 +192,9 @@ class TokenLabelData(WordData):
         """Return the settings of reading and, for evaluation, the labels."""
         return [*super().key(part), self.hparams["label_column"]]
 
-    def _records(self, files: list[str]) -> Iterator[tuple[str, Sentence, list[str]]]:
-        tokens, labels = self.hparams["tokens_field"], self.hparams["labels_field"]
-        columns = [file for file in files if file.removesuffix(".gz").endswith(".conll")]
-        for place, rows in read_columns(columns, (self.hparams["word_column"], self.hparams["label_column"])):
+    def _columns(self, files: list[str]) -> Iterator[tuple[str, Sentence, list[str]]]:
+        for place, rows in read_columns(files, (self.hparams["word_column"], self.hparams["label_column"])):
             yield place, Sentence([row[0] for row in rows]), [row[1] for row in rows]
-        if others := [file for file in files if file not in columns]:
-            for place, record in read_records(others, "data.train_files", (tokens, labels)):
-                words = items_of(place, record, tokens, str)
-                yield place, Sentence(words), items_of(place, record, labels, str)
 
 
 class SemanticRoleData(WordData):
@@ -249,15 +261,14 @@ class SemanticRoleData(WordData):
         if predicates:
             yield place, Sentence(before), predicate_tags(len(before), predicates)
 
-    def _records(self, files: list[str]) -> Iterator[tuple[str, Sentence, list[str]]]:
-        tokens, labels, field = (self.hparams[name] for name in ("tokens_field", "labels_field", "predicate_field"))
-        columns = [file for file in files if file.removesuffix(".gz").endswith(".conll")]
-        yield from self._columns(columns)
-        if others := [file for file in files if file not in columns]:
-            for place, record in read_records(others, "data.train_files", (tokens, labels, field)):
-                words = items_of(place, record, tokens, str)
-                sentence = Sentence(words, predicate_place(place, record[field], len(words)))
-                yield place, sentence, items_of(place, record, labels, str)
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields that each record has."""
+        return (*super().fields, self.hparams["predicate_field"])
+
+    def _sentence(self, place: str, words: list[str], record: Record) -> Sentence:
+        predicate = record[self.hparams["predicate_field"]]
+        return Sentence(words, predicate_place(place, predicate, len(words)))
 
     def _columns(self, files: list[str]) -> Iterator[tuple[str, Sentence, list[str]]]:
         word, first, last = (self.hparams[name] for name in ("word_column", "role_columns", "last_column"))
