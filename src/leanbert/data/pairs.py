@@ -18,7 +18,7 @@ from leanbert.data.batch import PairBatch, PredictBatch
 from leanbert.data.embedded import embedded_files
 from leanbert.data.example_data import ExampleData, Part
 from leanbert.data.examples import Example, ExampleCache
-from leanbert.data.loading import PredictionLines, encode_lines, locate
+from leanbert.data.loading import PredictionLines, encode_lines, in_batches, locate
 from leanbert.data.module import as_list
 from leanbert.data.packing import PADDING_DOCUMENT, Packing, pack_examples
 from leanbert.data.readers import open_binary, read_lines, whole_lines
@@ -173,8 +173,8 @@ class PairData(ExampleData):
         before, after = self.tokenizer.template
         frame = len(before) + len(after)
         setting = "data.max_length" if self.hparams["max_target_length"] is None else "data.max_target_length"
-        facts["cut"], pairs = 0, self.pairs(part)
-        while batch := list(islice(pairs, ENCODED_TOGETHER)):
+        facts["cut"] = 0
+        for batch in in_batches(self.pairs(part), ENCODED_TOGETHER):
             bare = self.tokenizer.encode_bare([text for pair in batch for text in (pair.source, pair.target)])
             for pair, source, target in zip(batch, bare[::2], bare[1::2], strict=True):
                 cut = self.fit_length(pair.place, len(source) + frame)
@@ -236,8 +236,7 @@ class PairData(ExampleData):
     ) -> Iterator[tuple[PredictBatch, list[list[str]]]]:
         """Yield batches of the first `most` sources (None: all), each with its references, longest sources together."""
         pairs = sorted(islice(self.pairs(part), most), key=lambda pair: -len(pair.source))
-        for start in range(0, len(pairs), batch_size):
-            some = pairs[start : start + batch_size]
+        for some in in_batches(pairs, batch_size):
             batch, _ = encode_lines([pair.source for pair in some], self.tokenizer, self.room[0], masks=False)
             yield batch, [pair.references for pair in some]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +18,7 @@ from leanbert.data.embedded import embedded_files
 from leanbert.data.example_data import Part
 from leanbert.data.examples import Example
 from leanbert.data.labelled import LabelledData
-from leanbert.data.loading import pad_rows
+from leanbert.data.loading import in_batches, pad_rows
 from leanbert.data.records import Record, items_of, read_records
 from leanbert.data.sources import document_hash, prediction_lines
 from leanbert.data.tokenizer import TextTokenizer
@@ -120,8 +119,7 @@ class WordData(LabelledData):
         """Yield the examples; `facts` get "labels", those "unknown" in training, and "cut", the sentences cut."""
         known = {label: number for number, label in enumerate(self.labels)} if part != "train" else {}
         trained, facts["cut"] = len(known), 0
-        records = self.read(files, *self.held_out(part))
-        while batch := list(islice(records, ENCODED_TOGETHER)):
+        for batch in in_batches(self.read(files, *self.held_out(part)), ENCODED_TOGETHER):
             sentences = [sentence for _, sentence, _ in batch]
             encoded = encode_sentences(sentences, self.tokenizer, self.hparams["max_length"], self.mark)
             for (place, _, labels), (ids, segments, index, needed) in zip(batch, encoded, strict=True):
@@ -300,7 +298,7 @@ class SentenceLines(IterableDataset[WordBatch]):
         lines = enumerate(prediction_lines(self.files), start=1)
         sentences = (_sentence(f"data.predict_files:{number}", line) for number, line in lines if line.strip())
         length = self.data.hparams["max_length"]
-        while batch := list(islice(sentences, self.batch_size)):
+        for batch in in_batches(sentences, self.batch_size):
             yield word_batch(batch, self.data.tokenizer, length, self.data.mark)
 
 
