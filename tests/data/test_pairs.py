@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 
+from leanbert.data.packing import pack_examples
 from leanbert.data.pairs import PairData
 from leanbert.errors import UserError
 from leanbert.models.loss import IGNORED
@@ -303,3 +304,25 @@ def test_a_mask_token_in_a_source_is_text(tmp_path):
     assert data.tokenizer.mask_id not in batch.input_ids[0].tolist()
     assert data.tokenizer.mask_id not in data.caches["val"].read("source", np.asarray([0]))[0].tolist()
     assert batch.input_ids[0].tolist() == data.caches["val"].read("source", np.asarray([0]))[0].tolist()
+
+
+def test_rows_are_packed_once_and_again_where_a_setting_of_theirs_changes(tmp_path, monkeypatch):
+    packed = []
+
+    def counted(lengths, room, *more):
+        packed.append(room)
+        return pack_examples(lengths, room, *more)
+
+    monkeypatch.setattr("leanbert.data.example_data.pack_examples", counted)
+    data = data_of(tmp_path)
+    data.setup("fit")
+    assert packed == [(12, 12)] * 2  # training and validation, for the statistics
+    assert (data.training_rows().rows, data.evaluation_rows("val").rows, len(packed)) == (1, 1, 2)
+    data.hparams["max_length"] = 8
+    assert data.evaluation_rows("val").rows == 2
+    data.hparams["max_target_length"] = 16
+    data.evaluation_rows("val")
+    data.hparams["seed"] = 1  # of training only
+    data.evaluation_rows("val")
+    data.training_rows()
+    assert packed[2:] == [(8, 8), (8, 16), (8, 16)]

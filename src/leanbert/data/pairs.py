@@ -20,7 +20,7 @@ from leanbert.data.example_data import ExampleData, Part
 from leanbert.data.examples import Example, ExampleCache
 from leanbert.data.loading import PredictionLines, encode_lines, in_batches, locate
 from leanbert.data.module import as_list
-from leanbert.data.packing import PADDING_DOCUMENT, Packing, pack_examples
+from leanbert.data.packing import PADDING_DOCUMENT, Packing
 from leanbert.data.readers import open_binary, read_lines, whole_lines
 from leanbert.data.records import items_of, read_records, text_of
 from leanbert.data.sources import Corpus, document_hash, no_report
@@ -213,10 +213,9 @@ class PairData(ExampleData):
 
     # ---- rows
 
-    def packing(self, part: Part) -> Packing:
-        """Return which pairs share a row; a target needs one token less, for it is read up to its last."""
-        lengths = self.cache(part).all_lengths(self.lengths) - np.asarray([0, 1])
-        return pack_examples(lengths, self.room, self.slots, self.hparams["seed"] if part == "train" else None)
+    def needed(self, part: Part) -> np.ndarray:
+        """Return the tokens of sources and targets, int64 [N, 2]; the last of a target is not read."""
+        return super().needed(part) - np.asarray([0, 1])
 
     def training_rows(self) -> PairRows:
         """Return rows in an order that changes with each epoch."""
