@@ -31,7 +31,7 @@ from leanbert.callbacks.interrupt import Interrupted, StopBetweenSteps
 from leanbert.callbacks.monitor import StepMonitor
 from leanbert.callbacks.plan import PlanReport
 from leanbert.callbacks.prediction import PredictionWriter
-from leanbert.callbacks.progress import ProgressBar, say
+from leanbert.callbacks.progress import ProgressBar
 from leanbert.callbacks.pruning import StructuredPruning
 from leanbert.callbacks.report import RunSummary, StartReport, tagged
 from leanbert.callbacks.samples import Samples
@@ -43,6 +43,7 @@ from leanbert.memory.allocator import keep_freed_pages
 from leanbert.memory.precision import default_precision
 from leanbert.memory.rehearsal import RunSettings
 from leanbert.memory.timing import RunLength, count_validations, limited
+from leanbert.messages import say
 from leanbert.models.build import read_facts
 from leanbert.models.config import EncoderConfig
 from leanbert.settings import (

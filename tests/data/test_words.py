@@ -104,3 +104,21 @@ def test_tags_come_from_columns_too(tmp_path):
     )
     data.setup("fit")
     assert data.labels == ["B-ORG", "O", "B-LOC"]
+
+
+def test_records_and_columns_go_together_the_columns_first(tmp_path):
+    columns, records = tmp_path / "a.conll", write(tmp_path / "b.jsonl", [{"w": ["Rome"], "t": ["B-CITY"]}])
+    columns.write_text("left VBD O\n")
+    files = [records, str(columns)]
+    data = TokenLabelData(train_files=files, tokens_field="w", labels_field="t")
+    assert [(place, sentence.tokens, labels) for place, sentence, labels in data.read(files, 0.0, 1.0)] == [
+        (f"{columns}:1", ["left"], ["O"]),
+        (f"{records}:1", ["Rome"], ["B-CITY"]),
+    ]
+
+
+@pytest.mark.parametrize("field", ["tokens", "labels", "predicate"])
+def test_a_missing_field_is_named(tmp_path, field):
+    record = {name: value for name, value in RECORDS[0].items() if name != field}
+    with pytest.raises(UserError, match=rf'train\.jsonl:1: no field "{field}"'):
+        role_data(tmp_path, [record])

@@ -7,8 +7,9 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
-from leanbert.callbacks.progress import log_values, say
+from leanbert.callbacks.progress import log_values
 from leanbert.errors import UserError
+from leanbert.messages import say
 
 
 class GradientAccumulation(Callback):

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from leanbert.callbacks.checkpoint import ASK_RANKS_EVERY, RunCheckpoint
-from leanbert.callbacks.progress import say
+from leanbert.messages import say
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error

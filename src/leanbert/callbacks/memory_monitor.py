@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from leanbert.callbacks.progress import log_values, say
+from leanbert.callbacks.progress import log_values
 from leanbert.errors import UserError
 from leanbert.memory.figures import breakdown_figure, pixels, timeline_figure
 from leanbert.memory.measure import cuda_allocator, device_bytes, restart_peak
@@ -20,6 +20,7 @@ from leanbert.memory.oom_report import Makers, find_live, makers_by_size, oom_re
 from leanbert.memory.recovery import is_out_of_memory
 from leanbert.memory.timeline import CATEGORIES, PHASES, Timeline, layer_table
 from leanbert.memory.trace import LiveBytes, live_tensors
+from leanbert.messages import say
 from leanbert.units import MIB
 
 SNAPSHOT_EVENTS = 100_000

@@ -9,8 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from leanbert.callbacks.memory_monitor import MemoryMonitor
-from leanbert.callbacks.progress import log_values, say
+from leanbert.callbacks.progress import log_values
 from leanbert.memory.measure import device_bytes, peak_rss_bytes
+from leanbert.messages import say
 from leanbert.units import MIB, format_size
 
 TOLERANCE_PERCENT = 10.0

@@ -13,15 +13,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from lightning.pytorch.utilities import rank_zero_only
+
+from leanbert.messages import say
 
 LINE_EVERY_STEPS = 50
-
-
-@rank_zero_only
-def say(line: str) -> None:
-    """Write a line for the reader to standard error, above a progress bar, on the first rank only."""
-    Tqdm.write(line, file=sys.stderr)
 
 
 def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
-from leanbert.callbacks.progress import log_values, say
+from leanbert.callbacks.progress import log_values
 from leanbert.errors import UserError
 from leanbert.memory.pruning import (
     apply_masks,
@@ -21,6 +21,7 @@ from leanbert.memory.pruning import (
     two_of_four_masks,
 )
 from leanbert.memory.structured import Importance, prune_structured, sizes_kept, taylor_importance
+from leanbert.messages import say
 
 MASK_UPDATES = 20
 """Times that masks are made anew on the way to the final sparsity, where the settings do not say."""

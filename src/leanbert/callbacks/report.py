@@ -17,8 +17,8 @@ from leanbert.callbacks.interrupt import Interrupted
 from leanbert.callbacks.memory_monitor import MemoryMonitor
 from leanbert.callbacks.monitor import StepMonitor
 from leanbert.callbacks.plan import PlanReport
-from leanbert.callbacks.progress import say
 from leanbert.memory.measure import device_bytes, peak_rss_bytes
+from leanbert.messages import say
 from leanbert.units import format_duration
 
 BACKWARD_TO_FORWARD = 3.0  # a training step costs about three forward passes: one forward, two in backward

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from leanbert.data.embedded import embedded_files
 from leanbert.data.example_data import Part
 from leanbert.data.examples import Example
 from leanbert.data.labelled import LabelledData, Problem
-from leanbert.data.loading import pad_rows
+from leanbert.data.loading import in_batches, pad_rows
 from leanbert.data.records import read_records, text_of
 from leanbert.data.sources import document_hash, prediction_lines
 from leanbert.data.tokenizer import TextTokenizer
@@ -84,8 +83,7 @@ class ClassificationData(LabelledData):
         """Yield the examples; `facts` get "labels" (and "cut", the number of texts that were cut)."""
         known = {label: number for number, label in enumerate(self.labels)} if part != "train" else {}
         facts["cut"] = 0
-        records = self._read(files, *self.held_out(part))
-        while batch := list(islice(records, ENCODED_TOGETHER)):
+        for batch in in_batches(self._read(files, *self.held_out(part)), ENCODED_TOGETHER):
             encoded = encode_texts([texts for _, texts, _ in batch], self.tokenizer, self.hparams["max_length"])
             for (place, _, value), (ids, segments, needed) in zip(batch, encoded, strict=True):
                 facts["cut"] += self.fit_length(place, needed)
@@ -189,8 +187,7 @@ class TextLines(IterableDataset[PredictBatch]):
         )
 
     def __iter__(self) -> Iterator[PredictBatch]:
-        lines = prediction_lines(self.files)
-        while texts := list(islice(lines, self.batch_size)):
+        for texts in in_batches(prediction_lines(self.files), self.batch_size):
             yield text_batch(texts, self.tokenizer, self.length, self.pairs)
 
 

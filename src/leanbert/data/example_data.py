@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+
 from leanbert.data.digests import corpus_digest
 from leanbert.data.examples import Example, ExampleCache, build_examples
 from leanbert.data.module import CorpusStatistics, RowData, as_list, check_settings
@@ -16,6 +18,7 @@ from leanbert.data.sources import Corpus
 from leanbert.data.tokenizer import TextTokenizer
 from leanbert.data.tokenizer_training import Kind
 from leanbert.errors import UserError
+from leanbert.messages import say
 
 TooLong = Literal["truncate", "refuse"]
 Part = Literal["train", "val", "test"]
@@ -79,6 +82,7 @@ class ExampleData(RowData):
         if not 0.0 < val_share < 1.0:
             raise UserError(f"data.val_share: {val_share} is not a share. Choose one between 0 and 1")
         self.caches: dict[str, ExampleCache] = {}
+        self._packings: dict[Part, tuple[Any, Packing]] = {}
 
     # ---- what a kind of data supplies
 
@@ -160,10 +164,20 @@ class ExampleData(RowData):
 
     def packing(self, part: Part) -> Packing:
         """Return which examples share a row: neighbours in evaluation, in training a random choice."""
-        cache, length = self.cache(part), self.hparams["max_length"]
-        lengths = cache.all_lengths(self.lengths)
-        room = (length,) * len(self.lengths)
-        return pack_examples(lengths, room, self.slots, self.hparams["seed"] if part == "train" else None)
+        seed = self.hparams["seed"] if part == "train" else None
+        decided_by = (self.cache(part).folder, self.room, self.slots, seed)  # settings may change, and are compared
+        if part not in self._packings or self._packings[part][0] != decided_by:
+            self._packings[part] = decided_by, pack_examples(self.needed(part), self.room, self.slots, seed)
+        return self._packings[part][1]
+
+    def needed(self, part: Part) -> np.ndarray:
+        """Return the tokens that examples need in each of the sequences of a row: int64 [N, C]."""
+        return self.cache(part).all_lengths(self.lengths)
+
+    @property
+    def room(self) -> tuple[int, ...]:
+        """Tokens in each of the sequences that a row has."""
+        return (self.hparams["max_length"],) * len(self.lengths)
 
     @property
     def slots(self) -> int:
@@ -173,12 +187,17 @@ class ExampleData(RowData):
     def tell_cut(self, cut: int) -> None:
         """Say how many examples were cut."""
         if cut:
-            from leanbert.callbacks.progress import say
+            say(f"{cut:,} examples were longer than {self.limits} and were cut")
 
-            say(f"{cut:,} examples were longer than data.max_length ({self.hparams['max_length']} tokens) and were cut")
+    @property
+    def limits(self) -> str:
+        """The settings of length, with their values."""
+        return f"data.max_length ({self.hparams['max_length']} tokens)"
 
-    def fit_length(self, place: str, needed: int, length: int | None = None) -> bool:
-        """Return whether an example must be cut to `length`, by default `max_length`.
+    def fit_length(
+        self, place: str, needed: int, length: int | None = None, setting: str = "data.max_length"
+    ) -> bool:  # fmt: skip
+        """Return whether an example must be cut to `length`, by default `max_length`; `setting` says how long it is.
 
         Raises:
             UserError: It is too long, and such are refused.
@@ -186,7 +205,7 @@ class ExampleData(RowData):
         length = length or self.hparams["max_length"]
         if needed > length and self.hparams["too_long"] == "refuse":
             raise UserError(
-                f"{place}: {needed} tokens, but a row has {length}. Raise data.max_length, or truncate (data.too_long)"
+                f"{place}: {needed} tokens, but a row has {length}. Raise {setting}, or truncate (data.too_long)"
             )
         return needed > length
 

@@ -5,8 +5,9 @@ Letters: B rows, S row length, M targets per row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from leanbert.data.packing import PADDING_DOCUMENT, PackedRows, read_rows, row_c
 from leanbert.data.randomness import mix, permute
 from leanbert.data.sources import prediction_lines
 from leanbert.data.tokenizer import TextTokenizer
+
+Item = TypeVar("Item")
 
 MASK_PLACEHOLDER = "[MASK]"
 """What users write, whatever the tokenizer's own mask token is."""
@@ -91,6 +94,13 @@ class PositionSampler(DistributedSampler[np.ndarray]):
         """Do nothing: the epoch follows from the position."""
 
 
+def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yield lists of `size` items as these come, the last maybe shorter."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
 class PredictionLines(IterableDataset[PredictBatch]):
     """Batches of the lines of text files, or of standard input, as they come; a rank takes its turns."""
 
@@ -109,8 +119,7 @@ class PredictionLines(IterableDataset[PredictBatch]):
         self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[PredictBatch]:
-        lines = prediction_lines(self.files)
-        batches = iter(lambda: list(islice(lines, self.batch_size)), [])
+        batches = in_batches(prediction_lines(self.files), self.batch_size)
         cut = 0
         for texts in islice(batches, self.rank, None, self.world_size):
             batch, truncated = encode_lines(texts, self.tokenizer, self.length, self.masks)

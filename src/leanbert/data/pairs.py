@@ -18,9 +18,9 @@ from leanbert.data.batch import PairBatch, PredictBatch
 from leanbert.data.embedded import embedded_files
 from leanbert.data.example_data import ExampleData, Part
 from leanbert.data.examples import Example, ExampleCache
-from leanbert.data.loading import PredictionLines, encode_lines, locate
+from leanbert.data.loading import PredictionLines, encode_lines, in_batches, locate
 from leanbert.data.module import as_list
-from leanbert.data.packing import PADDING_DOCUMENT, Packing, pack_examples
+from leanbert.data.packing import PADDING_DOCUMENT, Packing
 from leanbert.data.readers import open_binary, read_lines, whole_lines
 from leanbert.data.records import items_of, read_records, text_of
 from leanbert.data.sources import Corpus, document_hash, no_report
@@ -29,6 +29,9 @@ from leanbert.models.loss import IGNORED
 
 ENCODED_TOGETHER = 1024
 """Pairs whose texts are given to the tokenizer at a time."""
+
+EMBEDDED_FIELDS = {"translation": ("source", "target"), "summarization": ("document", "summary")}
+"""Fields of source and target in the embedded samples."""
 
 
 class Pair(NamedTuple):
@@ -128,11 +131,20 @@ class PairData(ExampleData):
         )  # fmt: skip
         if max_target_length is not None and max_target_length < 8:
             raise UserError(f"data.max_target_length: {max_target_length} is too small. Set at least 8")
+        for part in ("train", "val", "test"):
+            if self.hparams[f"{part}_target_files"] is not None and self.hparams[f"{part}_files"] is None:
+                raise UserError(f"data.{part}_target_files: there are no sources to them. Set data.{part}_files too")
 
     @property
     def room(self) -> tuple[int, int]:
         """Source and target tokens in a row."""
         return self.hparams["max_length"], self.hparams["max_target_length"] or self.hparams["max_length"]
+
+    @property
+    def limits(self) -> str:
+        """The settings of length, with their values."""
+        length = self.hparams["max_target_length"]
+        return super().limits if length is None else f"{super().limits} or data.max_target_length ({length} tokens)"
 
     def embedded(self, cache_dir: Path) -> dict[Part, Path]:
         """Return the sample."""
@@ -160,12 +172,13 @@ class PairData(ExampleData):
         """Yield the examples; `facts` get "cut", the number of pairs that were cut."""
         before, after = self.tokenizer.template
         frame = len(before) + len(after)
-        facts["cut"], pairs = 0, self.pairs(part)
-        while batch := list(islice(pairs, ENCODED_TOGETHER)):
+        setting = "data.max_length" if self.hparams["max_target_length"] is None else "data.max_target_length"
+        facts["cut"] = 0
+        for batch in in_batches(self.pairs(part), ENCODED_TOGETHER):
             bare = self.tokenizer.encode_bare([text for pair in batch for text in (pair.source, pair.target)])
             for pair, source, target in zip(batch, bare[::2], bare[1::2], strict=True):
-                cut = self.fit_length(pair.place, len(source) + frame, self.room[0])
-                cut |= self.fit_length(pair.place, len(target) + frame - 1, self.room[1])
+                cut = self.fit_length(pair.place, len(source) + frame)
+                cut |= self.fit_length(pair.place, len(target) + frame - 1, self.room[1], setting)
                 facts["cut"] += cut
                 yield {
                     "source": [*before, *source[: self.room[0] - frame], *after],
@@ -189,22 +202,20 @@ class PairData(ExampleData):
                 yield pair
 
     def _records(self, part: Part) -> Iterator[Pair]:
-        summaries = self.hparams["train_files"] is None and self.hparams["sample"] == "summarization"
-        source, target = ("document", "summary") if summaries else (
-            self.hparams["source_field"], self.hparams["target_field"])  # fmt: skip
+        source, target = self.hparams["source_field"], self.hparams["target_field"]
+        if self.hparams["train_files"] is None and self.hparams[f"{part}_files"] is None:
+            source, target = EMBEDDED_FIELDS[self.hparams["sample"]]
         further = self.hparams["references_field"]
         for place, record in read_records(self.files(part), f"data.{part}_files", (source, target)):
             own = text_of(place, record, target)
             more = items_of(place, record, further, str) if further and further in record else []
-            references = [own, *(text for text in more if text != own)]
-            yield Pair(place, text_of(place, record, source), own, references)
+            yield Pair(place, text_of(place, record, source), own, list(dict.fromkeys([own, *more])))
 
     # ---- rows
 
-    def packing(self, part: Part) -> Packing:
-        """Return which pairs share a row; a target needs one token less, for it is read up to its last."""
-        lengths = self.cache(part).all_lengths(self.lengths) - np.asarray([0, 1])
-        return pack_examples(lengths, self.room, self.slots, self.hparams["seed"] if part == "train" else None)
+    def needed(self, part: Part) -> np.ndarray:
+        """Return the tokens of sources and targets, int64 [N, 2]; the last of a target is not read."""
+        return super().needed(part) - np.asarray([0, 1])
 
     def training_rows(self) -> PairRows:
         """Return rows in an order that changes with each epoch."""
@@ -224,8 +235,7 @@ class PairData(ExampleData):
     ) -> Iterator[tuple[PredictBatch, list[list[str]]]]:
         """Yield batches of the first `most` sources (None: all), each with its references, longest sources together."""
         pairs = sorted(islice(self.pairs(part), most), key=lambda pair: -len(pair.source))
-        for start in range(0, len(pairs), batch_size):
-            some = pairs[start : start + batch_size]
+        for some in in_batches(pairs, batch_size):
             batch, _ = encode_lines([pair.source for pair in some], self.tokenizer, self.room[0], masks=False)
             yield batch, [pair.references for pair in some]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,8 +18,8 @@ from leanbert.data.embedded import embedded_files
 from leanbert.data.example_data import Part
 from leanbert.data.examples import Example
 from leanbert.data.labelled import LabelledData
-from leanbert.data.loading import pad_rows
-from leanbert.data.records import items_of, read_records
+from leanbert.data.loading import in_batches, pad_rows
+from leanbert.data.records import Record, items_of, read_records
 from leanbert.data.sources import document_hash, prediction_lines
 from leanbert.data.tokenizer import TextTokenizer
 from leanbert.errors import UserError
@@ -120,8 +119,7 @@ class WordData(LabelledData):
         """Yield the examples; `facts` get "labels", those "unknown" in training, and "cut", the sentences cut."""
         known = {label: number for number, label in enumerate(self.labels)} if part != "train" else {}
         trained, facts["cut"] = len(known), 0
-        records = self.read(files, *self.held_out(part))
-        while batch := list(islice(records, ENCODED_TOGETHER)):
+        for batch in in_batches(self.read(files, *self.held_out(part)), ENCODED_TOGETHER):
             sentences = [sentence for _, sentence, _ in batch]
             encoded = encode_sentences(sentences, self.tokenizer, self.hparams["max_length"], self.mark)
             for (place, _, labels), (ids, segments, index, needed) in zip(batch, encoded, strict=True):
@@ -143,8 +141,26 @@ class WordData(LabelledData):
                 yield place, sentence, labels
 
     def _records(self, files: list[str]) -> Iterator[tuple[str, Sentence, list[str]]]:
-        """Yield ("file:line", sentence, tags)."""
+        """Yield ("file:line", sentence, tags): those of .conll files first."""
+        columns = [file for file in files if file.removesuffix(".gz").endswith(".conll")]
+        yield from self._columns(columns)
+        tokens, labels = self.hparams["tokens_field"], self.hparams["labels_field"]
+        if others := [file for file in files if file not in columns]:
+            for place, record in read_records(others, "data.train_files", self.fields):
+                words = items_of(place, record, tokens, str)
+                yield place, self._sentence(place, words, record), items_of(place, record, labels, str)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields that each record has."""
+        return self.hparams["tokens_field"], self.hparams["labels_field"]
+
+    def _columns(self, files: list[str]) -> Iterator[tuple[str, Sentence, list[str]]]:
+        """Yield what `_records` does, out of .conll files."""
         raise NotImplementedError
+
+    def _sentence(self, place: str, words: list[str], record: Record) -> Sentence:
+        return Sentence(words)
 
     def _check(self, place: str, sentence: Sentence, labels: list[str]) -> None:
         if not sentence.tokens:
@@ -174,15 +190,9 @@ class TokenLabelData(WordData):
         """Return the settings of reading and, for evaluation, the labels."""
         return [*super().key(part), self.hparams["label_column"]]
 
-    def _records(self, files: list[str]) -> Iterator[tuple[str, Sentence, list[str]]]:
-        tokens, labels = self.hparams["tokens_field"], self.hparams["labels_field"]
-        columns = [file for file in files if file.removesuffix(".gz").endswith(".conll")]
-        for place, rows in read_columns(columns, (self.hparams["word_column"], self.hparams["label_column"])):
+    def _columns(self, files: list[str]) -> Iterator[tuple[str, Sentence, list[str]]]:
+        for place, rows in read_columns(files, (self.hparams["word_column"], self.hparams["label_column"])):
             yield place, Sentence([row[0] for row in rows]), [row[1] for row in rows]
-        if others := [file for file in files if file not in columns]:
-            for place, record in read_records(others, "data.train_files", (tokens, labels)):
-                words = items_of(place, record, tokens, str)
-                yield place, Sentence(words), items_of(place, record, labels, str)
 
 
 class SemanticRoleData(WordData):
@@ -249,15 +259,14 @@ class SemanticRoleData(WordData):
         if predicates:
             yield place, Sentence(before), predicate_tags(len(before), predicates)
 
-    def _records(self, files: list[str]) -> Iterator[tuple[str, Sentence, list[str]]]:
-        tokens, labels, field = (self.hparams[name] for name in ("tokens_field", "labels_field", "predicate_field"))
-        columns = [file for file in files if file.removesuffix(".gz").endswith(".conll")]
-        yield from self._columns(columns)
-        if others := [file for file in files if file not in columns]:
-            for place, record in read_records(others, "data.train_files", (tokens, labels, field)):
-                words = items_of(place, record, tokens, str)
-                sentence = Sentence(words, predicate_place(place, record[field], len(words)))
-                yield place, sentence, items_of(place, record, labels, str)
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields that each record has."""
+        return (*super().fields, self.hparams["predicate_field"])
+
+    def _sentence(self, place: str, words: list[str], record: Record) -> Sentence:
+        predicate = record[self.hparams["predicate_field"]]
+        return Sentence(words, predicate_place(place, predicate, len(words)))
 
     def _columns(self, files: list[str]) -> Iterator[tuple[str, Sentence, list[str]]]:
         word, first, last = (self.hparams[name] for name in ("word_column", "role_columns", "last_column"))
@@ -289,7 +298,7 @@ class SentenceLines(IterableDataset[WordBatch]):
         lines = enumerate(prediction_lines(self.files), start=1)
         sentences = (_sentence(f"data.predict_files:{number}", line) for number, line in lines if line.strip())
         length = self.data.hparams["max_length"]
-        while batch := list(islice(sentences, self.batch_size)):
+        for batch in in_batches(sentences, self.batch_size):
             yield word_batch(batch, self.data.tokenizer, length, self.data.mark)
 
 

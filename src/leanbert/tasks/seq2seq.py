@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from leanbert.callbacks.progress import say
 from leanbert.data.batch import PairBatch, PredictBatch
 from leanbert.errors import UserError
 from leanbert.memory.optimizers import OptimizerConfig, ScheduleConfig
+from leanbert.messages import say
 from leanbert.models.build import build_model
 from leanbert.models.config import EncoderConfig
 from leanbert.models.generation import GenerationConfig, Tokens, generate
