@@ -105,3 +105,37 @@ def test_missing_cut_and_foreign_files(tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "foreign.ckpt")
     with pytest.raises(UserError, match="init_from"):
         checkpoints.load(tmp_path / "foreign.ckpt")
+
+
+def test_the_mean_of_weights(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    paths, parts = [tmp_path / f"{index}.ckpt" for index in range(5)], []
+    for index, path in enumerate(paths):
+        shared = torch.randn(64, 3, generator=generator)
+        state = {
+            "shared": shared, "again": shared, "half": torch.randn(50, generator=generator).bfloat16(),
+            "same": torch.full((7,), 0.1), "count": torch.tensor(index), "double": torch.tensor([index + 0.1]).double(),
+        }  # fmt: skip
+        parts.append(state)
+        checkpoints.save({**WHOLE, "state_dict": state, "global_step": index, "optimizer_states": [1]}, path)
+    mean = checkpoints.mean(paths)
+    assert mean["global_step"] == 4
+    assert "optimizer_states" not in mean
+    assert {name: tensor.dtype for name, tensor in mean["state_dict"].items()} == {
+        name: tensor.dtype for name, tensor in parts[0].items()
+    }
+    expected = {name: torch.stack([part[name].double() for part in parts]).mean(0) for name in parts[0]}
+    found = mean["state_dict"]
+    torch.testing.assert_close(found["shared"].double(), expected["shared"], rtol=0, atol=5e-7)
+    assert (found["half"].double() - expected["half"]).abs().max() <= 2**-8 * expected["half"].abs().max()
+    torch.testing.assert_close(found["double"], expected["double"], rtol=1e-15, atol=0)
+    assert torch.equal(found["same"], parts[0]["same"])
+    assert found["count"] == 4
+    assert found["shared"].data_ptr() == found["again"].data_ptr()
+
+
+def test_other_shapes_have_no_mean(tmp_path):
+    for name, size in (("a", 3), ("b", 4)):
+        checkpoints.save({**WHOLE, "state_dict": {"weight": torch.zeros(size)}}, tmp_path / f"{name}.ckpt")
+    with pytest.raises(UserError, match=r"b\.ckpt: other weights than .*a\.ckpt"):
+        checkpoints.mean([tmp_path / "a.ckpt", tmp_path / "b.ckpt"])

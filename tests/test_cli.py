@@ -297,15 +297,40 @@ def test_a_saved_config_serves_every_subcommand(trained, corpus):
     assert not (corpus / "runs" / "config.yaml").exists()
 
 
+def test_an_average_answers_like_other_checkpoints(corpus):
+    settings = [*TINY, "--data.train_files=train.txt", "--trainer.default_root_dir=averaged"]
+    fit = ["fit", *settings, "--trainer.max_steps=4", "--trainer.val_check_interval=2", "--checkpoint.average_last=2"]
+    result = run(corpus, *fit)
+    folder = corpus / "averaged" / "mlm" / "version_0"
+    assert "average of the weights after steps 2, 4" in result.stderr
+    assert f"Average      {Path('averaged') / 'mlm' / 'version_0' / 'checkpoints' / 'average.ckpt'}" in result.stderr
+    stated = json.loads((folder / "summary.json").read_text())["metrics"]["average/loss"]
+    average = [*settings, "--ckpt_path=average"]
+    assert json.loads(run(corpus, "validate", *average).stdout)["val/loss"] == pytest.approx(stated, abs=1e-6)
+    assert "test/loss" in json.loads(run(corpus, "test", *average).stdout)
+    (corpus / "question.txt").write_text("the [MASK] sat\n")
+    answer = json.loads(run(corpus, "predict", *average, "--data.predict_files=question.txt").stdout)
+    run(corpus, "export", *average, "--output=average")
+    for source in (corpus / "average", folder / "checkpoints" / "average.ckpt"):
+        ours = leanbert.load(source).fill_mask(["the [MASK] sat"])[0]["masks"][0]
+        for mine, theirs in zip(ours, answer["masks"][0], strict=True):
+            assert mine["token"] == theirs["token"]
+            assert mine["probability"] == pytest.approx(theirs["probability"], rel=0.02)  # predict computes in bf16
+    refused(corpus, "fit", *average, "--trainer.max_steps=8", says=["average.ckpt", "weights only", "model.init_from"])
+
+
 def test_two_processes_train_as_one(corpus):
-    settings = [*TINY, "--data.train_files=train.txt", "--trainer.max_steps=6", "--trainer.precision=32-true"]
+    settings = [
+        *TINY, "--data.train_files=train.txt", "--trainer.max_steps=6", "--trainer.precision=32-true",
+        "--trainer.val_check_interval=2", "--checkpoint.average_last=3",
+    ]  # fmt: skip
     run(corpus, "fit", *settings, "--trainer.default_root_dir=one")
     run(
         corpus, "fit", *settings, "--trainer.default_root_dir=two", "--trainer.accelerator=cpu",
         "--trainer.devices=2", "--trainer.strategy=ddp",
     )  # fmt: skip
     one, two = (scalars(corpus / root / "mlm" / "version_0") for root in ("one", "two"))
-    for tag in ("train/loss", "val/loss", "val/unigram_loss"):
+    for tag in ("train/loss", "val/loss", "val/unigram_loss", "average/loss"):
         assert two[tag] == pytest.approx(one[tag], rel=1e-5), tag
 
 

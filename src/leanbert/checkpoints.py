@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
+from torch import Tensor
 
 from leanbert.data.storage import DISK_FULL
 from leanbert.errors import UserError
 from leanbert.models.weights import DAMAGE, load_pickled
 
 BEST = "best.ckpt"
+AVERAGE = "average.ckpt"
+TRAINING_STATE = ("callbacks", "optimizer_states", "lr_schedulers")
+"""What weights do not need, and training cannot go on without."""
 
 
 def step_name(step: int) -> str:
@@ -81,11 +86,47 @@ def load(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint. Check --ckpt_path (a file, or last, or best).")
+        raise UserError(f"{path}: no such checkpoint. Check --ckpt_path (a file, or last, best or average).")
     checkpoint = load_pickled(path, "Use --ckpt_path last, which falls back to the one before.")
     if not isinstance(checkpoint, dict) or "leanbert" not in checkpoint or "state_dict" not in checkpoint:
         raise UserError(f"{path}: not a LeanBERT checkpoint. Weights of other programs go to --model.init_from.")
     return checkpoint
+
+
+def mean(paths: Sequence[Path]) -> dict[str, Any]:
+    """Return the checkpoint at the last of `paths`, for evaluation only, with the mean of the weights of all of them.
+
+    Files are read one after the other and their floating-point tensors averaged in float32 at least; the mean has their
+    dtype. Other tensors are those of the last file. Tensors that share memory in the files share it in the mean.
+
+    Raises:
+        UserError: A file is damaged, or its weights have other names or shapes than those of the first.
+
+    """
+    means: dict[str, Tensor] = {}
+    for count, path in enumerate(paths, 1):
+        checkpoint = load(path)
+        weights = checkpoint["state_dict"]
+        once: dict[tuple[int, torch.Size], str] = {}
+        same = {name: once.setdefault((tensor.data_ptr(), tensor.shape), name) for name, tensor in weights.items()}
+        if count == 1:
+            means = {name: _wide(weights[name], copy=True) for name in once.values()}
+        elif {name: weights[name].shape for name in once.values()} != {name: m.shape for name, m in means.items()}:
+            raise UserError(f"{path}: other weights than {paths[0]}, they have no mean. Leave one of the files out.")
+        for name, total in means.items():
+            if total.is_floating_point():
+                total.lerp_(_wide(weights[name]), 1 / count)  # exact where all are equal, zeros stay zeros
+            else:
+                total.copy_(weights[name])
+    for name in means:
+        means[name] = means[name].to(weights[name].dtype)
+    kept = {part: value for part, value in checkpoint.items() if part not in TRAINING_STATE}
+    return {**kept, "state_dict": {name: means[first] for name, first in same.items()}}
+
+
+def _wide(tensor: Tensor, copy: bool = False) -> Tensor:
+    dtype = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
+    return tensor.to(dtype, copy=copy)
 
 
 def is_whole(path: Path) -> bool:
@@ -108,7 +149,7 @@ def newest_run(task_folder: Path) -> Path | None:
 
 
 def find(which: str, task_folder: Path) -> Path:
-    """Return the checkpoint that `last` or `best` means: of the newest run below `task_folder`.
+    """Return the checkpoint that `last`, `best` or `average` means: of the newest run below `task_folder`.
 
     `last` is the newest file that is whole: one damaged by a crash falls back to the one before.
 
@@ -121,10 +162,15 @@ def find(which: str, task_folder: Path) -> Path:
         raise UserError(f"--ckpt_path {which}: no run below {task_folder}. Leave --ckpt_path out to start one.")
     if which == "last":
         return newest_whole(run)
-    best = run / "checkpoints" / BEST
-    if not best.is_file():
-        raise UserError(f"--ckpt_path best: no {best}. The run has not validated yet: use last, or give a file.")
-    return best
+    path = run / "checkpoints" / {"best": BEST, "average": AVERAGE}[which]
+    if not path.is_file():
+        reason = (
+            "The run has not validated yet"
+            if which == "best"
+            else "It is written at the end of a run with checkpoint.average_last or average_best"
+        )
+        raise UserError(f"--ckpt_path {which}: no {path}. {reason}: use last, or give a file.")
+    return path
 
 
 def newest_whole(run: Path) -> Path:

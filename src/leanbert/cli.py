@@ -110,9 +110,14 @@ class CLI(LightningCLI):
         which = config.get("ckpt_path")
         if which is None:
             return
-        if which in ("last", "best"):
+        if which in ("last", "best", "average"):
             config["ckpt_path"] = str(checkpoints.find(which, self._task_folder))
         self.checkpoint = checkpoints.load(config["ckpt_path"])
+        if self.config["subcommand"] == "fit" and not self.checkpoint.keys() >= set(checkpoints.TRAINING_STATE):
+            raise UserError(
+                f"--ckpt_path: {config['ckpt_path']} holds weights only, from which training cannot go on. "
+                "Use last, or start a new run from it with --model.init_from."
+            )
 
     @property
     def _settings(self) -> Any:
@@ -346,6 +351,8 @@ class CLI(LightningCLI):
         checkpoint = next(c for c in trainer.callbacks if isinstance(c, RunCheckpoint))
         program, configs = program_name(), config_arguments(self.arguments)
         say(f"Checkpoint   {checkpoint.last_path}")
+        if checkpoint.average_path is not None:
+            say(f"Average      {checkpoint.average_path}")
         say(f"TensorBoard  tensorboard --logdir {shlex.quote(str(trainer.default_root_dir))}")
         example = shlex.quote(self.model.example.replace("[MASK]", self.datamodule.tokenizer.mask_token))
         say(f"Answers      echo {example} | {program} predict {configs} --ckpt_path last --data.predict_files -")

@@ -113,7 +113,8 @@ class Trainer(pl.Trainer):
             model: The task.
             output: Folder to write; it is created.
             datamodule: Not used.
-            ckpt_path: Checkpoint file, or `last` or `best` of the newest run; else --model.init_from is exported.
+            ckpt_path: Checkpoint file, or `last`, `best` or `average` of the newest run; else --model.init_from is
+                exported.
             weights_only: Not used; `fit` saves it in the configuration.
             format: hf: config.json, model.safetensors and the tokenizer, as `transformers` loads them.
 
@@ -122,5 +123,7 @@ class Trainer(pl.Trainer):
 
         source = ckpt_path or getattr(model, "init_from", None)
         if source is None:
-            raise UserError("export: nothing to export. Give --ckpt_path (a file, last or best) or --model.init_from.")
+            raise UserError(
+                "export: nothing to export. Give --ckpt_path (a file, last, best or average) or --model.init_from."
+            )
         load(source).export(Path(output))

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the newest by steps or minutes, the best by validation, the last at the end."""
+"""Checkpoints of a run: the newest by steps or minutes, the best by validation, the last, and a mean, at the end."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from leanbert.checkpoints import BEST, step_name
+from leanbert.callbacks.averaging import KeptWeights, validate_with
+from leanbert.callbacks.progress import log_values, say
+from leanbert.checkpoints import AVERAGE, BEST, load, step_name
 from leanbert.errors import UserError
 
 ASK_RANKS_EVERY = 10
@@ -26,9 +29,12 @@ class RunCheckpoint(Checkpoint):
         keep: Newest checkpoints that are kept; two, so that a damaged one has one before it.
         monitor: Metric whose best value is kept as `best.ckpt`.
         mode: Whether the smallest or the largest value is the best.
+        average_last: Validations whose weights are averaged into `average.ckpt` when the run ends: the last ones.
+            Their weights are kept in `checkpoints/weights/`, without optimizer state; None: no average.
+        average_best: The same of the validations with the best values of `monitor`.
 
     Raises:
-        UserError: A setting is not positive.
+        UserError: A setting is not positive, one validation is to be averaged, or the last and the best are.
 
     """
 
@@ -39,6 +45,8 @@ class RunCheckpoint(Checkpoint):
         keep: int = 2,
         monitor: str = "val/loss",
         mode: Literal["min", "max"] = "min",
+        average_last: int | None = None,
+        average_best: int | None = None,
     ) -> None:
         for setting, value in (
             ("every_n_steps", every_n_steps),
@@ -49,6 +57,8 @@ class RunCheckpoint(Checkpoint):
                 raise UserError(f"checkpoint.{setting}: is {value}. Give a positive number.")
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
         self.keep, self.monitor, self.sign = keep, monitor, 1.0 if mode == "min" else -1.0
+        self.average = _average(average_last, average_best, monitor, self.sign)
+        self.average_path: str | None = None
         self.best: float | None = None
         self.best_path: str | None = None
         self.last_path: str | None = None
@@ -57,11 +67,27 @@ class RunCheckpoint(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what decides about later saves."""
-        return {"best": self.best, "best_path": self.best_path}  # the path tells whose best it is
+        average = None if self.average is None else self.average.state_dict()
+        # the path tells whose best it is
+        return {"best": self.best, "best_path": self.best_path, "average": average}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the best value so far."""
+        """Take over the best value so far, and the validations to be averaged."""
         self.best, self.best_path = state_dict["best"], state_dict["best_path"]
+        average = state_dict.get("average")
+        if self.average is not None and average is not None:
+            self.average.load_state_dict(average)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raise UserError if the weights of this run cannot be averaged."""
+        if stage == "fit" and self.average is not None:
+            self.average.check(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look which weights to be averaged are there, before the first validation."""
+        if self.average is not None:
+            self.average.find(trainer, self._folder(trainer))
+            self.average.announce(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count minutes from here; what was loaded need not be saved again."""
@@ -71,6 +97,8 @@ class RunCheckpoint(Checkpoint):
             self.best, self.best_path = None, None  # of the run that this one started from
         if trainer.is_global_zero and folder.is_dir():
             clear_for(folder, trainer.global_step)
+            if self.average is not None:
+                self.average.clear(folder)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save when steps or minutes are due; the last step is saved after its validation."""
@@ -89,9 +117,13 @@ class RunCheckpoint(Checkpoint):
         return trainer.global_step % ASK_RANKS_EVERY == 0 and trainer.strategy.broadcast(overdue)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the best so far."""
+        """Keep the best so far, and the weights to be averaged."""
+        if trainer.state.fn != "fit":
+            return
+        if self.average is not None:
+            self.average.keep(trainer, self._folder(trainer))
         value = trainer.callback_metrics.get(self.monitor)
-        if trainer.state.fn != "fit" or value is None or trainer.global_step == 0:
+        if value is None or trainer.global_step == 0:
             return
         if math.isfinite(value) and (self.best is None or self.sign * float(value) < self.sign * self.best):
             self.best = float(value)
@@ -99,8 +131,25 @@ class RunCheckpoint(Checkpoint):
             trainer.save_checkpoint(self.best_path, weights_only=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last state."""
-        self.save(trainer)
+        """Save the last state, and validate the mean."""
+        path = None
+        try:  # the mean comes first: a run whose last state is saved is finished
+            if self.average is not None:
+                path = self.average.write_mean(trainer, self._folder(trainer))
+        finally:
+            self.save(trainer)
+        if path is not None:
+            self.average_path = str(path)
+            self._validate_mean(trainer, pl_module, path)
+
+    def _validate_mean(self, trainer: Trainer, pl_module: LightningModule, path: Path) -> None:
+        """Log the metrics of the mean as `average/...`, and say them beside the best's."""
+        found = validate_with(trainer, pl_module, path)
+        logged = {tag.replace("val/", "average/", 1): value for tag, value in found.items()}
+        log_values(trainer, logged)
+        trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in logged.items()})
+        if self.monitor in found and self.best is not None:
+            say(f"average: {self.monitor} {found[self.monitor]:.4f}, of the best checkpoint {self.best:.4f}")
 
     def save(self, trainer: Trainer) -> None:
         """Save the state after the last completed step, unless it is saved already, and drop old files."""
@@ -129,3 +178,26 @@ def clear_for(folder: Path, step: int) -> None:
     for path in folder.glob("step-*.ckpt"):
         if path.name > step_name(step):
             path.rename(path.with_name(f"abandoned-{path.name}"))
+    average = folder / AVERAGE
+    if average.is_file() and _step(average) > step:
+        average.rename(average.with_name(f"abandoned-{AVERAGE}"))
+
+
+def _step(path: Path) -> float:
+    """Return the step that a checkpoint is of; infinity: damaged."""
+    try:
+        return float(load(path)["global_step"])
+    except UserError:
+        return math.inf
+
+
+def _average(last: int | None, best: int | None, monitor: str, sign: float) -> KeptWeights | None:
+    """Return what keeps the weights to be averaged, None if nothing is asked for."""
+    for setting, value in (("average_last", last), ("average_best", best)):
+        if value is not None and value < 2:
+            raise UserError(f"checkpoint.{setting}: is {value}. Give 2 or more, or leave it out.")
+    if last is not None and best is not None:
+        raise UserError("checkpoint.average_last: and average_best are both given. Leave one of them out.")
+    if last is not None:
+        return KeptWeights(last, None)
+    return None if best is None else KeptWeights(best, monitor, sign)

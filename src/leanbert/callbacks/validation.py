@@ -24,7 +24,7 @@ class ValidateAtEnds(Callback):
         """Validate the untrained model; in a resumed run what was due after its checkpoint was written."""
         step = trainer.global_step
         if step == 0 or (self.validated_step != step and _due(trainer)):
-            _validate(trainer)
+            run_validation(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember what has been validated."""
@@ -33,7 +33,7 @@ class ValidateAtEnds(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate the trained model."""
         if self.validated_step != trainer.global_step:
-            _validate(trainer)
+            run_validation(trainer)
 
 
 def _due(trainer: Trainer) -> bool:
@@ -43,7 +43,7 @@ def _due(trainer: Trainer) -> bool:
     return by_steps and trainer.global_step % int(every or 1) == 0
 
 
-def _validate(trainer: Trainer) -> None:
+def run_validation(trainer: Trainer) -> None:
     """Run the validation loop from within training, as Lightning's own training loop does."""
     loop = trainer.fit_loop.epoch_loop.val_loop
     if trainer.limit_val_batches == 0:
