@@ -16,6 +16,7 @@ from leanbert import checkpoints
 from leanbert.data.batch import PredictBatch
 from leanbert.data.classification import group_batch
 from leanbert.data.loading import encode_lines
+from leanbert.data.pairs import TARGET
 from leanbert.data.storage import write_text_atomically
 from leanbert.data.tokenizer import TextTokenizer
 from leanbert.data.words import Sentence, predicate_place, word_batch
@@ -52,10 +53,15 @@ class Pretrained:
         model: The model; its `task` decides which methods answer, the others raise `UserError`.
         tokenizer: Its tokenizer.
         facts: What else was kept with it: "max_length" and, by task, "problem", "threshold", "mark", "generation".
+        target_tokenizer: That of what a model of sequence to sequence writes; None: it has one for both.
 
     """
 
-    def __init__(self, model: EncoderModel, tokenizer: TextTokenizer, facts: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, model: EncoderModel, tokenizer: TextTokenizer, facts: Mapping[str, Any] | None = None,
+        target_tokenizer: TextTokenizer | None = None,
+    ) -> None:  # fmt: skip
+        self.target_tokenizer = tokenizer if target_tokenizer is None else target_tokenizer
         self.model, self.tokenizer, self.facts = model.eval(), tokenizer, dict(facts or {})
         self.task = model.task
         positions = model.config.max_positions
@@ -154,25 +160,25 @@ class Pretrained:
     def export(self, folder: str | Path) -> None:
         """Write a Hugging Face folder with weights, configuration and tokenizer.
 
+        A tokenizer of targets alone goes to its subfolder `target_tokenizer`.
+
         Raises:
             UserError: No class of transformers expresses the model.
 
         """
-        tokenizer = self.tokenizer
-        ids: dict[str, int | None] = {
-            "pad_token_id": tokenizer.pad_id,
-            "cls_token_id": tokenizer.cls_id,
-            "sep_token_id": tokenizer.sep_id,
-        }
+        tokenizer, targets = self.tokenizer, self.target_tokenizer
+        ids = _special_ids(targets)
         if self.task == "seq2seq":
-            tokens = special_tokens(tokenizer)
+            tokens = special_tokens(targets)
             ids |= {"decoder_start_token_id": tokens.begin, "eos_token_id": tokens.end}
-        ids = {name: index for name, index in ids.items() if index is not None}
-        write_huggingface(self.model, folder, ids, self.facts)
+        source_ids = None if targets is tokenizer else _special_ids(tokenizer)
+        write_huggingface(self.model, folder, ids, self.facts, source_ids)
         if self.task == "seq2seq":
             searching = generation_settings(self.facts, ids, tokens.never, self.max_length)
             write_text_atomically(Path(folder) / "generation_config.json", json.dumps(searching, indent=2) + "\n")
         tokenizer.save(folder, segments=self.task != "seq2seq" and self.model.config.type_vocab_size > 1)
+        if targets is not tokenizer:
+            targets.save(Path(folder) / TARGET)
 
     def _require(self, method: str, task: str) -> None:
         if self.task != task:
@@ -190,7 +196,7 @@ class Pretrained:
 
         def answer(part: list[str]) -> Answers:
             batch, _ = encode_lines(part, self.tokenizer, self.max_length, masks=False)
-            return write(self.model, self.tokenizer, batch.to(self._device), config)
+            return write(self.model, self.target_tokenizer, batch.to(self._device), config)
 
         found = self._answers([texts[place] for place in order], batch_size, answer)
         return [found[place] for place in sorted(range(len(order)), key=order.__getitem__)]
@@ -239,6 +245,7 @@ def load(path: str | Path) -> Pretrained:
     if (path / "config.json").is_file():
         tokenizer = TextTokenizer.from_file(path)
         stored = read_huggingface(path)
+        targets = TextTokenizer.from_file(path, TARGET) if (path / TARGET).is_dir() else None
     else:
         if (path / "checkpoints").is_dir():
             path = _best_or_last(path)
@@ -247,7 +254,19 @@ def load(path: str | Path) -> Pretrained:
         checkpoint = checkpoints.load(path)
         tokenizer = TextTokenizer.from_json(checkpoint["leanbert"]["tokenizer"], source=str(path))
         stored = unpack(checkpoint, path)
-    return Pretrained(rebuild(stored, tokenizer.vocab_size, path), tokenizer, stored.facts)
+        text = checkpoint["leanbert"].get(TARGET)
+        targets = None if text is None else TextTokenizer.from_json(text, source=str(path))
+    if "target_vocab_size" not in stored.facts:
+        return Pretrained(rebuild(stored, tokenizer.vocab_size, path), tokenizer, stored.facts)
+    if targets is None:
+        raise UserError(f"{path}: the decoder has tokens of its own, but there is no {TARGET} with them. Save it there")
+    model = rebuild(stored, tokenizer.vocab_size, path, targets.vocab_size)
+    return Pretrained(model, tokenizer, stored.facts, targets)
+
+
+def _special_ids(tokenizer: TextTokenizer) -> dict[str, int | None]:
+    ids = {"pad_token_id": tokenizer.pad_id, "cls_token_id": tokenizer.cls_id, "sep_token_id": tokenizer.sep_id}
+    return {name: index for name, index in ids.items() if index is not None}
 
 
 def _best_or_last(run: Path) -> Path:

@@ -36,6 +36,7 @@ from leanbert.callbacks.pruning import StructuredPruning
 from leanbert.callbacks.report import RunSummary, StartReport, tagged
 from leanbert.callbacks.samples import Samples
 from leanbert.callbacks.validation import ValidateAtEnds
+from leanbert.data.pairs import TRAIN
 from leanbert.data.storage import DISK_FULL, FORBIDDEN
 from leanbert.data.workers import available_cpus
 from leanbert.errors import UserError
@@ -154,6 +155,10 @@ class CLI(LightningCLI):
         data, model = settings["data"]["init_args"], settings["model"]["init_args"]
         if data["tokenizer"] is None:
             data["tokenizer"] = model["init_from"]
+        if data.get("target_tokenizer", "") in (None, TRAIN) and model["init_from"] is not None:
+            _, facts = read_facts(Path(model["init_from"]))
+            if "target_vocab_size" in facts:
+                data["target_tokenizer"] = model["init_from"]
         if self.subcommand == "fit" and settings.pop("budget") is not None:  # what it chooses is saved, not it
             self.plan_report = self._plan_and_apply(settings)
         if self.subcommand == "predict":
@@ -204,7 +209,7 @@ class CLI(LightningCLI):
             raise user_error_within(error) or error from None
 
     def after_instantiate_classes(self) -> None:
-        """Take tokenizer and, where nothing is trained, the architecture from the checkpoint."""
+        """Take tokenizers and, where nothing is trained, the architecture from the checkpoint."""
         torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, ReturnFreedPages) for callback in callbacks):
@@ -214,7 +219,8 @@ class CLI(LightningCLI):
                 self._adopt_start(self.model.init_from)
             return
         stored = self.checkpoint["leanbert"]
-        self.datamodule.hparams["tokenizer"] = self._settings["ckpt_path"]  # never train another one
+        path, resumes = self._settings["ckpt_path"], self.subcommand == "fit"
+        self.datamodule.take_tokenizers(path, stored, resumes=resumes)
         if stored.get("data"):
             self.datamodule.adopt(stored["data"])
         if self.subcommand == "fit" and self.model.init_from is None:

@@ -219,9 +219,11 @@ def test_batches_of_labels_and_of_pairs_are_valid():
     assert batch.targets.tolist() == [[0] * 4] * 3
     assert (batch.target_index.diff(dim=1) > 0).all()
     assert not batch.document_ids.any()
-    pairs = fill(PairBatch(**{n: torch.from_numpy(a) for n, a in blank_pairs(3, 16, 8, 0).items()}), 300)
+    pairs = fill(PairBatch(**{n: torch.from_numpy(a) for n, a in blank_pairs(3, 16, 8, 0, 0).items()}), 300, 7)
     assert pairs.decoder_position_ids.tolist() == [list(range(8))] * 3
-    assert pairs.targets.min() >= 0
+    assert pairs.targets.min() == pairs.decoder_ids.min() == 0
+    assert pairs.targets.max() == pairs.decoder_ids.max() == 6
+    assert pairs.input_ids.max() > 100
     assert len({tuple(row) for row in pairs.decoder_ids.tolist()}) == 3
 
 

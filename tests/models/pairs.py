@@ -16,13 +16,18 @@ BEGIN, END = 2, 3
 
 
 def tiny_seq2seq(
-    dtype=torch.float64, seed=0, layers=None, start="random", vocabulary=VOCABULARY, noise=0.05, **changes
-):
+    dtype=torch.float64, seed=0, layers=None, start="random", vocabulary=VOCABULARY, noise=0.05, targets=None, **changes
+):  # fmt: skip
+    """`targets`: tokens of targets where they have a vocabulary of their own."""
     torch.manual_seed(seed)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = build_model(tiny_config(**changes), vocabulary, lambda config: Seq2SeqModel(config, layers, start))
+        model = build_model(
+            tiny_config(**changes),
+            vocabulary,
+            lambda config: Seq2SeqModel(config, layers, start, target_vocab_size=targets),
+        )
     finally:
         torch.set_default_dtype(default)
     with torch.no_grad():  # zero output projections would hide what blocks do
@@ -31,19 +36,19 @@ def tiny_seq2seq(
     return model
 
 
-def some_pairs(count=9, seed=0, vocabulary=VOCABULARY, longest=8):
-    """Sources and targets of 1 to `longest` tokens between begin and end."""
+def some_pairs(count=9, seed=0, vocabulary=VOCABULARY, longest=8, targets=None):
+    """Sources and targets (below `targets`, else as sources) of 1 to `longest` tokens between begin and end."""
     chance = np.random.default_rng(seed)
 
-    def text():
-        return [BEGIN, *chance.integers(5, vocabulary, chance.integers(1, longest + 1)).tolist(), END]
+    def text(below):
+        return [BEGIN, *chance.integers(5, below, chance.integers(1, longest + 1)).tolist(), END]
 
-    return [(text(), text()) for _ in range(count)]
+    return [(text(vocabulary), text(targets or vocabulary)) for _ in range(count)]
 
 
 def pack(rows, source_length, target_length) -> PairBatch:
     """Rows of pairs as a batch."""
-    blank = blank_pairs(len(rows), source_length, target_length, 0)
+    blank = blank_pairs(len(rows), source_length, target_length, 0, 0)
     for place, row in enumerate(rows):
         start = begin = 0
         for document, (source, target) in enumerate(row):
@@ -58,9 +63,9 @@ def pack(rows, source_length, target_length) -> PairBatch:
     return PairBatch(**{name: torch.from_numpy(array) for name, array in blank.items()})
 
 
-def packed_batch(seed=0) -> PairBatch:
+def packed_batch(seed=0, targets=None) -> PairBatch:
     """Four rows of 1 to 3 pairs, with padding."""
-    pairs = some_pairs(9, seed)
+    pairs = some_pairs(9, seed, targets=targets)
     return pack([pairs[:3], pairs[3:6], pairs[6:8], pairs[8:]], 32, 30)
 
 

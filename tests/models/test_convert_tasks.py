@@ -25,9 +25,9 @@ def classifier(task, labels=LABELS, **settings):
     return randomise(build_model(config, 99, lambda full: Classifier(full, labels, of, task)))
 
 
-def seq2seq(start="encoder", layers=2, **settings):
+def seq2seq(start="encoder", layers=2, targets=None, **settings):
     config = EncoderConfig(**OURS | {"preset": "bert"} | settings)
-    return randomise(build_model(config, 99, lambda full: Seq2SeqModel(full, layers, start)))
+    return randomise(build_model(config, 99, lambda full: Seq2SeqModel(full, layers, start, target_vocab_size=targets)))
 
 
 def loaded(kind, folder):
@@ -142,10 +142,37 @@ def test_encoder_decoder_leaves_and_comes_back_with_equal_logits(tmp_path, start
     assert target_scores_differ(rebuild(stored, 99, tmp_path).eval(), theirs) <= 1e-5
 
 
-def target_scores_differ(ours, theirs):
+@pytest.mark.parametrize("targets", [70, 99, 130])
+def test_a_vocabulary_of_targets_leaves_and_comes_back(tmp_path, targets):
+    """99: as many tokens as sources have, but other ones."""
+    ours = seq2seq(targets=targets)
+    write_huggingface(ours, tmp_path, IDS, {"max_length": 24}, {"pad_token_id": 5})
+    theirs = loaded(transformers.EncoderDecoderModel, tmp_path)
+    config = theirs.config
+    assert (config.vocab_size, config.encoder.vocab_size, config.decoder.vocab_size) == (targets, 99, targets)
+    assert [getattr(config, name) for name in IDS] == [0, 1, 2]
+    assert (config.encoder.pad_token_id, config.decoder.pad_token_id) == (5, 0)
+    assert theirs.decoder.cls.predictions.decoder.weight is theirs.decoder.bert.embeddings.word_embeddings.weight
+    assert target_scores_differ(ours, theirs, targets) <= 1e-5
+    stored = read_huggingface(tmp_path)
+    assert stored.facts == {"max_length": 24, "decoder_layers": 2, "target_vocab_size": targets}
+    assert target_scores_differ(rebuild(stored, 99, tmp_path, targets).eval(), theirs, targets) <= 1e-5
+    with pytest.raises(UserError, match=rf"the decoder knows {targets} tokens, the tokenizer of targets has 131\. Use"):
+        rebuild(stored, 99, tmp_path, 131)
+
+
+def test_a_foreign_vocabulary_of_targets_is_read(tmp_path):
+    theirs = encoder_decoder(vocab_size=70)
+    theirs.save_pretrained(tmp_path)
+    stored = read_huggingface(tmp_path)
+    assert stored.facts == {"decoder_layers": 2, "target_vocab_size": 70}
+    assert target_scores_differ(rebuild(stored, 99, tmp_path, 70).eval(), theirs.eval(), 70) <= 1e-5
+
+
+def target_scores_differ(ours, theirs, tokens=99):
     """Largest difference of logits at target tokens, with padding in sources and in targets."""
     ids, real, _ = inputs()
-    target, length = ids.flip(1)[:, :13], torch.tensor([[13], [5], [9]])
+    target, length = ids.flip(1)[:, :13] % tokens, torch.tensor([[13], [5], [9]])
     there = (torch.arange(13) < length).long()
     with torch.no_grad():
         mine = ours(
@@ -155,7 +182,7 @@ def target_scores_differ(ours, theirs):
         other = theirs(
             input_ids=ids, attention_mask=real, decoder_input_ids=target, decoder_attention_mask=there
         ).logits
-    assert mine.shape == other.shape == (3, 13, 99)
+    assert mine.shape == other.shape == (3, 13, tokens)
     assert other.std() > 0.1
     return ((mine - other).abs() * there[:, :, None]).max().item()
 
@@ -219,6 +246,23 @@ def test_a_decoder_that_is_made_otherwise_is_no_start(tmp_path, settings, messag
     layers, start = settings.get("layers", 2), settings.get("start", "encoder")
     with pytest.raises(UserError, match=message):
         build_model(EncoderConfig(), 99, lambda full: Seq2SeqModel(full, layers, start), init_from=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stored", "own", "message"),
+    [
+        (None, 70, r"the model at \S+ has one tokenizer for sources and targets\. Leave it out"),
+        (70, None, r"the model at \S+ has one of its own for targets\. Set it to \S+"),
+        (70, 71, r"has 71 tokens, the decoder of \S+ knows 70\. Set it to \S+"),
+    ],
+)
+def test_a_decoder_of_other_tokens_is_no_start(tmp_path, stored, own, message):
+    write_huggingface(seq2seq(targets=stored), tmp_path)
+    with pytest.raises(UserError, match=rf"^data\.target_tokenizer: {message}$"):
+        build_model(
+            EncoderConfig(), 99, lambda full: Seq2SeqModel(full, 2, "encoder", target_vocab_size=own),
+            init_from=tmp_path,
+        )  # fmt: skip
 
 
 def test_a_shared_decoder_goes_on_from_its_export(tmp_path):

@@ -16,10 +16,16 @@ TOKENS = Tokens(BEGIN, END, [0, 1, BEGIN, 4])
 
 
 @cache
-def model_that_ends(preset):
-    """A model in float64 that has half learned to write its source backwards: outputs differ, and most of them end."""
-    model = tiny_seq2seq(preset=preset, vocabulary=30, noise=0.0)
-    backwards = [(source, [BEGIN, *source[-2:0:-1], END]) for source, _ in some_pairs(128, 7, 30)]
+def model_that_ends(preset, targets=None):
+    """A model in float64 that has half learned to write its source backwards: outputs differ, and most of them end.
+
+    With `targets` several tokens of sources are one of the fewer that targets have.
+    """
+    model = tiny_seq2seq(preset=preset, vocabulary=30, noise=0.0, targets=targets)
+    backwards = [
+        (source, [BEGIN, *(5 + (token - 5) % ((targets or 30) - 5) for token in source[-2:0:-1]), END])
+        for source, _ in some_pairs(128, 7, 30)
+    ]
     batch = pack([backwards[start : start + 3] for start in range(0, 126, 3)], 32, 32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(40):
@@ -70,9 +76,9 @@ def uncached_greedy(model, source, config):
 
 
 @PRESETS
-@pytest.mark.parametrize("ngram", [0, 2])
-def test_cached_and_uncached_decoding_agree(preset, ngram):
-    model, config = model_that_ends(preset), GenerationConfig(no_repeat_ngram=ngram)
+@pytest.mark.parametrize(("ngram", "targets"), [(0, None), (2, None), (0, 22)])
+def test_cached_and_uncached_decoding_agree(preset, ngram, targets):
+    model, config = model_that_ends(preset, targets), GenerationConfig(no_repeat_ngram=ngram)
     texts = sources()
     found = generate(model, source_batch(texts), TOKENS, config)
     for text, output in zip(texts, found, strict=True):
@@ -82,6 +88,7 @@ def test_cached_and_uncached_decoding_agree(preset, ngram):
     lengths = [len(output.ids) for output in found]
     assert len(set(lengths)) > 3
     assert len({tuple(output.ids) for output in found}) > 8
+    assert max(max(output.ids, default=0) for output in found) < (targets or 30)
     ended = [len(o.ids) < limit_of(text, config) for text, o in zip(texts, found, strict=True)]
     assert any(ended)
 

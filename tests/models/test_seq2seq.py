@@ -156,6 +156,63 @@ def test_dropout_in_the_backward_pass_is_that_of_the_forward_pass(switch):
         assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope, rel=1e-3)
 
 
+# ---- a vocabulary of targets
+
+
+@PRESETS
+def test_two_equal_embeddings_are_one_whose_gradients_are_added(preset):
+    joint, separate = tiny_seq2seq(preset=preset), tiny_seq2seq(preset=preset, targets=VOCABULARY)
+    one, own = "encoder.embeddings.token.weight", "decoder.embeddings.token.weight"
+    weights = joint.state_dict()
+    separate.load_state_dict({**weights, own: weights[one]})
+    batch = packed_batch()
+    assert torch.equal(logits_of(separate, batch), logits_of(joint, batch))
+    found = gradients(separate, batch)
+    found[one] = found[one] + found.pop(own)
+    assert_same(found, gradients(joint, batch))
+
+
+@PRESETS
+def test_a_vocabulary_of_targets(preset):
+    """70 tokens, 128 rows: logits, smoothing and the chunked head count the tokens only."""
+    model, batch = tiny_seq2seq(preset=preset, targets=70), packed_batch(targets=70)
+    logits = logits_of(model, batch)
+    assert logits.shape == (4, 30, 70)
+    expected = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum", label_smoothing=0.1)
+    assert loss_of(model, batch).item() == pytest.approx(expected.item(), rel=1e-10)
+    wanted = gradients(model, batch)
+    assert wanted["decoder.embeddings.token.weight"][70:].abs().max() == 0
+    model.head_chunk = 7
+    assert_same(gradients(model, batch), wanted)
+    initialise(model.float())
+    tables = [(len(table), tokens, int((table.abs().sum(1) > 0).sum())) for table, tokens in model.token_tables]
+    assert tables == [(128, 100, 100), (128, 70, 70)]
+
+
+@PRESETS
+@pytest.mark.parametrize("start", ["encoder", "shared", "random"])
+def test_a_vocabulary_of_targets_starts_from_an_encoder_without_its_embedding_and_head(tmp_path, preset, start):
+    from leanbert.models.convert import write_huggingface
+    from tests.tiny import tiny_model
+
+    source = tiny_model(torch.float32, preset=preset)
+    write_huggingface(source, tmp_path, {})
+    torch.manual_seed(1)
+    model = build_model(
+        tiny_config(), VOCABULARY, lambda config: Seq2SeqModel(config, None, start, target_vocab_size=70),
+        init_from=tmp_path,
+    )  # fmt: skip
+    theirs, own = source.state_dict(), model.state_dict()
+    rows = {"encoder.embeddings.token.weight": VOCABULARY}
+    assert all(torch.equal(own[n][: rows.get(n)], w[: rows.get(n)]) for n, w in theirs.items() if n[:7] == "encoder")
+    assert not torch.equal(own["head.dense.weight"], theirs["head.dense.weight"])
+    table = own["decoder.embeddings.token.weight"]
+    assert (table[:70] - theirs["encoder.embeddings.token.weight"][:70]).abs().min(1).values.max() > 1e-4
+    copied = torch.equal(model.decoder.embeddings.norm.weight, source.encoder.embeddings.norm.weight)
+    query = model.decoder.blocks[1].cross_attention.query.weight
+    assert copied == torch.equal(query, source.encoder.blocks[1].attention.qkv.weight[:32]) == (start != "random")
+
+
 # ---- where the weights come from
 
 
@@ -236,6 +293,7 @@ def test_the_number_of_parameters_is_that_of_the_parts():
     decoder = positions * width + 2 * width + norm + 2 * (2 * attention + feed_forward + 3 * norm)
     head = width**2 + width + norm + vocabulary
     assert tiny_seq2seq(preset="bert").num_parameters == encoder + decoder + head
+    assert tiny_seq2seq(preset="bert", targets=70).num_parameters == encoder + decoder + 70 * width + head - 30
 
 
 @PRESETS

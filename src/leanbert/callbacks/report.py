@@ -59,9 +59,10 @@ def start_report(trainer: Trainer, module: Any, seconds_per_token: float | None)
     config, rows, length = module.model.config, data.hparams["batch_size"], data.hparams["max_length"]
     steps = int(trainer.estimated_stepping_batches) - trainer.global_step
     lines = [f"{name:<11} {_describe_corpus(statistics, length)}" for name, statistics in data.statistics.items()]
+    vocabulary = " and ".join(f"{tokens:,}" for _, tokens in module.model.token_tables)
     lines.append(
         f"{'model':<11} {config.preset}, {config.num_layers} x {config.hidden_size}, "
-        f"vocabulary {config.vocab_size:,}, {module.model.num_parameters:,} parameters"
+        f"vocabulary {vocabulary}, {module.model.num_parameters:,} parameters"
     )
     threads = f", {torch.get_num_threads()} threads" if module.device.type == "cpu" else ""
     lines.append(f"{'device':<11} {module.device.type} x {trainer.world_size}{threads}, precision {trainer.precision}")
@@ -82,18 +83,19 @@ def _describe_corpus(statistics: Any, length: int) -> str:
 
 
 class RunSummary(Callback):
-    """Write `summary.json` into the run's folder, atomically, however the run ends; keep tokenizer and plan there."""
+    """Write `summary.json` into the run's folder, atomically, however the run ends; keep tokenizers and plan there."""
 
     def __init__(self) -> None:
         self.folder: Path | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the tokenizer beside the checkpoints, and the plan that the run follows, if it follows one."""
+        """Keep tokenizers beside the checkpoints, and the plan that the run follows, if it follows one."""
         log_dir = trainer.log_dir  # exchanged between ranks: all of them ask, and never after an exception
         if trainer.is_global_zero and log_dir is not None:
             self.folder = Path(log_dir)
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            data.tokenizer.save(self.folder / "tokenizer")
+            for name, tokenizer in data.tokenizers.items():
+                tokenizer.save(self.folder / name)
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, PlanReport) and callback.answer is not None:
                     write_json(self.folder / "plan.json", callback.answer)

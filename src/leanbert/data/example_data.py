@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -101,6 +101,10 @@ class ExampleData(RowData):
     def key(self, part: Part) -> list[Any]:
         """Return what decides the encoding of a part besides files, tokenizer and length."""
         raise NotImplementedError
+
+    def tokenizer_of(self, column: str) -> TextTokenizer:
+        """Return the tokenizer that made the ids of a column."""
+        return self.tokenizer
 
     # ---- files, tokenizer, caches
 
@@ -213,21 +217,26 @@ class ExampleData(RowData):
         given = self.hparams["tokenizer"]
         if given is not None:
             return TextTokenizer.from_file(given)
-        files, names = self.files("train"), ("tokenizer_kind", "lowercase", "vocab_size", "val_share", "val_files")
+        files = self.files("train")
+        return self.trained(lambda: self.texts(files), self.hparams["vocab_size"])
+
+    def trained(self, texts: Callable[[], Iterator[str]], vocab_size: int, *which: str) -> TextTokenizer:
+        """Return a tokenizer trained on texts of the training files; `which` tells those that are not all of them."""
+        names = ("tokenizer_kind", "lowercase", "vocab_size", "val_share", "val_files")
         facts = [
             type(self).__name__,
-            self._digest(files),
+            self._digest(self.files("train")),
             *(str(self.hparams[name]) for name in names),
             self.key("train"),
+            *which,
         ]
-        return trained_tokenizer(
-            self.cache_folder, facts, lambda: self.texts(files), self.hparams["tokenizer_kind"],
-            self.hparams["vocab_size"], self.hparams["lowercase"],
-        )  # fmt: skip
+        kind, lowercase = self.hparams["tokenizer_kind"], self.hparams["lowercase"]
+        return trained_tokenizer(self.cache_folder, facts, texts, kind, vocab_size, lowercase)
 
     def _build(self, part: Part) -> ExampleCache:
         files = self.files(part)
-        tokenizer = hashlib.blake2b(self.tokenizer.to_json().encode(), digest_size=16).hexdigest()
+        tokenizers = "".join(tokenizer.to_json() for tokenizer in self.tokenizers.values())
+        tokenizer = hashlib.blake2b(tokenizers.encode(), digest_size=16).hexdigest()
         settings = [self.hparams["max_length"], self.hparams["too_long"], self.held_out(part)]
         key = [type(self).__name__, self._digest(files), tokenizer, settings, self.key(part)]
         setting = f"data.{part}_files"
@@ -244,9 +253,11 @@ class ExampleData(RowData):
         cache, length = self.cache(part), self.hparams["max_length"]
         tokens = int(sum(cache.lengths(column).sum() for column in self.lengths))
         rows = self.packing(part).rows
-        unknown = 0
-        if self.tokenizer.unk_id is not None:
-            unknown = sum(int((cache.values(column) == self.tokenizer.unk_id).sum()) for column in self.lengths)
+        unknown = sum(
+            int((cache.values(column) == unk_id).sum())
+            for column in self.lengths
+            if (unk_id := self.tokenizer_of(column).unk_id) is not None
+        )
         per_row = tokens / rows / len(self.lengths)
         return CorpusStatistics(cache.count, tokens, unknown / max(1, tokens), rows, min(per_row, length))
 

@@ -70,8 +70,21 @@ class RowData(LightningDataModule):
         tokenizer = self.hparams["tokenizer"]
         return None if tokenizer is None else TextTokenizer.from_file(tokenizer).vocab_size
 
+    @property
+    def tokenizers(self) -> dict[str, TextTokenizer]:
+        """What checkpoint and run keep, by the names of their settings."""
+        return {"tokenizer": self.tokenizer}
+
+    def take_tokenizers(self, path: str, stored: dict[str, Any], *, resumes: bool) -> None:
+        """Use the tokenizers of the checkpoint at `path`, whose "leanbert" part is `stored`, and never train any.
+
+        Raises:
+            UserError: The run `resumes`, and its settings ask for other ones.
+        """
+        self.hparams["tokenizer"] = path
+
     def facts(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of the data besides the tokenizer: primitives, such as the labels' names."""
+        """Return what a checkpoint keeps of the data besides tokenizers: primitives, such as the labels' names."""
         return {}
 
     def adopt(self, facts: dict[str, Any]) -> None:

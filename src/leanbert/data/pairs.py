@@ -24,12 +24,15 @@ from leanbert.data.packing import PADDING_DOCUMENT, Packing
 from leanbert.data.readers import open_binary, read_lines, whole_lines
 from leanbert.data.records import items_of, read_records, text_of
 from leanbert.data.sources import Corpus, document_hash, no_report
+from leanbert.data.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.models.loss import IGNORED
 
 ENCODED_TOGETHER = 1024
 """Pairs whose texts are given to the tokenizer at a time."""
-
+TRAIN = "train"
+"""Value of `data.target_tokenizer`: train one."""
+TARGET = "target_tokenizer"
 EMBEDDED_FIELDS = {"translation": ("source", "target"), "summarization": ("document", "summary")}
 """Fields of source and target in the embedded samples."""
 
@@ -46,20 +49,20 @@ class Pair(NamedTuple):
 class PairRows(Dataset[PairBatch]):
     """Packed rows of pairs; the index is an array of stream positions, the item a whole batch.
 
-    The columns of the cache: "source" and "target", ids in the tokenizer's template.
+    The columns of the cache: "source" and "target", ids in their tokenizer's template.
     """
 
     def __init__(
         self, cache: ExampleCache, packing: Packing, source_length: int, target_length: int, pad_id: int,
-        seed: int | None = None,
+        target_pad_id: int, seed: int | None = None,
     ) -> None:  # fmt: skip
-        self.cache, self.packing, self.pad_id, self.seed = cache, packing, pad_id, seed
+        self.cache, self.packing, self.pad_ids, self.seed = cache, packing, (pad_id, target_pad_id), seed
         self.source_length, self.target_length, self.rows = source_length, target_length, packing.rows
 
     def __getitem__(self, positions: np.ndarray) -> PairBatch:
         """Return the batch of the rows at `positions`, int64 [B]."""
         rows, _ = locate(positions, self.rows, self.seed)
-        blank = blank_pairs(len(rows), self.source_length, self.target_length, self.pad_id)
+        blank = blank_pairs(len(rows), self.source_length, self.target_length, *self.pad_ids)
         for place, row in enumerate(rows):
             examples = self.packing.examples(row)
             sources, targets = self.cache.read("source", examples), self.cache.read("target", examples)
@@ -78,14 +81,16 @@ class PairRows(Dataset[PairBatch]):
         return PairBatch(**{name: torch.from_numpy(array) for name, array in blank.items()})
 
 
-def blank_pairs(rows: int, source_length: int, target_length: int, pad_id: int) -> dict[str, np.ndarray]:
+def blank_pairs(
+    rows: int, source_length: int, target_length: int, pad_id: int, target_pad_id: int
+) -> dict[str, np.ndarray]:
     """Return the arrays of a `PairBatch` of padding."""
     source, target = (rows, source_length), (rows, target_length)
     return {
         "input_ids": np.full(source, pad_id, dtype=np.int64),
         "position_ids": np.zeros(source, dtype=np.int64),
         "document_ids": np.full(source, PADDING_DOCUMENT, dtype=np.int64),
-        "decoder_ids": np.full(target, pad_id, dtype=np.int64),
+        "decoder_ids": np.full(target, target_pad_id, dtype=np.int64),
         "decoder_position_ids": np.zeros(target, dtype=np.int64),
         "decoder_document_ids": np.full(target, PADDING_DOCUMENT, dtype=np.int64),
         "targets": np.full(target, IGNORED, dtype=np.int64),
@@ -105,6 +110,9 @@ class PairData(ExampleData):
         target_field: Field of the target.
         references_field: Field with a list of further right outputs, for evaluation.
         max_target_length: Target tokens in a row. Default: max_length.
+        target_tokenizer: Tokenizer of the targets alone, as of `tokenizer`; train: that of model.init_from if it has
+            one, else one is trained on the training targets, and the sources' on sources. Default: one for both.
+        target_vocab_size: Entries of a trained tokenizer of the targets, at most. Default: vocab_size.
         settings: See `ExampleData`.
 
     """
@@ -122,13 +130,22 @@ class PairData(ExampleData):
         target_field: str = "target",
         references_field: str | None = None,
         max_target_length: int | None = None,
+        target_tokenizer: str | None = None,
+        target_vocab_size: int | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(
             sample=sample, train_target_files=train_target_files, val_target_files=val_target_files,
             test_target_files=test_target_files, source_field=source_field, target_field=target_field,
-            references_field=references_field, max_target_length=max_target_length, **settings,
+            references_field=references_field, max_target_length=max_target_length, target_tokenizer=target_tokenizer,
+            target_vocab_size=target_vocab_size, **settings,
         )  # fmt: skip
+        if target_vocab_size is not None and target_tokenizer is None:
+            raise UserError(
+                f"data.target_vocab_size: {target_vocab_size}, but sources and targets have one tokenizer. "
+                "Set data.target_tokenizer to train, or leave it out"
+            )
+        self._target: TextTokenizer | None = None
         if max_target_length is not None and max_target_length < 8:
             raise UserError(f"data.max_target_length: {max_target_length} is too small. Set at least 8")
         for part in ("train", "val", "test"):
@@ -145,6 +162,76 @@ class PairData(ExampleData):
         """The settings of length, with their values."""
         length = self.hparams["max_target_length"]
         return super().limits if length is None else f"{super().limits} or data.max_target_length ({length} tokens)"
+
+    # ---- tokenizers
+
+    @property
+    def separate(self) -> bool:
+        """Whether targets have a tokenizer of their own."""
+        return self.hparams[TARGET] is not None
+
+    @property
+    def target_tokenizer(self) -> TextTokenizer:
+        """The tokenizer of targets, which may be that of sources."""
+        return self.tokenizer if self._target is None else self._target
+
+    @property
+    def tokenizers(self) -> dict[str, TextTokenizer]:
+        """What checkpoint and run keep, by the names of their settings."""
+        return {**super().tokenizers, **({} if self._target is None else {TARGET: self._target})}
+
+    def tokenizer_of(self, column: str) -> TextTokenizer:
+        """Return the tokenizer of a side."""
+        return self.tokenizer if column == "source" else self.target_tokenizer
+
+    def prepare(self) -> Any:
+        """Make, or find, the tokenizers and the caches of training and validation examples."""
+        if self.separate and not self.caches:
+            self._target = self._make_target_tokenizer()
+        return super().prepare()
+
+    def setup(self, stage: str) -> None:
+        """Load what was prepared; prediction needs the tokenizers only."""
+        super().setup(stage)
+        if stage == "predict" and self.separate:
+            if self.hparams[TARGET] == TRAIN:
+                raise UserError("data.target_tokenizer: predict needs the model's. Give --ckpt_path, or its path")
+            self._target = self._make_target_tokenizer()
+
+    def take_tokenizers(self, path: str, stored: dict[str, Any], *, resumes: bool) -> None:
+        """Use the tokenizers of a checkpoint; raises UserError if the run `resumes` with other settings of them."""
+        super().take_tokenizers(path, stored, resumes=resumes)
+        given, there = self.hparams[TARGET], stored.get(TARGET)
+        if resumes and (given is not None) != (there is not None):
+            has, fix = ("one tokenizer for sources and targets", "Leave it out")
+            if there is not None:
+                has, fix = ("one of its own for targets", "Set it to train, which takes the checkpoint's")
+            raise UserError(f"data.target_tokenizer: is {given or 'not set'}, but the checkpoint has {has}. {fix}")
+        if resumes and given not in (None, TRAIN) and TextTokenizer.from_file(given, TARGET).to_json() != there:
+            raise UserError(
+                f"data.target_tokenizer: {given} is another one than the checkpoint's. "
+                "Set it to train, which takes the checkpoint's"
+            )
+        self.hparams[TARGET] = None if there is None else path
+
+    def _tokenizer(self) -> TextTokenizer:
+        if not self.separate or self.hparams["tokenizer"] is not None:
+            return super()._tokenizer()
+        return self.trained(lambda: (pair.source for pair in self.pairs("train")), self.hparams["vocab_size"], "source")
+
+    def _make_target_tokenizer(self) -> TextTokenizer:
+        given, size = self.hparams[TARGET], self.hparams["target_vocab_size"] or self.hparams["vocab_size"]
+        if given == TRAIN:
+            return self.trained(lambda: (pair.target for pair in self.pairs("train")), size, "target")
+        tokenizer = TextTokenizer.from_file(given, TARGET)
+        if not all(tokenizer.template):
+            raise UserError(
+                f"data.target_tokenizer: {given} puts no token before or after a text: nothing to begin and end an "
+                "output with. Choose another one"
+            )
+        return tokenizer
+
+    # ---- examples
 
     def embedded(self, cache_dir: Path) -> dict[Part, Path]:
         """Return the sample."""
@@ -171,18 +258,21 @@ class PairData(ExampleData):
     def encode(self, files: list[str], part: Part, facts: dict[str, Any]) -> Iterator[Example]:
         """Yield the examples; `facts` get "cut", the number of pairs that were cut."""
         before, after = self.tokenizer.template
+        begin, end = self.target_tokenizer.template
         frame = len(before) + len(after)
+        target_frame = len(begin) + len(end) - 1  # a target is read up to its last token
         setting = "data.max_length" if self.hparams["max_target_length"] is None else "data.max_target_length"
         facts["cut"] = 0
         for batch in in_batches(self.pairs(part), ENCODED_TOGETHER):
-            bare = self.tokenizer.encode_bare([text for pair in batch for text in (pair.source, pair.target)])
-            for pair, source, target in zip(batch, bare[::2], bare[1::2], strict=True):
+            sources = self.tokenizer.encode_bare([pair.source for pair in batch])
+            targets = self.target_tokenizer.encode_bare([pair.target for pair in batch])
+            for pair, source, target in zip(batch, sources, targets, strict=True):
                 cut = self.fit_length(pair.place, len(source) + frame)
-                cut |= self.fit_length(pair.place, len(target) + frame - 1, self.room[1], setting)
+                cut |= self.fit_length(pair.place, len(target) + target_frame, self.room[1], setting)
                 facts["cut"] += cut
                 yield {
                     "source": [*before, *source[: self.room[0] - frame], *after],
-                    "target": [*before, *target[: self.room[1] - frame + 1], *after],
+                    "target": [*begin, *target[: self.room[1] - target_frame], *end],
                 }
 
     def pairs(self, part: Part) -> Iterator[Pair]:
@@ -227,7 +317,7 @@ class PairData(ExampleData):
 
     def blank_batch(self, rows: int, *, validation: bool = False) -> PairBatch:
         """Return a batch of padding in the shapes of a real one."""
-        arrays = blank_pairs(rows, *self.room, self.tokenizer.pad_id)
+        arrays = blank_pairs(rows, *self.room, self.tokenizer.pad_id, self.target_tokenizer.pad_id)
         return PairBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
     def sources(
@@ -244,7 +334,8 @@ class PairData(ExampleData):
         return PredictionLines(files, self.tokenizer, self.room[0], batch_size, masks=False)
 
     def _rows(self, part: Part, seed: int | None) -> PairRows:
-        return PairRows(self.cache(part), self.packing(part), *self.room, self.tokenizer.pad_id, seed)
+        pad_ids = (self.tokenizer.pad_id, self.target_tokenizer.pad_id)
+        return PairRows(self.cache(part), self.packing(part), *self.room, *pad_ids, seed)
 
 
 def _lines(sources: list[str], targets: list[str], part: Part) -> Iterator[Pair]:

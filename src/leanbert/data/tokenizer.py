@@ -50,18 +50,21 @@ class TextTokenizer:
         self.mask_token: str = mask_token
 
     @classmethod
-    def from_file(cls, path: str | Path) -> TextTokenizer:
+    def from_file(cls, path: str | Path, name: str = "tokenizer") -> TextTokenizer:
         """Read tokenizer.json, vocab.txt (WordPiece with BERT's template), a folder with one, or a .ckpt.
 
+        `name` is that of the setting: with "target_tokenizer" it is that of targets if folder or .ckpt has such a one.
         Raises `UserError` if there is none, or it cannot be read.
         """
         path = Path(path).expanduser()
+        if name != "tokenizer" and (path / name).is_dir():
+            path = path / name
         if path.is_dir():
-            path = _inside(path)
+            path = _inside(path, name)
         if not path.is_file():
-            raise UserError(f"data.tokenizer: {path} does not exist. Give a tokenizer.json or vocab.txt")
+            raise UserError(f"data.{name}: {path} does not exist. Give a tokenizer.json or vocab.txt")
         if path.suffix == ".ckpt":
-            return cls.from_json(_checkpoint_json(path), source=str(path))
+            return cls.from_json(_checkpoint_json(path, name), source=str(path))
         text = _read_text(path)
         if path.suffix == ".json":
             return cls.from_json(text, source=str(path))
@@ -229,11 +232,11 @@ def add_bert_template(tokenizer: Tokenizer) -> None:
     )
 
 
-def _inside(folder: Path) -> Path:
+def _inside(folder: Path, setting: str) -> Path:
     for name in ("tokenizer.json", "vocab.txt"):
         if (folder / name).is_file():
             return folder / name
-    raise UserError(f"data.tokenizer: {folder} holds neither tokenizer.json nor vocab.txt. Give a folder that does")
+    raise UserError(f"data.{setting}: {folder} holds neither tokenizer.json nor vocab.txt. Give a folder that does")
 
 
 def _read_text(path: Path) -> str:
@@ -270,10 +273,11 @@ def _lowercases(path: Path, vocabulary: Iterable[str]) -> bool:
     return not any(token != token.lower() for token in vocabulary if token not in SPECIAL_TOKENS and token[:1] != "[")
 
 
-def _checkpoint_json(path: Path) -> str:
+def _checkpoint_json(path: Path, name: str) -> str:
     from leanbert.models.weights import load_pickled  # only here: tokenising must not pay for torch
 
     try:
-        return str(load_pickled(path, "Give another one.")["leanbert"]["tokenizer"])
+        kept = load_pickled(path, "Give another one.")["leanbert"]
+        return str(kept[name] if name in kept else kept["tokenizer"])
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: no tokenizer in this checkpoint. Give the tokenizer with data.tokenizer") from error
+        raise UserError(f"{path}: no tokenizer in this checkpoint. Give the tokenizer with data.{name}") from error

@@ -100,7 +100,8 @@ def _time_stack(
     gc.collect()  # the stack before: task and trainer hold each other
     task, data, trainer = stage(settings, rows, layers, real=True)
     blank: Any = data.blank_batch  # type: ignore[attr-defined]
-    device, vocab_size = trainer.strategy.root_device, data.tokenizer.vocab_size  # type: ignore[attr-defined]
+    device = trainer.strategy.root_device
+    sizes = [tokenizer.vocab_size for tokenizer in data.tokenizers.values()]  # type: ignore[attr-defined]
 
     def now() -> float:
         if device.type != "cpu":
@@ -128,11 +129,11 @@ def _time_stack(
         set_up(task, trainer)
         build(task, trainer)
         trainer.strategy.model_to_device()  # weights are there already, metrics are not
-        batch = fill(blank(rows), vocab_size).to(device)
+        batch = fill(blank(rows), *sizes).to(device)
         begin(task, trainer, batch)
         passes, updates = zip(*_repeat(step, clock), strict=True)
         task.eval()
-        held_out = fill(blank(settings.validation_rows, validation=True), vocab_size).to(device)
+        held_out = fill(blank(settings.validation_rows, validation=True), *sizes).to(device)
         with torch.no_grad():
             return median(passes), median(updates), median(_repeat(validation, clock))
 
@@ -147,17 +148,18 @@ def _repeat(lap: Callable[[], Any], clock: Callable[[], float]) -> list[Any]:
     return laps
 
 
-def fill(blank: Any, vocab_size: int) -> Any:
+def fill(blank: Any, vocab_size: int, target_vocab_size: int | None = None) -> Any:
     """Return a batch of random tokens, one document a row, in the shape of a `blank` of any task; always the same."""
     generator = torch.Generator().manual_seed(0)
 
-    def drawn(like: Tensor) -> Tensor:
-        return torch.randint(vocab_size, like.shape, generator=generator)
+    def drawn(like: Tensor, size: int | None = None) -> Tensor:
+        return torch.randint(size or vocab_size, like.shape, generator=generator)
 
     changed = {"input_ids": drawn(blank.input_ids)}
     (rows, length), targets = blank.input_ids.shape, blank.targets
     if isinstance(blank, PairBatch):
-        changed |= {"decoder_ids": drawn(blank.decoder_ids), "targets": drawn(targets)}
+        own = target_vocab_size
+        changed |= {"decoder_ids": drawn(blank.decoder_ids, own), "targets": drawn(targets, own)}
     else:
         index = torch.rand(rows, length, generator=generator).argsort(dim=1)[:, : targets.shape[1]].sort(dim=1).values
         masked = isinstance(blank, MLMBatch)

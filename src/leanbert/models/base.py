@@ -44,9 +44,13 @@ class EncoderModel(nn.Module):
     @property
     def num_parameters(self) -> int:
         """Parameters as published and exported: without the padding rows of the vocabulary."""
-        table = self.encoder.embeddings.token.weight
-        padding = (len(table) - (self.config.vocab_size or 0)) * table.shape[1]
+        padding = sum((len(table) - tokens) * table.shape[1] for table, tokens in self.token_tables)
         return sum(parameter.numel() for parameter in self.parameters()) - padding
+
+    @property
+    def token_tables(self) -> list[tuple[Tensor, int]]:
+        """The token embeddings, [R, D] each, and how many of their rows are tokens."""
+        return [(self.encoder.embeddings.token.weight, self.config.vocab_size or 0)]
 
     @property
     def blocks(self) -> list[Block]:

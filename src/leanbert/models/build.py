@@ -78,7 +78,8 @@ def initialise(model: EncoderModel) -> None:
             module.weight.normal_(std=INIT_STD)
         if isinstance(module, nn.Linear) and module.bias is not None:
             module.bias.zero_()
-    model.encoder.embeddings.token.weight[model.config.vocab_size :].zero_()
+    for table, tokens in model.token_tables:
+        table[tokens:].zero_()
     if model.config.norm_position == "pre":
         for module in model.modules():
             if isinstance(module, SelfAttention | FeedForward):
@@ -147,13 +148,19 @@ def read_facts(source: Path) -> tuple[str, dict[str, Any]]:
     return stored.task, stored.facts
 
 
-def rebuild(stored: Stored, vocab_size: int, source: Path) -> Any:
+def rebuild(stored: Stored, vocab_size: int, source: Path, target_vocab_size: int | None = None) -> Any:
     """Return the model that was stored at `source`, of its own task.
 
     Raises:
-        UserError: It knows fewer than `vocab_size` tokens, or its weights do not fit.
+        UserError: It knows fewer than `vocab_size` tokens (its decoder: than `target_vocab_size`, if they are its own),
+            or its weights do not fit.
 
     """
+    if target_vocab_size is not None and (known := stored.facts["target_vocab_size"]) < target_vocab_size:
+        raise UserError(
+            f"{source}: the decoder knows {known} tokens, the tokenizer of targets has {target_vocab_size}. "
+            "Use the tokenizer that belongs to the model"
+        )
 
     def make(config: ResolvedConfig) -> Any:
         return make_model(config, stored.task, stored.facts)

@@ -17,9 +17,9 @@ from leanbert.errors import UserError
 from leanbert.models.base import EncoderModel
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.embeddings import padded_rows
-from leanbert.models.huggingface_classes import DECODER_TOKENS, POOLER, Layout, read_layout, write_layout
+from leanbert.models.huggingface_classes import POOLER, Layout, read_layout, write_layout
 from leanbert.models.kinds import make_model
-from leanbert.models.naming import OF_VOCABULARY, TOKEN_EMBEDDING, Names
+from leanbert.models.naming import DECODER_TOKENS, OF_VOCABULARY, TARGET_EMBEDDING, TOKEN_EMBEDDING, Names
 from leanbert.models.seq2seq import Seq2SeqModel
 from leanbert.models.weights import StateDict, Stored, read_folder, read_json
 
@@ -50,15 +50,16 @@ def write_huggingface(
     folder: str | Path,
     special_ids: Mapping[str, int | None] | None = None,
     facts: Mapping[str, Any] | None = None,
+    source_ids: Mapping[str, int | None] | None = None,
 ) -> None:
     """Write `config.json` and `model.safetensors` that `from_pretrained` of the model's class loads.
 
-    `special_ids` are further integer settings, such as `pad_token_id`; `facts` are those of `Stored`. Weights keep
-    their dtype, and have exactly V rows. Heads that were removed leave as heads whose weights are 0: these classes have
-    as many as fill the hidden size. Raises `UserError`, naming the setting, if no Hugging Face class expresses the
-    model.
+    `special_ids` are further integer settings, such as `pad_token_id`; `source_ids` are the encoder's where sources and
+    targets have different tokenizers; `facts` are those of `Stored`. Weights keep their dtype, and have exactly V rows.
+    Heads that were removed leave as heads whose weights are 0: these classes have as many as fill the hidden size.
+    Raises `UserError`, naming the setting, if no Hugging Face class expresses the model.
     """
-    settings, names = write_layout(model, facts or {}, special_ids or {})
+    settings, names = write_layout(model, facts or {}, special_ids or {}, source_ids)
     settings["dtype"] = str(model.encoder.embeddings.token.weight.dtype).removeprefix("torch.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +75,7 @@ def _normalised(state: StateDict, layout: Layout, folder: Path) -> StateDict:
         (prefix if headless else "") + name.replace(".gamma", ".weight").replace(".beta", ".bias"): tensor
         for name, tensor in state.items()
     }
-    if (copy := renamed.pop(DECODER_TOKENS, None)) is not None:
+    if TARGET_EMBEDDING not in layout.names and (copy := renamed.pop(DECODER_TOKENS, None)) is not None:
         (tokens,) = layout.names[TOKEN_EMBEDDING]
         if tokens not in renamed or not torch.equal(copy, renamed[tokens]):
             raise UserError(
@@ -115,9 +116,18 @@ def _expected_shapes(layout: Layout) -> dict[str, list[int]]:
     with torch.device("meta"):
         model = make_model(layout.config, layout.task, layout.facts)
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in shapes.keys() & set(OF_VOCABULARY):
-        shapes[name][0] = layout.config.vocab_size or 0
+    for name, tokens in _tokens(model).items():
+        if name in shapes:
+            shapes[name][0] = tokens
     return shapes
+
+
+def _tokens(model: EncoderModel) -> dict[str, int]:
+    """Return how many rows are tokens, by the weights that have a row for each."""
+    sources = targets = model.config.vocab_size or 0
+    if isinstance(model, Seq2SeqModel) and model.target_vocab_size is not None:
+        targets = model.target_vocab_size
+    return dict(zip(OF_VOCABULARY, (sources, targets, targets), strict=True))
 
 
 def _pad(ours: str, tensor: Tensor) -> Tensor:
@@ -133,8 +143,9 @@ def _their_state(model: EncoderModel, names: Names) -> StateDict:
         # a table of sines is, to Hugging Face, one that was learned
         if (table := getattr(getattr(module, "embeddings", None), "fixed_position", None)) is not None:
             ours[f"{part}.embeddings.position.weight"] = table
-    for name in ours.keys() & set(OF_VOCABULARY):
-        ours[name] = ours[name][: model.config.vocab_size]
+    for name, rows in _tokens(model).items():
+        if name in ours:
+            ours[name] = ours[name][:rows]
     state: StateDict = {}
     two = isinstance(model, Seq2SeqModel)  # what its halves share can be written only as copies
     for name, theirs in names.items():
@@ -143,7 +154,7 @@ def _their_state(model: EncoderModel, names: Names) -> StateDict:
             state[part] = tensor.detach().to("cpu", copy=two).contiguous()
     if two:
         tokens = state[names[TOKEN_EMBEDDING][0]]
-        state[DECODER_TOKENS] = tokens.clone()
+        state.setdefault(DECODER_TOKENS, tokens.clone())
         state[f"{POOLER}dense.weight"] = torch.zeros(tokens.shape[1], tokens.shape[1], dtype=tokens.dtype)
         state[f"{POOLER}dense.bias"] = torch.zeros(tokens.shape[1], dtype=tokens.dtype)
     return state

@@ -97,13 +97,15 @@ class Decoder(nn.Module):
     Args:
         config: Architecture, that of the encoder; attention is global in all blocks.
         num_layers: Blocks.
+        vocab_size: Tokens of an embedding of its own; None: that of the encoder is used.
 
     """
 
-    def __init__(self, config: ResolvedConfig, num_layers: int) -> None:
+    def __init__(self, config: ResolvedConfig, num_layers: int, vocab_size: int | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embeddings = Embeddings(config, tokens=False)  # those of tokens are the encoder's
+        own = config if vocab_size is None else config.with_vocabulary(vocab_size)
+        self.embeddings = Embeddings(own, tokens=vocab_size is not None)
         self.blocks = nn.ModuleList(
             DecoderBlock(config, layer, config.num_layers + layer) for layer in range(num_layers)
         )

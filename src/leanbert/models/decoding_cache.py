@@ -35,7 +35,7 @@ class Cache:
     def __init__(self, model: Seq2SeqModel, batch: Any, beams: int, places: int) -> None:
         memory = model.encode(batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids)
         self.model, self.beams, self.place = model, beams, 0
-        self.table = model.encoder.embeddings.token.weight
+        self.table = model.target_table
         padding = (batch.document_ids < 0)[:, None, None, :]  # [N, 1, 1, S]
         dtype = product_dtype(memory)
         self.cross_mask: Tensor | None = None

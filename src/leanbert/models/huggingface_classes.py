@@ -70,8 +70,6 @@ FAMILIES = {
 }
 POOLER = "encoder.pooler."
 """Of an encoder that is read by a decoder: transformers has one, and uses it for nothing."""
-DECODER_TOKENS = "decoder.bert.embeddings.word_embeddings.weight"
-"""The token embedding once more; with us encoder and decoder have one."""
 IGNORED_BESIDE_DECODER = (
     POOLER, "decoder.cls.predictions.decoder.", "encoder.embeddings.position_ids",
     "decoder.bert.embeddings.position_ids",
@@ -95,10 +93,13 @@ class Layout(NamedTuple):
 def read_layout(settings: dict[str, Any], path: Path) -> Layout:
     """Return what `config.json` at `path` describes; raises `UserError` for a class that we do not have."""
     if settings.get("model_type") == "encoder-decoder":
-        config, layers = read_decoder(settings, path)
+        config, layers, tokens = read_decoder(settings, path)
         task, facts = read_own(settings, "seq2seq")
-        names = encoder_decoder_names(config, layers)
-        return Layout(config, task, {**facts, "decoder_layers": layers}, names, IGNORED_BESIDE_DECODER, "encoder.")
+        facts["decoder_layers"] = layers
+        if separate := "target_vocab_size" in facts or tokens != config.vocab_size:
+            facts["target_vocab_size"] = tokens
+        names = encoder_decoder_names(config, layers, separate)
+        return Layout(config, task, facts, names, IGNORED_BESIDE_DECODER, "encoder.")
     family = _family(settings, path)
     kind = _kind(settings, family, path)
     config = family.read_settings(settings, path)
@@ -109,20 +110,31 @@ def read_layout(settings: dict[str, Any], path: Path) -> Layout:
 
 
 def write_layout(
-    model: EncoderModel, facts: Mapping[str, Any], special_ids: Mapping[str, int | None]
+    model: EncoderModel,
+    facts: Mapping[str, Any],
+    special_ids: Mapping[str, int | None],
+    source_ids: Mapping[str, int | None] | None = None,
 ) -> tuple[dict[str, Any], Names]:
     """Return `config.json` and the names of the weights of a model, whose heads are made complete.
 
+    `source_ids` are the encoder's where its tokenizer is another one.
     Raises `UserError`, naming the setting, if no class of Hugging Face expresses the model.
     """
     config, kind = _with_all_heads(model.config), kind_of(model.task)
-    own = own_settings(model.task, facts)
     if isinstance(model, Seq2SeqModel):
         _check_expressible(config, ENCODER_DECODER)
-        layers = len(model.decoder.blocks)
-        ids = {name: special_ids.get(name) for name in SPECIAL_IDS}
-        settings = {"architectures": [ENCODER_DECODER], **special_ids, **decoder_settings(config, layers, ids), **own}
-        return settings, encoder_decoder_names(config, layers)
+        layers, tokens = len(model.decoder.blocks), model.target_vocab_size
+        ids, their_ids = (
+            {name: given.get(name) for name in SPECIAL_IDS} for given in (special_ids, source_ids or special_ids)
+        )
+        settings = {
+            "architectures": [ENCODER_DECODER],
+            **special_ids,
+            **decoder_settings(config, layers, ids, tokens or config.vocab_size, their_ids),
+            **own_settings(model.task, {**facts, **({} if tokens is None else {"target_vocab_size": tokens})}),
+        }
+        return settings, encoder_decoder_names(config, layers, tokens is not None)
+    own = own_settings(model.task, facts)
     family = FAMILIES["modernbert" if config.position == "rotary" else "bert"]
     _check_expressible(config, family.classes[kind])
     settings = {

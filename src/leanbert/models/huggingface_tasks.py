@@ -18,6 +18,8 @@ OWN = "leanbert"
 """Key of what no class of transformers asks for: the task, and how it is answered."""
 ELSEWHERE = ("labels", "problem", "decoder_layers", "decoder_start")
 """Facts that the folder says in transformers' own terms."""
+MAY_DIFFER = ("num_layers", "vocab_size")
+"""Settings of a decoder that need not be the encoder's."""
 PROBLEMS = {
     "single": "single_label_classification",
     "multi": "multi_label_classification",
@@ -71,20 +73,27 @@ def read_labels(settings: dict[str, Any], kind: Kind, path: Path) -> dict[str, A
     return {"labels": labels, "problem": problems.get(settings.get("problem_type") or "", guess)}
 
 
-def decoder_settings(config: ResolvedConfig, layers: int, ids: Mapping[str, int | None]) -> dict[str, Any]:
-    """Return the settings of an `EncoderDecoderModel`; `ids` are those of special tokens."""
-    decoder = {**ids, **bert_settings(replace(config, num_layers=layers)), "architectures": ["BertLMHeadModel"]}
+def decoder_settings(
+    config: ResolvedConfig, layers: int, ids: Mapping[str, int | None], vocab_size: int | None,
+    source_ids: Mapping[str, int | None],
+) -> dict[str, Any]:  # fmt: skip
+    """Return the settings of an `EncoderDecoderModel`.
+
+    `ids` are those of special tokens of targets, whose vocabulary has `vocab_size` tokens, `source_ids` of sources.
+    """
+    own = replace(config, num_layers=layers, vocab_size=vocab_size)
+    decoder = {**ids, **bert_settings(own), "architectures": ["BertLMHeadModel"]}
     return {
         "model_type": "encoder-decoder",
         "is_encoder_decoder": True,
-        "vocab_size": config.vocab_size,
-        "encoder": {**ids, **bert_settings(config), "architectures": ["BertModel"]},
+        "vocab_size": vocab_size,
+        "encoder": {**source_ids, **bert_settings(config), "architectures": ["BertModel"]},
         "decoder": {**decoder, "is_decoder": True, "add_cross_attention": True},
     }
 
 
-def read_decoder(settings: dict[str, Any], path: Path) -> tuple[ResolvedConfig, int]:
-    """Return the encoder's configuration and the decoder's number of blocks, in which alone they may differ."""
+def read_decoder(settings: dict[str, Any], path: Path) -> tuple[ResolvedConfig, int, int]:
+    """Return the encoder's configuration, and the decoder's blocks and tokens, in which alone they may differ."""
     parts: list[dict[str, Any]] = [settings.get(name) or {} for name in ("encoder", "decoder")]
     for name, part in zip(("encoder", "decoder"), parts, strict=True):
         if part.get("model_type") != "bert":
@@ -94,12 +103,12 @@ def read_decoder(settings: dict[str, Any], path: Path) -> tuple[ResolvedConfig, 
         raise UserError(f"{path}: the decoder has no cross-attention. Set its is_decoder and add_cross_attention")
     encoder, decoder = read_bert(first, path), read_bert({**second, "is_decoder": False}, path)
     for name, value in vars(encoder).items():
-        if name != "num_layers" and "dropout" not in name and getattr(decoder, name) != value:
+        if name not in MAY_DIFFER and "dropout" not in name and getattr(decoder, name) != value:
             raise UserError(
                 f"{path}: {name} is {value} in the encoder and {getattr(decoder, name)} in the decoder, which is not "
-                "supported. Only the number of layers may differ"
+                "supported. Only layers and vocabulary may differ"
             )
-    return encoder, decoder.num_layers
+    return encoder, decoder.num_layers, decoder.vocab_size or 0
 
 
 def generation_settings(

@@ -31,5 +31,6 @@ def make_model(config: ResolvedConfig, task: str, facts: dict[str, Any]) -> Enco
     if kind == "mlm":
         return MaskedLanguageModel(config)
     if kind == "seq2seq":
-        return Seq2SeqModel(config, facts.get("decoder_layers"), facts.get("decoder_start", "encoder"), task)
+        start = facts.get("decoder_start", "encoder")
+        return Seq2SeqModel(config, facts.get("decoder_layers"), start, task, facts.get("target_vocab_size"))
     return Classifier(config, facts["labels"], kind, task)

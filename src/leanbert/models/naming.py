@@ -16,9 +16,12 @@ Kind = Literal["mlm", "text", "word", "seq2seq"]
 Names = dict[str, tuple[str, ...]]
 
 TOKEN_EMBEDDING = "encoder.embeddings.token.weight"
+TARGET_EMBEDDING = "decoder.embeddings.token.weight"
 HEAD_BIAS = "head.bias"
-OF_VOCABULARY = (TOKEN_EMBEDDING, HEAD_BIAS)
+OF_VOCABULARY = (TOKEN_EMBEDDING, TARGET_EMBEDDING, HEAD_BIAS)
 """Weights with a row for each token, which are padded here and not there."""
+DECODER_TOKENS = "decoder.bert.embeddings.word_embeddings.weight"
+"""In an `EncoderDecoderModel` the token embedding once more, or that of targets."""
 SCORES = {"head.scores": ("classifier",)}
 
 
@@ -33,8 +36,8 @@ def bert_names(config: ResolvedConfig, kind: Kind) -> Names:
     return tokens | _bert_trunk("encoder", "bert", config.num_layers) | heads[kind]
 
 
-def encoder_decoder_names(config: ResolvedConfig, decoder_layers: int) -> Names:
-    """Table of an `EncoderDecoderModel` of a `BertModel` and a `BertLMHeadModel`."""
+def encoder_decoder_names(config: ResolvedConfig, decoder_layers: int, separate: bool = False) -> Names:
+    """Table of an `EncoderDecoderModel` of a `BertModel` and a `BertLMHeadModel`, with `separate` token embeddings."""
     modules: Names = {}
     for layer in range(decoder_layers):
         ours, theirs = f"decoder.blocks.{layer}", f"decoder.bert.encoder.layer.{layer}.crossattention"
@@ -45,6 +48,8 @@ def encoder_decoder_names(config: ResolvedConfig, decoder_layers: int) -> Names:
             f"{ours}.cross_attention_norm": (f"{theirs}.output.LayerNorm",),
         }
     tokens: Names = {TOKEN_EMBEDDING: ("encoder.embeddings.word_embeddings.weight",)}
+    if separate:
+        tokens[TARGET_EMBEDDING] = (DECODER_TOKENS,)
     return {
         **tokens,
         **_bert_trunk("encoder", "encoder", config.num_layers),

@@ -1,6 +1,6 @@
 """Sequence to sequence: an encoder, a decoder that looks at its output, and a head tied to the token embedding.
 
-Shapes: B batch, S source tokens, T target tokens, D hidden, V vocabulary, R rows stored for it.
+Shapes: B batch, S source tokens, T target tokens, D hidden, V vocabulary of targets, R rows stored for it.
 """
 
 from __future__ import annotations
@@ -27,22 +27,27 @@ INHERITED_HEAD = "head."
 
 
 class Seq2SeqModel(EncoderModel):
-    """Encoder, decoder and output head; source and target have one vocabulary and one token embedding.
+    """Encoder, decoder and output head; source and target have one vocabulary and one token embedding, or their own.
 
     Args:
         config: Architecture of the encoder and, but for the number of blocks, of the decoder.
         decoder_layers: Blocks of the decoder; None: as many as the encoder has.
         start: Where the decoder's weights come from (Rothe et al. 2020, arXiv 1907.12461).
         task: Name of the task that trains it.
+        target_vocab_size: Tokens of targets where they are not those of sources; None: both have one vocabulary.
 
     """
 
-    def __init__(self, config: ResolvedConfig, decoder_layers: int | None, start: Start, task: str = "seq2seq") -> None:
+    def __init__(
+        self, config: ResolvedConfig, decoder_layers: int | None, start: Start, task: str = "seq2seq",
+        target_vocab_size: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(config)
         self.start = start
         self.task = task
-        self.decoder = Decoder(config, decoder_layers or config.num_layers)
-        self.head = MaskedLMHead(config)
+        self.target_vocab_size = target_vocab_size
+        self.decoder = Decoder(config, decoder_layers or config.num_layers, target_vocab_size)
+        self.head = MaskedLMHead(config if target_vocab_size is None else config.with_vocabulary(target_vocab_size))
         if start == "shared":
             self._share()
 
@@ -52,20 +57,43 @@ class Seq2SeqModel(EncoderModel):
         return super().num_parameters - (len(self.head.bias) - self.head.vocab_size)
 
     @property
+    def target_table(self) -> Tensor:
+        """The token embedding of targets, [R, D]: the head's output matrix too."""
+        own = self.encoder.embeddings if self.target_vocab_size is None else self.decoder.embeddings
+        return own.token.weight
+
+    @property
+    def token_tables(self) -> list[tuple[Tensor, int]]:
+        """The token embeddings, [R, D] each, and how many of their rows are tokens."""
+        own = [] if self.target_vocab_size is None else [(self.target_table, self.target_vocab_size)]
+        return super().token_tables + own
+
+    @property
     def blocks(self) -> list[Block | DecoderBlock]:  # type: ignore[override]
         """All blocks, those of the encoder first."""
         return [*self.encoder.blocks, *self.decoder.blocks]
 
     def inherits(self, name: str, stored: Stored) -> bool:
-        """Whether weight `name` of a stored model is taken over: of a masked language model the head too."""
-        same = stored.task == self.task
-        return same or super().inherits(name, stored) or (stored.task == "mlm" and name.startswith(INHERITED_HEAD))
+        """Whether weight `name` of a stored model is taken over: of a masked language model the head of its tokens."""
+        if stored.task == "mlm" and self.target_vocab_size is None and name.startswith(INHERITED_HEAD):
+            return True
+        return super().inherits(name, stored)
 
     def check_stored(self, stored: Stored, source: Path) -> None:
-        """Raise `UserError` if a stored decoder has another depth, or weights of its own where ours are shared."""
+        """Raise `UserError` if a stored decoder has another depth or vocabulary, or weights that ours has shared."""
         layers = len(self.decoder.blocks)
         if (found := stored.facts.get("decoder_layers") or stored.config.num_layers) != layers:
             raise UserError(f"model.decoder_layers: {layers}, but {source} has {found}. Set it to {found}")
+        known, tokens = stored.facts.get("target_vocab_size"), self.target_vocab_size
+        if (known is None) != (tokens is None):
+            has, fix = ("one tokenizer for sources and targets", "Leave it out")
+            if tokens is None:
+                has, fix = ("one of its own for targets", f"Set it to {source}")
+            raise UserError(f"data.target_tokenizer: the model at {source} has {has}. {fix}")
+        if known != tokens:
+            raise UserError(
+                f"data.target_tokenizer: has {tokens} tokens, the decoder of {source} knows {known}. Set it to {source}"
+            )
         names: dict[int, str] = {}
         for name, parameter in self.state_dict(keep_vars=True).items():
             one, other = (stored.state.get(each) for each in (name, names.setdefault(id(parameter), name)))
@@ -84,7 +112,8 @@ class Seq2SeqModel(EncoderModel):
             source: Any = self.encoder.blocks[number * layers // count]
             _copy_block(source, block, first=number == 0)  # type: ignore[arg-type]
         own, theirs = self.decoder.embeddings, self.encoder.embeddings
-        own.load_state_dict({n: t for n, t in theirs.state_dict().items() if not n.startswith("token.")})
+        copied = {name: weight for name, weight in theirs.state_dict().items() if not name.startswith("token.")}
+        own.load_state_dict(own.state_dict() | copied)
         if self.decoder.final_norm is not None and self.encoder.final_norm is not None:
             self.decoder.final_norm.load_state_dict(self.encoder.final_norm.state_dict())
 
@@ -109,7 +138,7 @@ class Seq2SeqModel(EncoderModel):
     ) -> Tensor:
         """Hidden states [B, T, D] of the target; arguments as in `Decoder.forward`."""
         return self.decoder(
-            ids, self.encoder.embeddings.token.weight, memory, position_ids=position_ids, document_ids=document_ids,
+            ids, self.target_table, memory, position_ids=position_ids, document_ids=document_ids,
             memory_document_ids=memory_document_ids,
         )  # fmt: skip
 
@@ -136,7 +165,7 @@ class Seq2SeqModel(EncoderModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of decoder states [..., D]."""
-        return self.head(hidden, self.encoder.embeddings.token.weight)
+        return self.head(hidden, self.target_table)
 
     def loss_sum(
         self, input_ids: Tensor, decoder_ids: Tensor, targets: Tensor, smoothing: float = 0.0, **places: Tensor
@@ -146,7 +175,7 @@ class Seq2SeqModel(EncoderModel):
         Label smoothing is that of Szegedy et al. 2016 (arXiv 1512.00567), over the whole vocabulary.
         """
         hidden = self.hidden(input_ids, decoder_ids, **places)
-        embedding = self.encoder.embeddings.token.weight
+        embedding = self.target_table
         if self.head_chunk is None:
             return cross_entropy_sum(self.head(hidden, embedding), targets, smoothing)
         return linear_cross_entropy_sum(

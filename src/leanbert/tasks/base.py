@@ -276,11 +276,11 @@ class Task(LightningModule):
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what makes the file whole by itself: architecture, tokenizer, position in the data."""
+        """Add what makes the file whole by itself: architecture, tokenizers, position in the data."""
         checkpoint["leanbert"] = {
             "task": self.name,
             "encoder": asdict(self.model.config),
-            "tokenizer": self._data.tokenizer.to_json(),
+            **{name: tokenizer.to_json() for name, tokenizer in self._data.tokenizers.items()},
             "max_length": self._data.hparams["max_length"],
             "samples_consumed": self._data.samples_consumed,
             "data": self._data.facts(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from leanbert.data.batch import PairBatch, PredictBatch
 from leanbert.errors import UserError
 from leanbert.memory.optimizers import OptimizerConfig, ScheduleConfig
 from leanbert.messages import say
-from leanbert.models.build import build_model
+from leanbert.models.build import build_model, read_facts
 from leanbert.models.config import EncoderConfig
 from leanbert.models.generation import GenerationConfig, Tokens, generate
 from leanbert.models.loss import IGNORED
@@ -77,29 +78,46 @@ class Seq2Seq(Task):
         if validation_sources is not None and validation_sources < 0:
             raise UserError(f"model.validation_sources: {validation_sources} is too small. Set at least 0")
         self.validation_sources = validation_sources
+        self._stored_targets = 0  # tokens that a stored decoder knows, which may be more than its tokenizer has
 
     def build_model(self) -> nn.Module:
-        """Return the model whose vocabulary is the tokenizer's; the decoder starts as is set."""
+        """Return the model whose vocabularies are the tokenizers'; the decoder starts as is set."""
+        targets = None
+        if self._data.separate:
+            targets = max(self._data.target_tokenizer.vocab_size, self._stored_targets, self._start_targets())
         model: Seq2SeqModel = build_model(
             self.encoder_config,
             self._data.tokenizer.vocab_size,
-            lambda config: Seq2SeqModel(config, self.decoder_layers, self.decoder_start, self.name),
+            lambda config: Seq2SeqModel(config, self.decoder_layers, self.decoder_start, self.name, targets),
             init_from=self.init_from,
         )
         return model
 
     def model_facts(self) -> dict[str, Any]:
         """Return how the decoder is made, and how outputs are searched for."""
+        targets = self.model.target_vocab_size
         return {
             "decoder_layers": len(self.model.decoder.blocks),
             "decoder_start": self.decoder_start,
             "generation": asdict(self.generation),
+            **({} if targets is None else {"target_vocab_size": targets}),
         }
+
+    def _start_targets(self) -> int:
+        """Return the tokens that the decoder of `init_from` knows, 0 if it has none of its own."""
+        task, facts = ("", {}) if self.init_from is None else read_facts(Path(self.init_from))
+        return int(facts.get("target_vocab_size", 0)) if task == self.name else 0
 
     def adopt(self, facts: dict[str, Any]) -> None:
         """Take over how the decoder is made."""
         self.decoder_layers = facts.get("decoder_layers", self.decoder_layers)
         self.decoder_start = facts.get("decoder_start", self.decoder_start)
+        self._stored_targets = facts.get("target_vocab_size", 0)
+
+    def resume_from(self, stored: dict[str, Any]) -> None:
+        """Check `stored` and take over the vocabularies too."""
+        super().resume_from(stored)
+        self._stored_targets = stored.get("model", {}).get("target_vocab_size", 0)
 
     def check_resumable(self, stored: dict[str, Any]) -> None:
         """Raise UserError if `stored` is of another task or architecture, or its decoder is made otherwise."""
@@ -191,7 +209,7 @@ class Seq2Seq(Task):
         return self._answers(batch, self.generation)
 
     def _answers(self, batch: PredictBatch, config: GenerationConfig) -> list[dict[str, Any]]:
-        return write(self.model, self._data.tokenizer, batch, config)
+        return write(self.model, self._data.target_tokenizer, batch, config)
 
 
 def places(batch: PairBatch) -> dict[str, Tensor]:
@@ -217,7 +235,10 @@ def special_tokens(tokenizer: Any) -> Tokens:
 
 
 def write(model: Any, tokenizer: Any, batch: PredictBatch, config: GenerationConfig) -> list[dict[str, Any]]:
-    """Return `{"source", "output", "score"}` for each text; the score is log-probability over length to a power."""
+    """Return `{"source", "output", "score"}` for each text; the score is log-probability over length to a power.
+
+    `tokenizer` is that of outputs.
+    """
     found = generate(model, batch, special_tokens(tokenizer), config)
     return [
         {"source": text, "output": tokenizer.decode(output.ids).strip(), "score": round(output.score, 6)}
