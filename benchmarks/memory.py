@@ -7,7 +7,8 @@
 
 Every row is a process of its own: `train.py fit` with `configs/memory/NAME.yaml`, embedded text, sequences of 128.
 Live bytes are the peak of tensor bytes in one step, as the memory monitor traces it; resident memory is the peak of the
-whole process; the time of a step is the median of those after the traced one.
+whole process; the time of a step is the median of those after the traced one. On a processor without 16-bit matrix
+products, where such a step takes many minutes, the bytes of 16-bit rows are those that `plan` predicts, and marked.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from leanbert.cli import CLI, quiet_libraries
 from leanbert.data.batch import MLMBatch
 from leanbert.errors import UserError
 from leanbert.memory.optimizers import OptimizerConfig, build_optimizer
+from leanbert.memory.precision import has_16_bit_products
 from leanbert.memory.step import optimizer_step
 from leanbert.memory.trace import LiveBytes
 from leanbert.models.build import build_model
@@ -73,6 +75,7 @@ APPROXIMATE = [
     "structured_pruning",
     "lean",
 ]
+SIXTEEN_BITS = ("bf16_mixed", "bf16_true", "lean")
 Result = dict[str, Any]
 
 
@@ -106,6 +109,22 @@ def train(root: Path, size: str, overlays: tuple[str, ...], *arguments: str) -> 
     return summary
 
 
+def planned(root: Path, size: str, overlays: tuple[str, ...]) -> Result:
+    """Return what `plan` predicts, in the form of a summary; a time and a loss are not in it."""
+    answer = root / "plan.json"
+    arguments = [word for word in arguments_of(root, size, overlays) if "limit_val" not in word][1:]
+    command = [sys.executable, "train.py", "plan", *arguments, f"--json={answer}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"plan of {' '.join(overlays)}: {done.stderr[-2000:]}")
+    plan = json.loads(answer.read_text())
+    return {
+        "peak_bytes": plan["predicted_peak_bytes"],
+        "by_category": plan["by_category"],
+        "peak_rss_bytes": plan["predicted_rss_bytes"],
+    }
+
+
 def peak_here(root: Path, overlays: tuple[str, ...]) -> int:
     """Train tiny in this process, which is quick; return its peak of live bytes, "other" left out.
 
@@ -127,19 +146,27 @@ def bytes_and_time(root: Path, size: str) -> str:
     """Return the table of one size."""
     results = {}
     for name in ["plain", *EXACT, *APPROXIMATE]:
-        result = results[name] = train(root, size, () if name == "plain" else (name,))
-        peak, seconds = result["peak_bytes"] / MIB, result["step_seconds"]
+        overlays = () if name == "plain" else (name,)
+        if name in SIXTEEN_BITS and not has_16_bit_products("cpu"):
+            result = planned(root, size, overlays)
+        else:
+            result = train(root, size, overlays)
+        results[name] = result
+        peak, seconds = result["peak_bytes"] / MIB, result.get("step_seconds", float("nan"))
         print(f"{size}: {name}: {peak:,.0f} MiB live, {seconds:.2f} s a step", file=sys.stderr, flush=True)
     plain = results["plain"]
     rows = []
     for name, result in results.items():
         categories = [f"{result['by_category'][part] / MIB:,.0f}" for part in CATEGORIES]
         kind = "" if name == "plain" else "exact" if name in EXACT else "approximate"
+        measured = ["predicted", "", ""]
+        if "step_seconds" in result:
+            times = ratio(result["step_seconds"], plain["step_seconds"])
+            measured = [f"{result['step_seconds']:.2f}", times, f"{result['metrics']['train/loss']:.3f}"]
         rows.append(
             [
                 name, kind, f"{result['peak_bytes'] / MIB:,.0f}", ratio(result["peak_bytes"], plain["peak_bytes"]),
-                *categories, f"{result['peak_rss_bytes'] / MIB:,.0f}", f"{result['step_seconds']:.2f}",
-                ratio(result["step_seconds"], plain["step_seconds"]), f"{result['metrics']['train/loss']:.3f}",
+                *categories, f"{result['peak_rss_bytes'] / MIB:,.0f}", *measured,
             ]
         )  # fmt: skip
     layers, hidden, _, batch, vocabulary, steps = SIZES[size]

@@ -1,6 +1,6 @@
 import torch
 
-from leanbert.memory.precision import default_precision
+from leanbert.memory.precision import default_precision, has_16_bit_products
 
 
 def test_bf16_only_where_there_are_instructions(monkeypatch):
@@ -10,3 +10,10 @@ def test_bf16_only_where_there_are_instructions(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert default_precision("cpu") == "32-true"
     assert default_precision("mps") == "32-true"
+
+
+def test_other_devices_have_16_bit_products(monkeypatch):
+    assert has_16_bit_products("cuda")
+    for capability, expected in {"AVX2": False, "DEFAULT": False, "AVX512": True, "AVX512_BF16": True}.items():
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
+        assert has_16_bit_products("cpu") is expected

@@ -18,6 +18,7 @@ from leanbert.callbacks.memory_monitor import MemoryMonitor
 from leanbert.callbacks.monitor import StepMonitor
 from leanbert.callbacks.plan import PlanReport
 from leanbert.memory.measure import device_bytes, peak_rss_bytes
+from leanbert.memory.precision import has_16_bit_products
 from leanbert.messages import say
 from leanbert.units import format_duration
 
@@ -66,6 +67,8 @@ def start_report(trainer: Trainer, module: Any, seconds_per_token: float | None)
     )
     threads = f", {torch.get_num_threads()} threads" if module.device.type == "cpu" else ""
     lines.append(f"{'device':<11} {module.device.type} x {trainer.world_size}{threads}, precision {trainer.precision}")
+    if "16" in str(trainer.precision) and not has_16_bit_products(module.device.type):
+        lines.append(f"{'':<11} this processor has no 16-bit matrix products: 32-true would be many times as fast")
     estimate = ""
     if seconds_per_token is not None:
         seconds = steps * rows * length * seconds_per_token * BACKWARD_TO_FORWARD / trainer.world_size

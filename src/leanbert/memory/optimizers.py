@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from leanbert.errors import UserError
 from leanbert.memory.adamw import SlicedAdamW
+from leanbert.memory.muon import Muon
 from leanbert.memory.quantize import draw_int16, write_bfloat16
 from leanbert.memory.trace import phase
 
@@ -214,7 +215,7 @@ def build_optimizer(
 ) -> CombinedOptimizer:
     """Return the optimizer named by `config` over the trainable parameters of `model`.
 
-    Sources: torch.optim; Muon (Jordan et al. 2024) as `torch.optim.Muon`, on the two-dimensional weights inside
+    Sources: torch.optim; Muon (Jordan et al. 2024), on the two-dimensional weights inside
     the network, with AdamW on embeddings, norms, biases and the output layer. AdamW with 8 or 4 bits of state, on
     bfloat16 parameters, or where `sliced` asks for it, is `SlicedAdamW`, which draws from `seed`.
     """
@@ -226,10 +227,7 @@ def build_optimizer(
     ]
     first: list[Optimizer] = []
     if config.name == "muon":
-        muon = torch.optim.Muon(
-            matrices, lr=config.matrix_lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-        first = [muon]
+        first = [Muon(matrices, lr=config.matrix_lr, momentum=config.momentum, weight_decay=config.weight_decay)]
     return CombinedOptimizer([*first, _inner_optimizer(groups, config, seed, sliced)], seed)
 
 

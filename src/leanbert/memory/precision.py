@@ -23,6 +23,11 @@ def default_precision(device_type: str) -> DefaultPrecision:
     return "32-true"
 
 
+def has_16_bit_products(device_type: str) -> bool:
+    """Return whether bfloat16 matrix products are no slower than those in float32; without AVX-512 a CPU has none."""
+    return device_type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
 def _cpu_has(check: str) -> bool:
     function = getattr(torch.cpu, check, None)
     return bool(function()) if function is not None else False
