@@ -16,7 +16,18 @@ def test_micro_batches_are_halves():
     assert micro_batches(1) == []
 
 
-def test_the_ladder_begins_with_what_is_free_and_ends_with_what_changes_the_model():
+@pytest.fixture
+def products(monkeypatch):
+    """Let this processor have 16-bit matrix products, or none."""
+
+    def have(answer: bool) -> None:
+        monkeypatch.setattr(candidates, "has_16_bit_products", lambda device_type: answer)
+
+    have(True)
+    return have
+
+
+def test_the_ladder_begins_with_what_is_free_and_ends_with_what_changes_the_model(products):
     sets = ladder(settings(), CPU)
     assert sets[:2] == [(), ("chunked_head",)]
     assert sets[-1][-2:] == ("offload", "structured_pruning")
@@ -26,7 +37,17 @@ def test_the_ladder_begins_with_what_is_free_and_ends_with_what_changes_the_mode
     assert sorted(order, key=first.__getitem__) == order
 
 
-def test_what_is_there_already_is_not_added():
+def test_without_16_bit_products_16_bits_come_after_the_disk(products):
+    products(False)
+    sets = ladder(settings(), CPU)
+    assert not any("bf16_mixed" in names for names in sets)
+    assert ["bf16_true" in names for names in sets] == [False] * (len(sets) - 2) + [True, True]
+    assert "offload" in sets[-3]
+    assert "structured_pruning" in sets[-1]
+    assert any("bf16_mixed" in names for names in ladder(settings(), Target("cuda", 0, 0.1, 0.1)))
+
+
+def test_what_is_there_already_is_not_added(products):
     assert not any("bf16_mixed" in names for names in ladder(settings(precision="bf16-mixed"), CPU))
     assert not any("adamw_8bit" in names for names in ladder(settings(optimizer="sgd"), CPU))
     gpu = ladder(settings(), Target("cuda", 0, 0.1, 0.1))

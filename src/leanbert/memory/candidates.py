@@ -15,6 +15,7 @@ from leanbert.errors import UserError
 from leanbert.memory import overlays
 from leanbert.memory.optimizers import STATE_BITS
 from leanbert.memory.planner import MicroBatches, Prediction, predict
+from leanbert.memory.precision import has_16_bit_products
 from leanbert.memory.rehearsal import RunSettings
 from leanbert.memory.targets import Target
 
@@ -77,10 +78,16 @@ class Plan:
 
 
 def ladder(settings: RunSettings, target: Target) -> list[tuple[str, ...]]:
-    """Return the sets of overlays to try, the cheapest first, the given configuration (no overlay) before all."""
+    """Return the sets of overlays to try, the cheapest first, the given configuration (no overlay) before all.
+
+    For a CPU without 16-bit matrix products (a CPU target is this machine) 16 bits come last: they take longer than
+    all else.
+    """
     kinds = {type(callback).__name__ for callback in settings.callbacks}
     optimizer = settings.task.optimizer_config.name
-    half = ("bf16_mixed",) if "Precision" not in kinds and str(settings.precision) in ("32-true", "32") else ()
+    products = target.device_type != "cpu" or has_16_bit_products("cpu")
+    whole = "Precision" not in kinds and str(settings.precision) in ("32-true", "32")
+    half = ("bf16_mixed",) if products and whole else ()
     whole_weights = "Precision" not in kinds and "true" in str(settings.precision).replace("32-true", "")
     low_bits = ("adamw_8bit", "adamw_4bit") if optimizer in STATEFUL else ()
     free = ("return_pages",) if target.device_type == "cpu" else ()
@@ -90,10 +97,15 @@ def ladder(settings: RunSettings, target: Target) -> list[tuple[str, ...]]:
     sets = [(), ("chunked_head",), (*free, "chunked_head"), (*free, "accumulation"), (*free, "accumulation", *half)]
     sets += [(*free, "accumulation", *half, kind) for kind in ("selective_checkpointing", "checkpointing")]
     sets += [(*in_slices, *half), *((*in_slices, *half, bits) for bits in low_bits)]
-    if not whole_weights:
-        sets.append((*in_slices, *last, "bf16_true"))
-        last = (*last, "bf16_true")
-    sets += [(*in_slices, *last, offload), (*in_slices, *last, offload, "structured_pruning")]
+    bf16_weights = () if whole_weights else ("bf16_true",)
+    if products:
+        last = (*last, *bf16_weights)
+        sets.append((*in_slices, *last))
+    sets.append((*in_slices, *last, offload))
+    if not products:  # slower than the disk
+        last = (*last, *bf16_weights)
+        sets.append((*in_slices, *last, offload))
+    sets.append((*in_slices, *last, offload, "structured_pruning"))
     return list(dict.fromkeys(sets))
 
 
