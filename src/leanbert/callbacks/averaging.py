@@ -11,10 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from leanbert import checkpoints
-from leanbert.callbacks.progress import say
 from leanbert.callbacks.pruning import MagnitudePruning, StructuredPruning
 from leanbert.callbacks.validation import run_validation
 from leanbert.errors import UserError
+from leanbert.messages import say
 from leanbert.units import MIB
 
 

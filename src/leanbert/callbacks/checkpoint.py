@@ -12,9 +12,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from leanbert.callbacks.averaging import KeptWeights, validate_with
-from leanbert.callbacks.progress import log_values, say
+from leanbert.callbacks.progress import log_values
 from leanbert.checkpoints import AVERAGE, BEST, load, step_name
 from leanbert.errors import UserError
+from leanbert.messages import say
 
 ASK_RANKS_EVERY = 10
 """Steps between two exchanges between ranks about saving or stopping: each makes all of them wait."""
