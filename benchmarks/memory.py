@@ -49,8 +49,8 @@ LEARNING_RATE = 1e-3
 PLAIN = f"trainer: {{precision: 32-true}}\nmodel: {{init_args: {{optimizer: {{name: adamw, lr: {LEARNING_RATE}}}}}}}\n"
 SIZES = {  # layers, hidden, heads, sequences a step, vocabulary, steps
     "tiny": (2, 128, 2, 16, 8_192, 5),
-    "mini": (4, 256, 4, 32, 16_384, 8),
-    "base": (12, 768, 12, 16, 30_522, 3),
+    "mini": (4, 256, 4, 32, 16_384, 6),
+    "base": (12, 768, 12, 8, 30_522, 3),
 }
 LENGTH = 128
 LEARNING_ROWS, LEARNING_LENGTH = 16, 64  # sequences a step of --learning, and their tokens
