@@ -47,6 +47,23 @@ def test_peaks_by_phase_and_category():
     assert [item.size_bytes for item in timeline.saved] == [100]
 
 
+def test_the_state_that_the_first_step_makes_is_there_before_the_second():
+    state, passing, old = storage("optimizer", 80), storage("optimizer", 8), storage("optimizer", 4)
+    start = [made(0, "forward", storage("parameters", 40)), made(0, "forward", old)]
+    events = [
+        Event(0, "forward", None, 0),
+        made(1, "forward", storage("activations", 100)),
+        Event(1, "optimizer", None, 0),
+        made(2, "optimizer", state),
+        made(3, "optimizer", passing),
+        freed(4, "optimizer", passing),
+    ]
+    second = Timeline(start, events).with_state_before()
+    assert second.totals.tolist() == [124, 224, 224, 232, 224]
+    assert second.categories_by_phase["forward"]["optimizer"] == 84
+    assert second.with_state_before().totals.tolist() == second.totals.tolist()
+
+
 def test_names_of_layers():
     assert layer_of("encoder.blocks.3.attention.qkv") == ("encoder.blocks.3", "attention")
     assert layer_of("encoder.blocks.11") == ("encoder.blocks.11", "itself")

@@ -20,13 +20,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanbert.memory.offload import DiskStorage, to_host
 from leanbert.memory.optimizers import trainable
 from leanbert.memory.sharding import Collectives, shard
 from leanbert.memory.timeline import Timeline
-from leanbert.memory.trace import LiveBytes, wraps_tensors
+from leanbert.memory.trace import LiveBytes
 
 OBSERVERS = ("MemoryMonitor",)
 """Callbacks of LeanBERT that only look on."""
@@ -145,16 +144,14 @@ class _Nowhere(DiskStorage):
         return torch.empty(stored.shape, dtype=stored.dtype, device=stored.device)
 
 
-class _ReadAsOne(TorchDispatchMode):
-    """A value read back from a tensor that has none is 1."""
+class _Fake(FakeTensorMode):
+    """Tensors without values, of which a value that is read back is 1."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if wraps_tensors(types):
-            return NotImplemented
         if func is torch.ops.aten._local_scalar_dense.default:
             kind = args[0].dtype
             return 1.0 if kind.is_floating_point else True if kind is torch.bool else 1
-        return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
 
 
 class _Place:
@@ -163,7 +160,7 @@ class _Place:
 
 
 def rehearse(settings: RunSettings, rows: int, *, layers: int | None = None) -> Rehearsal:
-    """Run a step that makes the optimizer's state, one of `rows` sequences, which is traced, and one validation batch.
+    """Trace a step of `rows` sequences, with the optimizer's state there before, and a validation batch.
 
     Args:
         settings: The run.
@@ -175,7 +172,7 @@ def rehearse(settings: RunSettings, rows: int, *, layers: int | None = None) -> 
 
     """
     task, data, trainer = stage(settings, rows, layers)
-    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), _ReadAsOne():
+    with warnings.catch_warnings(), _Fake(allow_non_fake_inputs=True):
         warnings.simplefilter("ignore")
         set_up(task, trainer)
         _forgo_values(task, trainer)
@@ -183,14 +180,15 @@ def rehearse(settings: RunSettings, rows: int, *, layers: int | None = None) -> 
         _store_nowhere(task)
         batch = data.blank_batch(rows)  # type: ignore[attr-defined]
         begin(task, trainer, batch)
-        take_step(task, trainer, data.blank_batch(1))  # type: ignore[attr-defined] # makes the optimizer's state
+        if settings.mesh is not None:  # sharding allocates in the first step what later ones find
+            take_step(task, trainer, data.blank_batch(1))  # type: ignore[attr-defined]
         existing = [*_tensors_of(task), *_tensors_of(batch)]
         optimizers = trainer.strategy.optimizers
         with LiveBytes(task.model, optimizers, existing=existing) as trace:
             collectives = Collectives(trace)
             with collectives if settings.mesh is not None else nullcontext():  # another mode takes time
                 take_step(task, trainer, batch)
-        step = trace.timeline()
+        step = trace.timeline().with_state_before()
         blank = data.blank_batch(settings.validation_rows, validation=True)  # type: ignore[attr-defined]
         validation = _validate(task, trainer, blank)
     update = trace.flops["optimizer"]

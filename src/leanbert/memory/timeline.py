@@ -62,14 +62,26 @@ class Timeline:
 
     def __init__(self, start: Iterable[Event], events: Sequence[Event]) -> None:
         column = {category: index for index, category in enumerate(CATEGORIES)}
-        self.events = list(events)
+        self.start, self.events = list(start), list(events)
         self.operations = np.array([event.operation for event in events], dtype=np.int64)
         self.phases = [event.phase for event in events]
         self.live: npt.NDArray[np.int64] = np.zeros((len(events), len(CATEGORIES)), dtype=np.int64)
-        for row, event in [*((0, event) for event in start), *enumerate(events)]:
+        for row, event in [*((0, event) for event in self.start), *enumerate(events)]:
             if event.storage is not None:
                 self.live[row, column[event.storage.category]] += event.delta_bytes
         self.live = self.live.cumsum(axis=0)
+
+    def with_state_before(self) -> Timeline:
+        """Return the second step's timeline from that of the first, which made the optimizer's state: it is there before."""
+        sizes: Counter[int] = Counter()
+        for event in self.events:
+            if event.storage is not None and event.storage.category == "optimizer":
+                sizes[id(event.storage)] += event.delta_bytes
+        known = {id(event.storage) for event in self.start}
+        made = {key for key, size in sizes.items() if size > 0 and key not in known}
+        moved = {id(event.storage): event for event in self.events if id(event.storage) in made}
+        start = [Event(0, self.phases[0], event.storage, sizes[key]) for key, event in moved.items()]
+        return Timeline([*self.start, *start], [event for event in self.events if id(event.storage) not in made])
 
     @property
     def totals(self) -> npt.NDArray[np.int64]:
