@@ -50,7 +50,7 @@ PLAIN = f"trainer: {{precision: 32-true}}\nmodel: {{init_args: {{optimizer: {{na
 SIZES = {  # layers, hidden, heads, sequences a step, vocabulary, steps
     "tiny": (2, 128, 2, 16, 8_192, 5),
     "mini": (4, 256, 4, 32, 16_384, 6),
-    "base": (12, 768, 12, 8, 30_522, 3),
+    "base": (12, 768, 12, 12, 30_522, 3),
 }
 LENGTH = 128
 LEARNING_ROWS, LEARNING_LENGTH = 16, 64  # sequences a step of --learning, and their tokens
