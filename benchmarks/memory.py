@@ -34,6 +34,7 @@ from leanbert.cli import CLI, quiet_libraries
 from leanbert.data.batch import MLMBatch
 from leanbert.errors import UserError
 from leanbert.memory.optimizers import OptimizerConfig, build_optimizer
+from leanbert.memory.planner import Prediction, predict
 from leanbert.memory.precision import has_16_bit_products
 from leanbert.memory.step import optimizer_step
 from leanbert.memory.trace import LiveBytes
@@ -138,6 +139,23 @@ def peak_here(root: Path, overlays: tuple[str, ...]) -> int:
     return sum(size for name, size in parts.items() if name != "other")  # other: what earlier runs have left behind
 
 
+class Predicting(CLI):
+    """`plan` that keeps the prediction of the given configuration."""
+
+    prediction: Prediction
+
+    def plan(self, **_: Any) -> None:
+        """Predict."""
+        self.prediction = predict(self.run_settings())
+
+
+def planned_here(root: Path, overlays: tuple[str, ...]) -> int:
+    """Return what `peak_here` would measure, as it is predicted."""
+    arguments = [word for word in arguments_of(root, "tiny", overlays) if "limit_val" not in word]
+    parts = Predicting(["plan", *arguments[1:]]).prediction.by_category
+    return sum(size for name, size in parts.items() if name != "other")
+
+
 def ratio(value: float, base: float) -> str:
     return f"{value / base:.2f}"
 
@@ -232,18 +250,20 @@ def pairs(root: Path) -> str:
         name for name in [*EXACT, *APPROXIMATE] if name not in ("lean", "return_pages", "pruning", "structured_pruning")
     ]
     quiet_libraries()
-    plain = peak_here(root, ())
+    plain, products = peak_here(root, ()), has_16_bit_products("cpu")
     cells: dict[tuple[str, str], str] = {}
     for pair in itertools.combinations(names, 2):
+        find = peak_here if products or not set(pair) & set(SIXTEEN_BITS) else planned_here
         try:
-            cells[pair] = ratio(peak_here(root, pair), plain)
+            cells[pair] = ratio(find(root, pair), plain)
         except UserError:
             cells[pair] = "-"
     rows = [[row, *(cells.get((row, column), "") for column in names[1:])] for row in names[:-1]]
     title = (
         "Pairs on tiny (2 x 128, vocabulary 8,192, 16 x 128 tokens), peak live bytes without other, relative to plain"
     )
-    return f"{title}; -: cannot combine.\n\n{table(['', *names[1:]], rows)}"
+    note = "" if products else ", with 16 bits predicted"
+    return f"{title}{note}; -: cannot combine.\n\n{table(['', *names[1:]], rows)}"
 
 
 def learning(root: Path, options: argparse.Namespace) -> str:

@@ -72,7 +72,7 @@ class Timeline:
         self.live = self.live.cumsum(axis=0)
 
     def with_state_before(self) -> Timeline:
-        """Return the second step's timeline from that of the first, which made the optimizer's state: it is there before."""
+        """Return the second step's timeline from the first's, which made the optimizer's state: it is there before."""
         sizes: Counter[int] = Counter()
         for event in self.events:
             if event.storage is not None and event.storage.category == "optimizer":
