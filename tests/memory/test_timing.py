@@ -112,13 +112,13 @@ def test_noise_cannot_make_a_block_faster_than_nothing(staged, monkeypatch):
 
 def test_laps():
     clock = Clock()
-    durations = iter([50.0, *[2.0] * 30])
+    durations = iter([50.0, *[4.0] * 30])
 
     def lap():
         clock.now += next(durations)
         return clock.now
 
-    assert timing._repeat(lap, clock) == [52, 54, 56]  # three, though two are long enough; the first does not count
+    assert timing._repeat(lap, clock) == [54, 58, 62]  # three, though two are long enough; the first does not count
     durations = iter([0.1] * 100)
     assert len(timing._repeat(lap, clock)) == timing.MOST_LAPS
 

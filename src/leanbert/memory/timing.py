@@ -27,7 +27,7 @@ from leanbert.memory.rehearsal import RunSettings, begin, build, set_up, stage, 
 SMALLEST_STACK = 2
 """Blocks of the smaller stack that is timed, at least; the larger one has as many more, or a whole period."""
 
-LEAST_LAPS, MOST_LAPS, ENOUGH_SECONDS = 3, 20, 3.0
+LEAST_LAPS, MOST_LAPS, ENOUGH_SECONDS = 3, 20, 6.0
 """Something is timed until it has run so often and so long, and not oftener."""
 
 PEAK_FLOPS: dict[str, dict[str, float]] = {
@@ -76,8 +76,13 @@ def measure(settings: RunSettings, *, clock: Callable[[], float] = time.perf_cou
     """
     rows, layers = rows_to_rehearse(settings), settings.task.encoder_config.num_layers
     depths = _depths(settings)
-    with tqdm(desc="Timing steps", unit="step", disable=None, leave=False) as bar:
-        stacks = [_time_stack(settings, rows, depth, clock, bar.update) for depth in depths]
+    gc.collect()
+    gc.freeze()  # a process that has planned holds many objects, which every collection would look through
+    try:
+        with tqdm(desc="Timing steps", unit="step", disable=None, leave=False) as bar:
+            stacks = [_time_stack(settings, rows, depth, clock, bar.update) for depth in depths]
+    finally:
+        gc.unfreeze()
     times = (layers - depths[0]) / (depths[-1] - depths[0]) if len(depths) > 1 else 0.0
     passes, update, validation = (  # a block takes no negative time, however loud the noise
         one + times * max(0.0, other - one) for one, other in zip(stacks[0], stacks[-1], strict=True)
