@@ -77,6 +77,12 @@ APPROXIMATE = [
     "lean",
 ]
 SIXTEEN_BITS = ("bf16_mixed", "bf16_true", "lean")
+NOTES = (
+    "Bytes are exact and repeatable. `optimizer_in_backward` lowers nothing alone where the peak is at the begin of the "
+    "backward pass: with `checkpointing`, where it is at the end, it takes the gradients away. Of two overlays that set "
+    "the optimizer the later one counts. predicted: this processor has no 16-bit matrix products, a step would take "
+    "minutes."
+)
 Result = dict[str, Any]
 
 
@@ -317,7 +323,7 @@ def main() -> None:
         if options.large:
             write_section("memory-large", "BERT-large on a CPU in 2 GiB", large(root))
             return
-        parts = [bytes_and_time(root, size) for size in options.sizes]
+        parts = [*(bytes_and_time(root, size) for size in options.sizes), NOTES]
         if not options.no_pairs:
             parts.append(pairs(root))
         write_section("memory", "Memory techniques: what they save and what they cost", "\n\n".join(parts))
