@@ -78,10 +78,10 @@ APPROXIMATE = [
 ]
 SIXTEEN_BITS = ("bf16_mixed", "bf16_true", "lean")
 NOTES = (
-    "Bytes are exact and repeatable. `optimizer_in_backward` lowers nothing alone where the peak is at the begin of the "
-    "backward pass: with `checkpointing`, where it is at the end, it takes the gradients away. Of two overlays that set "
-    "the optimizer the later one counts. predicted: this processor has no 16-bit matrix products, a step would take "
-    "minutes."
+    "Bytes are exact and repeatable. `optimizer_in_backward` lowers nothing alone where the peak is at the begin of "
+    "the backward pass: with `checkpointing`, where it is at the end, it takes the gradients away. Of two overlays "
+    "that set the optimizer the later one counts. predicted: this processor has no 16-bit matrix products, a step "
+    "would take minutes."
 )
 Result = dict[str, Any]
 
