@@ -34,7 +34,6 @@ from leanbert.cli import CLI, quiet_libraries
 from leanbert.data.batch import MLMBatch
 from leanbert.errors import UserError
 from leanbert.memory.optimizers import OptimizerConfig, build_optimizer
-from leanbert.memory.planner import Prediction, predict
 from leanbert.memory.precision import has_16_bit_products
 from leanbert.memory.step import optimizer_step
 from leanbert.memory.trace import LiveBytes
@@ -43,6 +42,7 @@ from leanbert.models.config import EncoderConfig
 from leanbert.models.loss import IGNORED
 from leanbert.models.mlm import MaskedLanguageModel
 from leanbert.units import MIB
+from plan import SIXTEEN_BITS, Predicting
 from report import table, write_section
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +76,6 @@ APPROXIMATE = [
     "structured_pruning",
     "lean",
 ]
-SIXTEEN_BITS = ("bf16_mixed", "bf16_true", "lean")
 NOTES = (
     "Bytes are exact and repeatable. `optimizer_in_backward` lowers nothing alone where the peak is at the begin of "
     "the backward pass: with `checkpointing`, where it is at the end, it takes the gradients away. Of two overlays "
@@ -119,8 +118,7 @@ def train(root: Path, size: str, overlays: tuple[str, ...], *arguments: str) -> 
 def planned(root: Path, size: str, overlays: tuple[str, ...]) -> Result:
     """Return what `plan` predicts, in the form of a summary; a time and a loss are not in it."""
     answer = root / "plan.json"
-    arguments = [word for word in arguments_of(root, size, overlays) if "limit_val" not in word][1:]
-    command = [sys.executable, "train.py", "plan", *arguments, f"--json={answer}"]
+    command = [sys.executable, "train.py", "plan", *arguments_of(root, size, overlays)[1:], f"--json={answer}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"plan of {' '.join(overlays)}: {done.stderr[-2000:]}")
@@ -145,20 +143,9 @@ def peak_here(root: Path, overlays: tuple[str, ...]) -> int:
     return sum(size for name, size in parts.items() if name != "other")  # other: what earlier runs have left behind
 
 
-class Predicting(CLI):
-    """`plan` that keeps the prediction of the given configuration."""
-
-    prediction: Prediction
-
-    def plan(self, **_: Any) -> None:
-        """Predict."""
-        self.prediction = predict(self.run_settings())
-
-
 def planned_here(root: Path, overlays: tuple[str, ...]) -> int:
     """Return what `peak_here` would measure, as it is predicted."""
-    arguments = [word for word in arguments_of(root, "tiny", overlays) if "limit_val" not in word]
-    parts = Predicting(["plan", *arguments[1:]]).prediction.by_category
+    parts = Predicting(["plan", *arguments_of(root, "tiny", overlays)[1:]]).prediction.by_category
     return sum(size for name, size in parts.items() if name != "other")
 
 
@@ -259,7 +246,7 @@ def pairs(root: Path) -> str:
     plain, products = peak_here(root, ()), has_16_bit_products("cpu")
     cells: dict[tuple[str, str], str] = {}
     for pair in itertools.combinations(names, 2):
-        find = peak_here if products or not set(pair) & set(SIXTEEN_BITS) else planned_here
+        find = peak_here if products or not SIXTEEN_BITS & set(pair) else planned_here
         try:
             cells[pair] = ratio(find(root, pair), plain)
         except UserError:

@@ -11,7 +11,6 @@ not timed.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import re
 import resource
@@ -19,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +32,11 @@ from transformers import (
     EncoderDecoderModel,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
-    TrainerCallback,
 )
 
+from decode import read
 from leanbert.units import format_size
+from peer import Clock
 from report import table, write_section
 
 ROOT = Path(__file__).parents[1]
@@ -53,29 +52,6 @@ COMPETITORS = {
 
 
 # ---- the peer, in a process of its own
-
-
-class Clock(TrainerCallback):
-    """Time of each step."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.started = time.perf_counter()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start."""
-        self.started = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop."""
-        self.seconds.append(time.perf_counter() - self.started)
-
-
-def lines(path: str, count: int) -> list[str]:
-    """Return the first lines of a text file."""
-    opener = gzip.open if path.endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        return [line.strip() for _, line in zip(range(count), file, strict=False)]
 
 
 def peer_model(tokenizer: Any) -> EncoderDecoderModel:
@@ -97,7 +73,7 @@ def run_as_peer(options: argparse.Namespace) -> None:
     """Train with Seq2SeqTrainer and write the figures."""
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     wanted = options.pairs * (options.steps + UNTIMED)
-    pairs = zip(lines(options.sources, wanted), lines(options.targets, wanted), strict=True)
+    pairs = zip(read(options.sources, wanted), read(options.targets, wanted), strict=True)
     data = [
         {**tokenizer(source, truncation=True, max_length=LENGTH),
          "labels": tokenizer(target, truncation=True, max_length=LENGTH)["input_ids"][1:]}
@@ -115,7 +91,7 @@ def run_as_peer(options: argparse.Namespace) -> None:
     )  # fmt: skip
     trainer.train()
     result = {
-        "step_seconds": statistics.fmean(clock.seconds[UNTIMED:]),
+        "step_seconds": statistics.fmean(clock.step_seconds[UNTIMED:]),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from leanbert.errors import UserError
 from leanbert.memory.quantize import BlockCode, draw_int16, write_bfloat16
+from leanbert.memory.rounds import parts
 
 SLICE_ELEMENTS = 2**20
 """Elements updated at a time, a multiple of every block; smaller slices would start too many kernels on a GPU."""
@@ -204,10 +205,8 @@ class SlicedAdamW(Optimizer):
 
 def _spans(weights: Tensor) -> list[slice]:
     """Return the slices in which `weights`, [elements], are updated; without memory behind them, only the largest."""
-    starts = list(range(0, weights.numel(), SLICE_ELEMENTS))
-    if isinstance(weights, FakeTensor):
-        starts = starts[:1]
-    return [slice(start, min(start + SLICE_ELEMENTS, weights.numel())) for start in starts]
+    spans = parts(weights.numel(), SLICE_ELEMENTS)
+    return spans[:1] if isinstance(weights, FakeTensor) else spans
 
 
 def _read(state: dict[str, Any], name: str, span: slice, dtype: torch.dtype) -> Tensor:
