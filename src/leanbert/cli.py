@@ -40,7 +40,7 @@ from leanbert.data.pairs import TRAIN
 from leanbert.data.storage import DISK_FULL, FORBIDDEN
 from leanbert.data.workers import available_cpus
 from leanbert.errors import UserError
-from leanbert.memory.allocator import keep_freed_pages
+from leanbert.memory.allocator import keep_freed_pages, return_freed_pages
 from leanbert.memory.precision import default_precision
 from leanbert.memory.rehearsal import RunSettings
 from leanbert.memory.timing import RunLength, count_validations, limited
@@ -212,8 +212,8 @@ class CLI(LightningCLI):
         """Take tokenizers and, where nothing is trained, the architecture from the checkpoint."""
         torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        if not any(isinstance(callback, ReturnFreedPages) for callback in callbacks):
-            keep_freed_pages()
+        returns = any(isinstance(callback, ReturnFreedPages) for callback in callbacks)
+        (return_freed_pages if returns else keep_freed_pages)()  # before preparation, which frees much
         if self.checkpoint is None:
             if self.subcommand in ("validate", "test", "predict") and self.model.init_from is not None:
                 self._adopt_start(self.model.init_from)

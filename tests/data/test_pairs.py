@@ -167,6 +167,14 @@ def test_references_begin_with_the_target_and_are_different(tmp_path):
     refused(lambda: list(data.pairs("val")), r'^\S+train\.jsonl:2: field "others" is no list of str\.')
 
 
+def test_references_that_no_evaluation_pair_has_are_refused(tmp_path):
+    data = data_of(tmp_path, references_field="others")
+    assert len(list(data.pairs("train"))) == 3  # training has no use for them
+    refused(lambda: data.setup("fit"), r"^data\.references_field: is others, but the val pairs \(\S+train\.jsonl\) have no")
+    data = lines_of(tmp_path, [["a"]], [["b"]], references_field="others")
+    refused(lambda: list(data.pairs("val")), r"^data\.references_field: .* are lines of text")
+
+
 @pytest.mark.parametrize("sample", ["translation", "summarization"])
 def test_fields_of_own_files_beside_an_embedded_sample_are_those_that_are_set(tmp_path, sample, monkeypatch):
     embedded = {"translation": {"source": "a", "target": "b"}, "summarization": {"document": "a", "summary": "b"}}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from leanbert.errors import UserError
-from leanbert.memory.allocator import return_freed_pages
+from leanbert.memory.allocator import can_be_asked, return_freed_pages
 
 
 class ReturnFreedPages(Callback):
@@ -15,5 +16,9 @@ class ReturnFreedPages(Callback):
     """
 
     def __init__(self) -> None:
-        if not return_freed_pages():
+        if not can_be_asked():
             raise UserError("ReturnFreedPages: needs glibc on Linux. Leave it out.")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask the C library, once for the process: not when the callback is made, as a plan makes many."""
+        return_freed_pages()

@@ -108,7 +108,7 @@ class PairData(ExampleData):
         test_target_files: The same of the test.
         source_field: Field of the source.
         target_field: Field of the target.
-        references_field: Field with a list of further right outputs, for evaluation.
+        references_field: Field with a list of further right outputs, for evaluation; a line may do without.
         max_target_length: Target tokens in a row. Default: max_length.
         target_tokenizer: Tokenizer of the targets alone, as of `tokenizer`; train: that of model.init_from if it has
             one, else one is trained on the training targets, and the sources' on sources. Default: one for both.
@@ -240,7 +240,7 @@ class PairData(ExampleData):
     def key(self, part: Part) -> list[Any]:
         """Return the settings of reading, and the target files."""
         targets = self.target_files(part)
-        names = ("source_field", "target_field")
+        names = ("source_field", "target_field", *(() if part == "train" else ("references_field",)))
         # one by one: their order says which belong together
         digests = [self._digest([pattern]) for pattern in (*self.files(part), *targets)] if targets else None
         return [digests, self.room, *(self.hparams[name] for name in names)]
@@ -280,9 +280,12 @@ class PairData(ExampleData):
 
         Raises:
             UserError: Files of different length, an empty side, a missing field; names file and line.
+            UserError: No validation or test pair has the further references that are set.
         """
         low, high = self.held_out(part)
         targets = self.target_files(part)
+        if targets is not None and self._further(part) is not None:
+            raise self._no_references(part, "are lines of text, which have no fields")
         found = self._records(part) if targets is None else _lines(self.files(part), targets, part)
         for pair in found:
             for side, text in (("source", pair.source), ("target", pair.target)):
@@ -295,11 +298,27 @@ class PairData(ExampleData):
         source, target = self.hparams["source_field"], self.hparams["target_field"]
         if self.hparams["train_files"] is None and self.hparams[f"{part}_files"] is None:
             source, target = EMBEDDED_FIELDS[self.hparams["sample"]]
-        further = self.hparams["references_field"]
+        further = self._further(part)
+        lacking = further is not None
         for place, record in read_records(self.files(part), f"data.{part}_files", (source, target)):
             own = text_of(place, record, target)
-            more = items_of(place, record, further, str) if further and further in record else []
+            more: list[str] = []
+            if further is not None and further in record:
+                lacking, more = False, items_of(place, record, further, str)
             yield Pair(place, text_of(place, record, source), own, list(dict.fromkeys([own, *more])))
+        if lacking:
+            raise self._no_references(part, "have no such field")
+
+    def _further(self, part: Part) -> str | None:
+        """Return the field of further references, which training does not look at."""
+        return None if part == "train" else self.hparams["references_field"]
+
+    def _no_references(self, part: Part, problem: str) -> UserError:
+        field, files = self.hparams["references_field"], ", ".join(self.files(part))
+        return UserError(
+            f"data.references_field: is {field}, but the {part} pairs ({files}) {problem}. "
+            "Name a field that some have, or leave it out"
+        )
 
     # ---- rows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from typing import Any
 
 # <malloc.h> of glibc
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
@@ -28,11 +29,20 @@ def return_freed_pages() -> bool:
     return _ask({M_MMAP_THRESHOLD: 2**18, M_TRIM_THRESHOLD: 2**20, M_TOP_PAD: 0})
 
 
+def can_be_asked() -> bool:
+    """Return whether the C library is glibc, which takes such requests."""
+    return _mallopt() is not None
+
+
 def _ask(options: dict[int, int]) -> bool:
+    mallopt = _mallopt()
+    return mallopt is not None and all([mallopt(option, value) == 1 for option, value in options.items()])
+
+
+def _mallopt() -> Any:
     if sys.platform != "linux":
-        return False
+        return None
     try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        return ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # musl
-        return False
-    return all([mallopt(option, value) == 1 for option, value in options.items()])
+        return None
