@@ -1,4 +1,4 @@
-"""Every command and every snippet of README.md and docs/ runs, in order, in one folder, on a tiny model."""
+"""Every command and every snippet of README.md and docs/ runs, document by document in order, on a tiny model."""
 
 from __future__ import annotations
 
@@ -14,21 +14,19 @@ from tests.test_cli import ROOT, environment
 from tests.training import TINY
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MAIN_JOB = "python train.py fit --config configs/mlm.yaml"
+EXPORT = "python train.py export --config configs/mlm.yaml --ckpt_path best --format hf --output exports/mlm"
 NOT_RUN_HERE = ("pip install -e", "tensorboard --logdir")  # the installation is what runs these tests
 STEPS_A_COMMAND = 2
 
 
-def blocks(language):
-    for document in DOCUMENTS:
-        for block in re.findall(rf"```{language}\n(.*?)```", document.read_text(encoding="utf-8"), flags=re.DOTALL):
-            yield document.name, block
+def blocks(document, language):
+    return re.findall(rf"```{language}\n(.*?)```", document.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-def commands():
-    for name, block in blocks("bash"):
-        for line in block.strip().splitlines():
-            if not line.startswith(NOT_RUN_HERE):
-                yield name, line
+def commands(document):
+    lines = [line for block in blocks(document, "bash") for line in block.strip().splitlines()]
+    return [line for line in lines if not line.startswith(NOT_RUN_HERE)]
 
 
 def shortened(line, number):
@@ -40,37 +38,40 @@ def shortened(line, number):
     return line
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("readme")
-    (folder / "corpus").mkdir()
-    write_corpus(folder / "corpus" / "train.txt")
-    write_corpus(folder / "corpus" / "val.txt", documents=40)
-    (folder / "corpus" / "more.jsonl").write_text(json.dumps({"text": "The king sold the bread."}) + "\n")
-    return folder
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    write_corpus(tmp_path / "corpus" / "train.txt")
+    write_corpus(tmp_path / "corpus" / "val.txt", documents=40)
+    (tmp_path / "corpus" / "more.jsonl").write_text(json.dumps({"text": "The king sold the bread."}) + "\n")
+    return tmp_path
 
 
 def test_the_first_command_is_the_installation_and_the_main_job():
-    readme = DOCUMENTS[0].read_text(encoding="utf-8")
-    first = re.search(r"```bash\n(.*?)\n```", readme, flags=re.DOTALL)[1]
-    assert first == "pip install -e . && python train.py fit --config configs/mlm.yaml"
+    assert blocks(DOCUMENTS[0], "bash")[0] == f"pip install -e . && {MAIN_JOB}\n"
 
 
-def test_commands_and_snippets_run_in_order(folder):
-    main_job = f"{sys.executable} {ROOT / 'train.py'} fit --config configs/mlm.yaml"
-    lines = [("README.md", main_job), *commands()]
-    assert len(lines) > 8
-    for number, (name, line) in enumerate(lines):
+@pytest.mark.parametrize("document", filter(commands, DOCUMENTS), ids=lambda document: document.name)
+def test_commands_and_snippets_run_in_order(document, folder):
+    lines = commands(document)
+    if any("exports/mlm" in line for line in lines):
+        lines = [MAIN_JOB, *([] if any("export " in line for line in lines) else [EXPORT]), *lines]
+    for number, line in enumerate(lines):
         result = subprocess.run(
             shortened(line, number), shell=True, cwd=folder, env=environment(), capture_output=True, text=True
         )
-        assert result.returncode == 0, f"{name}: {line}\n{result.stderr[-2000:]}"
-    for name, snippet in blocks("python"):
+        assert result.returncode == 0, f"{line}\n{result.stderr[-2000:]}"
+    for snippet in blocks(document, "python"):
         result = subprocess.run(
             [sys.executable, "-c", snippet], cwd=folder, env=environment(), capture_output=True, text=True
         )
-        assert result.returncode == 0, f"{name}: {snippet}\n{result.stderr[-2000:]}"
+        assert result.returncode == 0, f"{snippet}\n{result.stderr[-2000:]}"
         assert result.stdout
+
+
+def test_the_documents_hold_commands():
+    assert sum(len(commands(document)) for document in DOCUMENTS) > 30
+    assert EXPORT in commands(DOCUMENTS[0])
 
 
 def test_documents_name_files_that_exist():

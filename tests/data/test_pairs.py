@@ -170,7 +170,7 @@ def test_references_begin_with_the_target_and_are_different(tmp_path):
 def test_references_that_no_evaluation_pair_has_are_refused(tmp_path):
     data = data_of(tmp_path, references_field="others")
     assert len(list(data.pairs("train"))) == 3  # training has no use for them
-    refused(lambda: data.setup("fit"), r"^data\.references_field: is others, but the val pairs \(\S+train\.jsonl\) have no")
+    refused(lambda: data.setup("fit"), r"^data\.references_field: is others, but the val pairs \(\S+\) have no such")
     data = lines_of(tmp_path, [["a"]], [["b"]], references_field="others")
     refused(lambda: list(data.pairs("val")), r"^data\.references_field: .* are lines of text")
 

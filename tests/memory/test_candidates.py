@@ -1,6 +1,6 @@
 import pytest
 
-from leanbert.memory import candidates
+from leanbert.memory import allocator, candidates
 from leanbert.memory.candidates import ladder, micro_batches, search
 from leanbert.memory.overlays import apply, read
 from leanbert.memory.planner import predict
@@ -55,6 +55,13 @@ def test_what_is_there_already_is_not_added(products):
     assert not any("return_pages" in names or "offload" in names for names in gpu)
 
 
+def test_without_glibc_no_pages_are_returned(products, monkeypatch):
+    monkeypatch.setattr(candidates, "can_be_asked", lambda: False)
+    sets = ladder(settings(), CPU)
+    assert len(sets) > 8
+    assert not any("return_pages" in names for names in sets)
+
+
 def short(run, target):
     """A few rungs of the ladder: what is searched, without the time of all."""
     return [(), ("chunked_head",), ("return_pages", "accumulation"), ("return_pages", "layer_major")]
@@ -82,6 +89,16 @@ def test_the_cheapest_that_fits_has_the_largest_micro_batch_that_fits():
     assert changed.data.hparams["batch_size"] == 32
     assert [plan.fits(candidate) for candidate in plan.candidates] == [False, True, True]
     assert plan.candidates[2].micro_batch == plan.chosen.micro_batch
+
+
+@pytest.mark.usefixtures("few")
+def test_a_search_asks_the_c_library_nothing(monkeypatch):
+    """It would stay so for the whole process, in which steps may be timed next."""
+    asked = []
+    monkeypatch.setattr(allocator, "_ask", asked.append)
+    plan = search(settings(), CPU, None)
+    assert any("return_pages" in candidate.techniques for candidate in plan.candidates)
+    assert asked == []
 
 
 @pytest.mark.usefixtures("few")

@@ -14,7 +14,7 @@ def keep_freed_pages() -> bool:
     """Let glibc keep freed memory for the next step of training; return whether it could be asked to.
 
     By default every large tensor is mapped anew and unmapped when it is freed, so each step touches the same pages
-    for the first time again: 6 to 20 % of a step on CPU. Peak resident memory stays within a few percent. Other C
+    for the first time again: 6 to 38 % of a step on CPU. Peak resident memory stays within a few percent. Other C
     libraries and systems are left as they are.
     """
     return _ask({M_MMAP_THRESHOLD: 2**30, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 2**26})
@@ -24,7 +24,8 @@ def return_freed_pages() -> bool:
     """Let glibc hand every freed block of 256 KiB and more back at once; return whether it could be asked to.
 
     Resident memory then follows live tensors: by default the threshold grows to 32 MiB with the first large blocks that
-    are freed, and holes stay. Each step touches its pages for the first time again, 6 to 20 % of a step on CPU.
+    are freed, and holes stay. Each step touches its pages for the first time again: on CPU it takes 1.1 to 1.6 times as
+    long, by machine (docs/benchmarks.md).
     """
     return _ask({M_MMAP_THRESHOLD: 2**18, M_TRIM_THRESHOLD: 2**20, M_TOP_PAD: 0})
 
