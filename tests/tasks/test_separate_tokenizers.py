@@ -236,5 +236,7 @@ def test_settings_that_do_not_fit_are_refused(folder, tmp_path):
     bare = tmp_path / "tokenizer.json"
     tokenizer = json.loads(TextTokenizer.train(lambda: WORDS, vocab_size=60).to_json())
     bare.write_text(json.dumps({**tokenizer, "post_processor": None}))
-    with pytest.raises(UserError, match=r"^data\.target_tokenizer: \S+ puts no token before or after a text"):
+    with pytest.raises(UserError, match=r"^data\.target_tokenizer: puts no token before or after a text"):
         fit(folder, tmp_path, 1, data={"target_tokenizer": str(bare)})
+    with pytest.raises(UserError, match=r"^data\.tokenizer: puts no token before or after a text"):
+        fit(folder, tmp_path, 1, data={"tokenizer": str(bare)})

@@ -81,6 +81,17 @@ class PairRows(Dataset[PairBatch]):
         return PairBatch(**{name: torch.from_numpy(array) for name, array in blank.items()})
 
 
+def output_frame(tokenizer: TextTokenizer, name: str) -> tuple[list[int], list[int]]:
+    """Return the ids that begin and end an output; raises UserError if the tokenizer `name` puts none."""
+    begin, end = tokenizer.template
+    if not begin or not end:
+        raise UserError(
+            f"data.{name}: puts no token before or after a text: nothing to begin and end an output with. "
+            "Choose another one"
+        )
+    return begin, end
+
+
 def blank_pairs(
     rows: int, source_length: int, target_length: int, pad_id: int, target_pad_id: int
 ) -> dict[str, np.ndarray]:
@@ -223,13 +234,7 @@ class PairData(ExampleData):
         given, size = self.hparams[TARGET], self.hparams["target_vocab_size"] or self.hparams["vocab_size"]
         if given == TRAIN:
             return self.trained(lambda: (pair.target for pair in self.pairs("train")), size, "target")
-        tokenizer = TextTokenizer.from_file(given, TARGET)
-        if not all(tokenizer.template):
-            raise UserError(
-                f"data.target_tokenizer: {given} puts no token before or after a text: nothing to begin and end an "
-                "output with. Choose another one"
-            )
-        return tokenizer
+        return TextTokenizer.from_file(given, TARGET)
 
     # ---- examples
 
@@ -258,7 +263,7 @@ class PairData(ExampleData):
     def encode(self, files: list[str], part: Part, facts: dict[str, Any]) -> Iterator[Example]:
         """Yield the examples; `facts` get "cut", the number of pairs that were cut."""
         before, after = self.tokenizer.template
-        begin, end = self.target_tokenizer.template
+        begin, end = output_frame(self.target_tokenizer, TARGET if self.separate else "tokenizer")
         frame = len(before) + len(after)
         target_frame = len(begin) + len(end) - 1  # a target is read up to its last token
         setting = "data.max_length" if self.hparams["max_target_length"] is None else "data.max_target_length"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 from leanbert.data.readers import (
     Report,
@@ -20,6 +20,7 @@ from leanbert.data.readers import (
     read_lines,
     read_parquet,
     read_table,
+    whole_lines,
 )
 from leanbert.errors import UserError
 
@@ -189,11 +190,15 @@ def prediction_lines(files: Sequence[str]) -> Iterator[str]:
     """Yield the lines of text files, or of standard input for "-", without line ends, as they come."""
     for pattern in files:
         if pattern == "-":
-            yield from (line.rstrip("\n") for _, line in read_lines(sys.stdin.buffer, "standard input"))
+            yield from _whole(sys.stdin.buffer, "standard input")
             continue
         for path in Corpus((pattern,), setting="data.predict_files").files:
             with open_binary(path, no_report) as stream:
-                yield from (line.rstrip("\n") for _, line in read_lines(stream, str(path)))
+                yield from _whole(stream, str(path))
+
+
+def _whole(stream: BinaryIO, name: str) -> Iterator[str]:
+    return (line.rstrip("\n") for _, line in whole_lines(read_lines(stream, name)))
 
 
 def _records(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:

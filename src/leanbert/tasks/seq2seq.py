@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from leanbert.data.batch import PairBatch, PredictBatch
+from leanbert.data.pairs import output_frame
 from leanbert.errors import UserError
 from leanbert.memory.optimizers import OptimizerConfig, ScheduleConfig
 from leanbert.messages import say
@@ -228,10 +229,8 @@ def special_tokens(tokenizer: Any) -> Tokens:
     Raises:
         UserError: The tokenizer's template has no token before or after a text.
     """
-    before, after = tokenizer.template
-    if not before or not after:
-        raise UserError("data.tokenizer: puts no token before or after a text: nothing to begin and end an output with")
-    return Tokens(before[0], after[-1], [i for i in tokenizer.special_ids if i != after[-1]])
+    begin, end = output_frame(tokenizer, "tokenizer")
+    return Tokens(begin[0], end[-1], [i for i in tokenizer.special_ids if i != end[-1]])
 
 
 def write(model: Any, tokenizer: Any, batch: PredictBatch, config: GenerationConfig) -> list[dict[str, Any]]:
