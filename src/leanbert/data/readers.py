@@ -53,6 +53,8 @@ def read_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
     number = 1
     try:
         while chunk := stream.readline(PART_BYTES):
+            if chunk.endswith(b"\r"):
+                chunk += stream.readline(1)  # its line feed, if a part ends between the two
             complete = chunk.endswith(b"\n")
             text = decoder.decode(chunk, final=complete)
             if number == 1:
