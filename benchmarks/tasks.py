@@ -59,7 +59,7 @@ TRAININGS = {
     PRETRAINING: Training(
         "mlm", "mlm",
         ('--data.train_files=["{data}/mlm/train.txt.gz","{runs}/emails.txt"]',
-         "--data.val_files={data}/mlm/val.txt.gz", "--trainer.max_steps=1000", "--trainer.limit_val_batches=20"),
+         "--data.val_files={data}/mlm/val.txt.gz", "--trainer.max_steps=800", "--trainer.limit_val_batches=20"),
     ),
     "translation": Training(
         "seq2seq", "translation",
@@ -98,10 +98,7 @@ def summary_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def command(subcommand: str, name: str, options: argparse.Namespace, *more: str) -> str:
     """Run a subcommand of `train.py` with a run's settings, its messages in a file; return what it printed."""
     training = TRAININGS[name]
-    places = {"data": options.data, "runs": options.runs}
-    own = [
-        argument.replace("{data}", places["data"]).replace("{runs}", places["runs"]) for argument in training.arguments
-    ]
+    own = [text.replace("{data}", options.data).replace("{runs}", options.runs) for text in training.arguments]
     words = [
         sys.executable, "train.py", subcommand, f"--config=configs/{training.config}.yaml", *own,
         f"--trainer.default_root_dir={options.runs}/{name}", *more,
