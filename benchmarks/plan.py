@@ -1,6 +1,6 @@
 """Predicted against measured memory.
 
-    python benchmarks/plan.py                 # peak of live tensors, 47 configurations, 8 minutes on 2 cores
+    python benchmarks/plan.py                 # peak of live tensors, 54 configurations, 10 minutes on 2 cores
     python benchmarks/plan.py --budgets       # ten budgets for base and large, 40 minutes on one core
     python benchmarks/plan.py --time          # wall time of 200 steps of mini and small, 10 minutes
     python benchmarks/plan.py --search        # what a plan takes for large and for ten billion parameters, 2 minutes
@@ -62,11 +62,13 @@ class Case:
     length: int
     overlays: tuple[str, ...] = ()
     more: tuple[str, ...] = ()
+    task: str = "mlm"
 
     @property
     def name(self) -> str:
-        """A line of the table."""
-        return " + ".join([*self.overlays, *(word.split(".")[-1] for word in self.more)]) or "plain"
+        """What is in the table."""
+        own = [] if self.task == "mlm" else [self.task]
+        return " + ".join([*own, *self.overlays, *(word.split(".")[-1] for word in self.more)]) or "plain"
 
 
 def grid() -> list[Case]:
@@ -106,6 +108,13 @@ def grid() -> list[Case]:
         Case("base", 4, 128),
         Case("base", 4, 128, ("bf16_mixed", "checkpointing", "adamw_8bit")),
         Case("base", 4, 128, ("lean",)),
+        Case("mini", 11, 96, task="srl"),
+        Case("mini", 11, 96, ("accumulation", "checkpointing"), task="srl"),
+        Case("mini", 9, 120, task="classification"),
+        Case("mini", 9, 120, ("layer_major", "optimizer_in_backward"), task="classification"),
+        Case("odd", 10, 64, task="translation"),
+        Case("odd", 10, 64, ("checkpointing", "chunked_head", "adamw_8bit"), task="translation"),
+        Case("mini", 12, 160, ("accumulation", "selective_checkpointing"), task="summarization"),
     ]
     if has_16_bit_products("cpu"):
         return cases
@@ -180,7 +189,7 @@ def arguments_of(case: Case, root: Path) -> list[str]:
     plain = root / "plain.yaml"
     plain.write_text(PLAIN)
     return [
-        "--config=configs/mlm.yaml", f"--config={plain}",
+        f"--config=configs/{case.task}.yaml", f"--config={plain}",
         *(f"--config=configs/memory/{name}.yaml" for name in case.overlays),
         f"--model.encoder.num_layers={layers}", f"--model.encoder.hidden_size={hidden}",
         f"--model.encoder.num_heads={heads}", f"--data.max_length={case.length}", f"--data.batch_size={case.rows}",

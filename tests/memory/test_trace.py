@@ -175,6 +175,14 @@ def test_validation_in_inference_mode_is_seen_operation_by_operation():
     assert timeline.peak_bytes - timeline.totals[0] == profiled_peak(evaluate)
 
 
+def test_what_an_evaluation_derives_is_of_the_evaluation():
+    """A backward pass within it must not pass for that of a step."""
+    x = torch.zeros(1000, requires_grad=True)
+    with LiveBytes(nn.Identity(), existing=[x], first_phase="validation") as trace:
+        torch.autograd.grad(x.exp().sum(), x)
+    assert set(trace.timeline().by_phase) == {"validation"}
+
+
 def test_a_checkpointed_block_keeps_nothing_and_is_computed_again_in_backward():
     class Twice(nn.Module):
         def __init__(self, checkpointed):

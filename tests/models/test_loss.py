@@ -109,6 +109,23 @@ def test_chunked_head_without_gradients():
     assert linear_loss(inputs, torch.arange(6)).item() == pytest.approx(whole.item(), rel=1e-5)
 
 
+def test_evaluation_makes_no_gradients_of_weights_that_need_some():
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+            return function(*args, **(kwargs or {}))
+
+    inputs = [torch.randn(shape, requires_grad=True) for shape in ((8, 16), (64, 16), (64,))]
+    counts = []
+    for context in (torch.no_grad, torch.enable_grad):
+        with context(), Products() as products:
+            linear_loss(inputs, torch.arange(8))
+        counts.append(products.count)
+    assert counts == [2, 6]  # two chunks: their logits; and what goes to hidden states and weights
+
+
 def smoothed_reference(logits, targets, smoothing):
     return F.cross_entropy(
         logits.flatten(0, -2), targets.flatten(), ignore_index=-100, reduction="sum", label_smoothing=smoothing

@@ -127,13 +127,13 @@ class LiveBytes:
     # ---- phases and modules
 
     def enter_phase(self, name: str) -> None:
-        """Count what follows as of phase `name`, but for backward passes when `name` is the first phase."""
+        """Count what follows as of phase `name`, but for backward passes when `name` is forward."""
         self.explicit_phase = name
         self._set_phase()
 
     def _set_phase(self) -> None:
         in_backward = torch._C._current_graph_task_id() != -1  # an accumulated or recomputed forward in it, too
-        now = "backward" if in_backward and self.explicit_phase == self._first_phase else self.explicit_phase
+        now = "backward" if in_backward and self.explicit_phase == "forward" else self.explicit_phase
         if now != self._phase:
             self._settle()
             self._phase = now

@@ -88,6 +88,8 @@ def linear_cross_entropy_sum(
     pass, while the logits are there, so nothing is computed twice (as in Liger Kernel, Hsu et al. 2024, arXiv
     2410.10989); those of weight and bias are summed in at least float32. Can be back-propagated once. Exact.
     """
+    if not torch.is_grad_enabled():  # which the function itself is not told
+        hidden, weight, bias = hidden.detach(), weight.detach(), bias.detach()
     return _LinearCrossEntropySum.apply(hidden, weight, bias, targets, vocab_size, chunk, smoothing)
 
 
