@@ -121,7 +121,7 @@ def test_progress_counts_the_bytes_on_disk(tmp_path: Path) -> None:
 
 
 def test_prediction_lines_keep_order_and_blank_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path / "a.txt", "b [MASK]\r\n\na\n")
+    path = write(tmp_path / "a.en", "b [MASK]\r\n\na\n")
     monkeypatch.setattr(readers, "PART_BYTES", 3)  # a long line is one all the same
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"x\ny")))
     assert list(prediction_lines([str(path), "-"])) == ["b [MASK]", "", "a", "x", "y"]

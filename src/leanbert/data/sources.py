@@ -187,12 +187,12 @@ def split_documents(lines: Iterable[str], separator: Separator) -> Iterator[tupl
 
 
 def prediction_lines(files: Sequence[str]) -> Iterator[str]:
-    """Yield the lines of text files, or of standard input for "-", without line ends, as they come."""
+    """Yield the lines of text files (of any name), or of standard input for "-", without line ends, as they come."""
     for pattern in files:
         if pattern == "-":
             yield from _whole(sys.stdin.buffer, "standard input")
             continue
-        for path in Corpus((pattern,), setting="data.predict_files").files:
+        for path in Corpus((pattern,), setting="data.predict_files", suffixes=("",)).files:
             with open_binary(path, no_report) as stream:
                 yield from _whole(stream, str(path))
 
