@@ -122,7 +122,7 @@ def test_a_given_micro_batch_gives_way_to_a_smaller_one():
 
 
 def test_every_rung_needs_less_than_the_one_before():
-    run = settings(rows=8, encoder={"num_layers": 3, "hidden_size": 64})
+    run = settings(rows=4, encoder={"num_layers": 2, "hidden_size": 64})
     plan = search(run, CPU, 1000)
     assert plan.candidates[-1].techniques[-2:] == ("offload", "structured_pruning")
     assert len(plan.candidates) > 6
