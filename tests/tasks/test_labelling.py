@@ -79,6 +79,13 @@ def test_roles_are_learnt_and_predicates_found(tmp_path, capsys):
     assert (answer["predicate"], len(answer["labels"])) == (2, 4)
 
 
+def test_without_predicates_to_find_none_are_counted(tmp_path, recwarn):
+    values = scalars(roles(tmp_path, 1, "--data.find_predicates=false"))
+    assert "val/f1" in values
+    assert "val/predicate_f1" not in values
+    assert not [warning for warning in recwarn if "SpanCounts" in str(warning.message)]
+
+
 def test_a_resumed_run_has_the_same_losses(tmp_path):
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()

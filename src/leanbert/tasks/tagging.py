@@ -101,6 +101,7 @@ class SemanticRoleLabelling(TokenClassification):
 
     def further_scores(self) -> dict[str, float]:
         """Return precision, recall and F1 of the predicates, if there were sentences in which to find them."""
+        self._predicates.update([], [])  # or torchmetrics warns where there was none
         scores = self._predicates.compute()
         self._predicates.reset()
         return {f"predicate_{name}": value for name, value in overall(scores).items()} if scores.roles else {}
