@@ -3,8 +3,8 @@ r"""Quality of the tasks on real data: from scratch, and from an encoder that Le
     python benchmarks/tasks.py --data DATA --runs runs/tasks --jobs 2    # 2.5 hours on 2 cores
 
 DATA has the folders mlm (text), translation (Multi30k), summarization (AESLC) and srl (PropBank on EWT). Pretraining
-reads mlm and the e-mails of summarization's training part. Each job has one thread; a run that has finished is not
-repeated. Multi30k and SRL are evaluated on test, AESLC, whose test has no subjects, on validation.
+reads mlm and the e-mails of summarization's training part. With several jobs each has one thread; what has finished is
+not repeated. Multi30k and SRL are evaluated on test, AESLC, whose test has no subjects, on validation.
 """
 
 from __future__ import annotations
@@ -120,12 +120,15 @@ def train(name: str, options: argparse.Namespace) -> None:
 
 
 def evaluate(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """Return the metrics of test."""
-    print(f"{name}: evaluation", file=sys.stderr, flush=True)
-    metrics: dict[str, float] = json.loads(command("test", name, options, f"--ckpt_path={TRAININGS[name].weights}"))
-    if name == "translation":
-        metrics["test/bleu_lowercase"] = lowercased_bleu(name, options)
-    return metrics
+    """Return the metrics of test, which are kept."""
+    kept = Path(options.runs, f"{name}.json")
+    if not kept.is_file():
+        print(f"{name}: evaluation", file=sys.stderr, flush=True)
+        metrics = json.loads(command("test", name, options, f"--ckpt_path={TRAININGS[name].weights}"))
+        if name == "translation":
+            metrics["test/bleu_lowercase"] = lowercased_bleu(name, options)
+        kept.write_text(json.dumps(metrics))
+    return dict(json.loads(kept.read_text()))
 
 
 def lowercased_bleu(name: str, options: argparse.Namespace) -> float:
