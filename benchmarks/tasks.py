@@ -53,7 +53,7 @@ AESLC = (
     "--data.train_files={data}/summarization/train.jsonl.gz", "--data.val_files={data}/summarization/val.jsonl.gz",
     "--data.test_files={data}/summarization/val.jsonl.gz", "--data.source_field=document",
     "--data.target_field=summary", "--data.max_length=128", "--data.max_target_length=32", "--data.batch_size=24",
-    "--trainer.max_steps=560", "--trainer.val_check_interval=280",
+    "--trainer.max_steps=400", "--trainer.val_check_interval=200",
 )  # fmt: skip
 TRAININGS = {
     PRETRAINING: Training(
