@@ -46,14 +46,14 @@ class Training:
 
 SRL = (
     "--data.train_files={data}/srl/train.jsonl.gz", "--data.val_files={data}/srl/val.jsonl.gz",
-    "--data.test_files={data}/srl/test.jsonl.gz", "--data.find_predicates=false", "--data.batch_size=12",
-    "--trainer.max_steps=1800", "--trainer.val_check_interval=600",
+    "--data.test_files={data}/srl/test.jsonl.gz", "--data.find_predicates=false", "--data.batch_size=24",
+    "--trainer.max_steps=900", "--trainer.val_check_interval=300",
 )  # fmt: skip
 AESLC = (
     "--data.train_files={data}/summarization/train.jsonl.gz", "--data.val_files={data}/summarization/val.jsonl.gz",
     "--data.test_files={data}/summarization/val.jsonl.gz", "--data.source_field=document",
-    "--data.target_field=summary", "--data.max_length=128", "--data.max_target_length=32", "--data.batch_size=12",
-    "--trainer.max_steps=1200", "--trainer.val_check_interval=400",
+    "--data.target_field=summary", "--data.max_length=128", "--data.max_target_length=32", "--data.batch_size=24",
+    "--trainer.max_steps=600", "--trainer.val_check_interval=200",
 )  # fmt: skip
 TRAININGS = {
     PRETRAINING: Training(

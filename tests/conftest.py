@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+from tests import launcher
+
 torch.set_num_threads(1)  # two files run at a time: threads that wait for each other's cores would be slower
 
 
@@ -16,4 +18,15 @@ def session_cache(tmp_path_factory):
     folder = tmp_path_factory.getbasetemp()
     patch.setenv("XDG_CACHE_HOME", str((folder.parent if os.environ.get("PYTEST_XDIST_WORKER") else folder) / "cache"))
     yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def launcher_socket(session_cache, tmp_path_factory):
+    """Commands of `tests/launcher.py` are answered."""
+    patch = pytest.MonkeyPatch()
+    path = tmp_path_factory.mktemp("launcher") / "socket"
+    with launcher.serving(path, {**os.environ, "OMP_NUM_THREADS": "1"}):
+        patch.setenv(launcher.SOCKET, str(path))
+        yield
     patch.undo()

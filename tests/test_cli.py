@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import leanbert
 from leanbert.memory.optimizers import ScheduleConfig, learning_rate_factor
+from tests import launcher
 from tests.corpus import write_corpus
 from tests.training import TINY
 from tests.training import read_scalars as scalars
@@ -24,9 +25,11 @@ from tests.training import read_scalars as scalars
 ROOT = Path(__file__).parents[1]
 
 
-def command(*arguments, config="configs/mlm.yaml"):
-    subcommand, *rest = arguments
-    return [sys.executable, str(ROOT / "train.py"), subcommand, "--config", config, *rest]
+pytestmark = pytest.mark.usefixtures("launcher_socket")
+
+
+def command(program, subcommand, *arguments):
+    return [sys.executable, str(program), subcommand, "--config", "configs/mlm.yaml", *arguments]
 
 
 def environment(**changes):
@@ -35,8 +38,9 @@ def environment(**changes):
 
 def run(folder, *arguments, expect=0, **kwargs):
     result = subprocess.run(
-        command(*arguments), cwd=folder, env=environment(), capture_output=True, text=True, timeout=300, **kwargs
-    )
+        command(launcher.__file__, *arguments), cwd=folder, env=environment(), capture_output=True, text=True,
+        timeout=300, **kwargs
+    )  # fmt: skip
     assert result.returncode == expect, result.stderr[-3000:]
     return result
 
@@ -197,9 +201,11 @@ def undisturbed(corpus):
 
 
 def start(corpus, *arguments):
+    """Start a process of its own, which signals reach."""
     return subprocess.Popen(
-        command(*arguments), cwd=corpus, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+        command(launcher.PROGRAM, *arguments), cwd=corpus, env=environment(), stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
 
 
 def wait_for(path: Path, process, seconds=120):

@@ -13,6 +13,7 @@ from tests.corpus import write_corpus
 from tests.test_cli import run
 from tests.training import read_scalars
 
+pytestmark = pytest.mark.usefixtures("launcher_socket")
 SHAPE = [
     "--model.encoder.num_layers=2", "--model.encoder.hidden_size=64", "--model.encoder.num_heads=2",
     "--data.vocab_size=300", "--data.batch_size=64", "--data.max_length=128", "--trainer.accelerator=cpu",

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from tests import launcher
 from tests.corpus import write_corpus
 from tests.test_cli import ROOT, environment
 from tests.training import TINY
@@ -31,15 +32,14 @@ def commands(document):
 
 def shortened(line, number):
     """Return the command for a tiny model and few steps; a later `fit` of the same run still has some to do."""
-    line = line.replace("python train.py", f"{sys.executable} {ROOT / 'train.py'}")
     if re.search(r"train\.py (fit|validate|prepare|plan) ", line):
         limits = [*TINY, f"--trainer.max_steps={STEPS_A_COMMAND * (number + 1)}", "--trainer.limit_val_batches=2"]
         line = f"{line} {' '.join(limits)}"
-    return line
+    return line.replace("python train.py", f"{sys.executable} {launcher.__file__}")
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, launcher_socket):
     (tmp_path / "corpus").mkdir()
     write_corpus(tmp_path / "corpus" / "train.txt")
     write_corpus(tmp_path / "corpus" / "val.txt", documents=40)
