@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,11 +24,12 @@ def session_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def launcher_socket(session_cache, tmp_path_factory):
+def launcher_socket(session_cache):
     """Commands of `tests/launcher.py` are answered."""
     patch = pytest.MonkeyPatch()
-    path = tmp_path_factory.mktemp("launcher") / "socket"
-    with launcher.serving(path, {**os.environ, "OMP_NUM_THREADS": "1"}):
-        patch.setenv(launcher.SOCKET, str(path))
-        yield
+    with tempfile.TemporaryDirectory() as folder:  # the path of a socket is short
+        path = Path(folder) / "socket"
+        with launcher.serving(path, {**os.environ, "OMP_NUM_THREADS": "1"}):
+            patch.setenv(launcher.SOCKET, str(path))
+            yield
     patch.undo()

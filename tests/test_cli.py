@@ -36,9 +36,9 @@ def environment(**changes):
     return {**os.environ, "OMP_NUM_THREADS": "1", **changes}
 
 
-def run(folder, *arguments, expect=0, **kwargs):
+def run(folder, *arguments, expect=0, program=launcher.__file__, **kwargs):
     result = subprocess.run(
-        command(launcher.__file__, *arguments), cwd=folder, env=environment(), capture_output=True, text=True,
+        command(program, *arguments), cwd=folder, env=environment(), capture_output=True, text=True,
         timeout=300, **kwargs
     )  # fmt: skip
     assert result.returncode == expect, result.stderr[-3000:]
@@ -183,6 +183,17 @@ def test_print_config_takes_the_size(tmp_path, name):
     sizes = {"mini": (4, 256), "small": (4, 512), "base": (12, 768), "large": (24, 1024)}[name]
     assert f"num_layers: {sizes[0]}\n" in result.stdout
     assert f"hidden_size: {sizes[1]}\n" in result.stdout
+
+
+def test_help_and_mistakes_name_all_subcommands(tmp_path):
+    names = ("fit", "validate", "test", "predict", "prepare", "plan", "export")
+    for arguments, code in (["--help"], 0), (["fti"], 2):
+        result = subprocess.run(
+            [sys.executable, launcher.__file__, *arguments], cwd=tmp_path, env=environment(), capture_output=True,
+            text=True,
+        )  # fmt: skip
+        assert result.returncode == code
+        assert all(name in result.stdout + result.stderr for name in names)
 
 
 # ---- interrupted and resumed

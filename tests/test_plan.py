@@ -9,6 +9,7 @@ from leanbert.cli import complete
 from leanbert.errors import UserError
 from leanbert.settings import add_overlay
 from leanbert.units import MIB, parse_size
+from tests import launcher
 from tests.corpus import write_corpus
 from tests.test_cli import run
 from tests.training import read_scalars
@@ -31,7 +32,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def planned(folder):
     """The plan of a tiny run, without a budget."""
-    result = run(folder, "plan", *SHAPE, "--json=plan.json")
+    result = run(folder, "plan", *SHAPE, "--json=plan.json", program=launcher.PROGRAM)  # has the memory of its own
     return result, json.loads((folder / "plan.json").read_text())
 
 
@@ -63,7 +64,8 @@ def test_a_budget_changes_memory_and_nothing_else(folder, planned):
     size = f"{budget // 2**20}MiB"
     arguments = [*SHAPE, "--data.train_files=train.txt", "--trainer.max_steps=4", "--trainer.log_every_n_steps=1"]
     run(folder, "fit", *arguments, "--trainer.default_root_dir=plain")
-    done = run(folder, "fit", *arguments, "--trainer.default_root_dir=lean", f"--budget={size}")
+    limited = [*arguments, "--trainer.default_root_dir=lean", f"--budget={size}"]
+    done = run(folder, "fit", *limited, program=launcher.PROGRAM)
     assert "accumulation" in done.stderr.split("Budget")[1]
     plain, lean = (folder / name / "mlm" / "version_0" for name in ("plain", "lean"))
     before, after = read_scalars(plain), read_scalars(lean)

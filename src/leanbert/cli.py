@@ -95,7 +95,7 @@ class CLI(LightningCLI):
 
         A parser is made for each of them, which takes a third of a second.
         """
-        known = {**LightningCLI.subcommands(), **dict.fromkeys(OWN_SUBCOMMANDS, {"model", "datamodule"})}
+        known = LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in OWN_SUBCOMMANDS}
         called = self.arguments[0] if self.arguments else ""
         return {called: known[called]} if called in known else known
 
