@@ -145,7 +145,8 @@ def row(name: str, metrics: dict[str, float], options: argparse.Namespace) -> li
     """Return a row of the table."""
     summary = summary_of(name, options)
     tags = ["f1", "bleu", "bleu_lowercase", "chrf", "rouge1", "rouge2", "rougeL", "loss"]
-    shown = [f"{tag} {metrics[f'test/{tag}']:.4g}" for tag in tags if f"test/{tag}" in metrics]
+    points = {tag: metrics[f"test/{tag}"] * (100 if tag == "f1" else 1) for tag in tags if f"test/{tag}" in metrics}
+    shown = [f"{tag} {value:.2f}" for tag, value in points.items()]
     start = "pretrained encoder" if TRAININGS[name].needs else "scratch"
     return [name.removesuffix("-scratch"), start, f"{summary['parameters']:,}", f"{summary['steps']:,}",
             f"{summary['seconds'] / 60:.0f}", ", ".join(shown)]  # fmt: skip
