@@ -1,6 +1,6 @@
 """Each task plain, with `configs/memory/lean.yaml` and within a budget: quality, and peak memory against the plan.
 
-    python benchmarks/task_memory.py    # 15 minutes on 2 cores
+    python benchmarks/task_memory.py    # half an hour on 2 cores
 
 2 x 128 on the embedded samples. All three go on, for as many steps and with AdamW, from one model that the task's
 configuration has trained: what differs is the techniques. The budget takes four tenths of the live tensors away from
