@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
 
 from leanbert.cli import CLI, quiet_libraries
@@ -109,6 +110,18 @@ def test_exact_techniques_change_no_loss(tmp_path, overlays):
 def test_lean_trains_roles(tmp_path):
     values = scalars(roles(tmp_path, 4, overlays=("lean",)))
     assert values["train/loss"][4] < values["train/loss"][1]
+
+
+def test_sampled_sentences_are_spelled_with_their_roles(tmp_path):
+    cli = roles(tmp_path, 1, "--data.find_predicates=false")
+    events = EventAccumulator(str(cli.trainer.log_dir)).Reload()
+    table = events.Tensors("samples/labels/text_summary")[0].tensor_proto.string_val[0].decode()
+    found = [line.removeprefix("| ").split(" | ")[0] for line in table.splitlines()[2:]]
+    records = map(json.loads, (tmp_path / "val.jsonl").read_text().splitlines())
+    assert len(found) == 12
+    assert {text.lower() for text in found} <= {
+        bracketed(record["tokens"], record["labels"]).lower() for record in records
+    }
 
 
 @pytest.mark.parametrize("problem", ["single", "multi", "regression"])

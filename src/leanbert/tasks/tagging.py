@@ -67,18 +67,26 @@ class TokenClassification(Labelling):
         return tag_sentences(self.model, self.decoder, batch)
 
     def samples(self, batch: LabelledBatch) -> dict[str, str]:
-        """Return a table of sentences with their spans and those of the model."""
+        """Return a table of sentences with their spans in brackets, the true ones and those of the model."""
         guesses = self.predictions(self(batch), batch).cpu()
         names = self._data.names("val")
         rows = []
         for row in range(len(batch)):
             part = slice(row, row + 1)
             kept = (guesses[part], batch.targets[part].cpu(), gather_documents(batch)[part].cpu())
-            for document, (guess, truth) in enumerate(sentences_of(*kept)):
-                ids = batch.input_ids[row][batch.document_ids[row] == document].tolist()
-                text = self._data.tokenizer.decode(ids)
-                rows.append((text[:200], *(listed([names[tag] for tag in tags]) for tags in (truth, guess))))
-        return {"samples/labels": markdown_table(("sentence", "truth (role: words)", "model"), rows[:12])}
+            for words, (guess, truth) in zip(self._words(batch, row), sentences_of(*kept), strict=True):
+                rows.append([bracketed(words, [names[tag] for tag in tags]) for tags in (truth, guess)])
+        return {"samples/labels": markdown_table(("truth", "model"), rows[:12])}
+
+    def _words(self, batch: LabelledBatch, row: int) -> list[list[str]]:
+        """Return the words of each sentence of a row, as the tokenizer spells them."""
+        places = batch.target_index[row][batch.targets[row] != IGNORED].tolist()
+        documents, sentences = batch.document_ids[row].tolist(), dict[int, list[str]]()
+        for place, following in zip(places, [*places[1:], len(documents)], strict=True):
+            pieces = [at for at in range(place, following) if documents[at] == documents[place]]
+            word = self._data.tokenizer.decode(batch.input_ids[row, pieces].tolist()).strip()
+            sentences.setdefault(documents[place], []).append(word)
+        return list(sentences.values())
 
 
 class SemanticRoleLabelling(TokenClassification):
@@ -207,10 +215,3 @@ def bracketed(tokens: Sequence[str], labels: Sequence[str]) -> str:
         words.append(text if span is None else f"[{span.role} {text}]")
         place = end
     return " ".join(words)
-
-
-def listed(labels: Sequence[str]) -> str:
-    """Return spans as `ARG0: 0-1, V: 2`."""
-    return ", ".join(
-        f"{role}: {start}" + (f"-{end - 1}" if end - 1 > start else "") for role, start, end in spans(labels)
-    )
