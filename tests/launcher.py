@@ -3,8 +3,8 @@
     python tests/launcher.py fit --config configs/mlm.yaml
 
 Importing takes several seconds of each process, more than most commands of the tests. Directory, environment, standard
-streams and exit code are those of the caller; a signal to the caller is not passed on. The first caller of a test
-session names a socket in `SOCKET` and starts the server with `serving`.
+streams and exit code are those of the caller; a signal to the caller is not passed on. The fixture `launcher_socket`
+keeps the server of a test session and names its socket in `SOCKET`.
 """
 
 from __future__ import annotations

@@ -81,11 +81,11 @@ class TokenClassification(Labelling):
     def _words(self, batch: LabelledBatch, row: int) -> list[list[str]]:
         """Return the words of each sentence of a row, as the tokenizer spells them."""
         places = batch.target_index[row][batch.targets[row] != IGNORED].tolist()
-        documents, sentences = batch.document_ids[row].tolist(), dict[int, list[str]]()
+        ids, documents = batch.input_ids[row].tolist(), batch.document_ids[row].tolist()
+        sentences: dict[int, list[str]] = {}
         for place, following in zip(places, [*places[1:], len(documents)], strict=True):
-            pieces = [at for at in range(place, following) if documents[at] == documents[place]]
-            word = self._data.tokenizer.decode(batch.input_ids[row, pieces].tolist()).strip()
-            sentences.setdefault(documents[place], []).append(word)
+            pieces = [ids[at] for at in range(place, following) if documents[at] == documents[place]]
+            sentences.setdefault(documents[place], []).append(self._data.tokenizer.decode(pieces).strip())
         return list(sentences.values())
 
 
