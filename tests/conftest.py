@@ -14,6 +14,11 @@ from tests import launcher
 torch.set_num_threads(1)  # two files run at a time: threads that wait for each other's cores would be slower
 
 
+def pytest_collection_modifyitems(items):
+    """Documents come first: each runs for minutes, and as the last one it would leave the other workers idle."""
+    items.sort(key=lambda item: "test_readme" not in item.nodeid)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def session_cache(tmp_path_factory):
     patch = pytest.MonkeyPatch()
