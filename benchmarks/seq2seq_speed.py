@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from decode import read
+from leanbert.memory.precision import has_16_bit_products
 from leanbert.units import format_size
 from peer import Clock
 from report import table, write_section
@@ -44,11 +45,16 @@ LAYERS, HIDDEN, HEADS, VOCABULARY, LENGTH = 3, 256, 4, 8_000, 64
 UNTIMED = 5
 """Steps before the clock starts."""
 
+SAME = ["--model.encoder.preset=bert", "--model.optimizer.name=adamw"]
 COMPETITORS = {
-    "Seq2SeqTrainer, default": ["--peer"],
-    "LeanBERT, BERT, AdamW": ["--model.encoder.preset=bert", "--model.optimizer.name=adamw"],
+    "Seq2SeqTrainer, default (fp32)": ["--peer"],
+    "Seq2SeqTrainer, bf16": ["--peer", "--bf16"],
+    "LeanBERT, BERT, AdamW, fp32": [*SAME, "--trainer.precision=32-true"],
+    "LeanBERT, BERT, AdamW, bf16": [*SAME, "--trainer.precision=bf16-mixed"],
     "LeanBERT, default": [],
 }
+if not has_16_bit_products("cuda" if torch.cuda.is_available() else "cpu"):  # minutes a step
+    COMPETITORS = {name: more for name, more in COMPETITORS.items() if not name.endswith("bf16")}
 
 
 # ---- the peer, in a process of its own
@@ -83,7 +89,7 @@ def run_as_peer(options: argparse.Namespace) -> None:
     arguments = Seq2SeqTrainingArguments(
         output_dir=str(Path(options.out).with_suffix("")), per_device_train_batch_size=options.pairs,
         max_steps=options.steps + UNTIMED, use_cpu=not torch.cuda.is_available(), save_strategy="no", report_to=[],
-        disable_tqdm=True, label_smoothing_factor=0.1,
+        disable_tqdm=True, label_smoothing_factor=0.1, bf16=options.bf16,
     )  # fmt: skip
     trainer = Seq2SeqTrainer(
         model=model, args=arguments, train_dataset=data, callbacks=[clock],
@@ -101,11 +107,13 @@ def run_as_peer(options: argparse.Namespace) -> None:
 # ---- both
 
 
-def run_peer(options: argparse.Namespace, tokenizer: Path, pairs: int, folder: Path) -> dict[str, Any]:
+def run_peer(
+    options: argparse.Namespace, flags: list[str], tokenizer: Path, pairs: int, folder: Path
+) -> dict[str, Any]:
     """Return the figures of the peer."""
     out = folder / "peer.json"
     command = [
-        sys.executable, __file__, "--peer", f"--sources={options.sources}", f"--targets={options.targets}",
+        sys.executable, __file__, *flags, f"--sources={options.sources}", f"--targets={options.targets}",
         f"--tokenizer={tokenizer}", f"--pairs={pairs}", f"--steps={options.steps}", f"--out={out}",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
@@ -151,8 +159,8 @@ def compare(options: argparse.Namespace, folder: Path) -> str:
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in COMPETITORS}
     for _ in range(options.rounds):
         for name, more in COMPETITORS.items():
-            if more == ["--peer"]:
-                found = {"pairs": pairs, **run_peer(options, Path(first["tokenizer"]), pairs, folder)}
+            if "--peer" in more:
+                found = {"pairs": pairs, **run_peer(options, more, Path(first["tokenizer"]), pairs, folder)}
             else:
                 found = run_leanbert(options, more, folder)
             results[name].append(found)
@@ -160,7 +168,7 @@ def compare(options: argparse.Namespace, folder: Path) -> str:
     speeds = {
         name: statistics.median(run["pairs"] / run["step_seconds"] for run in runs) for name, runs in results.items()
     }
-    base = speeds["Seq2SeqTrainer, default"]
+    base = speeds["Seq2SeqTrainer, default (fp32)"]
     rows = [
         [name, f"{results[name][0]['parameters']:,}", f"{speed:.0f}", f"{speed * first['tokens_per_pair']:,.0f}",
          f"{speed / base:.2f}", format_size(results[name][0]["peak_rss_bytes"])]
@@ -170,7 +178,7 @@ def compare(options: argparse.Namespace, folder: Path) -> str:
     note = (
         f"{LAYERS} + {LAYERS} blocks of width {HIDDEN}, vocabulary of {VOCABULARY:,}, {pairs} pairs a step "
         f"({options.rows} packed rows of {LENGTH} + {LENGTH} tokens), label smoothing 0.1, medians of {options.rounds} "
-        "alternating rounds, float32."
+        "alternating rounds."
     )
     return f"{table(header, rows)}\n\n{note}"
 
@@ -185,7 +193,8 @@ def main() -> None:
     for name in ("tokenizer", "out"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     parser.add_argument("--pairs", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
+    for name in ("peer", "bf16"):
+        parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peer:
         run_as_peer(options)

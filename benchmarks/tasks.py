@@ -101,7 +101,7 @@ def command(subcommand: str, name: str, options: argparse.Namespace, *more: str)
     own = [text.replace("{data}", options.data).replace("{runs}", options.runs) for text in training.arguments]
     words = [
         sys.executable, "train.py", subcommand, f"--config=configs/{training.config}.yaml", *own,
-        f"--trainer.default_root_dir={options.runs}/{name}", f"--trainer.precision={options.precision}", *more,
+        f"--trainer.default_root_dir={options.runs}/{name}", *more,
     ]  # fmt: skip
     threads = {} if options.jobs == 1 else {"OMP_NUM_THREADS": "1"}
     with open(Path(options.runs, f"{name}-{subcommand}.log"), "w") as log:
@@ -157,7 +157,6 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--runs", default="runs/tasks")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; with several, each has one thread")
-    parser.add_argument("--precision", default="32-true", help="bf16-mixed is faster where the processor multiplies it")
     parser.add_argument("--only", nargs="+", choices=TRAININGS, default=list(TRAININGS))
     options = parser.parse_args()
     options.data, options.runs = str(Path(options.data).absolute()), str(Path(options.runs).absolute())
