@@ -16,9 +16,10 @@ BEGIN, END = 2, 3
 
 
 def tiny_seq2seq(
-    dtype=torch.float64, seed=0, layers=None, start="random", vocabulary=VOCABULARY, noise=0.05, targets=None, **changes
+    dtype=torch.float64, seed=0, layers=None, start="random", vocabulary=VOCABULARY, noise=0.05, targets=None,
+    copy=False, **changes
 ):  # fmt: skip
-    """`targets`: tokens of targets where they have a vocabulary of their own."""
+    """`targets`: tokens of targets where they have a vocabulary of their own; `copy`: with a pointer."""
     torch.manual_seed(seed)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -26,7 +27,7 @@ def tiny_seq2seq(
         model = build_model(
             tiny_config(**changes),
             vocabulary,
-            lambda config: Seq2SeqModel(config, layers, start, target_vocab_size=targets),
+            lambda config: Seq2SeqModel(config, layers, start, target_vocab_size=targets, copy=copy),
         )
     finally:
         torch.set_default_dtype(default)

@@ -12,16 +12,17 @@ from leanbert.tasks.seq2seq import places
 from tests.models.pairs import BEGIN, END, pack, some_pairs, source_batch, tiny_seq2seq
 
 PRESETS = pytest.mark.parametrize("preset", ["bert", "modern"])
+COPY = pytest.mark.parametrize("copy", [False, True])
 TOKENS = Tokens(BEGIN, END, [0, 1, BEGIN, 4])
 
 
 @cache
-def model_that_ends(preset, targets=None):
+def model_that_ends(preset, targets=None, copy=False):
     """A model in float64 that has half learned to write its source backwards: outputs differ, and most of them end.
 
     With `targets` several tokens of sources are one of the fewer that targets have.
     """
-    model = tiny_seq2seq(preset=preset, vocabulary=30, noise=0.0, targets=targets)
+    model = tiny_seq2seq(preset=preset, vocabulary=30, noise=0.0, targets=targets, copy=copy)
     backwards = [
         (source, [BEGIN, *(5 + (token - 5) % ((targets or 30) - 5) for token in source[-2:0:-1]), END])
         for source, _ in some_pairs(128, 7, 30)
@@ -29,7 +30,7 @@ def model_that_ends(preset, targets=None):
     batch = pack([backwards[start : start + 3] for start in range(0, 126, 3)], 32, 32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(40):
-        model.loss_sum(batch.input_ids, batch.decoder_ids, batch.targets, 0.1, **places(batch)).backward()
+        model.loss_sum(batch.input_ids, batch.decoder_ids, batch.targets, 0.1 * (not copy), **places(batch)).backward()
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()
@@ -76,9 +77,11 @@ def uncached_greedy(model, source, config):
 
 
 @PRESETS
-@pytest.mark.parametrize(("ngram", "targets"), [(0, None), (2, None), (0, 22)])
-def test_cached_and_uncached_decoding_agree(preset, ngram, targets):
-    model, config = model_that_ends(preset, targets), GenerationConfig(no_repeat_ngram=ngram)
+@pytest.mark.parametrize(
+    ("ngram", "targets", "copy"), [(0, None, False), (2, None, False), (0, 22, False), (2, None, True)]
+)
+def test_cached_and_uncached_decoding_agree(preset, ngram, targets, copy):
+    model, config = model_that_ends(preset, targets, copy), GenerationConfig(no_repeat_ngram=ngram)
     texts = sources()
     found = generate(model, source_batch(texts), TOKENS, config)
     for text, output in zip(texts, found, strict=True):
@@ -94,9 +97,10 @@ def test_cached_and_uncached_decoding_agree(preset, ngram, targets):
 
 
 @PRESETS
-def test_logits_of_the_cache_are_the_models_after_beams_have_changed(preset):
+@COPY
+def test_logits_of_the_cache_are_the_models_after_beams_have_changed(preset, copy):
     """Hypotheses that go on from each other, and sentences that are dropped: each sees its own past."""
-    model, texts = model_that_ends(preset), sources(4)
+    model, texts = model_that_ends(preset, copy=copy), sources(4)
     beams, chance = 3, torch.Generator().manual_seed(0)
     with torch.inference_mode():
         cache = Cache(model, source_batch(texts), beams, 8)
@@ -199,9 +203,10 @@ def test_stopping_late_finds_the_longer_outputs_that_a_length_penalty_favours(pr
 
 
 @PRESETS
+@COPY
 @pytest.mark.parametrize("beams", [1, 4])
-def test_order_padding_and_batch_size_do_not_change_outputs(preset, beams):
-    model, texts = model_that_ends(preset), sources(12)
+def test_order_padding_and_batch_size_do_not_change_outputs(preset, copy, beams):
+    model, texts = model_that_ends(preset, copy=copy), sources(12)
     config = GenerationConfig(beams=beams)
     expected = generate(model, source_batch(texts), TOKENS, config)
     assert_equal(generate(model, source_batch(texts[::-1]), TOKENS, config)[::-1], expected)

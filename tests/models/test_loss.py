@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanbert.models import loss
-from leanbert.models.loss import cross_entropy_sum, linear_cross_entropy_sum
+from leanbert.models.loss import Mixture, cross_entropy_sum, linear_cross_entropy_sum
 
 
 def reference(logits, targets):
@@ -183,3 +183,37 @@ def test_chunked_head_smooths_over_the_vocabulary_without_its_padding(chunk, aut
     expected = torch.autograd.grad(whole / 19, inputs)
     for gradient, wanted in zip(torch.autograd.grad(chunked / 19, inputs), expected, strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=near, atol=near * float(wanted.abs().max()))
+
+
+def mixed_reference(logits, targets, kept, other):
+    counted = targets != -100
+    own = logits.log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    return -(kept.exp() * own.exp() + other.exp()).log()[counted].sum()
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 4, 50])
+def test_a_mixture_adds_the_probabilities_of_both_parts(chunk):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((21, 16), (64, 16), (64,), (21,), (21,))
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    inputs[3:] = [-tensor.abs() - 0.1 for tensor in inputs[3:]]
+    hidden, weight, bias, kept, other = (tensor.requires_grad_() for tensor in inputs)
+    targets = torch.randint(0, 50, (21,), generator=generator)
+    targets[[3, 20]] = -100
+    logits = F.linear(hidden, weight, bias)[:, :50]
+    if chunk is None:
+        found = cross_entropy_sum(logits, targets, mixture=Mixture(kept, other))
+    else:
+        found = linear_cross_entropy_sum(
+            hidden, weight, bias, targets, vocab_size=50, chunk=chunk, mixture=Mixture(kept, other)
+        )
+    whole = mixed_reference(logits, targets, kept, other)
+    assert found.item() == pytest.approx(whole.item(), rel=1e-10)
+    expected = torch.autograd.grad(whole / 19, inputs, retain_graph=True)
+    for gradient, wanted in zip(torch.autograd.grad(found / 19, inputs), expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-8, atol=1e-12)
+    with torch.no_grad():
+        again = linear_cross_entropy_sum(
+            hidden, weight, bias, targets, vocab_size=50, chunk=7, mixture=Mixture(kept, other)
+        )
+    assert again.item() == pytest.approx(whole.item(), rel=1e-10)

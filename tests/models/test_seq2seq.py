@@ -11,6 +11,7 @@ from tests.models.pairs import pack, packed_batch, some_pairs, tiny_seq2seq
 from tests.tiny import VOCABULARY, tiny_config
 
 PRESETS = pytest.mark.parametrize("preset", ["bert", "modern"])
+COPY = pytest.mark.parametrize("copy", [False, True])
 
 
 def logits_of(model, batch):
@@ -36,9 +37,10 @@ def assert_same(found, expected):
 
 
 @PRESETS
+@COPY
 @pytest.mark.parametrize("position", ["learned", "rotary", "sinusoidal"])
-def test_packed_pairs_equal_pairs_alone(preset, position):
-    model, pairs = tiny_seq2seq(preset=preset, position=position), some_pairs(5)
+def test_packed_pairs_equal_pairs_alone(preset, position, copy):
+    model, pairs = tiny_seq2seq(preset=preset, position=position, copy=copy), some_pairs(5)
     together = logits_of(model, pack([pairs[:3], pairs[3:]], 32, 32))
     assert together.isfinite().all()
     for row, own in enumerate((pairs[:3], pairs[3:])):
@@ -52,9 +54,10 @@ def test_packed_pairs_equal_pairs_alone(preset, position):
 
 
 @PRESETS
-def test_neighbours_and_padding_do_not_change_a_pair_at_all(preset):
+@COPY
+def test_neighbours_and_padding_do_not_change_a_pair_at_all(preset, copy):
     """Bit for bit: what is masked has probability 0."""
-    model, pairs = tiny_seq2seq(preset=preset), some_pairs(3, longest=5)
+    model, pairs = tiny_seq2seq(preset=preset, copy=copy), some_pairs(3, longest=5)
     batch = pack([pairs], 32, 32)
     source, target = len(pairs[0][0]), len(pairs[0][1]) - 1
     other = pack([[pairs[0], *some_pairs(2, seed=5, longest=5)]], 32, 32)
@@ -90,13 +93,28 @@ def test_the_loss_is_the_smoothed_cross_entropy_of_the_logits(preset):
 
 
 @PRESETS
+def test_with_a_pointer_the_loss_is_that_of_both_parts(preset):
+    model, batch = tiny_seq2seq(preset=preset, copy=True), packed_batch()
+    logarithms = logits_of(model, batch)
+    torch.testing.assert_close(logarithms.exp().sum(-1), torch.ones(4, 30, dtype=torch.float64))
+    expected = F.nll_loss(logarithms.flatten(0, 1), batch.targets.flatten(), reduction="sum")
+    assert loss_of(model, batch, 0.0).item() == pytest.approx(expected.item(), rel=1e-10)
+    with torch.no_grad():
+        model.pointer.gate.bias.fill_(-50.0)  # nothing is copied
+    alone = tiny_seq2seq(preset=preset)
+    alone.load_state_dict({n: t for n, t in model.state_dict().items() if not n.startswith("pointer.")})
+    assert loss_of(model, batch, 0.0).item() == pytest.approx(loss_of(alone, batch, 0.0).item(), rel=1e-10)
+
+
+@PRESETS
+@COPY
 @pytest.mark.parametrize("start", ["random", "shared"])
 @pytest.mark.parametrize(
     ("technique", "value"),
     [("keep", "input"), ("keep", "products"), ("slice_rows", 1), ("slice_rows", 3), ("head_chunk", 7)],
 )
-def test_techniques_leave_all_gradients_as_they_are(preset, start, technique, value):
-    model, batch = tiny_seq2seq(preset=preset, start=start), packed_batch()
+def test_techniques_leave_all_gradients_as_they_are(preset, copy, start, technique, value):
+    model, batch = tiny_seq2seq(preset=preset, start=start, copy=copy), packed_batch()
     expected = gradients(model, batch)
     if technique == "keep":
         assert set_checkpointing(model.blocks, value) == 4
@@ -216,16 +234,19 @@ def test_a_vocabulary_of_targets_starts_from_an_encoder_without_its_embedding_an
 # ---- where the weights come from
 
 
-def test_cross_attention_begins_as_self_attention():
+def test_cross_attention_begins_with_the_queries_of_self_attention_and_passes_on_what_it_reads():
     model = tiny_seq2seq(preset="bert", start="encoder", num_layers=4, layers=2)
     model.warm_start()
     for block, layer in zip(model.decoder.blocks, (0, 2), strict=True):
         source = model.encoder.blocks[layer]
         cross, own = block.cross_attention, source.attention
         for kind in ("weight", "bias"):
-            together = torch.cat((getattr(cross.query, kind), getattr(cross.key_value, kind)))
-            assert torch.equal(together, getattr(own.qkv, kind))
-            assert torch.equal(getattr(cross.output, kind), getattr(own.output, kind))
+            together = torch.cat((getattr(cross.query, kind), getattr(cross.key_value, kind)[:32]))
+            assert torch.equal(together, getattr(own.qkv, kind)[:64])
+        memory = torch.randn(1, 1, 32, dtype=torch.float64)
+        hidden, mask = torch.randn(1, 1, 32, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+        cross.eval()
+        torch.testing.assert_close(cross(hidden, *cross.project(memory), mask), 0.49 * memory)
         for part in ("attention", "attention_norm", "feed_forward", "feed_forward_norm"):
             copied, original = getattr(block, part).state_dict(), getattr(source, part).state_dict()
             assert all(torch.equal(copied[name], original[name]) for name in original)
@@ -247,8 +268,17 @@ def test_warm_start_of_the_modern_preset_with_any_number_of_blocks(layers):
     assert logits_of(model, packed_batch()).isfinite().all()
 
 
-def test_a_random_decoder_is_left_alone():
-    model = tiny_seq2seq(start="random")
+def test_a_pointer_begins_by_looking_at_what_is_like_the_decoders_state():
+    model = tiny_seq2seq(start="encoder", copy=True)
+    model.warm_start()
+    memory = torch.randn(1, 6, 32, dtype=torch.float64)
+    copied = model.pointer(memory, model.pointer.key(memory), None)
+    assert copied.shares.argmax(-1).tolist() == [list(range(6))]
+
+
+@COPY
+def test_a_random_decoder_is_left_alone(copy):
+    model = tiny_seq2seq(start="random", copy=copy)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.warm_start()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -297,11 +327,14 @@ def test_the_number_of_parameters_is_that_of_the_parts():
 
 
 @PRESETS
+@COPY
 @pytest.mark.parametrize("start", ["random", "encoder", "shared"])
-def test_every_weight_is_trained_cross_attention_too(preset, start):
+def test_every_weight_is_trained_cross_attention_too(preset, copy, start):
     """bert2bert recipes fail where the cross-attention stays as it began."""
     torch.manual_seed(0)
-    model = build_model(tiny_config(preset=preset), VOCABULARY, lambda config: Seq2SeqModel(config, None, start))
+    model = build_model(
+        tiny_config(preset=preset), VOCABULARY, lambda config: Seq2SeqModel(config, None, start, copy=copy)
+    )
     model.warm_start()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer, batch, losses = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0), packed_batch(), []

@@ -125,6 +125,10 @@ def test_a_run_resumed_within_an_epoch_has_the_same_losses(tmp_path):
     [
         ({"label_smoothing": 1.0}, r"^model\.label_smoothing: 1\.0 is no share\. Choose from 0 to below 1$"),
         ({"label_smoothing": -0.1}, r"^model\.label_smoothing: -0\.1 is no share\."),
+        (
+            {"label_smoothing": 0.1, "copy": True},
+            r"^model\.label_smoothing: 0\.1 would spread .* Leave it out$",
+        ),
         ({"decoder_layers": 0}, r"^model\.decoder_layers: 0 is too small\. Set at least 1$"),
         ({"validation_sources": -1}, r"^model\.validation_sources: -1 is too small\. Set at least 0$"),
         ({"generation": GenerationConfig(beams=0)}, r"^model\.generation\.beams: 0 is too small\. Set at least 1$"),
@@ -145,6 +149,9 @@ def test_bad_settings(settings, message):
             r"^model\.decoder_layers: is 2, but the checkpoint has 3\.",
         ),
         ({}, {"decoder_layers": 2}, r"^model\.decoder_layers: is 3, but the checkpoint has 2\."),
+        ({"copy": True}, {"copy": True}, None),
+        ({"copy": True}, {}, r"^model\.copy: is True, but the checkpoint has False\."),
+        ({}, {"copy": True}, r"^model\.copy: is False, but the checkpoint has True\."),
         ({"decoder_start": "random"}, {"decoder_start": "encoder"}, None),  # only where training began
         ({"decoder_start": "shared"}, {"decoder_start": "random"}, r"^model\.decoder_start: is shared, but the check"),
         ({"decoder_start": "encoder"}, {"decoder_start": "shared"}, r"^model\.decoder_start: is encoder, but the che"),

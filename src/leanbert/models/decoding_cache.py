@@ -35,6 +35,8 @@ class Cache:
     def __init__(self, model: Seq2SeqModel, batch: Any, beams: int, places: int) -> None:
         memory = model.encode(batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids)
         self.model, self.beams, self.place = model, beams, 0
+        self.pointer_key = None if model.pointer is None else model.pointer.key(memory)
+        self.source_ids, self.source_allowed = batch.input_ids, (batch.document_ids >= 0)[:, None, :]
         self.table = model.target_table
         padding = (batch.document_ids < 0)[:, None, None, :]  # [N, 1, 1, S]
         dtype = product_dtype(memory)
@@ -65,7 +67,10 @@ class Cache:
         self.place += 1
         if decoder.final_norm is not None:
             hidden = decoder.final_norm(hidden)
-        return self.model.logits(hidden.flatten(0, 1)).float()
+        copied = None
+        if self.model.pointer is not None and self.pointer_key is not None:
+            copied = self.model.pointer(hidden, self.pointer_key, self.source_allowed)
+        return self.model.logits(hidden, copied, self.source_ids).flatten(0, 1).float()
 
     def reorder(self, parents: Tensor) -> None:
         """Let beam k of each sentence go on from what was beam `parents[n, k]` (int64 [N, K])."""
@@ -79,6 +84,9 @@ class Cache:
             self.own_mask = self.own_mask[sentences]
         if self.cross_mask is not None:
             self.cross_mask = self.cross_mask[sentences]
+        if self.pointer_key is not None:
+            self.pointer_key = self.pointer_key[sentences]
+            self.source_ids, self.source_allowed = self.source_ids[sentences], self.source_allowed[sentences]
         for layer in self.layers:
             layer.keep(sentences, self.place * self.beams)
 

@@ -123,6 +123,8 @@ def write_layout(
     config, kind = _with_all_heads(model.config), kind_of(model.task)
     if isinstance(model, Seq2SeqModel):
         _check_expressible(config, ENCODER_DECODER)
+        if model.pointer is not None:
+            raise UserError("model.copy: transformers' EncoderDecoderModel cannot copy. Train without it to export")
         layers, tokens = len(model.decoder.blocks), model.target_vocab_size
         ids, their_ids = (
             {name: given.get(name) for name in SPECIAL_IDS} for given in (special_ids, source_ids or special_ids)

@@ -32,5 +32,7 @@ def make_model(config: ResolvedConfig, task: str, facts: dict[str, Any]) -> Enco
         return MaskedLanguageModel(config)
     if kind == "seq2seq":
         start = facts.get("decoder_start", "encoder")
-        return Seq2SeqModel(config, facts.get("decoder_layers"), start, task, facts.get("target_vocab_size"))
+        return Seq2SeqModel(
+            config, facts.get("decoder_layers"), start, task, facts.get("target_vocab_size"), facts.get("copy", False)
+        )
     return Classifier(config, facts["labels"], kind, task)

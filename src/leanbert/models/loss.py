@@ -6,7 +6,7 @@ Shapes: N targets, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,19 +25,41 @@ GRADIENT_BLOCK = 2**20
 """Elements of the vocabulary's gradient that a 16-bit product is added to at a time."""
 
 
-def cross_entropy_sum(logits: Tensor, targets: Tensor, smoothing: float = 0.0, vocab_size: int | None = None) -> Tensor:
+class Mixture(NamedTuple):
+    """What else a target may come from than the vocabulary, at least float32 [N] each.
+
+    `kept`: logarithm of the vocabulary's part; `other`: log-probability of the target by the rest.
+    """
+
+    kept: Tensor
+    other: Tensor
+
+
+def cross_entropy_sum(
+    logits: Tensor,
+    targets: Tensor,
+    smoothing: float = 0.0,
+    vocab_size: int | None = None,
+    mixture: Mixture | None = None,
+) -> Tensor:
     """Sum of the cross entropies (nats, at least float32) of `logits` [..., V] at `targets` (int64 [...]).
 
     Targets of -100 do not count. Equals `F.cross_entropy(logits.float(), ..., reduction="sum")`, but float32
     values and probabilities exist for a few rows at a time only, in the forward and again in the backward.
     With `smoothing` this share of each target is spread over the first `vocab_size` labels (None: all): Szegedy et al.
-    2016, arXiv 1512.00567.
+    2016, arXiv 1512.00567. With a `mixture` the probability of a target is that of both parts together.
     """
     size = logits.shape[-1] if vocab_size is None else vocab_size
-    return _CrossEntropySum.apply(logits.flatten(0, -2), targets.flatten(), smoothing, size)
+    flat = targets.flatten()
+    losses = _CrossEntropies.apply(logits.flatten(0, -2), flat, smoothing, size)
+    if mixture is not None:
+        losses = torch.where(flat == IGNORED, 0.0, -torch.logaddexp(mixture.kept - losses, mixture.other))
+    return losses.sum()
 
 
-class _CrossEntropySum(torch.autograd.Function):
+class _CrossEntropies(torch.autograd.Function):
+    """Logits [N, V] and targets [N] to cross entropies [N], 0 where a target does not count."""
+
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, smoothing: float, size: int) -> Tensor:
         counted = targets != IGNORED  # [N]
@@ -53,7 +75,7 @@ class _CrossEntropySum(torch.autograd.Function):
             score = torch.lerp(score, mean, smoothing)
         ctx.save_for_backward(logits, wanted, counted, normaliser)
         ctx.smoothing, ctx.size = smoothing, size
-        return torch.where(counted, normaliser - score, 0.0).sum()
+        return torch.where(counted, normaliser - score, 0.0)
 
     @staticmethod
     @once_differentiable
@@ -80,17 +102,20 @@ def linear_cross_entropy_sum(
     vocab_size: int,
     chunk: int,
     smoothing: float = 0.0,
+    mixture: Mixture | None = None,
 ) -> Tensor:
     """Sum of the cross entropies (nats) of `hidden` [N, D] against `weight` [R, D] and `bias` [R] at `targets` [N].
 
     The first `vocab_size` of the R rows count. Logits [chunk, R] exist for `chunk` targets at a time only. Equals
-    `cross_entropy_sum` of the logits (with its `smoothing`): the gradients are made chunk by chunk in the forward
-    pass, while the logits are there, so nothing is computed twice (as in Liger Kernel, Hsu et al. 2024, arXiv
+    `cross_entropy_sum` of the logits (with its `smoothing` and `mixture`): the gradients are made chunk by chunk in the
+    forward pass, while the logits are there, so nothing is computed twice (as in Liger Kernel, Hsu et al. 2024, arXiv
     2410.10989); those of weight and bias are summed in at least float32. Can be back-propagated once. Exact.
     """
     if not torch.is_grad_enabled():  # which the function itself is not told
         hidden, weight, bias = hidden.detach(), weight.detach(), bias.detach()
-    return _LinearCrossEntropySum.apply(hidden, weight, bias, targets, vocab_size, chunk, smoothing)
+        mixture = None if mixture is None else Mixture(*(tensor.detach() for tensor in mixture))
+    kept, other = (None, None) if mixture is None else mixture
+    return _LinearCrossEntropySum.apply(hidden, weight, bias, kept, other, targets, vocab_size, chunk, smoothing)
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
@@ -100,6 +125,8 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor,
+        kept: Tensor | None,
+        other: Tensor | None,
         targets: Tensor,
         vocab_size: int,
         chunk: int,
@@ -107,13 +134,13 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     ) -> Tensor:
         kind, wide = hidden.device.type, _wide_dtype(hidden)
         product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        inputs = (hidden, weight, bias, kept, other)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
+        summed_in = (hidden.dtype, wide, wide, wide, wide)
         ctx.gradients = [
-            torch.zeros_like(tensor, dtype=dtype) if needed else None
-            for tensor, dtype, needed in zip(
-                (hidden, weight, bias), (hidden.dtype, wide, wide), ctx.needs_input_grad, strict=False
-            )
+            torch.zeros_like(tensor, dtype=dtype) if needed and tensor is not None else None
+            for tensor, dtype, needed in zip(inputs, summed_in, ctx.needs_input_grad, strict=False)
         ]
-        ctx.dtypes = (hidden.dtype, weight.dtype, bias.dtype)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         matrix, shift = weight.to(product), bias.to(product)
         with torch.autocast(kind, enabled=False):
@@ -121,12 +148,17 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                 part = hidden[rows].to(product)
                 logits = F.linear(part, matrix, shift)  # [chunk, R]
                 logits[:, vocab_size:] = float("-inf")
+                mixed = [tensor[rows].detach().requires_grad_() for tensor in (kept, other) if tensor is not None]
                 with torch.enable_grad():
-                    loss = cross_entropy_sum(logits.requires_grad_(), targets[rows], smoothing, vocab_size)
+                    mixture = Mixture(*mixed) if mixed else None
+                    loss = cross_entropy_sum(logits.requires_grad_(), targets[rows], smoothing, vocab_size, mixture)
                 total += loss.detach()
                 if any(ctx.needs_input_grad):
-                    (slope,) = torch.autograd.grad(loss, logits)  # [chunk, R]
-                    _add_gradients(ctx.gradients, rows, slope, part, matrix)
+                    slope, *others = torch.autograd.grad(loss, (logits, *mixed))  # [chunk, R], [chunk] each
+                    _add_gradients(ctx.gradients[:3], rows, slope, part, matrix)
+                    for whole, own in zip(ctx.gradients[3:], others, strict=False):
+                        if whole is not None:
+                            whole[rows] = own
         return total
 
     @staticmethod

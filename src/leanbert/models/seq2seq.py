@@ -17,13 +17,16 @@ from leanbert.models.config import ResolvedConfig
 from leanbert.models.decoder import CrossAttention, Decoder, DecoderBlock
 from leanbert.models.encoder import Block
 from leanbert.models.heads import MaskedLMHead
-from leanbert.models.loss import cross_entropy_sum, linear_cross_entropy_sum
+from leanbert.models.loss import Mixture, cross_entropy_sum, linear_cross_entropy_sum
+from leanbert.models.pointer import Copied, Pointer, add_copied, copied_logarithm
 from leanbert.models.weights import Stored
 
 Start = Literal["encoder", "shared", "random"]
 """Where the decoder's weights come from: copies of the encoder's, the encoder's own (trained together), or chance."""
 
 INHERITED_HEAD = "head."
+PASSED_ON = 0.7
+"""What each of the two maps of a warm-started cross-attention first multiplies what it reads by."""
 
 
 class Seq2SeqModel(EncoderModel):
@@ -35,12 +38,13 @@ class Seq2SeqModel(EncoderModel):
         start: Where the decoder's weights come from (Rothe et al. 2020, arXiv 1907.12461).
         task: Name of the task that trains it.
         target_vocab_size: Tokens of targets where they are not those of sources; None: both have one vocabulary.
+        copy: Whether the next token may be copied from the source (`Pointer`); needs one vocabulary.
 
     """
 
     def __init__(
         self, config: ResolvedConfig, decoder_layers: int | None, start: Start, task: str = "seq2seq",
-        target_vocab_size: int | None = None,
+        target_vocab_size: int | None = None, copy: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(config)
         self.start = start
@@ -48,6 +52,7 @@ class Seq2SeqModel(EncoderModel):
         self.target_vocab_size = target_vocab_size
         self.decoder = Decoder(config, decoder_layers or config.num_layers, target_vocab_size)
         self.head = MaskedLMHead(config if target_vocab_size is None else config.with_vocabulary(target_vocab_size))
+        self.pointer = Pointer(config) if copy else None
         if start == "shared":
             self._share()
 
@@ -94,6 +99,9 @@ class Seq2SeqModel(EncoderModel):
             raise UserError(
                 f"data.target_tokenizer: has {tokens} tokens, the decoder of {source} knows {known}. Set it to {source}"
             )
+        if bool(stored.facts.get("copy")) != (self.pointer is not None):
+            there = "has a pointer" if self.pointer is None else "has no pointer"
+            raise UserError(f"model.copy: the model at {source} {there}. Set it to {str(self.pointer is None).lower()}")
         names: dict[int, str] = {}
         for name, parameter in self.state_dict(keep_vars=True).items():
             one, other = (stored.state.get(each) for each in (name, names.setdefault(id(parameter), name)))
@@ -104,7 +112,11 @@ class Seq2SeqModel(EncoderModel):
                 )
 
     def warm_start(self) -> None:
-        """Copy the encoder's weights into the decoder: blocks evenly chosen, cross-attention from self-attention."""
+        """Copy the encoder's weights into the decoder: blocks evenly chosen, cross-attention's queries and keys too.
+
+        What cross-attention reads it passes on as it is: the head that was trained to name the token of an encoding
+        names those that the decoder looks at.
+        """
         if self.start == "random":
             return
         count, layers = len(self.decoder.blocks), len(self.encoder.blocks)
@@ -116,6 +128,8 @@ class Seq2SeqModel(EncoderModel):
         own.load_state_dict(own.state_dict() | copied)
         if self.decoder.final_norm is not None and self.encoder.final_norm is not None:
             self.decoder.final_norm.load_state_dict(self.encoder.final_norm.state_dict())
+        if self.pointer is not None:
+            self.pointer.look_for_the_same()
 
     def _share(self) -> None:
         """Let the decoder's blocks use the encoder's self-attention and feed-forward."""
@@ -151,21 +165,29 @@ class Seq2SeqModel(EncoderModel):
         document_ids: Tensor,
         decoder_position_ids: Tensor,
         decoder_document_ids: Tensor,
-    ) -> Tensor:
-        """Hidden states [B, T, D] for sources [B, S] and what the decoder reads [B, T], int64 all of them."""
+    ) -> tuple[Tensor, Copied | None]:
+        """Hidden states [B, T, D] for sources [B, S] and what the decoder reads [B, T], int64 all of them.
+
+        And what is copied from the sources, if the model does that.
+        """
         memory = self.encode(input_ids, position_ids=position_ids, document_ids=document_ids)
-        return self.decode(
+        hidden = self.decode(
             decoder_ids, memory, position_ids=decoder_position_ids, document_ids=decoder_document_ids,
             memory_document_ids=document_ids,
         )  # fmt: skip
+        if self.pointer is None:
+            return hidden, None
+        same_document = decoder_document_ids[:, :, None] == document_ids[:, None, :]
+        return hidden, self.pointer(hidden, self.pointer.key(memory), same_document)
 
     def forward(self, input_ids: Tensor, decoder_ids: Tensor, **places: Tensor) -> Tensor:
         """Logits [B, T, V] of the next tokens; arguments as in `hidden`."""
-        return self.logits(self.hidden(input_ids, decoder_ids, **places))
+        return self.logits(*self.hidden(input_ids, decoder_ids, **places), input_ids)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of decoder states [..., D]."""
-        return self.head(hidden, self.target_table)
+    def logits(self, hidden: Tensor, copied: Copied | None, ids: Tensor) -> Tensor:
+        """Logits [B, T, V] of decoder states [B, T, D] and what is copied from the sources `ids` [B, S]."""
+        scores = self.head(hidden, self.target_table)
+        return scores if copied is None else add_copied(scores, copied, ids)
 
     def loss_sum(
         self, input_ids: Tensor, decoder_ids: Tensor, targets: Tensor, smoothing: float = 0.0, **places: Tensor
@@ -174,13 +196,16 @@ class Seq2SeqModel(EncoderModel):
 
         Label smoothing is that of Szegedy et al. 2016 (arXiv 1512.00567), over the whole vocabulary.
         """
-        hidden = self.hidden(input_ids, decoder_ids, **places)
+        hidden, copied = self.hidden(input_ids, decoder_ids, **places)
+        mixture = None
+        if copied is not None:
+            mixture = Mixture(copied.kept.flatten(), copied_logarithm(copied, input_ids, targets).flatten())
         embedding = self.target_table
         if self.head_chunk is None:
-            return cross_entropy_sum(self.head(hidden, embedding), targets, smoothing)
+            return cross_entropy_sum(self.head(hidden, embedding), targets, smoothing, mixture=mixture)
         return linear_cross_entropy_sum(
             self.head.transform(hidden).flatten(0, 1), embedding, self.head.bias, targets.flatten(),
-            vocab_size=self.head.vocab_size, chunk=self.head_chunk, smoothing=smoothing,
+            vocab_size=self.head.vocab_size, chunk=self.head_chunk, smoothing=smoothing, mixture=mixture,
         )  # fmt: skip
 
 
@@ -192,12 +217,13 @@ def _copy_block(source: Block, block: DecoderBlock, *, first: bool) -> None:
             own = getattr(block, part)
             own.load_state_dict(weights if own.state_dict() else {})
     cross: CrossAttention = block.cross_attention
-    query, key, value = source.attention.qkv.weight.chunk(3)
+    query, key, _ = source.attention.qkv.weight.chunk(3)
     cross.query.weight.copy_(query)
+    value = torch.nn.init.eye_(torch.empty_like(key)) * PASSED_ON
     cross.key_value.weight.copy_(torch.cat((key, value)))
-    cross.output.weight.copy_(source.attention.output.weight)
+    cross.output.weight.copy_(torch.nn.init.eye_(torch.empty_like(cross.output.weight)) * PASSED_ON)
     if source.attention.qkv.bias is not None:
-        query_bias, key_bias, value_bias = source.attention.qkv.bias.chunk(3)
+        query_bias, key_bias, _ = source.attention.qkv.bias.chunk(3)
         cross.query.bias.copy_(query_bias)
-        cross.key_value.bias.copy_(torch.cat((key_bias, value_bias)))
-        cross.output.bias.copy_(source.attention.output.bias)
+        cross.key_value.bias.copy_(torch.cat((key_bias, torch.zeros_like(key_bias))))
+        cross.output.bias.zero_()

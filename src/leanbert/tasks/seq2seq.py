@@ -42,7 +42,9 @@ class Seq2Seq(Task):
         decoder_layers: Blocks of the decoder. Default: as many as the encoder has.
         decoder_start: Where the decoder's weights come from: encoder (copies), shared (with the encoder, which saves
             parameters), random. With encoder, and nothing to start from, it is random.
-        label_smoothing: Share of each target that is spread over the vocabulary.
+        copy: Let tokens of the output be copied from the source, by an attention that is trained to point at them: for
+            outputs that take over words, as in summarization. It goes with one tokenizer and without label smoothing.
+        label_smoothing: Share of each target that is spread over the vocabulary. Default: 0.1, with copy 0.
         quality: What generated outputs are measured by: bleu (and chrF), or rouge.
         generation: How `test` and `predict` search for outputs.
         validation_sources: Generate for so many validation sources, greedily, at each validation. Default: for all; 0:
@@ -63,17 +65,25 @@ class Seq2Seq(Task):
         seed: int = 0,
         decoder_layers: int | None = None,
         decoder_start: Start = "encoder",
-        label_smoothing: float = 0.1,
+        copy: bool = False,
+        label_smoothing: float | None = None,
         quality: Quality = "bleu",
         generation: GenerationConfig | None = None,
         validation_sources: int | None = None,
     ) -> None:
         super().__init__(encoder, optimizer, schedule, init_from, compile, seed)
+        if label_smoothing is None:
+            label_smoothing = 0.0 if copy else 0.1
+        if copy and label_smoothing:
+            raise UserError(
+                f"model.label_smoothing: {label_smoothing} would spread a target over the vocabulary, but with "
+                "model.copy it may come from the source. Leave it out"
+            )
         if not 0.0 <= label_smoothing < 1.0:
             raise UserError(f"model.label_smoothing: {label_smoothing} is no share. Choose from 0 to below 1")
         if decoder_layers is not None and decoder_layers < 1:
             raise UserError(f"model.decoder_layers: {decoder_layers} is too small. Set at least 1")
-        self.decoder_layers, self.decoder_start = decoder_layers, decoder_start
+        self.decoder_layers, self.decoder_start, self.copy = decoder_layers, decoder_start, copy
         self.label_smoothing, self.quality = label_smoothing, quality
         self.generation = (generation or GenerationConfig()).check()
         if validation_sources is not None and validation_sources < 0:
@@ -85,11 +95,13 @@ class Seq2Seq(Task):
         """Return the model whose vocabularies are the tokenizers'; the decoder starts as is set."""
         targets = None
         if self._data.separate:
+            if self.copy:
+                raise UserError("model.copy: sources and targets have their own tokenizers. Leave out the targets'")
             targets = max(self._data.target_tokenizer.vocab_size, self._stored_targets, self._start_targets())
         model: Seq2SeqModel = build_model(
             self.encoder_config,
             self._data.tokenizer.vocab_size,
-            lambda config: Seq2SeqModel(config, self.decoder_layers, self.decoder_start, self.name, targets),
+            lambda config: Seq2SeqModel(config, self.decoder_layers, self.decoder_start, self.name, targets, self.copy),
             init_from=self.init_from,
         )
         return model
@@ -102,6 +114,7 @@ class Seq2Seq(Task):
             "decoder_start": self.decoder_start,
             "generation": asdict(self.generation),
             **({} if targets is None else {"target_vocab_size": targets}),
+            **({"copy": True} if self.copy else {}),
         }
 
     def _start_targets(self) -> int:
@@ -113,6 +126,7 @@ class Seq2Seq(Task):
         """Take over how the decoder is made."""
         self.decoder_layers = facts.get("decoder_layers", self.decoder_layers)
         self.decoder_start = facts.get("decoder_start", self.decoder_start)
+        self.copy = facts.get("copy", False)
         self._stored_targets = facts.get("target_vocab_size", 0)
 
     def resume_from(self, stored: dict[str, Any]) -> None:
@@ -128,6 +142,7 @@ class Seq2Seq(Task):
         own: dict[str, tuple[Any, Any]] = {
             "decoder_layers": (layers, facts.get("decoder_layers", layers)),
             "decoder_start": (self.decoder_start, start if "shared" in (start, self.decoder_start) else None),
+            "copy": (self.copy, facts.get("copy", False)),
         }
         for setting, (value, there) in own.items():
             if there is not None and there != value:
