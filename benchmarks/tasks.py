@@ -53,7 +53,7 @@ AESLC = (
     "--data.train_files={data}/summarization/train.jsonl.gz", "--data.val_files={data}/summarization/val.jsonl.gz",
     "--data.test_files={data}/summarization/val.jsonl.gz", "--data.source_field=document",
     "--data.target_field=summary", "--data.max_length=64", "--data.max_target_length=24", "--data.batch_size=48",
-    "--trainer.max_steps=2400", "--trainer.val_check_interval=400",
+    "--trainer.max_steps=2400", "--trainer.val_check_interval=200",
 )  # fmt: skip
 TRAININGS = {
     PRETRAINING: Training(

@@ -12,6 +12,7 @@ from leanbert.models import EncoderConfig, build_model, read_huggingface, write_
 from leanbert.models.build import rebuild
 from leanbert.models.classifier import Classifier
 from leanbert.models.seq2seq import Seq2SeqModel
+from tests.models.pairs import tiny_seq2seq
 from tests.models.test_convert import OURS, bert, inputs, modernbert, randomise
 
 LABELS = ["O", "B-X", "I-X"]
@@ -231,6 +232,13 @@ def test_foreign_encoder_decoders_that_we_do_not_have_are_refused(tmp_path, part
 def test_a_modern_decoder_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"^model\.encoder\.preset: [^\n]* Train with preset bert to export$"):
         write_huggingface(seq2seq(preset="modern"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pointer_has_no_class_there(tmp_path):
+    model = tiny_seq2seq(preset="bert", copy=True)
+    with pytest.raises(UserError, match=r"^model\.copy: [^\n]* cannot copy\. Train without it to export$"):
+        write_huggingface(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

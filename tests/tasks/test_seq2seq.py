@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -100,6 +101,33 @@ def test_test_searches_as_set_and_gives_the_signature(trained, capsys):
     assert {"test/rouge1", "test/rouge2", "test/rougeL", "test/loss", "test/perplexity"} <= metrics.keys()
     assert 0.0 < metrics["test/rouge1"] < 90.0  # outputs of one token
     assert "sacreBLEU" not in err
+
+
+def test_a_copying_run_stops_goes_on_and_answers(tmp_path, capsys):
+    """Targets are their sources, which a pointer learns at once."""
+    words = [*WORDS, "table", "rain"]
+    lines = [" ".join(random.Random(seed).sample(words, 3)) for seed in range(96)]
+    file = tmp_path / "same.jsonl"
+    file.write_text("".join(json.dumps({"source": line, "target": line}) + "\n" for line in lines))
+    settings = ["--model.copy=true", *(f"--data.{part}_files={file}" for part in ("train", "val", "test"))]
+    run(tmp_path, "fit", *settings, "--trainer.max_steps=30", "--trainer.val_check_interval=30")
+    cli = run(tmp_path, "fit", *settings, "--trainer.max_steps=60", "--trainer.val_check_interval=30",
+              "--ckpt_path=last")  # fmt: skip
+    values = scalars(cli)
+    assert values["val/chrf"][0] < 30.0 < 99.0 < values["val/chrf"][60]
+    assert values["train/loss"][60] < 0.1  # which is not smoothed
+    capsys.readouterr()
+    (tmp_path / "in.txt").write_text("cake cook rain\n")
+    run(tmp_path, "predict", "--ckpt_path=last", f"--data.predict_files={tmp_path / 'in.txt'}")
+    assert answers_of(capsys)[0]["output"] == "cake cook rain"
+    with pytest.raises(UserError, match=r"^model\.copy: the model at .* has a pointer\. Set it to true$"):
+        run(tmp_path, "fit", f"--model.init_from={last_checkpoint(cli)}", *settings[1:], "--trainer.max_steps=1")
+    with pytest.raises(UserError, match=r"^model\.copy: sources and targets have their own tokenizers\."):
+        run(tmp_path, "fit", *settings, "--data.target_tokenizer=train", "--trainer.max_steps=1")
+
+
+def last_checkpoint(cli):
+    return max(Path(cli.trainer.log_dir, "checkpoints").glob("step-*.ckpt"))
 
 
 def test_a_run_resumed_within_an_epoch_has_the_same_losses(tmp_path):
