@@ -272,7 +272,9 @@ def test_a_pointer_begins_by_looking_at_what_is_like_the_decoders_state():
     model = tiny_seq2seq(start="encoder", copy=True)
     model.warm_start()
     memory = torch.randn(1, 6, 32, dtype=torch.float64)
-    copied = model.pointer(memory, model.pointer.key(memory), None)
+    copied = model.pointer(
+        memory, model.pointer.read(memory, torch.arange(6)[None], torch.ones(1, 1, 6, dtype=torch.bool))
+    )
     assert copied.shares.argmax(-1).tolist() == [list(range(6))]
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from leanbert.models.attention import product_dtype, rotate
 from leanbert.models.decoder import DecoderBlock
+from leanbert.models.pointer import Source
 from leanbert.models.seq2seq import Seq2SeqModel
 
 
@@ -35,8 +36,9 @@ class Cache:
     def __init__(self, model: Seq2SeqModel, batch: Any, beams: int, places: int) -> None:
         memory = model.encode(batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids)
         self.model, self.beams, self.place = model, beams, 0
-        self.pointer_key = None if model.pointer is None else model.pointer.key(memory)
-        self.source_ids, self.source_allowed = batch.input_ids, (batch.document_ids >= 0)[:, None, :]
+        self.source: Source | None = None  # to copy from
+        if model.pointer is not None:
+            self.source = model.pointer.read(memory, batch.input_ids, (batch.document_ids >= 0)[:, None, :])
         self.table = model.target_table
         padding = (batch.document_ids < 0)[:, None, None, :]  # [N, 1, 1, S]
         dtype = product_dtype(memory)
@@ -67,10 +69,9 @@ class Cache:
         self.place += 1
         if decoder.final_norm is not None:
             hidden = decoder.final_norm(hidden)
-        copied = None
-        if self.model.pointer is not None and self.pointer_key is not None:
-            copied = self.model.pointer(hidden, self.pointer_key, self.source_allowed)
-        return self.model.logits(hidden, copied, self.source_ids).flatten(0, 1).float()
+        pointer: Any = self.model.pointer
+        copied = None if self.source is None else pointer(hidden, self.source)
+        return self.model.logits(hidden, copied).flatten(0, 1).float()
 
     def reorder(self, parents: Tensor) -> None:
         """Let beam k of each sentence go on from what was beam `parents[n, k]` (int64 [N, K])."""
@@ -84,9 +85,8 @@ class Cache:
             self.own_mask = self.own_mask[sentences]
         if self.cross_mask is not None:
             self.cross_mask = self.cross_mask[sentences]
-        if self.pointer_key is not None:
-            self.pointer_key = self.pointer_key[sentences]
-            self.source_ids, self.source_allowed = self.source_ids[sentences], self.source_allowed[sentences]
+        if self.source is not None:
+            self.source = self.source.keep(sentences)
         for layer in self.layers:
             layer.keep(sentences, self.place * self.beams)
 

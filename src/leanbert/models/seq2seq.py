@@ -178,16 +178,16 @@ class Seq2SeqModel(EncoderModel):
         if self.pointer is None:
             return hidden, None
         same_document = decoder_document_ids[:, :, None] == document_ids[:, None, :]
-        return hidden, self.pointer(hidden, self.pointer.key(memory), same_document)
+        return hidden, self.pointer(hidden, self.pointer.read(memory, input_ids, same_document))
 
     def forward(self, input_ids: Tensor, decoder_ids: Tensor, **places: Tensor) -> Tensor:
         """Logits [B, T, V] of the next tokens; arguments as in `hidden`."""
-        return self.logits(*self.hidden(input_ids, decoder_ids, **places), input_ids)
+        return self.logits(*self.hidden(input_ids, decoder_ids, **places))
 
-    def logits(self, hidden: Tensor, copied: Copied | None, ids: Tensor) -> Tensor:
-        """Logits [B, T, V] of decoder states [B, T, D] and what is copied from the sources `ids` [B, S]."""
+    def logits(self, hidden: Tensor, copied: Copied | None) -> Tensor:
+        """Logits [B, T, V] of decoder states [B, T, D] and what is copied."""
         scores = self.head(hidden, self.target_table)
-        return scores if copied is None else add_copied(scores, copied, ids)
+        return scores if copied is None else add_copied(scores, copied)
 
     def loss_sum(
         self, input_ids: Tensor, decoder_ids: Tensor, targets: Tensor, smoothing: float = 0.0, **places: Tensor
@@ -199,7 +199,7 @@ class Seq2SeqModel(EncoderModel):
         hidden, copied = self.hidden(input_ids, decoder_ids, **places)
         mixture = None
         if copied is not None:
-            mixture = Mixture(copied.kept.flatten(), copied_logarithm(copied, input_ids, targets).flatten())
+            mixture = Mixture(copied.kept.flatten(), copied_logarithm(copied, targets).flatten())
         embedding = self.target_table
         if self.head_chunk is None:
             return cross_entropy_sum(self.head(hidden, embedding), targets, smoothing, mixture=mixture)
