@@ -10,7 +10,7 @@ Train a model of the bert preset, then translate a test set with it:
 
 Both tokenise, generate and spell out the same sentences, in batches of the same size, up to the same length. LeanBERT
 puts sentences of about the same length together; the peer takes them as they come, and, in rows of their own, sorted
-in the same way beforehand.
+in the same way beforehand, and one at a time, as its pipelines do by default.
 """
 
 from __future__ import annotations
@@ -113,6 +113,8 @@ def compare(model: Any, peer: Peer, texts: list[str], beams: int, options: argpa
         for kind in ("fp32", "bf16")
         for sort in (False, True)
     }
+    one = min(options.peer_alone_sentences, count)
+    peers["transformers, fp32, one at a time"] = (partial(peer.translate, beams, "fp32", 1, False), one)
     own: dict[str, tuple[Translate, int]] = {
         f"LeanBERT, {kind}": (partial(with_leanbert, model, beams, kind, size), len(texts)) for kind in ("fp32", "bf16")
     }
@@ -135,6 +137,7 @@ def main() -> None:
     parser.add_argument("--sources", required=True, help="text file, a sentence a line")
     parser.add_argument("--sentences", type=int, default=1000)
     parser.add_argument("--peer-beam-sentences", type=int, default=200, help="of the peer's beam search, which is slow")
+    parser.add_argument("--peer-alone-sentences", type=int, default=100, help="of the peer without batches")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
@@ -158,9 +161,9 @@ def main() -> None:
     config = model.model.config
     note = (
         f"{config.num_layers} + {len(model.model.decoder.blocks)} blocks of width {config.hidden_size}, vocabulary of "
-        f"{config.vocab_size:,}, {len(texts):,} sentences (the peer's beam search: {options.peer_beam_sentences}), "
-        f"batches of {options.batch_size}, outputs of at most {LONGEST} tokens; bf16 is autocast. Both tokenise, "
-        'generate and spell out. LeanBERT puts sentences of about the same length together; "sorted": so does the peer.'
+        f"{config.vocab_size:,}, {len(texts):,} sentences (the peer's beam search: {options.peer_beam_sentences}, "
+        f"one at a time: {options.peer_alone_sentences}), batches of {options.batch_size}, outputs of at most {LONGEST} "
+        "tokens; bf16 is autocast. Both tokenise, generate and spell out. LeanBERT puts sentences of about the same length together; 'sorted': so does the peer."
     )
     write_section("decode", "Translation against EncoderDecoderModel.generate", f"{table(header, rows)}\n\n{note}")
 
