@@ -162,8 +162,9 @@ def main() -> None:
     note = (
         f"{config.num_layers} + {len(model.model.decoder.blocks)} blocks of width {config.hidden_size}, vocabulary of "
         f"{config.vocab_size:,}, {len(texts):,} sentences (the peer's beam search: {options.peer_beam_sentences}, "
-        f"one at a time: {options.peer_alone_sentences}), batches of {options.batch_size}, outputs of at most {LONGEST} "
-        "tokens; bf16 is autocast. Both tokenise, generate and spell out. LeanBERT puts sentences of about the same length together; 'sorted': so does the peer."
+        f"one at a time: {options.peer_alone_sentences}), batches of {options.batch_size}, outputs of at most "
+        f"{LONGEST} tokens; bf16 is autocast. Both tokenise, generate and spell out. LeanBERT puts sentences of about "
+        "the same length together; 'sorted': so does the peer."
     )
     write_section("decode", "Translation against EncoderDecoderModel.generate", f"{table(header, rows)}\n\n{note}")
 
