@@ -3,10 +3,10 @@ r"""Speed of translation against `EncoderDecoderModel.generate` of transformers 
 Train a model of the bert preset, then translate a test set with it:
 
     T=DATA/translation
-    python train.py fit --config configs/translation.yaml --model.encoder.preset=bert --trainer.max_steps=900 \
+    python train.py fit --config configs/translation.yaml --model.encoder.preset=bert --trainer.max_steps=400 \
         --data.train_files=$T/train.en.gz --data.train_target_files=$T/train.de.gz --data.val_files=$T/val.en.gz \
         --data.val_target_files=$T/val.de.gz --data.vocab_size=10000 --data.batch_size=32
-    python benchmarks/decode.py --model runs/seq2seq/version_0 --sources $T/test2016.en.gz
+    python benchmarks/decode.py --model runs/seq2seq/version_0 --sources $T/test2016.en.gz --batch-size 128
 
 Both tokenise, generate and spell out the same sentences, in batches of the same size, up to the same length. LeanBERT
 puts sentences of about the same length together; the peer takes them as they come, and, in rows of their own, sorted

@@ -140,7 +140,7 @@ class Pretrained:
         return self._answers(_sentences(sentences), batch_size, answer)
 
     def translate(
-        self, texts: Sequence[str], beams: int | None = None, batch_size: int = 64, **generation: Any
+        self, texts: Sequence[str], beams: int | None = None, batch_size: int = 128, **generation: Any
     ) -> Answers:
         """Return `{"source", "output", "score"}` for each text.
 
@@ -151,7 +151,7 @@ class Pretrained:
         return self._write(texts, batch_size, {**generation, **({} if beams is None else {"beams": beams})})
 
     def summarize(
-        self, texts: Sequence[str], beams: int | None = None, batch_size: int = 64, **generation: Any
+        self, texts: Sequence[str], beams: int | None = None, batch_size: int = 128, **generation: Any
     ) -> Answers:
         """Return `{"source", "output", "score"}` for each text; see `translate`."""
         self._require("summarize", "seq2seq")
