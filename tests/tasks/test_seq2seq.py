@@ -202,6 +202,14 @@ def test_a_tokenizer_without_begin_or_end_is_refused(template):
         special_tokens(SimpleNamespace(template=template))
 
 
+def test_of_long_sources_tensorboard_shows_the_beginning():
+    task = Seq2Seq()
+    task._shown = [("cake " * 99, "cake", "guest"), ("short", "a", "b")]
+    _, _, long, short = task.samples(None)["samples/outputs"].splitlines()
+    assert long == f"| {'cake ' * 47}... | cake | guest |"
+    assert short == "| short | a | b |"
+
+
 def test_outputs_hold_no_special_token_but_the_end():
     tokenizer = SimpleNamespace(template=([7, 2], [3, 8]), special_ids=[0, 2, 3, 7, 8])
     assert special_tokens(tokenizer) == (7, 8, [0, 2, 3, 7])

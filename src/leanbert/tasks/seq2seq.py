@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +28,9 @@ from leanbert.tasks.tables import markdown_table
 
 GENERATED_TOGETHER = 64
 """Sources of one batch of generation in evaluation."""
+
+LONGEST_SHOWN = 240
+"""Characters of a source in TensorBoard: a longer document would leave no room for what was made of it."""
 
 
 class Seq2Seq(Task):
@@ -215,10 +219,11 @@ class Seq2Seq(Task):
             say(f"BLEU is sacreBLEU's: {bleu_signature(counted)}")
 
     def samples(self, batch: PairBatch) -> dict[str, str]:
-        """Return a table of the first generated outputs."""
-        return (
-            {"samples/outputs": markdown_table(("source", "reference", "output"), self._shown)} if self._shown else {}
-        )
+        """Return a table of the first generated outputs; of long sources it has the beginning."""
+        if not self._shown:
+            return {}
+        rows = [(shorten(source, LONGEST_SHOWN, placeholder=" ..."), *answer) for source, *answer in self._shown]
+        return {"samples/outputs": markdown_table(("source", "reference", "output"), rows)}
 
     def predict_step(self, batch: PredictBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Return `{"source", "output", "score"}` for each text."""
