@@ -1,6 +1,6 @@
 r"""Quality of the tasks on real data: from scratch, and from an encoder that LeanBERT has pretrained.
 
-    python benchmarks/tasks.py --data DATA --runs runs/tasks --jobs 1    # 3 hours on 2 cores with bf16 products
+    python benchmarks/tasks.py --data DATA --runs runs/tasks --jobs 1    # hours, as docs/benchmarks.md says
 
 DATA has the folders mlm (text), translation (Multi30k), summarization (AESLC) and srl (PropBank on EWT). Pretraining
 reads mlm and the e-mails of summarization's training part. With several jobs each has one thread; what has finished is

@@ -111,11 +111,10 @@ def linear_cross_entropy_sum(
     forward pass, while the logits are there, so nothing is computed twice (as in Liger Kernel, Hsu et al. 2024, arXiv
     2410.10989); those of weight and bias are summed in at least float32. Can be back-propagated once. Exact.
     """
+    inputs = (hidden, weight, bias, *(mixture or (None, None)))
     if not torch.is_grad_enabled():  # which the function itself is not told
-        hidden, weight, bias = hidden.detach(), weight.detach(), bias.detach()
-        mixture = None if mixture is None else Mixture(*(tensor.detach() for tensor in mixture))
-    kept, other = (None, None) if mixture is None else mixture
-    return _LinearCrossEntropySum.apply(hidden, weight, bias, kept, other, targets, vocab_size, chunk, smoothing)
+        inputs = tuple(None if tensor is None else tensor.detach() for tensor in inputs)
+    return _LinearCrossEntropySum.apply(*inputs, targets, vocab_size, chunk, smoothing)
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):

@@ -38,7 +38,10 @@ class Seq2SeqModel(EncoderModel):
         start: Where the decoder's weights come from (Rothe et al. 2020, arXiv 1907.12461).
         task: Name of the task that trains it.
         target_vocab_size: Tokens of targets where they are not those of sources; None: both have one vocabulary.
-        copy: Whether the next token may be copied from the source (`Pointer`); needs one vocabulary.
+        copy: Whether the next token may be copied from the source (`Pointer`).
+
+    Raises:
+        UserError: `copy` with a vocabulary of targets, whose ids mean other tokens than those of sources.
 
     """
 
@@ -47,6 +50,11 @@ class Seq2SeqModel(EncoderModel):
         target_vocab_size: int | None = None, copy: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(config)
+        if copy and target_vocab_size is not None:
+            raise UserError(
+                "model.copy: sources and targets have their own tokenizers. Leave out data.target_tokenizer, "
+                "or set model.copy to false"
+            )
         self.start = start
         self.task = task
         self.target_vocab_size = target_vocab_size

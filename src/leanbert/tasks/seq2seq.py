@@ -99,11 +99,6 @@ class Seq2Seq(Task):
         """Return the model whose vocabularies are the tokenizers'; the decoder starts as is set."""
         targets = None
         if self._data.separate:
-            if self.copy:
-                raise UserError(
-                    "model.copy: sources and targets have their own tokenizers. Leave out data.target_tokenizer, "
-                    "or set model.copy to false"
-                )
             targets = max(self._data.target_tokenizer.vocab_size, self._stored_targets, self._start_targets())
         model: Seq2SeqModel = build_model(
             self.encoder_config,
