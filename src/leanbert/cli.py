@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +43,28 @@ from leanbert.errors import UserError
 from leanbert.memory.allocator import keep_freed_pages, return_freed_pages
 from leanbert.memory.precision import default_precision
 from leanbert.memory.rehearsal import RunSettings
+from leanbert.memory.targets import target_of
 from leanbert.memory.timing import RunLength, count_validations, limited
 from leanbert.messages import say
-from leanbert.models.build import read_facts
+from leanbert.models.build import read_architecture, starting_config
 from leanbert.models.config import EncoderConfig
 from leanbert.settings import (
     Parser,
     add_overlay,
+    check_devices,
     device_type,
     find_shipped,
     one_line,
     refuse_duplicates,
     user_error_within,
 )
+from leanbert.tasks.base import Task
 from leanbert.trainer import Trainer
 
 OWN_SUBCOMMANDS = ("prepare", "plan", "export")
 """What Lightning does not have; they need no device."""
+FLAGS = ("--measure", "--prepare")
+"""Options that are true where no value follows."""
 
 
 class CLI(LightningCLI):
@@ -70,6 +75,7 @@ class CLI(LightningCLI):
         self.checkpoint: dict[str, Any] | None = None
         self.resumed_step = 0
         self.device_type: Any = "cpu"
+        self.precision: Any = "32-true"
         self.planned_devices = 1
         self.plan_report: PlanReport | None = None
         super().__init__(
@@ -127,8 +133,11 @@ class CLI(LightningCLI):
 
     @property
     def _task_folder(self) -> Path:
-        module, _, name = self._settings["model"]["class_path"].rpartition(".")
+        path = self._settings["model"]["class_path"]
+        module, _, name = path.rpartition(".")
         task = getattr(__import__(module, fromlist=[name]), name)
+        if not (isinstance(task, type) and issubclass(task, Task)):
+            raise UserError(f"model.class_path: {path} is no task of LeanBERT. Derive it from {Task.__module__}.Task.")
         return Path(self._settings["trainer"]["default_root_dir"]) / task.name
 
     def before_instantiate_classes(self) -> None:
@@ -140,13 +149,14 @@ class CLI(LightningCLI):
                 "optimizer step over all devices; leave this at 1."
             )
         refuse_duplicates(trainer["callbacks"] or [])
+        check_devices(trainer)
         self.device_type = device_type(trainer["accelerator"])
         if self.subcommand == "plan":
             self._prepare_planning(settings)
         if self.subcommand in OWN_SUBCOMMANDS:
             trainer["accelerator"], trainer["devices"], trainer["strategy"] = "cpu", 1, "auto"
-        if trainer["precision"] is None:
-            trainer["precision"] = default_precision(self.device_type)
+        trains = self.subcommand in ("fit", "plan")  # answers shall not depend on the processor
+        self.precision = trainer["precision"] or (default_precision(self.device_type) if trains else "32-true")
         if trainer["enable_checkpointing"] is False:
             raise UserError("trainer.enable_checkpointing: every run writes checkpoints. See checkpoint.every_n_steps.")
         for part in ("model", "data"):  # a seed of their own may be given
@@ -155,10 +165,10 @@ class CLI(LightningCLI):
         data, model = settings["data"]["init_args"], settings["model"]["init_args"]
         if data["tokenizer"] is None:
             data["tokenizer"] = model["init_from"]
-        if data.get("target_tokenizer", "") in (None, TRAIN) and model["init_from"] is not None:
-            _, facts = read_facts(Path(model["init_from"]))
-            if "target_vocab_size" in facts:
-                data["target_tokenizer"] = model["init_from"]
+        source = model["init_from"]
+        may_have_own = source is not None and data.get("target_tokenizer", "") in (None, TRAIN)
+        if may_have_own and "target_vocab_size" in read_architecture(Path(source)).facts:
+            data["target_tokenizer"] = source
         if self.subcommand == "fit" and settings.pop("budget") is not None:  # what it chooses is saved, not it
             self.plan_report = self._plan_and_apply(settings)
         if self.subcommand == "predict":
@@ -190,10 +200,10 @@ class CLI(LightningCLI):
         """Plan in a process of its own, whose memory is gone with it, and add the chosen techniques to the settings."""
         with tempfile.TemporaryDirectory() as folder:
             answer, overlay = Path(folder) / "plan.json", Path(folder) / "overlay.yaml"
-            arguments = ["plan" if argument == "fit" else argument for argument in self.arguments]
-            command = "import sys; from leanbert.cli import main; sys.argv[0] = 'leanbert'; main()"
+            place = self.arguments.index("fit")
+            command = [sys.executable, sys.argv[0], *self.arguments[:place], "plan", *self.arguments[place + 1 :]]
             done = subprocess.run(
-                [sys.executable, "-c", command, *arguments, f"--json={answer}", f"--save={overlay}"], stdout=sys.stderr
+                [*command, "--prepare=true", f"--json={answer}", f"--save={overlay}"], stdout=sys.stderr
             )
             if done.returncode:
                 sys.exit(done.returncode)
@@ -215,7 +225,7 @@ class CLI(LightningCLI):
         returns = any(isinstance(callback, ReturnFreedPages) for callback in callbacks)
         (return_freed_pages if returns else keep_freed_pages)()  # before preparation, which frees much
         if self.checkpoint is None:
-            if self.subcommand in ("validate", "test", "predict") and self.model.init_from is not None:
+            if self.subcommand != "fit" and self.model.init_from is not None:
                 self._adopt_start(self.model.init_from)
             return
         stored = self.checkpoint["leanbert"]
@@ -236,14 +246,16 @@ class CLI(LightningCLI):
         self.checkpoint = None  # Lightning reads the file again; do not hold it twice
 
     def _adopt_start(self, source: str) -> None:
-        """Take labels and the like from a model that is used as it is."""
-        task, facts = read_facts(Path(source))
-        if task == self.model.name:
-            self.datamodule.adopt(facts)
-            self.model.adopt(facts)
+        """Take architecture, labels and the like from a model that is used, or planned for, as it is."""
+        stored = read_architecture(Path(source))
+        config = starting_config(self.model.encoder_config, stored)
+        self.model.encoder_config = EncoderConfig(**asdict(config))
+        if stored.task == self.model.name:
+            self.datamodule.adopt(stored.facts)
+            self.model.adopt(stored.facts)
         elif self.subcommand == "predict":
             raise UserError(
-                f"model.init_from: a model of task {task}, which has nothing of {self.model.name} learnt. "
+                f"model.init_from: a model of task {stored.task}, which has nothing of {self.model.name} learnt. "
                 "Give a trained one, or --ckpt_path."
             )
 
@@ -253,6 +265,7 @@ class CLI(LightningCLI):
         extra: dict[str, Any] = {
             "callbacks": [*(self._get(self.config_init, "trainer")["callbacks"] or []), *self._callbacks()],
             "plugins": [*(settings["plugins"] or []), checkpoints.StreamedCheckpointIO()],
+            "precision": self.precision,  # not a setting that is saved: another processor may have another default
             "enable_model_summary": False,
         }
         if self.subcommand != "fit":
@@ -302,10 +315,13 @@ class CLI(LightningCLI):
         from leanbert.plan import PlanRequest, run_plan, run_sweep  # only here: it is not needed to train
 
         request = PlanRequest(**{field.name: kwargs[field.name] for field in fields(PlanRequest)})
+        target = target_of(self.device_type)  # before preparation, whose memory `fit` does not have
+        if kwargs["prepare"]:
+            self.datamodule.prepare()
         if request.sweep:
-            run_sweep(self.run_settings(), self.device_type, request)
+            run_sweep(self.run_settings(), target, request)
         else:
-            run_plan(self.run_settings(), self.device_type, request, self.run_length if request.measure else None)
+            run_plan(self.run_settings(), target, request, self.run_length if request.measure else None)
 
     def run_length(self) -> RunLength:
         """Return how many steps and validations `fit` would do; prepares the corpus."""
@@ -330,7 +346,7 @@ class CLI(LightningCLI):
             task=self.model,
             data=self.datamodule,
             callbacks=tuple(self._get(self.config_init, "trainer")["callbacks"] or ()),
-            precision=trainer["precision"],
+            precision=self.precision,
             clip=trainer["gradient_clip_val"],
             vocab_size=self.datamodule.planned_vocabulary(),
             device_type=self.device_type,
@@ -365,7 +381,7 @@ class CLI(LightningCLI):
 
 
 def complete(arguments: list[str]) -> list[str]:
-    """Return the arguments with the words after `--sweep` as one list, and a bare `--measure` as true."""
+    """Return the arguments with the words after `--sweep` as one list, and bare flags as true."""
     found: list[str] = []
     rest = list(arguments)
     while rest:
@@ -375,7 +391,7 @@ def complete(arguments: list[str]) -> list[str]:
             found.append(f"--sweep={json.dumps(values)}")
             del rest[: len(values)]
         else:
-            found.append("--measure=true" if word == "--measure" and not values else word)
+            found.append(f"{word}=true" if word in FLAGS and not values else word)
     return found
 
 

@@ -68,6 +68,7 @@ class Trainer(pl.Trainer):
         sweep: list[str] | None = None,
         figure: Path | None = None,
         measure: bool = False,
+        prepare: bool = False,
         device: str | None = None,
         share: float = 0.3,
         ckpt_path: str | None = None,
@@ -91,6 +92,8 @@ class Trainer(pl.Trainer):
             figure: Image file to draw the sweep into, such as sweep.png.
             measure: Time a few real steps of small stacks of blocks on this device, and say how long the run will
                 take; the corpus is prepared first.
+            prepare: Prepare the corpus first, so that the size of the tokenizer trained on it counts instead of
+                data.vocab_size.
             device: Estimate the time on a device that need not be here, such as t4, rtx4090, a100, h100-sxm.
             share: Share of that device's peak that training is taken to reach.
             ckpt_path: Checkpoint whose architecture counts.

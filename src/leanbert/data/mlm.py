@@ -90,6 +90,10 @@ class MaskedLMData(RowData):
             self._prepared = CorpusSettings(**settings).prepare()
         return self._prepared
 
+    def planned_vocabulary(self) -> int | None:
+        """Return the size of the tokenizer that is given or prepared."""
+        return super().planned_vocabulary() if self._prepared is None else self._prepared.tokenizer.vocab_size
+
     def pretend_prepared(self, vocab_size: int | None = None) -> None:
         """Have a tokenizer's size and counts without a corpus, for planning; `vocab_size` defaults to the setting's."""
         size = vocab_size or self.hparams["vocab_size"]

@@ -138,14 +138,20 @@ def read_stored(source: Path) -> Stored:
     return read_huggingface(source) if source.is_dir() else read_checkpoint(source)
 
 
-def read_facts(source: Path) -> tuple[str, dict[str, Any]]:
-    """Return task and facts of a Hugging Face folder or a LeanBERT checkpoint, as `Stored` has them."""
-    if source.is_dir():
-        path = source / "config.json"
-        layout = read_layout(read_json(path), path)
-        return layout.task, layout.facts
-    stored = read_checkpoint(source)
-    return stored.task, stored.facts
+def read_architecture(source: Path) -> Stored:
+    """Read what a Hugging Face folder or a LeanBERT checkpoint says of its model, without the weights."""
+    if not source.is_dir():
+        return read_checkpoint(source)._replace(state={})
+    path = source / "config.json"
+    layout = read_layout(read_json(path), path)
+    return Stored(layout.config, {}, layout.task, layout.facts)
+
+
+def starting_config(config: EncoderConfig, stored: Stored) -> ResolvedConfig:
+    """Return the architecture of a stored model, with the dropout that `config` sets."""
+    rates = {"dropout": config.dropout, "attention_dropout": config.attention_dropout}
+    changed: dict[str, Any] = {name: rate for name, rate in rates.items() if rate is not None}
+    return replace(stored.config, **changed).resolved()
 
 
 def rebuild(stored: Stored, vocab_size: int, source: Path, target_vocab_size: int | None = None) -> Any:
@@ -177,9 +183,7 @@ def _load(
             f"{source}: the model knows {known} tokens, the tokenizer has {vocab_size}. "
             "Use the tokenizer that belongs to the model (data.tokenizer)"
         )
-    rates = {"dropout": config.dropout, "attention_dropout": config.attention_dropout}
-    changed: dict[str, Any] = {name: rate for name, rate in rates.items() if rate is not None}
-    model = make(replace(stored.config, **changed).resolved())
+    model = make(starting_config(config, stored))
     if stored.task == model.task:
         model.check_stored(stored, source)
     initialise(model)

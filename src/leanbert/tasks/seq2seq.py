@@ -16,7 +16,7 @@ from leanbert.data.pairs import output_frame
 from leanbert.errors import UserError
 from leanbert.memory.optimizers import OptimizerConfig, ScheduleConfig
 from leanbert.messages import say
-from leanbert.models.build import build_model, read_facts
+from leanbert.models.build import build_model, read_architecture
 from leanbert.models.config import EncoderConfig
 from leanbert.models.generation import GenerationConfig, Tokens, generate
 from leanbert.models.loss import IGNORED
@@ -121,8 +121,10 @@ class Seq2Seq(Task):
 
     def _start_targets(self) -> int:
         """Return the tokens that the decoder of `init_from` knows, 0 if it has none of its own."""
-        task, facts = ("", {}) if self.init_from is None else read_facts(Path(self.init_from))
-        return int(facts.get("target_vocab_size", 0)) if task == self.name else 0
+        if self.init_from is None:
+            return 0
+        stored = read_architecture(Path(self.init_from))
+        return int(stored.facts.get("target_vocab_size", 0)) if stored.task == self.name else 0
 
     def adopt(self, facts: dict[str, Any]) -> None:
         """Take over how the decoder is made."""
