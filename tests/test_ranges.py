@@ -1,9 +1,18 @@
+import importlib
 import math
+import pkgutil
+import typing
 
 import pytest
+from lightning.pytorch.callbacks import Callback
 
+import leanbert
+from leanbert.callbacks.plan import PlanReport
+from leanbert.data.module import RowData
 from leanbert.errors import UserError
+from leanbert.memory.optimizers import OptimizerConfig, ScheduleConfig
 from leanbert.ranges import COUNT, FINITE, NOT_NEGATIVE, PART, POSITIVE, RATE, SHARE, WHOLE, Range, check_ranges
+from leanbert.tasks.base import Task
 
 
 @pytest.mark.parametrize(
@@ -35,4 +44,33 @@ def test_the_setting_and_its_range_are_named():
     ):
         check_ranges("model.optimizer", {"lr": math.nan}, {"lr": POSITIVE})
     with pytest.raises(UserError, match=r"^a\.betas: \(0\.9, 1\.0\) is out of range\. Give .* from 0 to below 1\.$"):
-        check_ranges("a", {"betas": (0.9, 1.0)}, {"betas": RATE})
+        RATE.check("a.betas", (0.9, 1.0))
+
+
+def _classes_with_settings():
+    """Yield all classes that users configure; PlanReport is made by the command line."""
+    for module in pkgutil.walk_packages(leanbert.__path__, "leanbert."):
+        if "__main__" not in module.name:
+            importlib.import_module(module.name)
+    kinds = (Callback, Task, RowData)
+    found = {cls for kind in kinds for cls in _subclasses(kind) if cls.__module__.startswith("leanbert.")}
+    yield from sorted({*found, OptimizerConfig, ScheduleConfig} - {PlanReport}, key=lambda cls: cls.__name__)
+
+
+def _subclasses(cls):
+    return {inner for own in cls.__subclasses__() for inner in {own, *_subclasses(own)}}
+
+
+def _numeric_settings():
+    for cls in _classes_with_settings():
+        for name, kind in typing.get_type_hints(cls.__init__).items():
+            for number in (int, float):
+                if number in (kind, *typing.get_args(kind)):
+                    yield pytest.param(cls, name, number, id=f"{cls.__name__}.{name}")
+
+
+@pytest.mark.parametrize(("cls", "name", "kind"), _numeric_settings())
+def test_every_number_that_is_a_setting_has_a_range(cls, name, kind):
+    for value in (math.nan, math.inf, -math.inf, True, *((1.5,) if kind is int else ())):
+        with pytest.raises(UserError, match=rf"\.{name}: {value} is out of range\. Give"):
+            cls(**{name: value})

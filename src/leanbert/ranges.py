@@ -43,6 +43,15 @@ class Range:
             return f"{kind}, at most {high}"
         return f"{kind} {low}{high}".rstrip()
 
+    def check(self, setting: str, value: Any) -> None:
+        """Raise UserError, naming the `setting`, if its value is outside.
+
+        Of a list or tuple each number is looked at; None, a setting that is not set, passes.
+        """
+        numbers: Iterable[Any] = value if isinstance(value, list | tuple) else (value,)
+        if any(number is not None and number not in self for number in numbers):
+            raise UserError(f"{setting}: {value} is out of range. Give {self}.")
+
 
 FINITE = Range()
 NOT_NEGATIVE = Range(least=0)
@@ -54,19 +63,10 @@ PART = Range(above=0, below=1)
 """A share of which none is senseless too."""
 COUNT = Range(least=1, whole=True)
 WHOLE = Range(least=0, whole=True)
+SEED = Range(least=0, most=2**63 - 1, whole=True)
 
 
 def check_ranges(of: str, settings: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
-    """Raise UserError for the first of the `settings` that is not in its range.
-
-    Args:
-        of: What the settings are of, by which users know them, such as `model.optimizer`.
-        settings: Values by name; of a list or tuple each number is looked at. None is a setting that is not set.
-        ranges: The range of each setting that has one.
-
-    """
+    """Check the `settings`, values by name, that have a range; `of` is what they are of, such as `model.optimizer`."""
     for name, allowed in ranges.items():
-        value = settings[name]
-        numbers: Iterable[Any] = value if isinstance(value, list | tuple) else (value,)
-        if any(number is not None and number not in allowed for number in numbers):
-            raise UserError(f"{of}.{name}: {value} is out of range. Give {allowed}.")
+        allowed.check(f"{of}.{name}", settings[name])
