@@ -16,6 +16,7 @@ from leanbert.callbacks.progress import log_values
 from leanbert.checkpoints import AVERAGE, BEST, load, step_name
 from leanbert.errors import UserError
 from leanbert.messages import say
+from leanbert.ranges import COUNT, POSITIVE, Range, check_ranges
 
 ASK_RANKS_EVERY = 10
 """Steps between two exchanges between ranks about saving or stopping: each makes all of them wait."""
@@ -35,7 +36,7 @@ class RunCheckpoint(Checkpoint):
         average_best: The same of the validations with the best values of `monitor`.
 
     Raises:
-        UserError: A setting is not positive, one validation is to be averaged, or the last and the best are.
+        UserError: A setting is out of its range, one validation is to be averaged, or the last and the best are.
 
     """
 
@@ -49,13 +50,9 @@ class RunCheckpoint(Checkpoint):
         average_last: int | None = None,
         average_best: int | None = None,
     ) -> None:
-        for setting, value in (
-            ("every_n_steps", every_n_steps),
-            ("keep", keep),
-            ("every_n_minutes", every_n_minutes),
-        ):
-            if value is not None and value <= 0:
-                raise UserError(f"checkpoint.{setting}: is {value}. Give a positive number.")
+        ranges = {"every_n_steps": COUNT, "every_n_minutes": POSITIVE, "keep": COUNT}
+        ranges |= dict.fromkeys(("average_last", "average_best"), Range(least=2, whole=True))
+        check_ranges("checkpoint", locals(), ranges)
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
         self.keep, self.monitor, self.sign = keep, monitor, 1.0 if mode == "min" else -1.0
         self.average = _average(average_last, average_best, monitor, self.sign)
@@ -194,9 +191,6 @@ def _step(path: Path) -> float:
 
 def _average(last: int | None, best: int | None, monitor: str, sign: float) -> KeptWeights | None:
     """Return what keeps the weights to be averaged, None if nothing is asked for."""
-    for setting, value in (("average_last", last), ("average_best", best)):
-        if value is not None and value < 2:
-            raise UserError(f"checkpoint.{setting}: is {value}. Give 2 or more, or leave it out.")
     if last is not None and best is not None:
         raise UserError("checkpoint.average_last: and average_best are both given. Leave one of them out.")
     if last is not None:

@@ -30,6 +30,7 @@ from leanbert.memory.recovery import agree, retry_smaller
 from leanbert.memory.step import backpropagate_all_but_last, seed_position
 from leanbert.memory.techniques import Surroundings, Techniques, apply, refuse
 from leanbert.models.config import EncoderConfig
+from leanbert.ranges import SEED
 
 SHRINKING = ("num_heads", "intermediate_size")
 """Sizes of the encoder that structured pruning makes smaller."""
@@ -66,6 +67,7 @@ class Task(LightningModule):
         self.schedule_config = schedule or ScheduleConfig()
         self.init_from = init_from
         self.compile_blocks = compile
+        SEED.check("model.seed", seed)
         self.seed = seed
         self.model = None
         self.techniques = Techniques()  # callbacks register here in `setup`

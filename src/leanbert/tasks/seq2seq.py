@@ -21,6 +21,7 @@ from leanbert.models.config import EncoderConfig
 from leanbert.models.generation import GenerationConfig, Tokens, generate
 from leanbert.models.loss import IGNORED
 from leanbert.models.seq2seq import Seq2SeqModel, Start
+from leanbert.ranges import COUNT, RATE, WHOLE
 from leanbert.tasks.base import Task
 from leanbert.tasks.metrics import MeanLoss
 from leanbert.tasks.output_metrics import OutputMetrics, Quality, bleu_signature
@@ -83,15 +84,12 @@ class Seq2Seq(Task):
                 f"model.label_smoothing: {label_smoothing} would spread a target over the vocabulary, but with "
                 "model.copy it may come from the source. Leave it out"
             )
-        if not 0.0 <= label_smoothing < 1.0:
-            raise UserError(f"model.label_smoothing: {label_smoothing} is no share. Choose from 0 to below 1")
-        if decoder_layers is not None and decoder_layers < 1:
-            raise UserError(f"model.decoder_layers: {decoder_layers} is too small. Set at least 1")
+        RATE.check("model.label_smoothing", label_smoothing)
+        COUNT.check("model.decoder_layers", decoder_layers)
+        WHOLE.check("model.validation_sources", validation_sources)
         self.decoder_layers, self.decoder_start, self.copy = decoder_layers, decoder_start, copy
         self.label_smoothing, self.quality = label_smoothing, quality
         self.generation = (generation or GenerationConfig()).check()
-        if validation_sources is not None and validation_sources < 0:
-            raise UserError(f"model.validation_sources: {validation_sources} is too small. Set at least 0")
         self.validation_sources = validation_sources
         self._stored_targets = 0  # tokens that a stored decoder knows, which may be more than its tokenizer has
 
