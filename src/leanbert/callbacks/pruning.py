@@ -146,9 +146,10 @@ class MagnitudePruning(Callback):
 class StructuredPruning(Callback):
     """Remove the least important heads and feed-forward neurons, the same number in each block. Approximate.
 
-    The model becomes smaller: parameters, gradients, optimizer state, activations and time per step all fall. Prune a
-    trained model (`model.init_from`) before the first step, or the model in training after `at_step`; then its
-    optimizer's state is cut along. The finished checkpoint is an ordinary, smaller model.
+    Of encoder, decoder and cross-attention alike. The model becomes smaller: parameters, gradients, optimizer state,
+    activations and time per step all fall. Prune a trained model (`model.init_from`) before the first step, or the
+    model in training after `at_step`; then its optimizer's state is cut along. The finished checkpoint is an ordinary,
+    smaller model.
 
     Args:
         heads: Share of each block's attention heads that leaves, from 0 to below 1.

@@ -16,6 +16,7 @@ from leanbert.memory.adamw import SlicedAdamW
 from leanbert.memory.muon import Muon
 from leanbert.memory.quantize import draw_int16, write_bfloat16
 from leanbert.memory.trace import phase
+from leanbert.models.heads import Output
 from leanbert.ranges import NOT_NEGATIVE, RATE, SHARE, WHOLE, check_ranges
 
 OptimizerName = Literal["sgd", "momentum", "adam", "adamw", "adamw8bit", "adamw4bit", "adafactor", "muon"]
@@ -241,14 +242,14 @@ def _inner_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, seed
 
 def _split_parameters(model: nn.Module, *, muon: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Return (decayed, not decayed, for Muon); a parameter shared by two modules is counted once."""
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    outer = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding | Output)}
     decayed: list[Tensor] = []
     plain: list[Tensor] = []
     matrices: list[Tensor] = []
     for parameter in trainable(model.parameters()):
         if parameter.ndim < 2:
             plain.append(parameter)
-        elif muon and parameter.ndim == 2 and id(parameter) not in embeddings:
+        elif muon and parameter.ndim == 2 and id(parameter) not in outer:
             matrices.append(parameter)
         else:
             decayed.append(parameter)

@@ -102,8 +102,9 @@ def look_at_neighbours(model: EncoderModel) -> None:
     if embeddings.position is None or size < 2:
         return
     pairs = size // 2
+    # in float32, for bfloat16 has no whole numbers between 256 and 258;
     # the power leaves no distance at which all waves agree again, as equal steps would
-    frequency = math.pi * ((torch.arange(pairs) + 0.5) / pairs) ** 1.5  # [pairs], radians per position
+    frequency = math.pi * ((torch.arange(pairs, dtype=torch.float32) + 0.5) / pairs) ** 1.5  # [pairs], radians
     angle = torch.arange(model.config.max_positions)[:, None] * frequency  # [positions, pairs]
     embeddings.position.weight[:, : 2 * pairs] = torch.cat((angle.cos(), angle.sin()), 1) * (POSITION_RMS * 2**0.5)
     embeddings.token.weight[:, : 2 * pairs] = 0.0
@@ -114,10 +115,11 @@ def look_at_neighbours(model: EncoderModel) -> None:
     cosine, sine = torch.arange(pairs), torch.arange(pairs) + pairs
     for offset, head_query, head_key in zip(OFFSETS, query, key, strict=False):
         turn = frequency * offset
+        along, across = ((NEIGHBOUR_GAIN * part).to(head_key.dtype) for part in (turn.cos(), turn.sin()))
         head_key[cosine, cosine] = head_key[sine, sine] = NEIGHBOUR_GAIN
-        head_query[cosine, cosine] = head_query[sine, sine] = NEIGHBOUR_GAIN * turn.cos()
-        head_query[sine, cosine] = NEIGHBOUR_GAIN * turn.sin()
-        head_query[cosine, sine] = -NEIGHBOUR_GAIN * turn.sin()
+        head_query[cosine, cosine] = head_query[sine, sine] = along
+        head_query[sine, cosine] = across
+        head_query[cosine, sine] = -across
 
 
 @torch.no_grad()
