@@ -37,7 +37,7 @@ def test_another_process_gives_the_same_bytes_without_torch(tmp_path: Path, corp
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
     assert prepare(corpus, tmp_path / "there") == here
-    assert len(here) == 9  # tokenizer, and four files each of train and val
+    assert len(here) == 10  # two files of the tokenizer, and four each of train and val
 
 
 def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
