@@ -16,7 +16,6 @@ def leave_half(folder: Path) -> None:
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "cache"
-    (tmp_path / ".cache.unfinished").mkdir()
     with pytest.raises(ZeroDivisionError), replaced_folder(target) as building:
         leave_half(building)
     assert list(tmp_path.iterdir()) == []
@@ -54,6 +53,24 @@ def test_errors_about_other_files_pass(tmp_path: Path) -> None:
     for path in (tmp_path / "other" / "none", tmp_path / "other", tmp_path / "folders"):
         with pytest.raises(FileNotFoundError), explain_disk_errors(tmp_path / "folder"):
             path.read_text()
+
+
+def test_who_holds_the_lock_removes_what_a_killed_process_left_and_nothing_else(tmp_path: Path) -> None:
+    left = tmp_path / ".cache.tmp-0123abcd"
+    left.mkdir()
+    (left / "half").write_text("x")
+    kept = {
+        ".other.tmp-0123abcd",
+        "cache.tmp-backup",
+        "cache.tmp-0123abcd",
+        ".cache.tmp-backup",
+        ".cache.tmp-0123abcde",
+    }
+    for name in kept:
+        (tmp_path / name).mkdir()
+    with locked(tmp_path / "cache"), replaced_folder(tmp_path / "cache"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "cache", "cache.lock"}
 
 
 def test_homes_are_found_or_named() -> None:

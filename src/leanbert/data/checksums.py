@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from leanbert.data.storage import write_text_atomically
+from leanbert.data.storage import locked, write_text_atomically
 from leanbert.errors import UserError
 
 _SETTLED_NS = 2 * 10**9
@@ -44,7 +44,7 @@ class DigestMemory:
     def save(self) -> None:
         """Keep what is new, where that is possible: without it, files are only read once more."""
         if self._changed:
-            with contextlib.suppress(UserError):
+            with contextlib.suppress(OSError, UserError), locked(self._path):
                 write_text_atomically(self._path, with_digest(self._known))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST
 
 QUIET_SECONDS = 1.5
 """Whoever waits longer than this for another process is told so."""
+
+_TEMPORARY = re.compile(r"\.(.+)\.tmp-[0-9a-f]{8}")
+"""Names of what is being written, and is renamed when it is whole."""
 
 
 def expand(path: str | Path, setting: str) -> Path:
@@ -62,7 +66,7 @@ def _is_about(error: OSError, folder: Path) -> bool:
 
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Hold the lock file beside `target`: one process builds, the others wait, also for one that is then killed."""
+    """Hold the lock file beside `target`: one process makes it, the others wait; what a killed one left of it goes."""
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = _lock(target)
     try:
@@ -71,6 +75,7 @@ def locked(target: Path) -> Iterator[None]:
         say(f"Waiting for another process that makes {target}")
         lock.acquire()
     try:
+        remove_leftovers(target.parent, target.name)
         yield
     finally:
         lock.release()
@@ -80,15 +85,41 @@ def _lock(target: Path) -> FileLock:
     return FileLock(f"{target}.lock")
 
 
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove what killed processes left half-written of `name` in `folder`. Call it under the lock of that."""
+    for path in folder.iterdir():
+        if (match := _TEMPORARY.fullmatch(path.name)) and match[1] == name:
+            _remove(path)
+
+
+def remove_dead(folder: Path) -> None:
+    """Remove what killed processes left half-written in `folder`, and nothing of which a live one holds the lock."""
+    for path in folder.iterdir() if os.path.isdir(folder) else ():
+        if match := _TEMPORARY.fullmatch(path.name):
+            with contextlib.suppress(Timeout), _lock(folder / match[1]).acquire(timeout=0):
+                _remove(path)
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+
+
+def _remove(path: Path) -> None:
+    if os.path.isdir(path) and not os.path.islink(path):  # which do not mind names that are too long
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 @contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` when the block ends well, and vanishes when it does not.
 
-    Call it under a lock of `target`: what a killed process left is removed first. A `target` that is there gets the new
-    files one by one, so that a process that reads the old ones is at no moment without.
+    Call it under `locked(target)`. A `target` that is there gets the new files one by one, so that a process that reads
+    the old ones is at no moment without.
     """
-    building = _unfinished(target)
-    shutil.rmtree(building, ignore_errors=True)
+    building = _temporary(target)
     try:
         building.mkdir(parents=True)
         yield building
@@ -96,11 +127,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
             _flush_to_disk(path)
         _put_in_place(building, target)
     finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def _unfinished(target: Path) -> Path:
-    return target.with_name(f".{target.name}.unfinished")
+        _remove(building)
 
 
 def _put_in_place(building: Path, target: Path) -> None:
@@ -119,17 +146,9 @@ def _put_in_place(building: Path, target: Path) -> None:
         os.replace(path, place)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what killed processes left in `folder`, under whatever name, and nothing that a live one is making."""
-    for building in folder.glob(".*.unfinished"):
-        target = building.with_name(building.name.removeprefix(".").removesuffix(".unfinished"))
-        with contextlib.suppress(Timeout, OSError), _lock(target).acquire(timeout=0):
-            shutil.rmtree(building, ignore_errors=True)
-
-
 def write_text_atomically(path: Path, text: str) -> None:
     """Write `text` as UTF-8 to a temporary file and rename it to `path`."""
-    building = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    building = _temporary(path)
     try:
         with explain_disk_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,8 +156,7 @@ def write_text_atomically(path: Path, text: str) -> None:
             _flush_to_disk(building)
             os.replace(building, path)
     finally:
-        with contextlib.suppress(OSError):
-            building.unlink(missing_ok=True)
+        _remove(building)
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from leanbert.data.checksums import DigestMemory, file_digest, file_stamp, read_checked, with_digest
-from leanbert.data.storage import explain_disk_errors, locked, remove_unfinished, replaced_folder
+from leanbert.data.storage import explain_disk_errors, locked, remove_dead, replaced_folder
 from leanbert.messages import say
 
 INDEX = "meta.json"
@@ -39,7 +39,7 @@ def made_once(folder: Path, make: Make) -> dict[str, Any]:
     if facts is not None:
         return facts
     with explain_disk_errors(folder.parent, "--data.cache_dir"):
-        remove_unfinished(folder.parent)
+        remove_dead(folder.parent)
         with locked(folder):
             facts, damage = _open(folder)
             if facts is not None:
