@@ -17,7 +17,7 @@ from leanbert.data.batch import PredictBatch
 from leanbert.data.classification import group_batch
 from leanbert.data.loading import encode_lines
 from leanbert.data.pairs import TARGET
-from leanbert.data.storage import write_text_atomically
+from leanbert.data.storage import expand, write_text_atomically
 from leanbert.data.tokenizer import TextTokenizer
 from leanbert.data.words import Sentence, predicate_place, word_batch
 from leanbert.errors import UserError
@@ -241,7 +241,7 @@ def load(path: str | Path) -> Pretrained:
     Raises:
         UserError: The path is none of these, or is damaged.
     """
-    path = Path(path).expanduser()
+    path = expand(path, "path")
     if (path / "config.json").is_file():
         tokenizer = TextTokenizer.from_file(path)
         stored = read_huggingface(path)

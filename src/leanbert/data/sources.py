@@ -22,6 +22,7 @@ from leanbert.data.readers import (
     read_table,
     whole_lines,
 )
+from leanbert.data.storage import expand
 from leanbert.errors import UserError
 
 Separator = Literal["blank_line", "line"]
@@ -102,7 +103,7 @@ class Corpus:
             yield from _with_begins(_records(read_dataset(open_dataset(spec), spec, self.text_field)))
 
     def _match(self, pattern: str) -> list[Path]:
-        literal = Path(pattern).expanduser()
+        literal = expand(pattern, self.setting)
         paths = [literal] if literal.exists() else [Path(p) for p in glob.glob(str(literal), recursive=True)]
         if literal.is_dir():
             raise UserError(f'{self.setting}: "{pattern}" is a folder. Write "{pattern}/**/*.txt"')

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from leanbert.data.storage import write_text_atomically
+from leanbert.data.storage import expand, write_text_atomically
 from leanbert.errors import UserError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -56,7 +56,7 @@ class TextTokenizer:
         `name` is that of the setting: with "target_tokenizer" it is that of targets if folder or .ckpt has such a one.
         Raises `UserError` if there is none, or it cannot be read.
         """
-        path = Path(path).expanduser()
+        path = expand(path, f"data.{name}")
         if name != "tokenizer" and (path / name).is_dir():
             path = path / name
         if path.is_dir():
