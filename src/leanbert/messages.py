@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 
 from lightning_utilities.core.rank_zero import rank_zero_only  # Lightning's own, without the seconds it takes to import
 from tqdm import tqdm
@@ -10,5 +11,11 @@ from tqdm import tqdm
 
 def say(line: str) -> None:
     """Write a line for the reader to standard error, above a progress bar, on the first rank only."""
-    if getattr(rank_zero_only, "rank", 0) == 0:
+    if getattr(rank_zero_only, "rank", 0) == 0:  # Lightning sets it, which reading files does not pay for
         tqdm.write(line, file=sys.stderr)
+
+
+@cache
+def say_once(line: str) -> None:
+    """Say a line the first time only: files are read several times, for tokenizer, training and validation."""
+    say(line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from leanbert.data.checksums import DigestMemory, digest_of
-from leanbert.data.readers import open_dataset, split_dataset_spec
+from leanbert.data.columns import open_dataset, split_dataset_spec
 from leanbert.data.sources import Corpus
 from leanbert.data.store import MEMORY
 from leanbert.errors import UserError
@@ -20,8 +20,8 @@ def corpus_digest(corpus: Corpus, cache_dir: Path) -> str:
     facts = [[_format(path.name), _digest(path, memory)] for path in corpus.files]
     for spec in corpus.datasets:
         dataset = open_dataset(spec)
-        files = [Path(file["filename"]) for file in dataset.cache_files]  # type: ignore[attr-defined]
-        facts.append([split_dataset_spec(spec)[1], *(_digest(path, memory) for path in files)])
+        files = [Path(file["filename"]) for file in dataset.cache_files]
+        facts.append([split_dataset_spec(spec).split, *(_digest(path, memory) for path in files)])
     memory.save()
     return digest_of(facts)
 
