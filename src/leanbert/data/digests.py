@@ -9,7 +9,7 @@ from pathlib import Path
 
 from leanbert.data.readers import open_dataset, split_dataset_spec
 from leanbert.data.sources import Corpus
-from leanbert.data.storage import write_text_atomically
+from leanbert.data.storage import locked, write_text_atomically
 from leanbert.errors import UserError
 
 _SETTLED_SECONDS = 2.0
@@ -53,7 +53,8 @@ class _DigestMemory:
 
     def save(self) -> None:
         if self._changed:
-            write_text_atomically(self._path, json.dumps(self._known))
+            with locked(self._path):
+                write_text_atomically(self._path, json.dumps(self._known))
 
 
 def file_digest(path: Path) -> str:

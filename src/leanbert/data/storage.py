@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +14,11 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from leanbert import signals
 from leanbert.errors import UserError
 
 DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
-FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
 @contextmanager
@@ -38,49 +41,82 @@ def explain_disk_errors(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Hold the lock file beside `target`: one process builds, the others wait."""
+    """Hold the lock file beside `target`: one builds, the others wait; what a killed process left half-built goes."""
     with explain_disk_errors(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{target}.lock")
         lock.acquire()
     try:
+        remove_leftovers(target.parent, target.name)
         yield
     finally:
         lock.release()
 
 
 @contextmanager
+def temporary(target: Path) -> Iterator[Path]:
+    """Yield a new name beside `target` for what is to be renamed to it; nothing is left there, however this ends."""
+    path = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+    with _registered(path):
+        yield path
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yield an empty folder of this process alone, which is gone afterwards, also when a signal ends the program."""
+    path = Path(tempfile.mkdtemp(prefix="leanbert-"))
+    with _registered(path):
+        yield path
+
+
+@contextmanager
+def _registered(path: Path) -> Iterator[None]:
+    signals.temporary.add(str(path.absolute()))
+    try:
+        yield
+    finally:
+        signals.remove(path)
+        signals.temporary.discard(str(path.absolute()))
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left half-written in `folder`, of `name` or of all names.
+
+    Call it where nobody else can be writing these: under the lock of the folder, or of `name`.
+    """
+    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.tmp-[0-9a-f]{{8}}")
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if pattern.fullmatch(path.name):
+                signals.remove(path)
+
+
+@contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` when the block ends well, and vanishes when it does not.
 
-    Call it under `locked(target)`: the leftovers of a killed process are removed first.
+    Call it under `locked(target)`.
     """
-    for stale in target.parent.glob(f"{target.name}.tmp-*"):
-        shutil.rmtree(stale, ignore_errors=True)
     shutil.rmtree(target, ignore_errors=True)
-    building = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex[:8]}")
-    try:
-        with explain_disk_errors(target.parent):
-            building.mkdir(parents=True)
-            yield building
-            for path in building.iterdir():
-                _flush_to_disk(path)
-            os.replace(building, target)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    with temporary(target) as building, explain_disk_errors(target.parent):
+        building.mkdir(parents=True)
+        yield building
+        for path in building.iterdir():
+            _flush_to_disk(path)
+        os.replace(building, target)
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 to a temporary file and rename it to `path`."""
-    building = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-    try:
-        with explain_disk_errors(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `text` as UTF-8 to a temporary file and rename it to `path`; what is no regular file is written through."""
+    with explain_disk_errors(path.parent):
+        if path.is_symlink() or (path.exists() and not path.is_file()):  # /dev/stdout: a rename would replace it
+            path.write_text(text, encoding="utf-8", newline="\n")
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary(path) as building:
             building.write_text(text, encoding="utf-8", newline="\n")
             _flush_to_disk(building)
             os.replace(building, path)
-    finally:
-        building.unlink(missing_ok=True)
 
 
 def _flush_to_disk(path: Path) -> None:
