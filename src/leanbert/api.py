@@ -27,6 +27,7 @@ from leanbert.models.convert import read_huggingface, write_huggingface
 from leanbert.models.generation import GenerationConfig
 from leanbert.models.huggingface_tasks import generation_settings
 from leanbert.models.weights import unpack
+from leanbert.runs import Run, find_last
 from leanbert.tasks.classification import classify
 from leanbert.tasks.mlm import fill_masks
 from leanbert.tasks.seq2seq import special_tokens, write
@@ -271,7 +272,12 @@ def _special_ids(tokenizer: TextTokenizer) -> dict[str, int | None]:
 
 def _best_or_last(run: Path) -> Path:
     best = run / "checkpoints" / checkpoints.BEST
-    return best if best.is_file() else checkpoints.newest_whole(run)
+    if best.is_file():
+        return best
+    found = find_last(Run(run))
+    if isinstance(found, str):
+        raise UserError(f"{found}.")
+    return found.path
 
 
 def _listed(texts: Sequence[Item]) -> list[Item]:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import warnings
 from dataclasses import asdict, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from leanbert import checkpoints
+from leanbert import checkpoints, signals
 from leanbert.callbacks.allocator import ReturnFreedPages
 from leanbert.callbacks.checkpoint import RunCheckpoint
 from leanbert.callbacks.interrupt import Interrupted, StopBetweenSteps
@@ -33,7 +35,7 @@ from leanbert.callbacks.plan import PlanReport
 from leanbert.callbacks.prediction import PredictionWriter
 from leanbert.callbacks.progress import ProgressBar
 from leanbert.callbacks.pruning import StructuredPruning
-from leanbert.callbacks.report import RunSummary, StartReport, tagged
+from leanbert.callbacks.report import ConfigFile, RunSummary, StartReport, tagged
 from leanbert.callbacks.samples import Samples
 from leanbert.callbacks.validation import ValidateAtEnds
 from leanbert.data.pairs import TRAIN
@@ -48,6 +50,7 @@ from leanbert.memory.timing import RunLength, count_validations, limited
 from leanbert.messages import say
 from leanbert.models.build import read_architecture, starting_config
 from leanbert.models.config import EncoderConfig
+from leanbert.runs import NAMES, Found, Run, TaskRuns
 from leanbert.settings import (
     Parser,
     add_overlay,
@@ -73,18 +76,26 @@ class CLI(LightningCLI):
     def __init__(self, arguments: list[str]) -> None:
         self.arguments = arguments
         self.checkpoint: dict[str, Any] | None = None
+        self.run: Run | None = None  # that of the checkpoint, if training goes on in it
         self.resumed_step = 0
         self.device_type: Any = "cpu"
         self.precision: Any = "32-true"
         self.planned_devices = 1
         self.plan_report: PlanReport | None = None
+        try:
+            self._run_command()
+        finally:
+            if self.run is not None:
+                self.run.release()
+
+    def _run_command(self) -> None:
         super().__init__(
             trainer_class=Trainer,
             datamodule_class=LightningDataModule,
             subclass_mode_data=True,
-            args=complete(find_shipped(arguments)),
+            args=complete(find_shipped(self.arguments)),
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},  # a resumed run goes on in its folder
+            save_config_callback=ConfigFile,
             parser_class=Parser,
             parser_kwargs={"description": "LeanBERT trains BERT encoders inside a device-memory budget."},
             auto_configure_optimizers=False,
@@ -117,10 +128,19 @@ class CLI(LightningCLI):
         which = config.get("ckpt_path")
         if which is None:
             return
-        if which in ("last", "best", "average"):
-            config["ckpt_path"] = str(checkpoints.find(which, self._task_folder))
-        self.checkpoint = checkpoints.load(config["ckpt_path"])
-        if self.config["subcommand"] == "fit" and not self.checkpoint.keys() >= set(checkpoints.TRAINING_STATE):
+        fits = self.config["subcommand"] == "fit"
+        found: Found | None = None
+        if which not in NAMES:
+            found = Found(Path(which), checkpoints.load(which))
+            self.run = self.runs.owner(found.path) if fits else None
+            if self.run is not None and self._leads:
+                self.run.lock()
+        elif fits:
+            self.run, found = self.runs.find_to_train(which, lock=self._leads)
+        else:
+            found = self.runs.find(which)
+        config["ckpt_path"], self.checkpoint = (None, None) if found is None else (str(found.path), found.checkpoint)
+        if fits and self.checkpoint is not None and not self.checkpoint.keys() >= set(checkpoints.TRAINING_STATE):
             raise UserError(
                 f"--ckpt_path: {config['ckpt_path']} holds weights only, from which training cannot go on. "
                 "Use last, or start a new run from it with --model.init_from."
@@ -131,14 +151,20 @@ class CLI(LightningCLI):
         """The configuration of the chosen subcommand."""
         return self.config[self.config["subcommand"]]
 
-    @property
-    def _task_folder(self) -> Path:
+    @cached_property
+    def runs(self) -> TaskRuns:
+        """The runs of this task below `trainer.default_root_dir`."""
         path = self._settings["model"]["class_path"]
         module, _, name = path.rpartition(".")
         task = getattr(__import__(module, fromlist=[name]), name)
         if not (isinstance(task, type) and issubclass(task, Task)):
             raise UserError(f"model.class_path: {path} is no task of LeanBERT. Derive it from {Task.__module__}.Task.")
-        return Path(self._settings["trainer"]["default_root_dir"]) / task.name
+        return TaskRuns(str(self._settings["trainer"]["default_root_dir"]), task.name)
+
+    @property
+    def _leads(self) -> bool:
+        """Whether this is the first rank, which alone makes and locks run folders."""
+        return getattr(rank_zero_only, "rank", 0) == 0
 
     def before_instantiate_classes(self) -> None:
         """Check and complete the settings."""
@@ -243,7 +269,7 @@ class CLI(LightningCLI):
         if self.subcommand != "fit":
             self.datamodule.hparams["max_length"] = stored["max_length"]
         self.resumed_step = self.checkpoint["global_step"]
-        self.checkpoint = None  # Lightning reads the file again; do not hold it twice
+        self.checkpoint = None  # Lightning has it
 
     def _adopt_start(self, source: str) -> None:
         """Take architecture, labels and the like from a model that is used, or planned for, as it is."""
@@ -264,14 +290,15 @@ class CLI(LightningCLI):
         settings = self._settings["trainer"]
         extra: dict[str, Any] = {
             "callbacks": [*(self._get(self.config_init, "trainer")["callbacks"] or []), *self._callbacks()],
-            "plugins": [*(settings["plugins"] or []), checkpoints.StreamedCheckpointIO()],
+            "plugins": [
+                *(settings["plugins"] or []),
+                checkpoints.StreamedCheckpointIO(self._settings.get("ckpt_path"), self.checkpoint),
+            ],
             "precision": self.precision,  # not a setting that is saved: another processor may have another default
             "enable_model_summary": False,
         }
-        if self.subcommand != "fit":
-            extra["logger"] = False
-        elif settings["logger"] in (None, True):
-            extra["logger"] = self._logger()
+        if self.subcommand != "fit" or settings["logger"] in (None, True):
+            extra["logger"] = False  # `fit` adds its own with the run's folder
         return super().instantiate_trainer(**extra)  # type: ignore[return-value]
 
     def _callbacks(self) -> list[Any]:
@@ -289,26 +316,41 @@ class CLI(LightningCLI):
             ]
         return [*bar, *([PredictionWriter()] if self.subcommand == "predict" else [])]
 
-    def _logger(self) -> TensorBoardLogger:
-        """Return the logger of a new run, or of the run that the checkpoint belongs to."""
-        folder = self._task_folder
-        run = Path(self._settings["ckpt_path"]).resolve().parents[1] if self.checkpoint else None
-        if run is not None and run.parent == folder.resolve() and run.name.startswith("version_"):
-            step = self.checkpoint["global_step"]  # type: ignore[index]
-            # what was logged after the checkpoint is computed, and logged, again
-            return TensorBoardLogger(folder.parent, folder.name, version=run.name, purge_step=step + 1)
-        return TensorBoardLogger(folder.parent, folder.name)
-
     # ---- subcommands
 
     def fit(self, **kwargs: Any) -> None:
         """Train, unless the checkpoint is that of a finished run, which is left as it is."""
-        most = self.trainer.max_steps
-        if 0 < most <= self.resumed_step:
+        trainer, most = self.trainer, self.trainer.max_steps
+        if 0 < most <= self.resumed_step and (self.run is None or self.run.finished_at(self.resumed_step)):
             say(f"Finished: step {self.resumed_step:,} of trainer.max_steps {most:,}. Raise it to go on.")
             return
-        self.trainer.fit(**kwargs)
+        is_new = self.run is None
+        if self._leads:
+            self._open_run()
+        signals.hint(f"To go on:\n  {resume_command(self.arguments)}")
+        try:
+            trainer.fit(**kwargs)
+        except (UserError, MisconfigurationException):
+            if is_new and self.run is not None and trainer.global_step == 0:  # refused, not stopped
+                self.run.discard()
+            raise
+        stop = next(c for c in trainer.callbacks if isinstance(c, StopBetweenSteps))  # type: ignore[attr-defined]
+        if stop.received is not None:  # after the last step
+            raise Interrupted(stop.received)
         self._say_how_to_go_on()
+
+    def _open_run(self) -> None:
+        """Give the trainer the folder of the run, a new one where none goes on, and its logger."""
+        resumes = self.run is not None
+        self.run = self.run or self.runs.create()
+        folder = self.run.folder
+        self.trainer.run_folder = folder  # type: ignore[attr-defined]
+        if self._settings["trainer"]["logger"] in (None, True):
+            # what was logged after the checkpoint is computed, and logged, again
+            purge = (self.resumed_step and self.resumed_step + 1) if resumes else None
+            root = folder.parent.parent
+            logger = TensorBoardLogger(root, folder.parent.name, version=folder.name, purge_step=purge)
+            self.trainer.loggers = [logger]
 
     def plan(self, **kwargs: Any) -> None:
         """Print what the run needs, and choose techniques for a budget; or sweep sizes and lengths."""
@@ -375,7 +417,8 @@ class CLI(LightningCLI):
         say(f"Checkpoint   {checkpoint.last_path}")
         if checkpoint.average_path is not None:
             say(f"Average      {checkpoint.average_path}")
-        say(f"TensorBoard  tensorboard --logdir {shlex.quote(str(trainer.default_root_dir))}")
+        if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+            say(f"TensorBoard  tensorboard --logdir {shlex.quote(str(self.runs.folder.parent))}")
         example = shlex.quote(self.model.example.replace("[MASK]", self.datamodule.tokenizer.mask_token))
         say(f"Answers      echo {example} | {program} predict {configs} --ckpt_path last --data.predict_files -")
 
@@ -425,6 +468,7 @@ def resume_command(arguments: list[str]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on standard error and exit code 2."""
+    restore = signals.install()
     quiet_libraries()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows the dataclasses' field texts
     given = sys.argv[1:] if arguments is None else arguments
@@ -432,7 +476,7 @@ def main(arguments: list[str] | None = None) -> None:
         CLI(given)
     except Interrupted as stopped:
         say(f"Stopped by {stopped} and saved. To go on:\n  {resume_command(given)}")
-        sys.exit(stopped.exit_code)
+        sys.exit(0 if signals.follows() else stopped.exit_code)  # a rank that fails is taken for a crash
     except (UserError, MisconfigurationException) as error:
         fail(one_line(str(error)), error)
     except OSError as error:
@@ -440,6 +484,9 @@ def main(arguments: list[str] | None = None) -> None:
         if error.errno in DISK_FULL | FORBIDDEN:
             fail(f"{error.filename or 'output'}: {reason}. Mend that, or set --trainer.default_root_dir.", error)
         raise
+    finally:
+        if arguments is not None:  # called by a program, which goes on
+            restore()
 
 
 def fail(message: str, error: BaseException) -> None:

@@ -7,12 +7,47 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
+from leanbert import signals
 from leanbert.errors import UserError
 
 
+class _Loop(_FitLoop):
+    """Lightning's loop, which starts and ends also where no step is left: what a kill has prevented is made up then."""
+
+    @property
+    def skip(self) -> bool:
+        return self.trainer.limit_train_batches == 0 or self.max_batches == 0
+
+
+class _Signals(_SignalConnector):
+    """Lightning's signals, but SIGTERM: its handler would wait for the other ranks, and `predict` would go on."""
+
+    def register_signal_handlers(self) -> None:
+        own = signals.handlers()
+        super().register_signal_handlers()
+        signals.give_back(own)
+
+
 class Trainer(pl.Trainer):
-    """Lightning's Trainer, with `prepare`, `plan`, `export`, and a budget for `fit`."""
+    """Lightning's Trainer, with `prepare`, `plan`, `export`, a budget for `fit`, and the run's folder as `log_dir`."""
+
+    run_folder: Path | None = None
+    """Where `fit` writes, on the first rank."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        given, self.fit_loop = self.fit_loop, _Loop(self, self.fit_loop.min_epochs, self.fit_loop.max_epochs)
+        self.fit_loop.epoch_loop = given.epoch_loop
+        self._signal_connector = _Signals(self)
+
+    @property
+    def log_dir(self) -> str | None:
+        """The run's folder, on every rank that of the first, whatever the loggers are. All ranks ask together."""
+        folder = self.strategy.broadcast(self.run_folder) if self.state.fn == "fit" else None
+        return super().log_dir if folder is None else str(folder)
 
     def prepare(
         self,

@@ -1,11 +1,21 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
 
-from leanbert.data.storage import expand, explain_disk_errors, locked, replaced_folder, write_text_atomically
+from leanbert.data.storage import (
+    expand,
+    explain_disk_errors,
+    locked,
+    remove_leftovers,
+    replaced_folder,
+    scratch_folder,
+    temporary,
+    write_text_atomically,
+)
 from leanbert.errors import UserError
 
 
@@ -87,3 +97,44 @@ def test_text_is_replaced_atomically(tmp_path: Path) -> None:
     write_text_atomically(path, "ö\n")
     assert path.read_bytes() == "ö\n".encode()
     assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_who_holds_the_lock_removes_what_was_left_half_written_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    """A folder of the user's that only looks like it stays."""
+    (tmp_path / ".cache.tmp-0123abcd").mkdir()
+    (tmp_path / ".cache.tmp-0123abcd" / "half").write_text("x")
+    kept = {".other.tmp-0123abcd", "cache.tmp-backup", ".cache.tmp-backup", ".cache.tmp-0123abcde"}
+    for name in kept:
+        (tmp_path / name).mkdir()
+    with locked(tmp_path / "cache"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "cache.lock"}
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "cache.lock"} - {".other.tmp-0123abcd"}
+
+
+def test_nothing_temporary_stays(tmp_path: Path) -> None:
+    with temporary(tmp_path / "a") as path:
+        path.write_text("x")
+        os.replace(path, tmp_path / "a")
+    with temporary(tmp_path / "a") as path:
+        path.mkdir()
+        (path / "half").write_text("x")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    with scratch_folder() as folder:
+        (folder / "x").write_text("x")
+    assert not folder.exists()
+
+
+def test_what_is_no_regular_file_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_text_atomically(tmp_path / "link", "x")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "x"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_text_atomically(tmp_path / "pipe", "y")
+    assert os.read(reader, 9) == b"y"
+    os.close(reader)

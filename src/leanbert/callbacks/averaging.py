@@ -104,9 +104,9 @@ class KeptWeights:
             self.clear(folder)
 
     def clear(self, folder: Path) -> None:
-        """Delete the files that are not kept, and what a kill left half-written."""
+        """Delete the files that are not kept."""
         kept = {_file(folder, step) for step, _ in self.kept}
-        for path in {*folder.glob("weights/step-*.ckpt"), *folder.glob("weights/.*.tmp")} - kept:
+        for path in {*folder.glob("weights/step-*.ckpt")} - kept:
             path.unlink()
 
     def write_mean(self, trainer: Trainer, folder: Path) -> Path | None:

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +15,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from leanbert import signals
 from leanbert.errors import UserError
 from leanbert.messages import say
 
 DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
-FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 QUIET_SECONDS = 1.5
 """Whoever waits longer than this for another process is told so."""
@@ -85,31 +87,54 @@ def _lock(target: Path) -> FileLock:
     return FileLock(f"{target}.lock")
 
 
-def remove_leftovers(folder: Path, name: str) -> None:
-    """Remove what killed processes left half-written of `name` in `folder`. Call it under the lock of that."""
-    for path in folder.iterdir():
-        if (match := _TEMPORARY.fullmatch(path.name)) and match[1] == name:
-            _remove(path)
+@contextmanager
+def temporary(target: Path) -> Iterator[Path]:
+    """Yield a new name beside `target` for what is to be renamed to it; nothing is left there, however this ends."""
+    path = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+    with _registered(path):
+        yield path
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yield an empty folder of this process alone, which is gone afterwards, also when a signal ends the program."""
+    path = Path(tempfile.mkdtemp(prefix="leanbert-"))
+    with _registered(path):
+        yield path
+
+
+@contextmanager
+def _registered(path: Path) -> Iterator[None]:
+    signals.temporary.add(str(path.absolute()))
+    try:
+        yield
+    finally:
+        signals.remove(path)
+        signals.temporary.discard(str(path.absolute()))
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left half-written in `folder`, of `name` or of all names.
+
+    Call it where nobody else can be writing these: under the lock of the folder, or of `name`.
+    """
+    for path, target in _half_written(folder):
+        if name in (None, target.name):
+            signals.remove(path)
 
 
 def remove_dead(folder: Path) -> None:
     """Remove what killed processes left half-written in `folder`, and nothing of which a live one holds the lock."""
-    for path in folder.iterdir() if os.path.isdir(folder) else ():
+    for path, target in _half_written(folder):
+        with contextlib.suppress(Timeout), _lock(target).acquire(timeout=0):
+            signals.remove(path)
+
+
+def _half_written(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield what is being, or was, written in `folder`, and what it was to be."""
+    for path in list(folder.iterdir()) if os.path.isdir(folder) else ():
         if match := _TEMPORARY.fullmatch(path.name):
-            with contextlib.suppress(Timeout), _lock(folder / match[1]).acquire(timeout=0):
-                _remove(path)
-
-
-def _temporary(target: Path) -> Path:
-    return target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
-
-
-def _remove(path: Path) -> None:
-    if os.path.isdir(path) and not os.path.islink(path):  # which do not mind names that are too long
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()
+            yield path, folder / match[1]
 
 
 @contextmanager
@@ -119,15 +144,12 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     Call it under `locked(target)`. A `target` that is there gets the new files one by one, so that a process that reads
     the old ones is at no moment without.
     """
-    building = _temporary(target)
-    try:
+    with temporary(target) as building:
         building.mkdir(parents=True)
         yield building
         for path in building.iterdir():
             _flush_to_disk(path)
         _put_in_place(building, target)
-    finally:
-        _remove(building)
 
 
 def _put_in_place(building: Path, target: Path) -> None:
@@ -147,16 +169,16 @@ def _put_in_place(building: Path, target: Path) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 to a temporary file and rename it to `path`."""
-    building = _temporary(path)
-    try:
-        with explain_disk_errors(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `text` as UTF-8 to a temporary file and rename it to `path`; what is no regular file is written through."""
+    with explain_disk_errors(path.parent):
+        if path.is_symlink() or (path.exists() and not path.is_file()):  # /dev/stdout: a rename would replace it
+            path.write_text(text, encoding="utf-8", newline="\n")
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary(path) as building:
             building.write_text(text, encoding="utf-8", newline="\n")
             _flush_to_disk(building)
             os.replace(building, path)
-    finally:
-        _remove(building)
 
 
 def _flush_to_disk(path: Path) -> None:
