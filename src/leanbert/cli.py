@@ -24,7 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from leanbert import checkpoints
+from leanbert import checkpoints, strict_json
 from leanbert.callbacks.allocator import ReturnFreedPages
 from leanbert.callbacks.checkpoint import RunCheckpoint
 from leanbert.callbacks.interrupt import Interrupted, StopBetweenSteps
@@ -39,7 +39,7 @@ from leanbert.callbacks.validation import ValidateAtEnds
 from leanbert.data.pairs import TRAIN
 from leanbert.data.storage import DISK_FULL, FORBIDDEN
 from leanbert.data.workers import available_cpus
-from leanbert.errors import UserError
+from leanbert.errors import TrainingFailed, UserError
 from leanbert.memory.allocator import keep_freed_pages, return_freed_pages
 from leanbert.memory.precision import default_precision
 from leanbert.memory.rehearsal import RunSettings
@@ -357,12 +357,12 @@ class CLI(LightningCLI):
     def validate(self, **kwargs: Any) -> None:
         """Print the metrics as one JSON line."""
         self.trainer.validate(**kwargs)
-        print(json.dumps(tagged(self.trainer.callback_metrics)))
+        print(strict_json.dumps(tagged(self.trainer.callback_metrics)))
 
     def test(self, **kwargs: Any) -> None:
         """Print the metrics as one JSON line."""
         self.trainer.test(**kwargs)
-        print(json.dumps(tagged(self.trainer.callback_metrics)))
+        print(strict_json.dumps(tagged(self.trainer.callback_metrics)))
 
     def _say_how_to_go_on(self) -> None:
         """Say what came out, where it is, and the next commands."""
@@ -433,6 +433,8 @@ def main(arguments: list[str] | None = None) -> None:
     except Interrupted as stopped:
         say(f"Stopped by {stopped} and saved. To go on:\n  {resume_command(given)}")
         sys.exit(stopped.exit_code)
+    except TrainingFailed as error:
+        fail(one_line(str(error)), error, code=1)
     except (UserError, MisconfigurationException) as error:
         fail(one_line(str(error)), error)
     except OSError as error:
@@ -442,12 +444,12 @@ def main(arguments: list[str] | None = None) -> None:
         raise
 
 
-def fail(message: str, error: BaseException) -> None:
-    """Print the one line and leave with exit code 2; LEANBERT_DEBUG=1 shows the traceback instead."""
+def fail(message: str, error: BaseException, code: int = 2) -> None:
+    """Print the one line and leave with an exit code; LEANBERT_DEBUG=1 shows the traceback instead."""
     if os.environ.get("LEANBERT_DEBUG") == "1":
         raise error
     say(f"error: {message}")
-    sys.exit(2)
+    sys.exit(code)
 
 
 def quiet_libraries() -> None:

@@ -7,12 +7,28 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import Callback
 
+from leanbert.callbacks.bad_steps import StopOnBadSteps
 from leanbert.errors import UserError
 
 
 class Trainer(pl.Trainer):
-    """Lightning's Trainer, with `prepare`, `plan`, `export`, and a budget for `fit`."""
+    """Lightning's Trainer, with `prepare`, `plan`, `export`, and a budget for `fit`.
+
+    Args:
+        max_bad_steps: Steps in a row whose loss or gradient is not finite, after which a run stops with exit code 1 and
+            keeps the last one's batch in `bad_batch.pt`. Such a step leaves the weights alone.
+        callbacks: What else happens around steps, a list or one.
+        settings: See Lightning's Trainer.
+
+    """
+
+    def __init__(
+        self, max_bad_steps: int = 3, callbacks: list[Callback] | Callback | None = None, **settings: Any
+    ) -> None:
+        given = [callbacks] if isinstance(callbacks, Callback) else callbacks or []
+        super().__init__(callbacks=[*given, StopOnBadSteps(max_bad_steps)], **settings)
 
     def prepare(
         self,

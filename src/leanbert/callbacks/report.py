@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from leanbert import strict_json
 from leanbert.callbacks.checkpoint import RunCheckpoint
 from leanbert.callbacks.interrupt import Interrupted
 from leanbert.callbacks.memory_monitor import MemoryMonitor
@@ -156,7 +156,7 @@ def tagged(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a temporary file beside `path` and rename it."""
+    """Write strict JSON to a temporary file beside `path` and rename it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(strict_json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
