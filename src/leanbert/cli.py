@@ -8,9 +8,9 @@ import json
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
-import tempfile
 import warnings
 from dataclasses import asdict, fields
 from functools import cached_property
@@ -26,7 +26,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from leanbert import checkpoints, signals
+from leanbert import checkpoints, signals, strict_json
 from leanbert.callbacks.allocator import ReturnFreedPages
 from leanbert.callbacks.checkpoint import RunCheckpoint
 from leanbert.callbacks.interrupt import Interrupted, StopBetweenSteps
@@ -39,9 +39,9 @@ from leanbert.callbacks.report import ConfigFile, RunSummary, StartReport, tagge
 from leanbert.callbacks.samples import Samples
 from leanbert.callbacks.validation import ValidateAtEnds
 from leanbert.data.pairs import TRAIN
-from leanbert.data.storage import DISK_FULL, FORBIDDEN
+from leanbert.data.storage import DISK_FULL, scratch_folder
 from leanbert.data.workers import available_cpus
-from leanbert.errors import UserError
+from leanbert.errors import TrainingFailed, UserError
 from leanbert.memory.allocator import keep_freed_pages, return_freed_pages
 from leanbert.memory.precision import default_precision
 from leanbert.memory.rehearsal import RunSettings
@@ -224,8 +224,8 @@ class CLI(LightningCLI):
 
     def _plan_and_apply(self, settings: Any) -> PlanReport:
         """Plan in a process of its own, whose memory is gone with it, and add the chosen techniques to the settings."""
-        with tempfile.TemporaryDirectory() as folder:
-            answer, overlay = Path(folder) / "plan.json", Path(folder) / "overlay.yaml"
+        with scratch_folder() as folder:
+            answer, overlay = folder / "plan.json", folder / "overlay.yaml"
             place = self.arguments.index("fit")
             command = [sys.executable, sys.argv[0], *self.arguments[:place], "plan", *self.arguments[place + 1 :]]
             done = subprocess.run(
@@ -399,12 +399,12 @@ class CLI(LightningCLI):
     def validate(self, **kwargs: Any) -> None:
         """Print the metrics as one JSON line."""
         self.trainer.validate(**kwargs)
-        print(json.dumps(tagged(self.trainer.callback_metrics)))
+        print(strict_json.dumps(tagged(self.trainer.callback_metrics)))
 
     def test(self, **kwargs: Any) -> None:
         """Print the metrics as one JSON line."""
         self.trainer.test(**kwargs)
-        print(json.dumps(tagged(self.trainer.callback_metrics)))
+        print(strict_json.dumps(tagged(self.trainer.callback_metrics)))
 
     def _say_how_to_go_on(self) -> None:
         """Say what came out, where it is, and the next commands."""
@@ -473,28 +473,43 @@ def main(arguments: list[str] | None = None) -> None:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows the dataclasses' field texts
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        CLI(given)
+        try:
+            CLI(given)
+        finally:
+            sys.stdout.flush()
     except Interrupted as stopped:
         say(f"Stopped by {stopped} and saved. To go on:\n  {resume_command(given)}")
         sys.exit(0 if signals.follows() else stopped.exit_code)  # a rank that fails is taken for a crash
+    except TrainingFailed as error:
+        fail(one_line(str(error)), error, code=1)
     except (UserError, MisconfigurationException) as error:
         fail(one_line(str(error)), error)
     except OSError as error:
-        reason = "the disk is full" if error.errno in DISK_FULL else error.strerror
-        if error.errno in DISK_FULL | FORBIDDEN:
-            fail(f"{error.filename or 'output'}: {reason}. Mend that, or set --trainer.default_root_dir.", error)
-        raise
+        if isinstance(error, BrokenPipeError) and reader_has_gone():
+            sys.exit(128 + signal.SIGPIPE)
+        reason = "the disk is full" if error.errno in DISK_FULL else error.strerror or one_line(str(error))
+        fail(f"{error.filename or 'output'}: {reason}. Mend that, or choose another file or folder.", error)
     finally:
         if arguments is not None:  # called by a program, which goes on
             restore()
 
 
-def fail(message: str, error: BaseException) -> None:
-    """Print the one line and leave with exit code 2; LEANBERT_DEBUG=1 shows the traceback instead."""
+def fail(message: str, error: BaseException, code: int = 2) -> None:
+    """Print the one line and leave with an exit code; LEANBERT_DEBUG=1 shows the traceback instead."""
     if os.environ.get("LEANBERT_DEBUG") == "1":
         raise error
     say(f"error: {message}")
-    sys.exit(2)
+    sys.exit(code)
+
+
+def reader_has_gone() -> bool:
+    """Return whether nobody reads standard output any longer, as behind `| head`; what is left for it is dropped."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more when it ends
+        return True
+    return False
 
 
 def quiet_libraries() -> None:

@@ -7,10 +7,12 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from leanbert import signals
+from leanbert.callbacks.bad_steps import StopOnBadSteps
 from leanbert.errors import UserError
 
 
@@ -32,15 +34,26 @@ class _Signals(_SignalConnector):
 
 
 class Trainer(pl.Trainer):
-    """Lightning's Trainer, with `prepare`, `plan`, `export`, a budget for `fit`, and the run's folder as `log_dir`."""
+    """Lightning's Trainer, with `prepare`, `plan`, `export`, a budget for `fit`, and the run's folder as `log_dir`.
+
+    Args:
+        max_bad_steps: Steps in a row whose loss or gradient is not finite, after which a run stops with exit code 1 and
+            keeps the last one's batch in `bad_batch.pt`. Such a step leaves the weights alone.
+        callbacks: What else happens around steps, a list or one.
+        settings: See Lightning's Trainer.
+
+    """
 
     run_folder: Path | None = None
     """Where `fit` writes, on the first rank."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        given, self.fit_loop = self.fit_loop, _Loop(self, self.fit_loop.min_epochs, self.fit_loop.max_epochs)
-        self.fit_loop.epoch_loop = given.epoch_loop
+    def __init__(
+        self, max_bad_steps: int = 3, callbacks: list[Callback] | Callback | None = None, **settings: Any
+    ) -> None:
+        given = [callbacks] if isinstance(callbacks, Callback) else callbacks or []
+        super().__init__(callbacks=[*given, StopOnBadSteps(max_bad_steps)], **settings)
+        loop, self.fit_loop = self.fit_loop, _Loop(self, self.fit_loop.min_epochs, self.fit_loop.max_epochs)
+        self.fit_loop.epoch_loop = loop.epoch_loop
         self._signal_connector = _Signals(self)
 
     @property

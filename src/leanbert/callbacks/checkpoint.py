@@ -122,13 +122,21 @@ class RunCheckpoint(Checkpoint):
         return trainer.global_step % ASK_RANKS_EVERY == 0 and trainer.strategy.broadcast(overdue)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the best so far, and the weights to be averaged."""
+        """Keep the best so far, and the weights to be averaged.
+
+        Raises:
+            UserError: The metric is not logged, which the first validation shows.
+
+        """
         if trainer.state.fn != "fit":
             return
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is None:
+            logged = sorted(tag for tag in trainer.callback_metrics if "/" in tag)
+            raise UserError(f"checkpoint.monitor: no {self.monitor} is logged. Choose from {', '.join(logged)}.")
         if self.average is not None:
             self.average.keep(trainer, self._folder(trainer))
-        value = trainer.callback_metrics.get(self.monitor)
-        if value is None or trainer.global_step == 0:
+        if trainer.global_step == 0:
             return
         if math.isfinite(value) and (self.best is None or self.sign * float(value) < self.sign * self.best):
             self.best = float(value)

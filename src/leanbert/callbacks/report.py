@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import SaveConfigCallback
 
+from leanbert import strict_json
 from leanbert.callbacks.checkpoint import RunCheckpoint
 from leanbert.callbacks.interrupt import Interrupted
 from leanbert.callbacks.memory_monitor import MemoryMonitor
@@ -181,5 +181,5 @@ def tagged(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, or through what is no regular file."""
-    write_text_atomically(path, json.dumps(value, indent=2) + "\n")
+    """Write strict JSON atomically, or through what is no regular file."""
+    write_text_atomically(path, strict_json.dumps(value, indent=2) + "\n")
