@@ -7,8 +7,8 @@ import itertools
 import json
 import logging
 import os
+import select
 import shlex
-import signal
 import subprocess
 import sys
 import warnings
@@ -66,6 +66,8 @@ from leanbert.trainer import Trainer
 
 OWN_SUBCOMMANDS = ("prepare", "plan", "export")
 """What Lightning does not have; they need no device."""
+READER_HAS_GONE = 141
+"""Exit code where nobody reads standard output any longer, as behind `| head`: what a shell gives for SIGPIPE."""
 FLAGS = ("--measure", "--prepare")
 """Options that are true where no value follows."""
 
@@ -476,7 +478,7 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             CLI(given)
         finally:
-            sys.stdout.flush()
+            flush_output()
     except Interrupted as stopped:
         say(f"Stopped by {stopped} and saved. To go on:\n  {resume_command(given)}")
         sys.exit(0 if signals.follows() else stopped.exit_code)  # a rank that fails is taken for a crash
@@ -486,7 +488,7 @@ def main(arguments: list[str] | None = None) -> None:
         fail(one_line(str(error)), error)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and reader_has_gone():
-            sys.exit(128 + signal.SIGPIPE)
+            sys.exit(READER_HAS_GONE)
         reason = "the disk is full" if error.errno in DISK_FULL else error.strerror or one_line(str(error))
         fail(f"{error.filename or 'output'}: {reason}. Mend that, or choose another file or folder.", error)
     finally:
@@ -502,14 +504,22 @@ def fail(message: str, error: BaseException, code: int = 2) -> None:
     sys.exit(code)
 
 
-def reader_has_gone() -> bool:
-    """Return whether nobody reads standard output any longer, as behind `| head`; what is left for it is dropped."""
+def flush_output() -> None:
+    """Write what is left; what cannot be written is dropped, for Python would try again when it ends, and complain."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more when it ends
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise
+
+
+def reader_has_gone() -> bool:
+    """Return whether nobody reads standard output any longer."""
+    if not hasattr(select, "poll"):  # Windows
         return True
-    return False
+    output = select.poll()
+    output.register(1, 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 def quiet_libraries() -> None:
