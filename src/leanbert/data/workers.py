@@ -34,7 +34,7 @@ def process_pool() -> Iterator[ProcessPoolExecutor]:
     workers = min(available_cpus(), MOST_WORKERS)
     with _without_main_module(), ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as pool:
         with signals.deaf_children():
-            pool.submit(int).result()  # starts them
+            pool.submit(int)  # starts them
         yield pool
 
 
