@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from leanbert import checkpoints
 from leanbert.checkpoints import AVERAGE, BEST, TRAINING_STATE
-from leanbert.data.storage import DISK_FULL, remove_leftovers
+from leanbert.data.storage import DISK_FULL, expand, remove_leftovers
 from leanbert.errors import UserError
 from leanbert.messages import say
 
@@ -125,12 +125,7 @@ class TaskRuns:
     """
 
     def __init__(self, root: str, task: str) -> None:
-        try:
-            self.folder = Path(root).expanduser() / task
-        except RuntimeError:
-            raise UserError(f"trainer.default_root_dir: {root}: there is no such user. Give a folder.") from None
-        if not root:
-            raise UserError("trainer.default_root_dir: is empty. Give a folder, such as runs.")
+        self.folder = expand(root, "trainer.default_root_dir") / task
 
     def all(self) -> list[Run]:
         """Return the runs, the newest last."""
