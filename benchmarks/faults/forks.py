@@ -35,6 +35,7 @@ class Outcome:
     stdout: str
     stderr: str
     seconds: float
+    cpu_seconds: float
     rss_bytes: int
 
     @property
@@ -83,7 +84,8 @@ class Process:
         _, status, usage = found
         out, err = (_text(stream) for stream in (self.stdout, self.stderr))
         seconds = time.monotonic() - self.started
-        return Outcome(os.waitstatus_to_exitcode(status), out, err, seconds, usage.ru_maxrss * 1024)
+        cpu_seconds = usage.ru_utime + usage.ru_stime
+        return Outcome(os.waitstatus_to_exitcode(status), out, err, seconds, cpu_seconds, usage.ru_maxrss * 1024)
 
 
 def kill_group(group: int) -> None:

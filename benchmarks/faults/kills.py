@@ -276,14 +276,14 @@ def result_of(configuration: Configuration, folder: Path) -> dict[str, Any]:
     logged = {
         tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags if not time_dependent(tag)
     }
-    names = [str(path.relative_to(newest)) for path in newest.rglob("*") if "tfevents" not in path.name]
+    names = {str(path.relative_to(newest)): True for path in newest.rglob("*") if "tfevents" not in path.name}
     checkpoints = {
         path.name: essence(torch.load(path, weights_only=True)) for path in newest.glob("checkpoints/*.ckpt")
     }
     summary = json.loads(path.read_text()) if (path := newest / "summary.json").exists() else {}
     summary = {key: value for key, value in summary.items() if not time_dependent(key)}
     summary["checkpoint"] = Path(summary.get("checkpoint", "")).name
-    return {"files": sorted(names), "logged": logged, "summary": summary, **checkpoints}
+    return {"files": names, "logged": logged, "summary": summary, **checkpoints}
 
 
 def essence(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ STEPS = 8
 RECORDS = 60
 TINY = [
     "--model.encoder.num_layers=2", "--model.encoder.hidden_size=32", "--model.encoder.num_heads=2",
-    "--data.max_length=16", "--data.batch_size=16", "--data.vocab_size=120", "--data.cache_dir=cache",
+    "--data.max_length=16", "--data.batch_size=16", "--data.vocab_size=300", "--data.cache_dir=cache",
     "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--trainer.limit_val_batches=2",
 ]  # fmt: skip
 TRAINING = [
