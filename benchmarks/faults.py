@@ -28,7 +28,7 @@ from tqdm import tqdm
 from faults import forks
 from report import table
 
-PARTS = {"kills": 500, "mutations": 5000}
+PARTS = {"kills": 500, "mutations": 5000, "concurrent": 500, "signals": 700}
 """How many experiments the issue of each part asks for."""
 SHOWN = 3
 

@@ -9,7 +9,9 @@ import functools
 import inspect
 import io
 import os
+import pickle
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -19,7 +21,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
+
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "train.py"
@@ -138,6 +142,20 @@ def become(streams: Sequence[BinaryIO], folder: Path, function: Callable[[], obj
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(code)
+
+
+def once(path: Path, make: Callable[[], Any]) -> Any:
+    """Return what `make` returns, which is called by the first of all processes that ask for it; `path` keeps it."""
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            path.write_bytes(pickle.dumps(make()))
+    return pickle.loads(path.read_bytes())
+
+
+def fresh(folder: Path) -> Path:
+    """Remove what an earlier experiment has left."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
 
 
 def import_all() -> None:

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from .forks import TIMEOUT_SECONDS, Outcome, Process, command, kill_group
+from .forks import TIMEOUT_SECONDS, Outcome, Process, command, fresh, kill_group, once
 from .samples import STEPS, TASKS, TRAINING, command_of, write_samples
 
 KINDS = ("time", "operation", "write", "end", "preparation")
@@ -136,7 +135,7 @@ def disturbed(
             groups.append(process.pid)
             done = process.wait(fault.seconds, orphans=True)  # the next command begins beside what a kill left
             if done.code == 0:
-                return kills, difference(reference.result, result_of(configuration, folder))
+                return kills, difference(reference.result, result_of(run_folder(configuration, folder)))
             if done.seconds < TIMEOUT_SECONDS and done.code in (-signal.SIGKILL, -signal.SIGXFSZ):
                 kills += 1
                 resume = ["--ckpt_path=last"]
@@ -153,12 +152,6 @@ def disturbed(
 def nothing_there(done: Outcome) -> bool:
     """Return whether a resuming command said that there is nothing to go on from."""
     return done.code == 2 and any(words in done.stderr for words in ("no run below", "no usable checkpoint"))
-
-
-def fresh(folder: Path) -> Path:
-    """Remove what an earlier experiment has left."""
-    shutil.rmtree(folder, ignore_errors=True)
-    return folder
 
 
 # ---- the moments of kills
@@ -239,12 +232,7 @@ def in_write(number: int, most: int) -> None:
 def reference_of(configuration: Configuration, work: Path) -> Reference | str:
     """Return the undisturbed run, made once; or why there is none."""
     folder = work / f"reference-{configuration.name}"
-    kept = folder.with_suffix(".pt")
-    with FileLock(folder.with_suffix(".lock")):
-        if not kept.exists():
-            torch.save(undisturbed(configuration, write_samples(folder)), kept)
-            shutil.rmtree(folder)
-    return torch.load(kept, weights_only=False)
+    return once(folder.with_suffix(".made"), lambda: undisturbed(configuration, folder))
 
 
 def undisturbed(configuration: Configuration, folder: Path) -> Reference | str:
@@ -255,32 +243,33 @@ def undisturbed(configuration: Configuration, folder: Path) -> Reference | str:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         watch(lambda event, path: os.write(file, f"{event} {path}\n".encode()))
 
-    done = Process(command(configuration.fit(), note), folder).wait()
+    done = Process(command(configuration.fit(), note), write_samples(fresh(folder))).wait()
     if done.code:
         return done.stderr.strip().splitlines()[-1][:200]
-    reference = Reference(result_of(configuration, folder), done.seconds, log.read_text().splitlines())
-    shutil.rmtree(folder)
-    again = Process(command(configuration.fit()), write_samples(folder)).wait()
-    other = difference(reference.result, result_of(configuration, folder))
+    reference = Reference(result_of(run_folder(configuration, folder)), done.seconds, log.read_text().splitlines())
+    again = Process(command(configuration.fit()), write_samples(fresh(folder))).wait()
+    other = difference(reference.result, result_of(run_folder(configuration, folder)))
     return reference if again.code == 0 and other is None else f"two undisturbed runs differ: {other}"
 
 
-def result_of(configuration: Configuration, folder: Path) -> dict[str, Any]:
-    """Return all that a run leaves: logged values, checkpoints, summary and the names of its files."""
+def run_folder(configuration: Configuration, folder: Path) -> Path:
+    """Return the run run."""
     runs = (folder / "runs" / TASKS[configuration.task].runs).glob("version_*")
-    newest = max(runs, key=lambda run: int(run.name.removeprefix("version_")))
+    return max(runs, key=lambda run: int(run.name.removeprefix("version_")))
+
+
+def result_of(run: Path) -> dict[str, Any]:
+    """Return all that a run leaves: logged values, checkpoints, summary and the names of its files."""
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of what is logged a second time
-    events = EventAccumulator(str(newest), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("train/", "val/", "average/"))]
     logged = {
         tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags if not time_dependent(tag)
     }
-    names = {str(path.relative_to(newest)): True for path in newest.rglob("*") if "tfevents" not in path.name}
-    checkpoints = {
-        path.name: essence(torch.load(path, weights_only=True)) for path in newest.glob("checkpoints/*.ckpt")
-    }
-    summary = json.loads(path.read_text()) if (path := newest / "summary.json").exists() else {}
+    names = {str(path.relative_to(run)): True for path in run.rglob("*") if "tfevents" not in path.name}
+    checkpoints = {path.name: essence(torch.load(path, weights_only=True)) for path in run.glob("checkpoints/*.ckpt")}
+    summary = json.loads(path.read_text()) if (path := run / "summary.json").exists() else {}
     summary = {key: value for key, value in summary.items() if not time_dependent(key)}
     summary["checkpoint"] = Path(summary.get("checkpoint", "")).name
     return {"files": names, "logged": logged, "summary": summary, **checkpoints}

@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from filelock import FileLock
 
 from . import mutators, references
-from .forks import Outcome, Process, command
+from .forks import Outcome, Process, command, fresh, once
 from .samples import TASKS, command_of, write_json_lines, write_samples
 
 MOST_CPU_SECONDS = 20.0
@@ -70,8 +69,7 @@ def run(experiment: dict[str, Any], work: Path) -> dict[str, Any]:
     """Damage an input, use it, and return what was wrong, if anything."""
     kind, *about = experiment["kind"].split(" ", 1)
     chance = random.Random(experiment["chance"])
-    folder = work / f"mutation-{experiment['number']}"
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = fresh(work / f"mutation-{experiment['number']}")
     wrong, what = KINDS[kind](Case(folder, work, chance), *about)
     if wrong is None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -297,22 +295,19 @@ class Base:
 def base_of(task: str, work: Path) -> Base:
     """Return the trained model of a task."""
     folder = work / f"base-{task}"
-    answers = folder / "answers.json"
-    with FileLock(folder.with_suffix(".lock")):
-        if not answers.exists():
-            write_samples(folder)
-            said = []
-            _done(folder, command_of(task, "fit", *TRAIN))
-            for step in (2, 4):
-                path = f"runs/{TASKS[task].runs}/version_0/checkpoints/step-{step:08d}.ckpt"
-                said.append(_done(folder, command_of(task, "validate", f"--ckpt_path={path}")).stdout)
-            if task in ("mlm", "classification", "tagging"):
-                _done(folder, command_of(task, "export", "--ckpt_path=last", "--output=export"))
-            answers.write_text(json.dumps(said))
-    return Base(folder, tuple(json.loads(answers.read_text())))
+
+    def make() -> tuple[str, ...]:
+        write_samples(fresh(folder))
+        done_well(folder, command_of(task, "fit", *TRAIN))
+        if task in ("mlm", "classification", "tagging"):
+            done_well(folder, command_of(task, "export", "--ckpt_path=last", "--output=export"))
+        steps = [f"runs/{TASKS[task].runs}/version_0/checkpoints/step-{step:08d}.ckpt" for step in (2, 4)]
+        return tuple(done_well(folder, command_of(task, "validate", f"--ckpt_path={path}")).stdout for path in steps)
+
+    return Base(folder, once(folder.with_suffix(".made"), make))
 
 
-def _done(folder: Path, arguments: list[str]) -> Outcome:
+def done_well(folder: Path, arguments: list[str]) -> Outcome:
     done = Process(command(arguments), folder).wait()
     if done.code:
         raise RuntimeError(f"{arguments}: {done.stderr}")
@@ -332,7 +327,7 @@ def copied(case: Case, *tasks: str) -> str:
 @cache
 def numeric_settings(task: str, folder: Path) -> list[str]:
     """Return the settings of `fit` that are numbers, or unset."""
-    done = _done(folder, command_of(task, "fit", "--print_config"))
+    done = done_well(folder, command_of(task, "fit", "--print_config"))
     found = []
 
     def walk(value: Any, name: str) -> None:
