@@ -246,11 +246,10 @@ def text_hash(text: str) -> float:
 def split_documents(lines: Iterable[str], separator: Separator) -> Iterator[tuple[str, bool]]:
     r"""Yield (text, ends) of the documents in `lines` (with their "\n"), long ones in several pieces."""
     parts: list[str] = []
-    size, open_document, at_line_start = 0, False, True
+    size, open_document, blank = 0, False, True
     for line in lines:
-        blank = at_line_start and line.isspace() and line.endswith("\n")
-        at_line_start = line.endswith("\n")
-        if not blank:
+        blank, complete = blank and (line.isspace() or not line), line.endswith("\n")
+        if not (blank and complete):
             parts.append(line)
             size += len(line)
         if size > PIECE_CHARACTERS:
@@ -258,11 +257,12 @@ def split_documents(lines: Iterable[str], separator: Separator) -> Iterator[tupl
             cut = _border(text)
             yield text[:cut], False
             parts, size, open_document = [text[cut:]], len(text) - cut, True
-        if (blank if separator == "blank_line" else at_line_start) and parts:
+        if complete and (blank or separator == "line") and parts:
             text, parts, size = "".join(parts).rstrip(), [], 0
             if text or open_document:
                 yield text, True
             open_document = False
+        blank = blank or complete
     text = "".join(parts).rstrip()
     if text or open_document:
         yield text, True
