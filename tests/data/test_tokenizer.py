@@ -114,6 +114,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path, capsys: pytest.Captur
     no_mask = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     files = {
         "absent.json": (None, "does not exist"),
+        "n" * 5000: (None, "does not exist"),
         "empty": (None, "holds neither tokenizer.json nor vocab.txt"),
         "broken.json": ('{"model": ', "not a tokenizer.json"),
         "nomask.json": (no_mask.to_str(), "no mask token"),

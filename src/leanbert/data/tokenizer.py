@@ -73,9 +73,10 @@ class TextTokenizer:
         Raises `UserError` if there is none, or it cannot be read, or its ids could be other than transformers'.
         """
         path = expand(path, f"data.{name}")
-        if name != "tokenizer" and (path / name).is_dir():
+        # os.path says "no" where a name is too long, which pathlib raises.
+        if name != "tokenizer" and os.path.isdir(path / name):
             path = path / name
-        if not path.is_dir() and not path.is_file():
+        if not os.path.isdir(path) and not os.path.isfile(path):
             raise UserError(f"data.{name}: {path} does not exist. Give a tokenizer.json or vocab.txt")
         if path.suffix == ".ckpt" and path.is_file():
             return cls.from_json(_checkpoint_json(path, name), source=str(path))

@@ -63,9 +63,11 @@ def _build_byte_level(source: dict[str, Any], config: dict[str, Any]) -> Tokeniz
 
 
 def _frame_roberta(tokenizer: Tokenizer, source: dict[str, Any], config: dict[str, Any]) -> None:
-    frame = [(str(config[role]), tokenizer.token_to_id(str(config[role]))) for role in ("sep_token", "cls_token")]
+    sep, cls = (str(config[role]) for role in ("sep_token", "cls_token"))
     flags = config.get("trim_offsets", True), config.get("add_prefix_space", False)
-    tokenizer.post_processor = processors.RobertaProcessing(*frame, *flags)
+    tokenizer.post_processor = processors.RobertaProcessing(
+        (sep, tokenizer.token_to_id(sep)), (cls, tokenizer.token_to_id(cls)), *flags
+    )
 
 
 def _frame_gpt2(tokenizer: Tokenizer, source: dict[str, Any], config: dict[str, Any]) -> None:

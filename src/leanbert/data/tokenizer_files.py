@@ -133,8 +133,8 @@ def _settings(folder: Path) -> dict[str, Any]:
             special = _object(folder / "special_tokens_map.json")
             config.update({key: _special(value) for key, value in special.items()})
             names = {str(token) for token in _special_tokens(config)}
-            for token, index in _object(folder / "added_tokens.json").items():
-                added[int(index)] = AddedToken(token, normalized=token not in names, special=token in names)
+            for name, index in _object(folder / "added_tokens.json").items():
+                added[int(index)] = AddedToken(name, normalized=name not in names, special=name in names)
             for entry in _object(folder / "tokenizer.json").get("added_tokens", []):
                 index = int(entry.pop("id"))
                 added[index] = AddedToken(**entry)
