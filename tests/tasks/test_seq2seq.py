@@ -162,7 +162,10 @@ def test_a_run_resumed_within_an_epoch_has_the_same_losses(tmp_path):
             {"validation_sources": -1},
             r"^model\.validation_sources: -1 is out of range\. Give a whole number, 0 or more\.$",
         ),
-        ({"generation": GenerationConfig(beams=0)}, r"^model\.generation\.beams: 0 is too small\. Set at least 1$"),
+        (
+            {"generation": GenerationConfig(beams=0)},
+            r"^model\.generation\.beams: 0 is out of range\. Give a whole number from 1 to 1000\.$",
+        ),
     ],
 )
 def test_bad_settings(settings, message):
