@@ -478,7 +478,7 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             CLI(given)
         finally:
-            flush_output()
+            sys.stdout.flush()
     except Interrupted as stopped:
         say(f"Stopped by {stopped} and saved. To go on:\n  {resume_command(given)}")
         sys.exit(0 if signals.follows() else stopped.exit_code)  # a rank that fails is taken for a crash
@@ -487,7 +487,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (UserError, MisconfigurationException) as error:
         fail(one_line(str(error)), error)
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and reader_has_gone():
+        gone = isinstance(error, BrokenPipeError) and reader_has_gone()
+        drop_output()
+        if gone:
             sys.exit(READER_HAS_GONE)
         reason = "the disk is full" if error.errno in DISK_FULL else error.strerror or one_line(str(error))
         fail(f"{error.filename or 'output'}: {reason}. Mend that, or choose another file or folder.", error)
@@ -504,13 +506,12 @@ def fail(message: str, error: BaseException, code: int = 2) -> None:
     sys.exit(code)
 
 
-def flush_output() -> None:
-    """Write what is left; what cannot be written is dropped, for Python would try again when it ends, and complain."""
+def drop_output() -> None:
+    """Forget what cannot be written: Python would try again when it ends, and complain."""
     try:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise
 
 
 def reader_has_gone() -> bool:
