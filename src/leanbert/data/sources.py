@@ -189,7 +189,7 @@ def besides(patterns: Sequence[str], setting: str, others: Mapping[str, Sequence
         found += len(corpus.files) + len(corpus.datasets)
         kept += corpus.datasets
         for path in corpus.files:
-            owner, named = owners.get(_identity(path)), path == Path(pattern).expanduser()
+            owner, named = owners.get(_identity(path)), path == expand(pattern, setting)
             if owner is not None:
                 fate = "trained on all the same" if named else "left out of training"
                 say_once(f"{setting}: {path} is in {owner} too, and is {fate}")
