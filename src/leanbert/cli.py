@@ -215,14 +215,13 @@ class CLI(LightningCLI):
         returns = any(isinstance(callback, ReturnFreedPages) for callback in callbacks)
         (return_freed_pages if returns else keep_freed_pages)()  # before preparation, which frees much
         if self.checkpoint is None:
-            if self.subcommand in ("validate", "test", "predict") and self.model.init_from is not None:
+            if self.model.init_from is not None:
                 self._adopt_start(self.model.init_from)
             return
         stored = self.checkpoint["leanbert"]
         path, resumes = self._settings["ckpt_path"], self.subcommand == "fit"
         self.datamodule.take_tokenizers(path, stored, resumes=resumes)
-        if stored.get("data"):
-            self.datamodule.adopt(stored["data"])
+        self.datamodule.adopt({"max_length": stored["max_length"], **stored.get("data", {})})
         if self.subcommand == "fit" and self.model.init_from is None:
             self.model.shrinks = any(isinstance(callback, StructuredPruning) for callback in callbacks)
             self.model.resume_from(stored)  # before anything in the run's folder is touched
@@ -230,15 +229,16 @@ class CLI(LightningCLI):
             self.model.encoder_config = EncoderConfig(**stored["encoder"])
             self.model.adopt(stored.get("model", {}))
         self.model.init_from = None
-        if self.subcommand != "fit":
-            self.datamodule.hparams["max_length"] = stored["max_length"]
         self.resumed_step = self.checkpoint["global_step"]
         self.checkpoint = None  # Lightning reads the file again; do not hold it twice
 
     def _adopt_start(self, source: str) -> None:
-        """Take labels and the like from a model that is used as it is."""
+        """Take labels and the like from a model that is used as it is, or that training starts from."""
         task, facts = read_facts(Path(source))
-        if task == self.model.name:
+        if self.subcommand not in ("validate", "test", "predict"):
+            if task == self.model.name:
+                self.datamodule.start_from(facts)
+        elif task == self.model.name:
             self.datamodule.adopt(facts)
             self.model.adopt(facts)
         elif self.subcommand == "predict":

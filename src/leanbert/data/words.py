@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from leanbert.data.records import Record, items_of, read_records
 from leanbert.data.sources import document_hash, prediction_lines
 from leanbert.data.tokenizer import TextTokenizer
 from leanbert.errors import UserError
+from leanbert.messages import say
 from leanbert.models.loss import IGNORED
 
 Mark = Literal["tokens", "segments"]
@@ -86,25 +87,35 @@ class WordData(LabelledData):
         tokens_field: JSON field of the list of words.
         labels_field: JSON field of the list of tags.
         word_column: Column of the word in .conll files, counted from 0.
-        settings: See `ExampleData`.
+        settings: See `LabelledData`.
 
     """
+
+    dtypes: ClassVar = {**LabelledData.dtypes, "cut": "int32"}
+    counts_unknown: ClassVar = True
 
     def __init__(
         self, tokens_field: str = "tokens", labels_field: str = "labels", word_column: int = 0, **settings: Any
     ) -> None:
         super().__init__(tokens_field=tokens_field, labels_field=labels_field, word_column=word_column, **settings)
 
-    mark: Mark = "tokens"
+    @property
+    def mark(self) -> Mark:
+        """How the predicate is marked, if there is one."""
+        return "tokens"
 
     def embedded(self, cache_dir: Path) -> dict[Part, Path]:
         """Return synthetic sentences, whose roles are found without a predicate given."""
         return embedded_files("srl", cache_dir)
 
     def key(self, part: Part) -> list[Any]:
-        """Return the settings of reading and, for evaluation, the labels."""
-        names = ("tokens_field", "labels_field", "word_column")
-        return [*(self.hparams[name] for name in names), None if part == "train" else self.labels]
+        """Return the settings of reading, and whether words that do not fit count."""
+        names = ("tokens_field", "labels_field", "word_column", "label_names")
+        return [*(self.hparams[name] for name in names), part != "train"]
+
+    def places(self, part: Part) -> Iterator[tuple[str, Sequence[str]]]:
+        """Yield ("file:line", tags) of the sentences of a part."""
+        return ((place, labels) for place, _, labels in self.read(self.files(part), *self.held_out(part)))
 
     def texts(self, files: list[str]) -> Iterator[str]:
         """Yield each training sentence once."""
@@ -116,18 +127,28 @@ class WordData(LabelledData):
             last = sentence.tokens
 
     def encode(self, files: list[str], part: Part, facts: dict[str, Any]) -> Iterator[Example]:
-        """Yield the examples; `facts` get "labels", those "unknown" in training, and "cut", the sentences cut."""
-        known = {label: number for number, label in enumerate(self.labels)} if part != "train" else {}
-        trained, facts["cut"] = len(known), 0
+        """Yield the examples; `facts` get "labels", and how many sentences ("cut") and words ("cut_words") were cut."""
+        known: dict[str, int] = {}
+        facts["cut"] = facts["cut_words"] = 0
         for batch in in_batches(self.read(files, *self.held_out(part)), ENCODED_TOGETHER):
             sentences = [sentence for _, sentence, _ in batch]
             encoded = encode_sentences(sentences, self.tokenizer, self.hparams["max_length"], self.mark)
             for (place, _, labels), (ids, segments, index, needed) in zip(batch, encoded, strict=True):
                 facts["cut"] += self.fit_length(place, needed)
-                targets = [known.setdefault(label, len(known)) for label in labels[: len(index)]]
-                yield {"ids": ids, "segments": segments, "index": index, "targets": targets}
+                facts["cut_words"] += len(labels) - len(index)
+                used = labels if part != "train" else labels[: len(index)]  # those of training are not learnt
+                targets = [known.setdefault(label, len(known)) for label in used]
+                yield {
+                    "ids": ids, "segments": segments, "index": index, "targets": targets[: len(index)],
+                    "cut": targets[len(index) :],
+                }  # fmt: skip
         facts["labels"] = list(known)
-        facts["unknown"] = list(known)[trained:] if part != "train" else []
+
+    def tell(self, part: Part, facts: Mapping[str, Any]) -> None:
+        """Say how many sentences were cut, and what that does to the score."""
+        super().tell(part, facts)
+        if part != "train" and facts["cut_words"]:
+            say(f"data.{part}_files: {facts['cut_words']:,} words of them are not read: their spans count as missed")
 
     def prediction_batches(self, files: list[str], batch_size: int) -> SentenceLines:
         """Return the lines, each a sentence with spaces between its words, or a JSON object with them."""
@@ -179,7 +200,7 @@ class TokenLabelData(WordData):
         labels_field: JSON field of the list of tags.
         word_column: Column of the word in .conll files, counted from 0.
         label_column: Column of the tag in .conll files; negative ones count from the last.
-        settings: See `ExampleData`.
+        settings: See `LabelledData`.
 
     """
 
@@ -187,7 +208,7 @@ class TokenLabelData(WordData):
         super().__init__(label_column=label_column, **settings)
 
     def key(self, part: Part) -> list[Any]:
-        """Return the settings of reading and, for evaluation, the labels."""
+        """Return the settings of reading."""
         return [*super().key(part), self.hparams["label_column"]]
 
     def _columns(self, files: list[str]) -> Iterator[tuple[str, Sentence, list[str]]]:
@@ -209,9 +230,11 @@ class SemanticRoleData(WordData):
         word_column: Column of the word in .conll files, counted from 0: 3 in CoNLL-2012, 0 in CoNLL-2005.
         role_columns: First column of roles in .conll files, one column for each predicate, in brackets as (A0* and *).
         last_column: Whether the last column holds roles as well (CoNLL-2005), or coreference (CoNLL-2012).
-        settings: See `ExampleData`.
+        settings: See `LabelledData`.
 
     """
+
+    fixed: ClassVar = (*LabelledData.fixed, "mark", "find_predicates")
 
     def __init__(
         self,
@@ -227,19 +250,14 @@ class SemanticRoleData(WordData):
             predicate_field=predicate_field, mark=mark, find_predicates=find_predicates, word_column=word_column,
             role_columns=role_columns, last_column=last_column, **settings,
         )  # fmt: skip
-        self.mark = mark
 
-    def facts(self) -> dict[str, Any]:
-        """Return the labels, and how the predicate is marked."""
-        return {**super().facts(), "mark": self.mark}
-
-    def adopt(self, facts: dict[str, Any]) -> None:
-        """Take over the labels of a checkpoint, and how it marks the predicate."""
-        super().adopt(facts)
-        self.mark = self.hparams["mark"] = facts.get("mark", self.mark)
+    @property
+    def mark(self) -> Mark:
+        """How the predicate is marked."""
+        return self.hparams["mark"]
 
     def key(self, part: Part) -> list[Any]:
-        """Return the settings of reading and, for evaluation, the labels."""
+        """Return the settings of reading."""
         names = ("predicate_field", "mark", "find_predicates", "role_columns", "last_column")
         return [*super().key(part), *(self.hparams[name] for name in names)]
 
