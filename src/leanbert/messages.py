@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 
-from lightning.pytorch.utilities import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
 from tqdm import tqdm
 
 
-@rank_zero_only
 def say(line: str) -> None:
     """Write a line for the reader to standard error, above a progress bar, on the first rank only."""
-    tqdm.write(line, file=sys.stderr)
+    if getattr(rank_zero_only, "rank", 0) == 0:  # Lightning sets it, which reading files does not pay for
+        tqdm.write(line, file=sys.stderr)
+
+
+@cache
+def say_once(line: str) -> None:
+    """Say a line the first time only: files are read several times, for tokenizer, training and validation."""
+    say(line)

@@ -66,7 +66,7 @@ def test_pairs_have_segments_and_the_longer_text_is_cut():
     ("record", "settings", "message"),
     [
         ({"text": "a"}, {}, r'train\.jsonl:1: no field "label"'),
-        ({"text": " ", "label": "x"}, {}, r'train\.jsonl:1: the text in field "text" is empty'),
+        ({"text": "a", "label": None}, {}, r'train\.jsonl:1: no field "label" but null'),
         ({"text": "a", "label": ["x"]}, {}, r"train\.jsonl:1: field \"label\" is \['x'\], no single label"),
         (
             {"text": "a", "label": "high"},

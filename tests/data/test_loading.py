@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from leanbert.data.loading import PositionSampler, PredictionLines, RowDataset, encode_lines
+from leanbert.data.loading import PositionSampler, PredictionInputs, RowDataset, encode_lines
 from leanbert.data.tokenizer import TextTokenizer
 from tests.data.corpora import ENGLISH, sentences
 from tests.data.test_masking import make_rule
@@ -96,13 +97,24 @@ def test_lines_become_padded_rows(tokenizer: TextTokenizer) -> None:
     assert batch.position_ids[0].tolist() == [0, 1, 2, 3, 4, 0, 0, 0]
 
 
-def test_prediction_batches_come_in_order_and_cuts_are_counted(tmp_path: Path, tokenizer: TextTokenizer) -> None:
-    path = tmp_path / "lines.txt"
-    path.write_text("".join(f"the [MASK] runs {'past ' * n}\n" for n in range(5)))
-    lines = PredictionLines([str(path)], tokenizer, 8, 2)
-    with pytest.warns(UserWarning, match=r"1 lines were longer than data\.max_length \(8 tokens\)"):
-        batches = list(lines)
-    assert [len(batch) for batch in batches] == [2, 2, 1]
-    assert [text for batch in batches for text in batch.texts] == path.read_text().splitlines()
-    second = [batch.texts for batch in PredictionLines([str(path)], tokenizer, 16, 2, rank=1, world_size=2)]
-    assert second == [batches[1].texts]
+def test_prediction_batches_come_in_order_and_cuts_are_counted(
+    tokenizer: TextTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [f"the [MASK] runs {'past ' * n}" for n in range(5)]
+    inputs = PredictionInputs(lambda: iter(texts), lambda some: encode_lines(some, tokenizer, 8), 2, 8)
+    for _ in range(2):  # passes
+        batches = list(inputs)
+        assert [batch.texts for batch in batches] == [texts[:2], texts[2:4], texts[4:]]
+        assert capsys.readouterr().err == "1 inputs were longer than data.max_length (8 tokens) and were cut\n"
+
+
+def test_a_batch_is_made_of_the_first_inputs_before_there_are_more(tokenizer: TextTokenizer) -> None:
+    taken: list[str] = []
+
+    def texts() -> Iterator[str]:
+        for text in "abcd":
+            taken.append(text)
+            yield text
+
+    batches = iter(PredictionInputs(texts, lambda some: encode_lines(some, tokenizer, 8), 2, 8))
+    assert next(batches).texts == taken == ["a", "b"]

@@ -1,16 +1,14 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from leanbert.data import readers, sources
-from leanbert.data.sources import Corpus, Split, prediction_lines
+from leanbert.data.sources import Corpus, Split, besides, document_hash
 from leanbert.errors import UserError
 
 
@@ -54,10 +52,6 @@ def test_records_give_the_field(tmp_path: Path, name: str, content: str) -> None
 
 def test_csv_rows_may_span_lines(tmp_path: Path) -> None:
     assert texts(write(tmp_path / "a.csv", 'text\n"one\ntwo"\nthree\n')) == ["one\ntwo", "three"]
-
-
-def test_lone_surrogates_of_json_become_characters(tmp_path: Path) -> None:
-    assert texts(write(tmp_path / "a.jsonl", r'{"text": "a\ud800b \u4e2d"}')) == ["a?b 中"]
 
 
 def test_parquet_and_saved_datasets(tmp_path: Path) -> None:
@@ -113,6 +107,65 @@ def test_held_out_documents_depend_on_text_alone(tmp_path: Path) -> None:
     assert not held[0] & rest
 
 
+def test_case_and_white_space_do_not_decide_the_side() -> None:
+    for text in ("A b\nc", "a B C", " a\tb  c\r\n", "A\u00a0B\u2028C"):
+        assert document_hash(text) == document_hash("a b c") == 0.19061334583707534
+    assert document_hash("a bc") != document_hash("a b c")
+    assert document_hash("Stra\u00dfe") == document_hash("STRASSE")
+
+
+def test_white_space_across_parts_ends_no_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "PART_BYTES", 4)
+    path = write(tmp_path / "a.txt", "one\n            two\n             \nthree\n          ")
+    assert texts(path) == ["one\n            two", "three"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends_of_all_systems_separate_documents(tmp_path: Path, end: str) -> None:
+    path = write(tmp_path / "a.txt", end.join(["one", "one\u2028\x0c\x85", "", "", "two"]))
+    assert texts(path) == ["one\none", "two"]
+    assert texts(path, separator="line") == ["one", "one", "two"]
+
+
+def test_records_without_text_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = write(tmp_path / "a.jsonl", '{"text": "one"}\n{"text": null}\n{"text": " "}\n{"text": "two"}\n')
+    second = write(tmp_path / "b.csv", 'text\n""\nthree\n')
+    for _ in range(2):
+        assert texts(first, second, setting="data.val_files") == ["one", "two", "three"]
+    told = f"data.val_files: 3 records without text are left out, the first is {first}:2\n"
+    assert capsys.readouterr().err == told
+
+
+# ---- files of evaluation among those of training
+
+
+def test_files_of_evaluation_that_a_glob_matches_are_not_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "val.txt", "test.txt"):
+        write(Path(name), name)
+    Path("z.txt").symlink_to("val.txt")
+    Path("y.txt").hardlink_to("test.txt")
+    others = {"data.val_files": [str(tmp_path / "v*.txt")], "data.test_files": ["test.txt"]}
+    assert besides(["*.txt", "hf:x"], "data.train_files", others) == ["a.txt", "hf:x"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"data.train_files: {name}.txt is in data.{part}_files too, and is left out of training"
+        for name, part in (("test", "test"), ("val", "val"), ("y", "test"), ("z", "val"))
+    ]
+    assert besides(["?.txt"], "data.train_files", {"data.val_files": ["a.txt"]}) == ["y.txt", "z.txt"]
+    assert besides(["a.*", "hf:x"], "data.train_files", others) == ["a.*", "hf:x"]
+    with pytest.raises(UserError, match=r"^data\.train_files: all that matches is in data\.val_files too\. Give other"):
+        besides(["a*.txt"], "data.train_files", {"data.val_files": ["a.txt"]})
+
+
+def test_a_file_of_evaluation_that_is_named_is_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(write(tmp_path / "a.txt", "a"))
+    assert besides([path], "data.train_files", {"data.val_files": [path]}) == [path]
+    told = f"data.train_files: {path} is in data.val_files too, and is trained on all the same\n"
+    assert capsys.readouterr().err == told
+
+
 def test_progress_counts_the_bytes_on_disk(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt.gz", "word " * 100_000)
     read: list[int] = []
@@ -120,31 +173,35 @@ def test_progress_counts_the_bytes_on_disk(tmp_path: Path) -> None:
     assert sum(read) == path.stat().st_size
 
 
-def test_prediction_lines_keep_order_and_blank_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path / "a.en", "b [MASK]\r\n\na\n")
-    monkeypatch.setattr(readers, "PART_BYTES", 3)  # a long line is one all the same
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"x\ny")))
-    assert list(prediction_lines([str(path), "-"])) == ["b [MASK]", "", "a", "x", "y"]
-
-
 def bad_input(tmp_path: Path) -> dict[str, tuple[Path | str, str]]:
     cut = gzip.compress(b"line\n" * 1000)
     return {
         "no match": (tmp_path / "none*.txt", "data.train_files: no file matches"),
+        "no user": ("~nosuchuser/x.txt", r'data.train_files: no file matches "~nosuchuser/x\.txt"'),
+        "long name": ("x" * 5000 + ".txt", "data.train_files: no file matches"),
+        "nul": ("a\0b*", "data.train_files: no file matches"),
+        "link to nothing": (_link(tmp_path / "l.txt"), r"l\.txt: no file, or a link to none\. Correct it"),
+        "links to nothing": (_link(tmp_path / "ls" / "l.txt").parent / "*", r"ls/l\.txt: no file, or a link to none\."),
         "folder": (tmp_path, r"data.train_files: .* is a folder"),
         "format": (write(tmp_path / "a.pdf", "x"), r"a\.pdf: unknown format"),
         "utf8": (write(tmp_path / "u.txt", b"fine\nalso\nb\xffd\n"), r"u\.txt:3: not valid UTF-8"),
         "utf8 at end": (write(tmp_path / "e.txt", b"fine\n\xe4\xb8"), r"e\.txt:2: not valid UTF-8"),
         "cut gzip": (_raw(tmp_path / "c.txt.gz", cut[:-20]), r"c\.txt\.gz:\d+: the compressed file is cut short"),
-        "no gzip": (_raw(tmp_path / "n.txt.gz", b"plain"), r"n\.txt\.gz:1: the compressed file is"),
+        "no gzip": (_raw(tmp_path / "n.txt.gz", b"plain"), r"n\.txt\.gz: not compressed with gzip"),
         "json": (write(tmp_path / "j.jsonl", '{"text": "a"}\n{"text": '), r"j\.jsonl:2: not valid JSON"),
-        "field": (write(tmp_path / "f.jsonl", '{"text": "a"}\n{"body": "a"}'), r"f\.jsonl:2: no text in field"),
-        "number": (write(tmp_path / "k.jsonl", '{"text": 3}'), r"k\.jsonl:1: no text in field"),
+        "field": (write(tmp_path / "f.jsonl", '{"text": "a"}\n{"b": "a"}'), r'f\.jsonl:2: no field "text"\..* is .b.$'),
+        "number": (write(tmp_path / "k.jsonl", '{"text": 3}'), r'k\.jsonl:1: no text in field "text" \(int\)'),
         "list": (write(tmp_path / "l.jsonl", "[1]"), r"l\.jsonl:1: not a JSON object"),
-        "column": (write(tmp_path / "h.csv", "a,b\n1,2\n"), r"h\.csv:1: no text in field"),
-        "short row": (write(tmp_path / "r.csv", "a,text\n1,2\n3\n"), r"r\.csv:3: no text in field"),
+        "column": (write(tmp_path / "h.csv", "a,b\n1,2\n"), r'h\.csv:1: no field "text"\. Set .* here is .a., .b.$'),
+        "short row": (write(tmp_path / "r.csv", "a,text\n1,2\n3\n"), r"r\.csv:3: 1 cells, the header has 2"),
         "parquet": (write(tmp_path / "p.parquet", "x"), r"p\.parquet: not a readable parquet file"),
     }
+
+
+def _link(path: Path) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to("nothing")
+    return path
 
 
 def _raw(path: Path, data: bytes) -> Path:
@@ -152,7 +209,8 @@ def _raw(path: Path, data: bytes) -> Path:
     return path
 
 
-CASES = "no match,folder,format,utf8,utf8 at end,cut gzip,no gzip,json,field,number,list,column,short row,parquet"
+CASES = "no match,no user,long name,nul,link to nothing,links to nothing,folder,format,utf8,utf8 at end,cut gzip,"
+CASES += "no gzip,json,field,number,list,column,short row,parquet"
 
 
 @pytest.mark.parametrize("case", CASES.split(","))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch.utils.data import IterableDataset
 
 from leanbert.data.batch import PredictBatch
 from leanbert.data.embedded import embedded_files
@@ -15,12 +14,10 @@ from leanbert.data.example_data import Part
 from leanbert.data.examples import Example
 from leanbert.data.labelled import LabelledData
 from leanbert.data.labels import LabelReader, Problem
-from leanbert.data.loading import in_batches, pad_rows
-from leanbert.data.module import as_list
-from leanbert.data.records import read_records, text_of
-from leanbert.data.sources import document_hash, prediction_lines
+from leanbert.data.loading import PredictionInputs, in_batches, pad_rows
+from leanbert.data.records import prediction_texts, read_records, text_of
+from leanbert.data.sources import document_hash
 from leanbert.data.tokenizer import TextTokenizer
-from leanbert.errors import UserError
 
 ENCODED_TOGETHER = 1024
 """Texts that are given to the tokenizer at a time."""
@@ -96,26 +93,32 @@ class ClassificationData(LabelledData):
                 yield {"ids": ids, "segments": segments, "index": [0], "targets": targets}
         facts["labels"] = reader.labels
 
-    def prediction_batches(self, files: list[str], batch_size: int) -> TextLines:
-        """Return the lines; a tab stands between two texts."""
-        pairs = self.hparams["pair_field"] is not None
-        return TextLines(files, self.tokenizer, self.hparams["max_length"], batch_size, pairs)
+    def prediction_batches(self, files: list[str], batch_size: int) -> PredictionInputs:
+        """Return texts, or pairs of them, between which a line has a tab."""
+        length = self.hparams["max_length"]
+        return PredictionInputs(
+            lambda: prediction_texts(files, self._fields),
+            lambda groups: encode_groups(groups, self.tokenizer, length),
+            batch_size,
+            length,
+        )
+
+    @property
+    def _fields(self) -> list[str]:
+        return [name for name in (self.hparams["text_field"], self.hparams["pair_field"]) if name is not None]
 
     def _read(self, files: list[str], low: float, high: float) -> Iterator[tuple[str, list[str], Any]]:
-        fields = [name for name in (self.hparams["text_field"], self.hparams["pair_field"]) if name is not None]
         label = self.hparams["label_field"]
-        for place, record in read_records(files, "data.train_files", (*fields, label)):
-            texts = [text_of(place, record, field) for field in fields]
-            if not texts[0].strip():
-                raise UserError(f'{place}: the text in field "{fields[0]}" is empty. Remove the line, or give a text')
+        for place, record in read_records(files, "data.train_files", (label,), self._fields):
+            texts = [text_of(place, record, field) for field in self._fields]
             if low <= document_hash("\t".join(texts)) < high:
                 yield place, texts, record[label]
 
     def _reader(self, files: list[str]) -> LabelReader:
-        field, train = self.hparams["label_field"], as_list(self.hparams["train_files"]) or []
+        field, train = self.hparams["label_field"], self._given("train")
 
         def values() -> Iterator[Any]:
-            return (value for some in (files, train) for _, _, value in self._read(some, 0.0, 1.0))
+            return (value for some in (files, train) if some for _, _, value in self._read(some, 0.0, 1.0))
 
         return LabelReader(self.problem, field, self.named, self.hparams["label_names"], values)
 
@@ -153,32 +156,16 @@ def encode_texts(
     return found
 
 
-class TextLines(IterableDataset[PredictBatch]):
-    """Batches of the lines of text files, or of standard input, as they come."""
-
-    def __init__(self, files: list[str], tokenizer: TextTokenizer, length: int, batch_size: int, pairs: bool) -> None:
-        self.files, self.tokenizer, self.length, self.batch_size, self.pairs = (
-            files,
-            tokenizer,
-            length,
-            batch_size,
-            pairs,
-        )
-
-    def __iter__(self) -> Iterator[PredictBatch]:
-        for texts in in_batches(prediction_lines(self.files), self.batch_size):
-            yield text_batch(texts, self.tokenizer, self.length, self.pairs)
-
-
-def text_batch(texts: list[str], tokenizer: TextTokenizer, length: int, pairs: bool = False) -> PredictBatch:
-    """Return texts, or pairs with a tab between, as a padded batch [B, S <= length]."""
-    return group_batch([text.split("\t", 1) if pairs else [text] for text in texts], tokenizer, length)
-
-
 def group_batch(groups: list[list[str]], tokenizer: TextTokenizer, length: int) -> PredictBatch:
     """Return texts and pairs of texts as a padded batch [B, S <= length]."""
+    return encode_groups(groups, tokenizer, length)[0]
+
+
+def encode_groups(groups: list[list[str]], tokenizer: TextTokenizer, length: int) -> tuple[PredictBatch, int]:
+    """Return texts and pairs of texts as a padded batch [B, S <= length], and how many were cut to fit."""
     encoded = encode_texts(groups, tokenizer, length)
     ids, positions, documents = pad_rows([ids for ids, _, _ in encoded], tokenizer.pad_id)
     segments, _, _ = pad_rows([segments for _, segments, _ in encoded], 0)
     texts = ["\t".join(group) for group in groups]
-    return PredictBatch(texts, *map(torch.from_numpy, (ids, positions, documents, segments)))
+    batch = PredictBatch(texts, *map(torch.from_numpy, (ids, positions, documents, segments)))
+    return batch, sum(needed > length for _, _, needed in encoded)

@@ -7,7 +7,7 @@ import json
 import time
 from pathlib import Path
 
-from leanbert.data.readers import open_dataset, split_dataset_spec
+from leanbert.data.columns import open_dataset, split_dataset_spec
 from leanbert.data.sources import Corpus
 from leanbert.data.storage import write_text_atomically
 from leanbert.errors import UserError
@@ -22,8 +22,8 @@ def corpus_digest(corpus: Corpus, cache_dir: Path) -> str:
     facts = [[_format(path.name), memory.digest(path)] for path in corpus.files]
     for spec in corpus.datasets:
         dataset = open_dataset(spec)
-        files = [Path(file["filename"]) for file in dataset.cache_files]  # type: ignore[attr-defined]
-        facts.append([split_dataset_spec(spec)[1], *(memory.digest(path) for path in files)])
+        files = [Path(file["filename"]) for file in dataset.cache_files]
+        facts.append([split_dataset_spec(spec).split, *(memory.digest(path) for path in files)])
     memory.save()
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 from leanbert.data.docstrings import installed_libraries, labelled_docstrings, versions_key
-from leanbert.data.sources import document_hash
+from leanbert.data.sources import document_hash, text_hash
 from leanbert.data.storage import locked, replaced_folder
 
-FORMAT = 1
+FORMAT = 2
 """Part of the folder's name: raise it when the choice of examples changes."""
 
 Kind = Literal["summarization", "classification"]
@@ -115,7 +115,7 @@ def _beginning(paragraphs: list[str]) -> str:
 
 def _shuffled(records: Iterable[Record]) -> list[Record]:
     """Order by a hash that has nothing to do with the one that decides the split."""
-    return sorted(records, key=lambda record: document_hash(json.dumps(record)))
+    return sorted(records, key=lambda record: text_hash(json.dumps(record)))
 
 
 def _write(folder: Path, kind: Kind, records: list[Record], field: str) -> None:

@@ -14,7 +14,7 @@ from leanbert.data.examples import Example, ExampleCache, build_examples
 from leanbert.data.module import CorpusStatistics, RowData, as_list, check_settings
 from leanbert.data.packing import Packing, pack_examples
 from leanbert.data.prepare import cache_folder, trained_tokenizer
-from leanbert.data.sources import Corpus
+from leanbert.data.sources import Corpus, besides
 from leanbert.data.tokenizer import TextTokenizer
 from leanbert.data.tokenizer_training import Kind
 from leanbert.errors import UserError
@@ -28,10 +28,12 @@ class ExampleData(RowData):
     """Files of examples to batches of packed rows, each with as many whole examples as there is room for.
 
     Args:
-        train_files: Files of examples, globs too (.jsonl, .csv, .tsv, each also with .gz). Default: an embedded sample.
+        train_files: Files of examples (.jsonl, .csv, .tsv, each also with .gz, and .parquet), globs of them, or
+            hf:NAME_OR_FOLDER[:[CONFIGURATION:]SPLIT]. Default: an embedded sample.
         val_files: Validation examples. Default: those of the embedded sample, or `val_share` of the training examples.
         test_files: Test examples, for `test`.
-        predict_files: Files to answer, one input a line; - is standard input.
+        predict_files: What to answer: files as of training, whose answers may be missing, or text, one input a line;
+            - is standard input, which is text.
         val_share: Share of the training examples that is held out for validation where `val_files` is not given.
         tokenizer: tokenizer.json, vocab.txt, a folder with one, or a checkpoint. Default: that of model.init_from, or
             one is trained on the training examples.
@@ -151,14 +153,23 @@ class ExampleData(RowData):
         Raises:
             UserError: They are not set.
         """
-        given = as_list(self.hparams[f"{part}_files"])
+        given = self._given(part)
         if given is not None:
             return given
         if self.hparams["train_files"] is None:
             return [str(self.embedded(self.cache_folder)[part])]
         if part == "val":
-            return as_list(self.hparams["train_files"]) or []
+            return self._given("train") or []
         raise UserError(f"data.{part}_files: not set. Give the files of {part} examples")
+
+    def _given(self, part: Part, kind: str = "files") -> list[str] | None:
+        """Return the setting `PART_KIND`, that of training without what is evaluation's."""
+        name = f"{part}_{kind}"
+        given = as_list(self.hparams[name])
+        others = {f"data.{other}_{kind}": as_list(self.hparams[f"{other}_{kind}"]) for other in ("val", "test")}
+        if part != "train" or given is None:
+            return given
+        return besides(given, f"data.{name}", {other: some for other, some in others.items() if some})
 
     @property
     def cache_folder(self) -> Path:

@@ -1,4 +1,4 @@
-"""Positions of a stream to batches: the sampler, the rows to train and evaluate on, the lines to predict.
+"""Positions of a stream to batches: the sampler, the rows to train and evaluate on, what to predict.
 
 Letters: B rows, S row length, M targets per row.
 """
@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import Dataset, DistributedSampler, IterableDataset
 
 from leanbert.data.batch import MLMBatch, PredictBatch
@@ -19,8 +18,8 @@ from leanbert.data.cache import TokenCache
 from leanbert.data.masking import MaskingRule, mask_rows
 from leanbert.data.packing import PADDING_DOCUMENT, PackedRows, read_rows, row_count
 from leanbert.data.randomness import mix, permute
-from leanbert.data.sources import prediction_lines
 from leanbert.data.tokenizer import TextTokenizer
+from leanbert.messages import say
 
 Item = TypeVar("Item")
 
@@ -101,32 +100,34 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-class PredictionLines(IterableDataset[PredictBatch]):
-    """Batches of the lines of text files, or of standard input, as they come; a rank takes its turns."""
+class PredictionInputs(IterableDataset[Any]):
+    """Batches of what `predict` is to answer, as it comes.
+
+    Args:
+        inputs: Yields it, for each pass.
+        encode: Makes a batch of some, and says how many were cut.
+        batch_size: Inputs of a batch.
+        length: Tokens to which `encode` cuts.
+
+    """
 
     def __init__(
         self,
-        files: Sequence[str],
-        tokenizer: TextTokenizer,
-        length: int,
+        inputs: Callable[[], Iterable[Item]],
+        encode: Callable[[list[Item]], tuple[Any, int]],
         batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        masks: bool = True,
+        length: int,
     ) -> None:
-        self.files, self.tokenizer, self.length, self.batch_size = files, tokenizer, length, batch_size
-        self.masks = masks
-        self.rank, self.world_size = rank, world_size
+        self.inputs, self.encode, self.batch_size, self.length = inputs, encode, batch_size, length
 
-    def __iter__(self) -> Iterator[PredictBatch]:
-        batches = in_batches(prediction_lines(self.files), self.batch_size)
+    def __iter__(self) -> Iterator[Any]:
         cut = 0
-        for texts in islice(batches, self.rank, None, self.world_size):
-            batch, truncated = encode_lines(texts, self.tokenizer, self.length, self.masks)
+        for some in in_batches(self.inputs(), self.batch_size):
+            batch, truncated = self.encode(some)
             cut += truncated
             yield batch
         if cut:
-            rank_zero_warn(f"{cut} lines were longer than data.max_length ({self.length} tokens) and were cut")
+            say(f"{cut:,} inputs were longer than data.max_length ({self.length} tokens) and were cut")
 
 
 def encode_lines(

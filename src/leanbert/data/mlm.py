@@ -10,11 +10,12 @@ import torch
 
 from leanbert.data.batch import MLMBatch
 from leanbert.data.cache import TokenCache
-from leanbert.data.loading import PredictionLines, RowDataset
+from leanbert.data.loading import PredictionInputs, RowDataset, encode_lines
 from leanbert.data.masking import MaskingRule, target_slots
 from leanbert.data.module import CorpusStatistics, RowData, as_list, check_settings
 from leanbert.data.packing import row_count
 from leanbert.data.prepare import CorpusSettings, Prepared
+from leanbert.data.records import prediction_texts
 from leanbert.data.sources import Separator
 from leanbert.data.tokenizer_training import Kind
 from leanbert.errors import UserError
@@ -28,11 +29,13 @@ class MaskedLMData(RowData):
     goes on from `samples_consumed`, a count of rows over all devices, which the task keeps.
 
     Args:
-        train_files: Paths, globs such as `'corpus/**/*.txt'` or `hf:NAME[:SPLIT]`; .txt .jsonl .csv .tsv
-            (each also .gz) and .parquet. Default: the docstrings of Python and the installed libraries.
+        train_files: Paths, globs such as `'corpus/**/*.txt'` or `hf:NAME_OR_FOLDER[:[CONFIGURATION:]SPLIT]`; .txt
+            .jsonl .csv .tsv (each also .gz) and .parquet. Default: the docstrings of Python and the installed
+            libraries.
         val_files: The same for validation. Default: a share of the documents is held out.
-        predict_files: Text files whose lines are to be filled, or `-` for standard input.
-        text_field: JSON field or table column that holds the text.
+        predict_files: What is to be filled: lines of text files, records as of training, or `-` for the lines of
+            standard input.
+        text_field: JSON field or column that holds the text; `a.b` is the field b inside the field a.
         document_separator: What separates documents in text files: a blank line, or the line's end.
         val_share: Share of documents held out where there are no `val_files`, chosen by their hash.
         tokenizer: tokenizer.json, vocab.txt, a folder with one, or a .ckpt. Default: trained on the corpus.
@@ -125,10 +128,15 @@ class MaskedLMData(RowData):
             )
         return self._rows(self.prepare().val, self.hparams["val_mask_rate"])
 
-    def prediction_batches(self, files: list[str], batch_size: int) -> PredictionLines:
-        """Return lines of text with masks in them."""
-        rank, world_size = self._rank()
-        return PredictionLines(files, self.tokenizer, self.hparams["max_length"], batch_size, rank, world_size)
+    def prediction_batches(self, files: list[str], batch_size: int) -> PredictionInputs:
+        """Return texts with masks in them."""
+        length = self.hparams["max_length"]
+        return PredictionInputs(
+            lambda: (texts[0] for texts in prediction_texts(files, [self.hparams["text_field"]])),
+            lambda texts: encode_lines(texts, self.tokenizer, length),
+            batch_size,
+            length,
+        )
 
     def _rows(self, cache: TokenCache, rate: float, seed: int | None = None) -> RowDataset:
         rule = self._masking_rule(rate)

@@ -18,12 +18,12 @@ from leanbert.data.batch import PairBatch, PredictBatch
 from leanbert.data.embedded import embedded_files
 from leanbert.data.example_data import ExampleData, Part
 from leanbert.data.examples import Example, ExampleCache
-from leanbert.data.loading import PredictionLines, encode_lines, in_batches, locate
+from leanbert.data.loading import PredictionInputs, encode_lines, in_batches, locate
 from leanbert.data.module import as_list
 from leanbert.data.packing import PADDING_DOCUMENT, Packing
 from leanbert.data.readers import open_binary, read_lines, whole_lines
-from leanbert.data.records import items_of, read_records, text_of
-from leanbert.data.sources import Corpus, document_hash, no_report
+from leanbert.data.records import has_field, items_of, prediction_texts, read_records, text_of
+from leanbert.data.sources import Corpus, Skipped, document_hash, no_report
 from leanbert.data.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.models.loss import IGNORED
@@ -160,8 +160,12 @@ class PairData(ExampleData):
         if max_target_length is not None and max_target_length < 8:
             raise UserError(f"data.max_target_length: {max_target_length} is too small. Set at least 8")
         for part in ("train", "val", "test"):
-            if self.hparams[f"{part}_target_files"] is not None and self.hparams[f"{part}_files"] is None:
+            sources, targets = (as_list(self.hparams[f"{part}_{kind}"]) for kind in ("files", "target_files"))
+            if targets is not None and sources is None:
                 raise UserError(f"data.{part}_target_files: there are no sources to them. Set data.{part}_files too")
+            for pattern in (*(sources or ()), *targets) if targets is not None else ():
+                if pattern.startswith("hf:"):
+                    raise UserError(f"data.{part}_files: {pattern} has no lines. Leave out data.{part}_target_files")
 
     @property
     def room(self) -> tuple[int, int]:
@@ -253,7 +257,7 @@ class PairData(ExampleData):
     def target_files(self, part: Part) -> list[str] | None:
         """Return the text files of the targets."""
         shared = part == "val" and self.hparams["val_files"] is None
-        return as_list(self.hparams["train_target_files" if shared else f"{part}_target_files"])
+        return self._given("train" if shared else part, "target_files")
 
     def texts(self, files: list[str]) -> Iterator[str]:
         """Yield sources and targets of the training pairs."""
@@ -284,7 +288,7 @@ class PairData(ExampleData):
         """Yield the pairs of a part.
 
         Raises:
-            UserError: Files of different length, an empty side, a missing field; names file and line.
+            UserError: Files of different length, a missing field; names file and line.
             UserError: No validation or test pair has the further references that are set.
         """
         low, high = self.held_out(part)
@@ -293,9 +297,6 @@ class PairData(ExampleData):
             raise self._no_references(part, "are lines of text, which have no fields")
         found = self._records(part) if targets is None else _lines(self.files(part), targets, part)
         for pair in found:
-            for side, text in (("source", pair.source), ("target", pair.target)):
-                if not text.strip():
-                    raise UserError(f"{pair.place}: the {side} is empty. Remove the pair, or give a text")
             if low <= document_hash(pair.source) < high:
                 yield pair
 
@@ -305,10 +306,11 @@ class PairData(ExampleData):
             source, target = EMBEDDED_FIELDS[self.hparams["sample"]]
         further = self._further(part)
         lacking = further is not None
-        for place, record in read_records(self.files(part), f"data.{part}_files", (source, target)):
+        optional = () if further is None else (further,)
+        for place, record in read_records(self.files(part), f"data.{part}_files", (), (source, target), optional):
             own = text_of(place, record, target)
             more: list[str] = []
-            if further is not None and further in record:
+            if further is not None and has_field(record, further):
                 lacking, more = False, items_of(place, record, further, str)
             yield Pair(place, text_of(place, record, source), own, list(dict.fromkeys([own, *more])))
         if lacking:
@@ -353,9 +355,15 @@ class PairData(ExampleData):
             batch, _ = encode_lines([pair.source for pair in some], self.tokenizer, self.room[0], masks=False)
             yield batch, [pair.references for pair in some]
 
-    def prediction_batches(self, files: list[str], batch_size: int) -> PredictionLines:
-        """Return lines of text."""
-        return PredictionLines(files, self.tokenizer, self.room[0], batch_size, masks=False)
+    def prediction_batches(self, files: list[str], batch_size: int) -> PredictionInputs:
+        """Return sources."""
+        length = self.room[0]
+        return PredictionInputs(
+            lambda: (texts[0] for texts in prediction_texts(files, [self.hparams["source_field"]])),
+            lambda texts: encode_lines(texts, self.tokenizer, length, masks=False),
+            batch_size,
+            length,
+        )
 
     def _rows(self, part: Part, seed: int | None) -> PairRows:
         pad_ids = (self.tokenizer.pad_id, self.target_tokenizer.pad_id)
@@ -365,11 +373,12 @@ class PairData(ExampleData):
 def _lines(sources: list[str], targets: list[str], part: Part) -> Iterator[Pair]:
     """Yield line by line pairs of text files, in the order in which they are given. Raises UserError if one is longer.
 
-    Any name will do, such as train.en: they are lines of text.
+    Any name will do, such as train.en: they are lines of text. Pairs with a blank side are left out, and counted.
     """
     here, there = _in_order(sources, f"data.{part}_files"), _in_order(targets, f"data.{part}_target_files")
     if len(here) != len(there):
         raise UserError(f"data.{part}_target_files: {len(there)} files for {len(here)} of sources. Give one for each")
+    skipped = Skipped(f"data.{part}_files")
     for source, target in zip(here, there, strict=True):
         for one, other in zip_longest(_read(source), _read(target)):
             if one is None or other is None:
@@ -378,7 +387,10 @@ def _lines(sources: list[str], targets: list[str], part: Part) -> Iterator[Pair]
                     f"{longer}:{place[0]}: the other file ({target if other is None else source}) has no such line. "
                     "Give files with a line for each pair"
                 )
-            yield Pair(f"{source}:{one[0]}", one[1], other[1], [other[1]])
+            pair = Pair(f"{source}:{one[0]}", one[1], other[1], [other[1]])
+            if not skipped.lacks(pair.place, pair.source, pair.target):
+                yield pair
+    skipped.tell()
 
 
 def _in_order(patterns: list[str], setting: str) -> list[Path]:

@@ -15,13 +15,13 @@ from typing import Any
 from leanbert.data.cache import TokenCache, build_cache, progress_bar
 from leanbert.data.digests import corpus_digest
 from leanbert.data.docstrings import embedded_corpus
-from leanbert.data.sources import Corpus, EmptyCorpusError, Separator, Split, document_hash
+from leanbert.data.sources import Corpus, EmptyCorpusError, Separator, Split, besides, document_hash
 from leanbert.data.storage import locked, write_text_atomically
 from leanbert.data.tokenizer import TextTokenizer
 from leanbert.data.tokenizer_training import Kind, sample_evenly
 from leanbert.errors import UserError
 
-TRAINING_FORMAT = 1
+TRAINING_FORMAT = 2
 """Part of a trained tokenizer's key: raise it when training changes."""
 
 SAMPLE_BYTES = 256 << 20
@@ -83,7 +83,10 @@ class CorpusSettings:
         return Corpus(tuple(files), self.text_field, self.document_separator, setting)
 
     def _splits(self) -> tuple[Split, Split]:
-        corpus = self._corpus(self.train_files, "data.train_files")
+        files = self.train_files
+        if files is not None and self.val_files is not None:
+            files = besides(files, "data.train_files", {"data.val_files": self.val_files})
+        corpus = self._corpus(files, "data.train_files")
         if self.val_files is not None:
             return Split(corpus), Split(self._corpus(self.val_files, "data.val_files"))
         share = self.val_share

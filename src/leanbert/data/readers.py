@@ -1,18 +1,17 @@
-"""One reader per file format: each yields texts and says file and line of what it cannot read."""
+"""Files as bytes to lines of text and records: says file and line of what it cannot read."""
 
 from __future__ import annotations
 
 import codecs
-import csv
 import gzip
 import io
 import json
-import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from leanbert.data.fields import Record
 from leanbert.errors import UserError
 
 Report = Callable[[int], object]
@@ -20,6 +19,16 @@ Report = Callable[[int], object]
 
 PART_BYTES = 1 << 20
 """A longer line of a text file is read in parts of this size, so that one endless line needs no memory."""
+
+FOREIGN = {
+    b"version https://git-lfs.github.com/spec/": "a pointer of Git LFS, not the file itself. Run: git lfs pull",
+    codecs.BOM_UTF16_LE: "UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8",
+    codecs.BOM_UTF16_BE: "UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8",
+    b"\x1f\x8b": "compressed with gzip. Give it a name that ends in .gz",
+    b"PK\x03\x04": "a zip archive or a workbook, not text. Unpack it, or save it as .csv",
+    b"PAR1": "in parquet format. Give it a name that ends in .parquet",
+}
+"""How files begin that are no text, and what they are."""
 
 
 class _CountedFile(io.FileIO):
@@ -36,30 +45,41 @@ class _CountedFile(io.FileIO):
 
 
 def open_binary(path: Path, report: Report) -> BinaryIO:
-    """Open a plain or gzip-compressed file for reading. Raises `UserError` if it cannot be opened."""
+    """Open a plain or gzip-compressed file for reading. Raises `UserError` if it cannot be opened, or is not gzip."""
     try:
         plain = io.BufferedReader(_CountedFile(path, report), buffer_size=1 << 18)
+        head = plain.peek()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Check the path and its rights") from error
-    return cast(BinaryIO, gzip.GzipFile(fileobj=plain) if path.suffix == ".gz" else plain)
+    if path.suffix != ".gz":
+        return plain
+    if not head.startswith(b"\x1f\x8b"):
+        plain.close()
+        raise UserError(f"{path}: {what_it_is(head) or 'not compressed with gzip. Give it a name without .gz'}")
+    return cast(BinaryIO, gzip.GzipFile(fileobj=plain))
+
+
+def what_it_is(head: bytes) -> str | None:
+    """Return what begins like this, if it is known to be no text, and what to do."""
+    return next((f"is {what}" for magic, what in FOREIGN.items() if head.startswith(magic)), None)
 
 
 def read_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
-    r"""Yield (line number, text) with line ends as "\n"; a line above `PART_BYTES` comes in several parts.
+    r"""Yield (line number, text); the ends "\n", "\r\n" and "\r" alike as "\n".
 
-    Raises `UserError` that names the line for text that is not UTF-8 and for a compressed file cut short.
+    A line above `PART_BYTES` comes in several parts. Raises `UserError` that names the line for what is no UTF-8 text
+    and for a compressed file cut short.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     number = 1
     try:
-        while chunk := stream.readline(PART_BYTES):
-            if chunk.endswith(b"\r"):
-                chunk += stream.readline(1)  # its line feed, if a part ends between the two
-            complete = chunk.endswith(b"\n")
-            text = decoder.decode(chunk, final=complete)
-            if number == 1:
-                text = text.removeprefix("\ufeff")
-            yield number, text[:-2] + "\n" if text.endswith("\r\n") else text
+        for line in _byte_lines(stream, name):
+            if b"\0" in line:
+                raise UserError(
+                    f"{name}:{number}: holds a NUL byte, which no text does but UTF-16. Convert it with iconv"
+                )
+            complete = line.endswith(b"\n")
+            yield number, decoder.decode(line, final=complete)
             number += complete
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
@@ -70,122 +90,34 @@ def read_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
         raise UserError(
             f"{name}:{number}: the compressed file is cut short or damaged ({error}). Copy or download it again"
         ) from error
+    except OSError as error:
+        raise UserError(f"{name}:{number}: cannot be read ({error.strerror}). Check the disk") from error
 
 
-def read_json_lines(lines: Iterable[tuple[int, str]], name: str, field: str) -> Iterator[str]:
-    """Yield the string `field` of each JSON object, one a line; blank lines are skipped."""
-    for place, record in json_records(lines, name):
-        text = record.get(field)
-        if not isinstance(text, str):
-            raise _no_field(place, field)
-        yield whole_characters(text)
+def _byte_lines(stream: BinaryIO, name: str) -> Iterator[bytes]:
+    r"""Yield lines that end with "\n", as they come, longer ones and the last as they are."""
+    rest, was_return, chunk = b"", False, _first_chunk(stream, name)
+    while chunk:
+        if was_return:  # in the chunk before: its line feed
+            chunk = chunk.removeprefix(b"\n")
+        was_return = chunk.endswith(b"\r")
+        lines = (rest + chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")).splitlines(keepends=True)
+        rest = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
+        yield from lines
+        while len(rest) > PART_BYTES:
+            yield rest[:PART_BYTES]
+            rest = rest[PART_BYTES:]
+        chunk = stream.read1(PART_BYTES)  # type: ignore[attr-defined]
+    if rest:
+        yield rest
 
 
-def json_records(lines: Iterable[tuple[int, str]], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ("file:line", object) of JSON objects, one a line; blank lines are skipped."""
-    for number, line in whole_lines(lines):
-        if line.isspace():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{name}:{number}: not valid JSON ({error}). Write one object a line") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{name}:{number}: not a JSON object. Write one object a line")
-        yield f"{name}:{number}", record
-
-
-def whole_characters(text: str) -> str:
-    """Return the text without lone surrogates, which JSON can spell: the tokenizer would refuse them."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def read_table(lines: Iterable[tuple[int, str]], name: str, field: str) -> Iterator[str]:
-    """Yield column `field` of a .csv (quoted as RFC 4180) or .tsv (no quoting) file with a header line."""
-    for place, record in table_records(lines, name, (field,)):
-        if field not in record:
-            raise _no_field(place, field)
-        yield record[field]
-
-
-def table_records(
-    lines: Iterable[tuple[int, str]], name: str, wanted: Iterable[str]
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield ("file:line", cells by column) of a .csv (quoted as RFC 4180) or .tsv (no quoting) with a header line.
-
-    Raises UserError if a `wanted` column is not in the header.
-    """
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    texts = (line for _, line in whole_lines(lines))
-    is_tsv = name.removesuffix(".gz").endswith(".tsv")
-    rows = csv.reader(texts, delimiter="\t" if is_tsv else ",", quoting=csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL)
-    try:
-        header = next(rows, [])
-        for field in wanted:
-            if field not in header:
-                raise _no_field(f"{name}:1", field)
-        for row in rows:
-            if row:
-                yield f"{name}:{rows.line_num}", dict(zip(header, row, strict=False))
-    except csv.Error as error:
-        raise UserError(f"{name}:{rows.line_num}: not a valid table ({error}). Mend the row") from error
-
-
-def read_parquet(path: Path, field: str, report: Report) -> Iterator[str]:
-    """Yield column `field` of a .parquet file, some rows at a time. Raises `UserError` without pyarrow."""
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise UserError(f'{path}: .parquet needs pyarrow. Run: pip install "leanbert[parquet]"') from error
-    try:
-        with parquet.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                raise _no_field(str(path), field)
-            for batch in file.iter_batches(batch_size=1024, columns=[field]):
-                yield from _strings(batch.column(0).to_pylist(), str(path), field)
-    except (ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({_first_line(error)}). Copy it again") from error
-    report(path.stat().st_size)
-
-
-def open_dataset(spec: str) -> object:
-    """Return the `datasets.Dataset` that `hf:NAME_OR_FOLDER[:SPLIT]` names (split `train` if none is given).
-
-    A folder may hold data files or what `Dataset.save_to_disk` wrote. Raises `UserError` without `datasets`,
-    and for what it cannot load.
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f'{spec}: needs datasets. Run: pip install "leanbert[hf]"') from error
-    name, split = split_dataset_spec(spec)
-    try:
-        if (Path(name) / "state.json").exists():
-            return datasets.load_from_disk(name)
-        if (Path(name) / "dataset_dict.json").exists():
-            return datasets.load_from_disk(name)[split]
-        return datasets.load_dataset(name, split=split)
-    except Exception as error:
-        raise UserError(
-            f"{spec}: cannot be loaded ({type(error).__name__}: {_first_line(error)}). Write hf:NAME_OR_FOLDER[:SPLIT]"
-        ) from error
-
-
-def read_dataset(dataset: object, spec: str, field: str) -> Iterator[str]:
-    """Yield column `field` of a Hugging Face dataset, row by row from its memory-mapped files."""
-    if field not in dataset.column_names:  # type: ignore[attr-defined]
-        raise _no_field(spec, field)
-    for batch in dataset.select_columns([field]).iter(batch_size=1024):  # type: ignore[attr-defined]
-        yield from _strings(batch[field], spec, field)
-
-
-def split_dataset_spec(spec: str) -> tuple[str, str]:
-    """Cut `hf:NAME[:SPLIT]` into name and split."""
-    name = spec.removeprefix("hf:")
-    if ":" in name and not Path(name).exists():
-        name, _, split = name.rpartition(":")
-        return name, split
-    return name, "train"
+def _first_chunk(stream: BinaryIO, name: str) -> bytes:
+    """Read the first bytes, without a byte order mark."""
+    chunk: bytes = stream.read1(max(PART_BYTES, 64))  # type: ignore[attr-defined]
+    if what := what_it_is(chunk):
+        raise UserError(f"{name}: {what}")
+    return chunk.removeprefix(codecs.BOM_UTF8)
 
 
 def whole_lines(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
@@ -201,16 +133,34 @@ def whole_lines(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
         yield number, "".join(parts)
 
 
-def _strings(values: Iterable[object], name: str, field: str) -> Iterator[str]:
-    for value in values:
-        if not isinstance(value, str):
-            raise UserError(f'{name}: column "{field}" holds {type(value).__name__}, not text. Set data.text_field')
-        yield value
+def json_records(lines: Iterable[tuple[int, str]], name: str) -> Iterator[tuple[str, Record]]:
+    """Yield ("file:line", object) of JSON objects, one a line; `lines` are whole ones, blank ones are skipped."""
+    for number, line in lines:
+        if not line.isspace():
+            yield f"{name}:{number}", json_object(f"{name}:{number}", line.removesuffix("\n"))
 
 
-def _no_field(place: str, field: str) -> UserError:
-    return UserError(f'{place}: no text in field "{field}". Set data.text_field to the field that holds the text')
+def json_object(place: str, line: str) -> Record:
+    """Return the JSON object in a line. Raises UserError, naming the `place`, if there is none, or a name is twice."""
+    fix = "Write one object a line"
+    if line.lstrip().startswith("["):
+        raise UserError(f"{place}: not a JSON object but an array. {fix}, e.g. with jq -c '.[]'")
+    try:
+        record = _DECODER.decode(line)
+    except (ValueError, RecursionError) as error:
+        reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise UserError(f"{place}: not valid JSON ({reason}). {fix}") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{place}: not a JSON object. {fix}")
+    return record
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]
+def _unique(pairs: list[tuple[str, Any]]) -> Record:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        twice = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
+        raise ValueError(f'the name "{twice}" is there twice')
+    return record
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)

@@ -1,56 +1,85 @@
-"""Records of named fields out of files: the examples of the tasks that are trained on answers."""
+"""Records of named fields out of files: the examples of the tasks that are trained on answers, and what to answer."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
-from leanbert.data.readers import json_records, open_binary, read_lines, table_records, whole_characters
-from leanbert.data.sources import Corpus, no_report
+from leanbert.data.columns import dataset_records
+from leanbert.data.fields import Record, has_field, items_of, text_of, value_of
+from leanbert.data.readers import open_binary, read_lines, whole_lines
+from leanbert.data.sources import FIELDS, Corpus, EmptyCorpusError, Skipped, file_records, no_report
 from leanbert.errors import UserError
 
-Record = dict[str, Any]
+__all__ = [
+    "Record", "has_field", "items_of", "prediction_inputs", "prediction_texts", "read_records", "text_of", "value_of",
+]  # fmt: skip
 
-SUFFIXES = (".jsonl", ".csv", ".tsv")
-"""Formats that have fields; each may be compressed (.gz)."""
 
+def read_records(
+    files: Sequence[str],
+    setting: str,
+    wanted: Sequence[str] = (),
+    texts: Sequence[str] = (),
+    optional: Sequence[str] = (),
+) -> Iterator[tuple[str, Record]]:
+    """Yield ("file:line", record) of files and data sets with fields, in the order of their paths.
 
-def read_records(files: Sequence[str], setting: str, wanted: Sequence[str] = ()) -> Iterator[tuple[str, Record]]:
-    """Yield ("file:line", record) of .jsonl, .csv and .tsv files, which may be compressed, in the order of their paths.
-
-    Cells of tables are texts; a JSON field may be anything. Fields beyond those `wanted` may be missing.
+    Cells of tables are texts; a field of JSON or of a column may be anything. A `wanted` field has something in it, and
+    is found in the record by its whole name, `a.b` too. A record that is blank in one of its `texts` is left out, and
+    counted in a line. Other fields may be missing.
 
     Raises:
         UserError: A pattern matches no file; a file has no such fields, or cannot be read. Names file and line.
+        EmptyCorpusError: There is no record.
 
     """
-    for path in Corpus(tuple(files), setting=setting).files:
-        name = str(path)
-        kind = Path(name.removesuffix(".gz")).suffix
-        if kind not in SUFFIXES:
-            raise UserError(f"{path}: has no fields. {setting} takes {' '.join(SUFFIXES)}, each also with .gz")
-        with open_binary(path, no_report) as stream:
-            lines = read_lines(stream, name)
-            records = json_records(lines, name) if kind == ".jsonl" else table_records(lines, name, wanted)
-            for place, record in records:
-                for field in wanted:
-                    if record.get(field) is None:
-                        raise UserError(f'{place}: no field "{field}". Set the name of the field, or add it')
-                yield place, record
+    skipped, empty = Skipped(setting), True
+    for place, record in Corpus(tuple(files), setting=setting).records((*texts, *wanted), optional):
+        empty = False
+        for field in wanted:
+            record[field] = value_of(place, record, field)
+            if record[field] is None:
+                raise UserError(f'{place}: no field "{field}" but null. Set the name of the field, or fill it')
+        if not skipped.lacks(place, *(text_of(place, record, field) for field in texts)):
+            yield place, record
+    if empty:
+        raise EmptyCorpusError(f"{setting}: there is no example in it. Give files with examples")
+    skipped.tell()
 
 
-def text_of(place: str, record: Record, field: str) -> str:
-    """Return the text in a field. Raises UserError, naming the `place`, if there is none."""
-    value = record.get(field)
-    if not isinstance(value, str):
-        raise UserError(f'{place}: no text in field "{field}". Set the name of the field that holds it')
-    return whole_characters(value)
+def prediction_inputs(
+    files: Sequence[str], wanted: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[tuple[str, str | Record]]:
+    """Yield ("file:line", what to answer) as it comes: records of formats that have fields, lines of other files.
+
+    "-" is standard input, which has lines. They come without line ends, and blank ones too.
+    """
+    for pattern in files:
+        if pattern == "-":
+            yield from _lines(sys.stdin.buffer, "standard input")
+            continue
+        corpus = Corpus((pattern,), setting="data.predict_files", suffixes=("",))
+        for path in corpus.files:
+            if path.name.endswith(FIELDS):
+                yield from file_records(path, wanted, optional)
+                continue
+            with open_binary(path, no_report) as stream:
+                yield from _lines(stream, str(path))
+        for spec in corpus.datasets:
+            yield from dataset_records(spec, wanted, optional)
 
 
-def items_of(place: str, record: Record, field: str, kind: type) -> list[Any]:
-    """Return the list in a field, of which each item is of a `kind`. Raises UserError, naming the `place`, if not."""
-    value = record.get(field)
-    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
-        raise UserError(f'{place}: field "{field}" is no list of {kind.__name__}. Set the name of the field that is')
-    return [whole_characters(item) for item in value] if kind is str else value
+def prediction_texts(files: Sequence[str], fields: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the texts of all that is to be answered: those in the `fields`, or between the tabs of a line."""
+    for place, found in prediction_inputs(files, fields):
+        if isinstance(found, str):
+            yield found.split("\t", len(fields) - 1) if len(fields) > 1 else [found]
+        else:
+            yield [text_of(place, found, field) for field in fields]
+
+
+def _lines(stream: BinaryIO, name: str) -> Iterator[tuple[str, str]]:
+    for number, line in whole_lines(read_lines(stream, name)):
+        yield f"{name}:{number}", line.removesuffix("\n")

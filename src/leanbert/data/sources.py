@@ -4,44 +4,29 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from leanbert.data.readers import (
-    Report,
-    open_binary,
-    open_dataset,
-    read_dataset,
-    read_json_lines,
-    read_lines,
-    read_parquet,
-    read_table,
-    whole_lines,
-)
+from leanbert.data.columns import dataset_records, parquet_records
+from leanbert.data.fields import Record, text_of
+from leanbert.data.readers import Report, json_records, open_binary, read_lines, whole_lines
+from leanbert.data.tables import table_records
 from leanbert.errors import UserError
+from leanbert.messages import say_once
 
 Separator = Literal["blank_line", "line"]
 
 PIECE_CHARACTERS = 1 << 20
 """A longer document comes in pieces of about this size."""
 
-SUFFIXES = (
-    ".txt",
-    ".txt.gz",
-    ".conll",
-    ".conll.gz",
-    ".jsonl",
-    ".jsonl.gz",
-    ".csv",
-    ".csv.gz",
-    ".tsv",
-    ".tsv.gz",
-    ".parquet",
-)
+FIELDS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
+"""Names of files that hold records of named fields."""
+
+SUFFIXES = (".txt", ".txt.gz", ".conll", ".conll.gz", *FIELDS)
 
 
 class EmptyCorpusError(UserError):
@@ -59,6 +44,25 @@ class Piece(NamedTuple):
     ends: bool
 
 
+class Skipped:
+    """Counts the records without a text, which nothing can be learned from, and says how many they were."""
+
+    def __init__(self, setting: str) -> None:
+        self.setting, self.count, self.first = setting, 0, ""
+
+    def lacks(self, place: str, *texts: str) -> bool:
+        """Return whether one of the texts of a record is blank, and count it."""
+        if all(text and not text.isspace() for text in texts):
+            return False
+        self.count, self.first = self.count + 1, self.first or place
+        return True
+
+    def tell(self) -> None:
+        """Say how many there were, once."""
+        if self.count:
+            say_once(f"{self.setting}: {self.count:,} records without text are left out, the first is {self.first}")
+
+
 def no_report(_: int) -> None:
     """Report progress to nobody."""
 
@@ -67,9 +71,9 @@ def no_report(_: int) -> None:
 class Corpus:
     """Files and data sets, and how their text is cut into documents.
 
-    `patterns` are paths, globs (`**` too) or `hf:NAME_OR_FOLDER[:SPLIT]`; `text_field` names the JSON field or
-    table column; `separator` is what stands between documents of text files; `setting` is named in errors;
-    `suffixes` are the formats that are taken.
+    `patterns` are paths, globs (`**` too) or `hf:` names of data sets; `text_field` names the field of records;
+    `separator` is what stands between documents of text files; `setting` is named in errors; `suffixes` are the
+    formats that are taken.
     """
 
     patterns: tuple[str, ...]
@@ -96,38 +100,108 @@ class Corpus:
 
     def pieces(self, report: Report = no_report) -> Iterator[Piece]:
         """Yield all documents in the order of the sorted paths, long ones in pieces; none is blank."""
+        skipped = Skipped(self.setting)
         for path in self.files:
-            yield from _with_begins(self._read(path, report))
+            if path.name.endswith(FIELDS):
+                records = file_records(path, (self.text_field,), report=report)
+                yield from _with_begins(self._texts(records, skipped))
+                continue
+            with open_binary(path, report) as stream:
+                lines = (line for _, line in read_lines(stream, str(path)))
+                yield from _with_begins(split_documents(lines, self.separator))
         for spec in self.datasets:
-            yield from _with_begins(_records(read_dataset(open_dataset(spec), spec, self.text_field)))
+            yield from _with_begins(self._texts(dataset_records(spec, (self.text_field,)), skipped))
+        skipped.tell()
+
+    def records(self, wanted: Sequence[str], optional: Sequence[str] = ()) -> Iterator[tuple[str, Record]]:
+        """Yield ("file:line", record) of all files and data sets, in the same order.
+
+        Raises:
+            UserError: A file is of a format without fields, lacks those `wanted`, or cannot be read. Names file and
+                line.
+
+        """
+        for path in self.files:
+            if not path.name.endswith(FIELDS):
+                raise UserError(
+                    f"{path}: has no fields. {self.setting} takes .jsonl .csv .tsv, each also with .gz, .parquet "
+                    "and hf: names"
+                )
+            yield from file_records(path, wanted, optional)
+        for spec in self.datasets:
+            yield from dataset_records(spec, wanted, optional)
 
     def _match(self, pattern: str) -> list[Path]:
-        literal = Path(pattern).expanduser()
-        paths = [literal] if literal.exists() else [Path(p) for p in glob.glob(str(literal), recursive=True)]
-        if literal.is_dir():
+        literal = os.path.expanduser(pattern)
+        if os.path.isdir(literal):
             raise UserError(f'{self.setting}: "{pattern}" is a folder. Write "{pattern}/**/*.txt"')
-        paths = [path for path in paths if path.is_file()]
+        names = [literal] if os.path.exists(literal) else glob.glob(literal, recursive=True)
+        paths = [Path(name) for name in names if not os.path.isdir(name)]
         if not paths:
             raise UserError(f'{self.setting}: no file matches "{pattern}". Check the path, from {Path.cwd()}')
         for path in paths:
+            if not path.is_file():
+                raise UserError(f"{path}: no file, or a link to none. Correct it, or leave it out of {self.setting}")
             if not path.name.endswith(self.suffixes):
                 raise UserError(f"{path}: unknown format. {self.setting} takes {' '.join(self.suffixes)}")
         return paths
 
-    def _read(self, path: Path, report: Report) -> Iterator[tuple[str, bool]]:
-        name = str(path)
-        if path.suffix == ".parquet":
-            yield from _records(read_parquet(path, self.text_field, report))
-            return
-        with open_binary(path, report) as stream:
-            lines = read_lines(stream, name)
-            kind = Path(name.removesuffix(".gz")).suffix
-            if kind == ".jsonl":
-                yield from _records(read_json_lines(lines, name, self.text_field))
-            elif kind in (".csv", ".tsv"):
-                yield from _records(read_table(lines, name, self.text_field))
-            else:
-                yield from split_documents((line for _, line in lines), self.separator)
+    def _texts(self, records: Iterable[tuple[str, Record]], skipped: Skipped) -> Iterator[tuple[str, bool]]:
+        for place, record in records:
+            text = text_of(place, record, self.text_field)
+            if not skipped.lacks(place, text):
+                yield from _in_pieces(text)
+
+
+def file_records(
+    path: Path, wanted: Sequence[str], optional: Sequence[str] = (), report: Report = no_report
+) -> Iterator[tuple[str, Record]]:
+    """Yield ("file:line", record) of a file with fields; of columns those that are `wanted` or `optional`."""
+    name = str(path)
+    kind = Path(name.removesuffix(".gz")).suffix
+    if kind == ".parquet":
+        yield from parquet_records(path, wanted, optional, report)
+        return
+    with open_binary(path, report) as stream:
+        lines = whole_lines(read_lines(stream, name))
+        yield from json_records(lines, name) if kind == ".jsonl" else table_records(lines, name, wanted)
+
+
+def besides(patterns: Sequence[str], setting: str, others: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the patterns of training files without the files of evaluation, of `others` by setting, among them.
+
+    A file that is named itself, not found by a glob, stays: it is meant to be learned by heart. Both are said.
+
+    Raises:
+        UserError: There is no other file.
+
+    """
+    owners = {
+        _identity(path): other
+        for other, some in others.items()
+        for path in Corpus(tuple(some), setting=other, suffixes=("",)).files
+    }
+    kept: list[str] = []
+    found = 0
+    for pattern in patterns:
+        corpus = Corpus((pattern,), setting=setting, suffixes=("",))
+        found += len(corpus.files) + len(corpus.datasets)
+        kept += corpus.datasets
+        for path in corpus.files:
+            owner, named = owners.get(_identity(path)), path == Path(pattern).expanduser()
+            if owner is not None:
+                fate = "trained on all the same" if named else "left out of training"
+                say_once(f"{setting}: {path} is in {owner} too, and is {fate}")
+            if owner is None or named:
+                kept.append(str(path))
+    if not kept:
+        raise UserError(f"{setting}: all that matches is in {' and '.join(others)} too. Give other files to train on")
+    return kept if len(kept) < found else list(patterns)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 @dataclass(frozen=True)
@@ -135,7 +209,7 @@ class Split:
     """The part of a corpus whose documents' hash, a number in [0, 1), lies in [low, high).
 
     The hash is that of the text (of a long document's first piece), so that the share held out for
-    validation depends neither on order nor on file names.
+    validation depends neither on order nor on file names, and equal texts are on one side.
     """
 
     corpus: Corpus
@@ -158,7 +232,12 @@ class Split:
 
 
 def document_hash(text: str) -> float:
-    """Return a number in [0, 1) that depends on the text only."""
+    """Return a number in [0, 1) that depends on the text only, not on its case and white space."""
+    return text_hash(" ".join(text.casefold().split()))
+
+
+def text_hash(text: str) -> float:
+    """Return a number in [0, 1) that depends on each character."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
@@ -168,7 +247,7 @@ def split_documents(lines: Iterable[str], separator: Separator) -> Iterator[tupl
     parts: list[str] = []
     size, open_document, at_line_start = 0, False, True
     for line in lines:
-        blank = at_line_start and line.isspace()
+        blank = at_line_start and line.isspace() and line.endswith("\n")
         at_line_start = line.endswith("\n")
         if not blank:
             parts.append(line)
@@ -178,38 +257,23 @@ def split_documents(lines: Iterable[str], separator: Separator) -> Iterator[tupl
             cut = _border(text)
             yield text[:cut], False
             parts, size, open_document = [text[cut:]], len(text) - cut, True
-        ends = blank if separator == "blank_line" else at_line_start
-        if ends and (parts or open_document):
-            yield "".join(parts).rstrip(), True
-            parts, size, open_document = [], 0, False
-    if parts or open_document:
-        yield "".join(parts).rstrip(), True
+        if (blank if separator == "blank_line" else at_line_start) and parts:
+            text, parts, size = "".join(parts).rstrip(), [], 0
+            if text or open_document:
+                yield text, True
+            open_document = False
+    text = "".join(parts).rstrip()
+    if text or open_document:
+        yield text, True
 
 
-def prediction_lines(files: Sequence[str]) -> Iterator[str]:
-    """Yield the lines of text files (of any name), or of standard input for "-", without line ends, as they come."""
-    for pattern in files:
-        if pattern == "-":
-            yield from _whole(sys.stdin.buffer, "standard input")
-            continue
-        for path in Corpus((pattern,), setting="data.predict_files", suffixes=("",)).files:
-            with open_binary(path, no_report) as stream:
-                yield from _whole(stream, str(path))
-
-
-def _whole(stream: BinaryIO, name: str) -> Iterator[str]:
-    return (line.rstrip("\n") for _, line in whole_lines(read_lines(stream, name)))
-
-
-def _records(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    for text in texts:
-        start = 0
-        while len(text) - start > PIECE_CHARACTERS:
-            cut = start + _border(text[start : start + PIECE_CHARACTERS])
-            yield text[start:cut], False
-            start = cut
-        if start or not (text.isspace() or not text):
-            yield text[start:], True
+def _in_pieces(text: str) -> Iterator[tuple[str, bool]]:
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        cut = start + _border(text[start : start + PIECE_CHARACTERS])
+        yield text[start:cut], False
+        start = cut
+    yield text[start:], True
 
 
 def _with_begins(parts: Iterable[tuple[str, bool]]) -> Iterator[Piece]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
 
 from leanbert.data.batch import WordBatch
 from leanbert.data.bio import PREDICATE, TO_FIND, check_bio
@@ -18,9 +16,10 @@ from leanbert.data.embedded import embedded_files
 from leanbert.data.example_data import Part
 from leanbert.data.examples import Example
 from leanbert.data.labelled import LabelledData
-from leanbert.data.loading import in_batches, pad_rows
-from leanbert.data.records import Record, items_of, read_records
-from leanbert.data.sources import document_hash, prediction_lines
+from leanbert.data.loading import PredictionInputs, in_batches, pad_rows
+from leanbert.data.readers import json_object
+from leanbert.data.records import Record, has_field, items_of, prediction_inputs, read_records, value_of
+from leanbert.data.sources import Skipped, document_hash
 from leanbert.data.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.messages import say
@@ -150,9 +149,32 @@ class WordData(LabelledData):
         if part != "train" and facts["cut_words"]:
             say(f"data.{part}_files: {facts['cut_words']:,} words of them are not read: their spans count as missed")
 
-    def prediction_batches(self, files: list[str], batch_size: int) -> SentenceLines:
-        """Return the lines, each a sentence with spaces between its words, or a JSON object with them."""
-        return SentenceLines(files, self, batch_size)
+    def prediction_batches(self, files: list[str], batch_size: int) -> PredictionInputs:
+        """Return sentences: records and columns as of training, lines with spaces between words or a JSON object."""
+        length = self.hparams["max_length"]
+
+        def encode(sentences: list[Sentence]) -> tuple[WordBatch, int]:
+            batch = word_batch(sentences, self.tokenizer, length, self.mark)
+            fitting = (batch.targets != IGNORED).sum(1).tolist()
+            return batch, sum(len(s.tokens) > count for s, count in zip(sentences, fitting, strict=True))
+
+        return PredictionInputs(lambda: self._to_label(files), encode, batch_size, length)
+
+    def _to_label(self, files: list[str]) -> Iterator[Sentence]:
+        skipped = Skipped("data.predict_files")
+        for file in files:
+            if file.removesuffix(".gz").endswith(".conll"):
+                for _, rows in read_columns([file], [self.hparams["word_column"]]):
+                    yield Sentence([row[0] for row in rows])
+                continue
+            for place, found in prediction_inputs([file], [self.hparams["tokens_field"]], self.fields):
+                if isinstance(found, str) and not found.lstrip().startswith("{"):
+                    if not skipped.lacks(place, found):
+                        yield Sentence(found.split())
+                    continue
+                record = json_object(place, found) if isinstance(found, str) else found
+                yield self._sentence(place, items_of(place, record, self.hparams["tokens_field"], str), record)
+        skipped.tell()
 
     def read(self, files: list[str], low: float, high: float) -> Iterator[tuple[str, Sentence, list[str]]]:
         """Yield ("file:line", sentence, tags) of the sentences whose text hashes to [low, high)."""
@@ -283,8 +305,9 @@ class SemanticRoleData(WordData):
         return (*super().fields, self.hparams["predicate_field"])
 
     def _sentence(self, place: str, words: list[str], record: Record) -> Sentence:
-        predicate = record[self.hparams["predicate_field"]]
-        return Sentence(words, predicate_place(place, predicate, len(words)))
+        field = self.hparams["predicate_field"]
+        predicate = value_of(place, record, field) if has_field(record, field) else None
+        return Sentence(words, None if predicate is None else predicate_place(place, predicate, len(words)))
 
     def _columns(self, files: list[str]) -> Iterator[tuple[str, Sentence, list[str]]]:
         word, first, last = (self.hparams[name] for name in ("word_column", "role_columns", "last_column"))
@@ -304,32 +327,6 @@ def predicate_place(place: str, value: Any, words: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < words:
         raise UserError(f"{place}: predicate {value!r} is not the place of one of {words} words, 0 to {words - 1}")
     return value
-
-
-class SentenceLines(IterableDataset[WordBatch]):
-    """Batches of the lines of text files, or of standard input, as they come: sentences to label."""
-
-    def __init__(self, files: list[str], data: WordData, batch_size: int) -> None:
-        self.files, self.data, self.batch_size = files, data, batch_size
-
-    def __iter__(self) -> Iterator[WordBatch]:
-        lines = enumerate(prediction_lines(self.files), start=1)
-        sentences = (_sentence(f"data.predict_files:{number}", line) for number, line in lines if line.strip())
-        length = self.data.hparams["max_length"]
-        for batch in in_batches(sentences, self.batch_size):
-            yield word_batch(batch, self.data.tokenizer, length, self.data.mark)
-
-
-def _sentence(place: str, line: str) -> Sentence:
-    if not line.lstrip().startswith("{"):
-        return Sentence(line.split())
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{place}: not valid JSON ({error}). Write one object, or one sentence, a line") from error
-    tokens = items_of(place, record, "tokens", str)
-    predicate = record.get("predicate")
-    return Sentence(tokens, None if predicate is None else predicate_place(place, predicate, len(tokens)))
 
 
 def word_batch(sentences: Sequence[Sentence], tokenizer: TextTokenizer, length: int, mark: Mark) -> WordBatch:

@@ -1,0 +1,111 @@
+"""Records of named fields, whatever file they are from: what is in a field, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from leanbert.errors import UserError
+
+Record = dict[str, Any]
+
+_NONE = object()
+
+
+def value_of(place: str, record: Record, field: str) -> Any:
+    """Return what a field holds; `a.b` is the field b inside the field a, unless a name has the dot itself.
+
+    Raises:
+        UserError: There is no such field. Names the `place` and the fields that are there.
+    """
+    value = _find(record, field)
+    if value is _NONE:
+        raise no_field(place, field, record)
+    return value
+
+
+def has_field(record: Record, field: str) -> bool:
+    """Return whether a record has a field, which may be null."""
+    return _find(record, field) is not _NONE
+
+
+def text_of(place: str, record: Record, field: str) -> str:
+    """Return the text in a field; null is none, "".
+
+    Raises:
+        UserError: There is no such field, or something else in it, or text that cannot be written as UTF-8.
+    """
+    value = value_of(place, record, field)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(
+            f'{place}: no text in field "{field}" ({type(value).__name__}). Set the name of the field that holds it'
+        )
+    return _encodable(place, value, field)
+
+
+def items_of(place: str, record: Record, field: str, kind: type) -> list[Any]:
+    """Return the list in a field, of which each item is of a `kind`. Raises UserError, naming the `place`, if not."""
+    value = value_of(place, record, field)
+    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+        raise UserError(f'{place}: field "{field}" is no list of {kind.__name__}. Set the name of the field that is')
+    return [_encodable(place, item, field) for item in value] if kind is str else value
+
+
+def columns_of(place: str, names: Sequence[str], wanted: Sequence[str], optional: Sequence[str] = ()) -> list[str]:
+    """Return the columns of a table that hold the fields, which may be inside them.
+
+    Raises:
+        UserError: There is no column for a `wanted` field, or there are two of one name.
+    """
+    found = [name for name in names if any(_holds(name, field) for field in (*wanted, *optional))]
+    for field in wanted:
+        if not any(_holds(name, field) for name in found):
+            raise no_field(place, field, names)
+    refuse_doubles(place, found)
+    return found
+
+
+def refuse_doubles(place: str, names: Sequence[str]) -> None:
+    """Raise UserError if two columns have one name."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise UserError(f'{place}: {count} columns are called "{name}". Rename all but one')
+
+
+def no_field(place: str, field: str, names: Iterable[str]) -> UserError:
+    """Return the error about a field that is not there."""
+    there = ", ".join(repr(name) for name in names)
+    there = f"{there[:200]}..." if len(there) > 200 else there or "nothing"
+    return UserError(
+        f'{place}: no field "{field}". Set the name of the field (data.text_field, or its like); here is {there}'
+    )
+
+
+def _holds(column: str, field: str) -> bool:
+    return column == field or field.startswith(f"{column}.")
+
+
+def _find(record: Any, field: str) -> Any:
+    if not isinstance(record, dict):
+        return _NONE
+    if field in record:
+        return record[field]
+    end = len(field)
+    while (end := field.rfind(".", 0, end)) >= 0:
+        if field[:end] in record and (value := _find(record[field[:end]], field[end + 1 :])) is not _NONE:
+            return value
+    return _NONE
+
+
+def _encodable(place: str, text: str, field: str) -> str:
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f'{place}: the text in field "{field}" holds half a character ({text[error.start]!a}), which no UTF-8 can '
+            "spell. Write whole characters"
+        ) from None
+    return text
