@@ -153,9 +153,11 @@ class LabelledData(ExampleData):
         """Return the name of a label that may be written as a number.
 
         Raises:
-            UserError: It is not among `data.label_names`. Names the `place`.
+            UserError: It is not among `data.label_names`, or no UTF-8 can spell it. Names the `place`.
         """
         names = self.hparams["label_names"]
+        if not str(label).isascii() and str(label) != str(label).encode(errors="replace").decode():
+            raise UserError(f"{place}: label {label!a} holds half a character. Write whole ones")
         if names is None or label in names:
             return str(label)
         if not str(label).isdecimal() or int(label) >= len(names):

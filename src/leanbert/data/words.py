@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -10,19 +11,20 @@ import numpy as np
 import torch
 
 from leanbert.data.batch import WordBatch
-from leanbert.data.bio import PREDICATE, TO_FIND, check_bio
-from leanbert.data.conll import read_columns, read_roles
+from leanbert.data.bio import PREDICATE, TO_FIND, TagReader
+from leanbert.data.conll import COLUMNS, DOCSTART, is_columns, read_columns, read_roles
 from leanbert.data.embedded import embedded_files
 from leanbert.data.example_data import Part
 from leanbert.data.examples import Example
 from leanbert.data.labelled import LabelledData
+from leanbert.data.labels import parse_list
 from leanbert.data.loading import PredictionInputs, in_batches, pad_rows
 from leanbert.data.readers import json_object
 from leanbert.data.records import Record, has_field, items_of, prediction_inputs, read_records, value_of
-from leanbert.data.sources import Skipped, document_hash
+from leanbert.data.sources import Corpus, Skipped, document_hash
 from leanbert.data.tokenizer import TextTokenizer
 from leanbert.errors import UserError
-from leanbert.messages import say
+from leanbert.messages import say, say_once
 from leanbert.models.loss import IGNORED
 
 Mark = Literal["tokens", "segments"]
@@ -80,7 +82,7 @@ def _encode(
 
 
 class WordData(LabelledData):
-    """Sentences of words with a BIO tag each: what tagging and semantic role labelling share.
+    """Sentences of words with a tag each: what tagging and semantic role labelling share.
 
     Args:
         tokens_field: JSON field of the list of words.
@@ -162,8 +164,8 @@ class WordData(LabelledData):
 
     def _to_label(self, files: list[str]) -> Iterator[Sentence]:
         skipped = Skipped("data.predict_files")
-        for file in files:
-            if file.removesuffix(".gz").endswith(".conll"):
+        for file in _each("data.predict_files", files):
+            if is_columns(file):
                 for _, rows in read_columns([file], [self.hparams["word_column"]]):
                     yield Sentence([row[0] for row in rows])
                 continue
@@ -178,20 +180,40 @@ class WordData(LabelledData):
 
     def read(self, files: list[str], low: float, high: float) -> Iterator[tuple[str, Sentence, list[str]]]:
         """Yield ("file:line", sentence, tags) of the sentences whose text hashes to [low, high)."""
+        tags: dict[str, TagReader] = {}
         for place, sentence, labels in self._records(files):
+            if sentence.tokens == [DOCSTART]:
+                continue
+            self._check(place, sentence, labels)
+            file = re.sub(r"(:|, row )[0-9]+$", "", place)
+            bio = tags.setdefault(file, TagReader()).read(place, [self._tag(place, label) for label in labels])
             if low <= document_hash(" ".join(sentence.tokens)) < high:
-                self._check(place, sentence, labels)
-                yield place, sentence, labels
+                yield place, sentence, bio
+        for file, reader in tags.items():
+            if reader.scheme != "BIO":
+                say_once(f"{file}: tags are {reader.scheme}, and read as the spans that they mean")
 
-    def _records(self, files: list[str]) -> Iterator[tuple[str, Sentence, list[str]]]:
-        """Yield ("file:line", sentence, tags): those of .conll files first."""
-        columns = [file for file in files if file.removesuffix(".gz").endswith(".conll")]
+    def _records(self, files: list[str]) -> Iterator[tuple[str, Sentence, list[Any]]]:
+        """Yield ("file:line", sentence, tags as they are written): those of column files first."""
+        each = list(_each("data.train_files", files))
+        columns = [file for file in each if is_columns(file, (*COLUMNS, ".txt"))]
         yield from self._columns(columns)
         tokens, labels = self.hparams["tokens_field"], self.hparams["labels_field"]
-        if others := [file for file in files if file not in columns]:
+        if others := [file for file in each if file not in columns]:
             for place, record in read_records(others, "data.train_files", self.fields):
+                for field in (tokens, labels):
+                    if isinstance(record[field], str):
+                        record[field] = parse_list(record[field])
                 words = items_of(place, record, tokens, str)
-                yield place, self._sentence(place, words, record), items_of(place, record, labels, str)
+                yield place, self._sentence(place, words, record), _tags(place, record, labels)
+
+    def _tag(self, place: str, tag: Any) -> str:
+        """Return the name of a tag, which may be a number."""
+        if isinstance(tag, int) and not isinstance(tag, bool) and self.hparams["label_names"] is None:
+            raise UserError(f"{place}: tag {tag} is a number. Set data.label_names to the names of all, in their order")
+        if isinstance(tag, bool) or not isinstance(tag, int | str):
+            raise UserError(f"{place}: {tag!r} is no tag. Write a text, as B-PER, or a number (data.label_names)")
+        return self.named(place, tag)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -210,8 +232,6 @@ class WordData(LabelledData):
             raise UserError(f"{place}: a sentence without words. Remove it")
         if len(labels) != len(sentence.tokens):
             raise UserError(f"{place}: {len(labels)} labels for {len(sentence.tokens)} words. Give one for each")
-        if problem := check_bio(labels):
-            raise UserError(f"{place}: {problem}")
 
 
 class TokenLabelData(WordData):
@@ -315,6 +335,21 @@ class SemanticRoleData(WordData):
             if f"B-{PREDICATE}" not in labels:
                 raise UserError(f"{place}: no (V*) in a column of roles. Set data.role_columns to the first of them")
             yield place, Sentence(words, labels.index(f"B-{PREDICATE}")), labels
+
+
+def _each(setting: str, files: Sequence[str]) -> Iterator[str]:
+    """Yield the files and data sets of patterns, and "-", in their order."""
+    for file in files:
+        corpus = None if file == "-" else Corpus((file,), setting=setting, suffixes=("",))
+        yield from ["-"] if corpus is None else [*map(str, corpus.files), *corpus.datasets]
+
+
+def _tags(place: str, record: Record, field: str) -> list[Any]:
+    """Return the tags of a sentence, names or numbers. Raises UserError, naming the `place`, if there are none."""
+    found = record[field]
+    if isinstance(found, list) and any(isinstance(tag, int) for tag in found):
+        return found
+    return items_of(place, record, field, str)
 
 
 def predicate_tags(words: int, predicates: set[int]) -> list[str]:
