@@ -153,7 +153,7 @@ def kill_after(seconds: float, corpus: Path, folder: Path) -> None:
 def save_tokenizer(cache_dir: Path, folder: Path) -> Path:
     from leanbert.data.tokenizer import TextTokenizer
 
-    trained = next((cache_dir / "tokenizers").glob("*.json"))
+    trained = next((cache_dir / "tokenizers").glob("*/tokenizer.json"))
     TextTokenizer.from_file(trained).save(folder)
     return folder
 

@@ -11,14 +11,6 @@ from leanbert.errors import UserError
 WHOLE = {"leanbert": {"task": "mlm"}, "state_dict": {"weight": torch.arange(5)}, "global_step": 3}
 
 
-def make_run(root, version, steps):
-    folder = root / "mlm" / f"version_{version}" / "checkpoints"
-    for step in steps:
-        checkpoints.save(WHOLE, folder / checkpoints.step_name(step))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def test_round_trip_leaves_one_file(tmp_path):
     checkpoints.save(WHOLE, tmp_path / "a" / "x.ckpt")
     assert os.listdir(tmp_path / "a") == ["x.ckpt"]
@@ -44,38 +36,44 @@ def test_a_full_disk_keeps_the_older_file(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_last_is_the_newest_of_the_newest_run(tmp_path):
-    make_run(tmp_path, 2, [900])
-    folder = make_run(tmp_path, 10, [100, 200])
-    assert checkpoints.find("last", tmp_path / "mlm") == folder / "step-00000200.ckpt"
+def test_a_file_is_whole_if_it_loads_and_every_byte_of_its_records_is_there(tmp_path):
+    """Any byte flipped, any cut: the file loads as it was, or is not whole."""
+    path, damaged = tmp_path / "x.ckpt", tmp_path / "y.ckpt"
+    checkpoints.save(WHOLE, path)
+    content = path.read_bytes()
+    assert checkpoints.is_whole(path)
+    refused = 0
+    for position in range(0, len(content), 3):
+        flipped = bytearray(content)
+        flipped[position] ^= 0xFF
+        damaged.write_bytes(flipped)
+        try:
+            loaded = checkpoints.load(damaged)
+        except UserError:
+            refused += 1
+        else:
+            assert loaded["leanbert"] == WHOLE["leanbert"]
+            assert torch.equal(loaded["state_dict"]["weight"], WHOLE["state_dict"]["weight"])
+    assert refused > 300  # the rest is padding, times and names that nobody reads
+    for length in range(0, len(content), 50):
+        damaged.write_bytes(content[:length])
+        assert not checkpoints.is_whole(damaged), length
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped"])
-def test_last_falls_back_from_a_damaged_file(tmp_path, damage):
-    folder = make_run(tmp_path, 0, [100, 200])
-    newest = folder / "step-00000200.ckpt"
-    content = bytearray(newest.read_bytes())
-    if damage == "cut":
-        content = content[: len(content) // 2]
-    else:
-        position = content.index(torch.arange(5).numpy().tobytes())
-        content[position] ^= 1
-    newest.write_bytes(content)
-    assert checkpoints.find("last", tmp_path / "mlm") == folder / "step-00000100.ckpt"
+@pytest.mark.parametrize("missing", ["leanbert", "state_dict", "global_step"])
+def test_a_file_without_its_parts_is_not_whole(tmp_path, missing):
+    torch.save({key: value for key, value in WHOLE.items() if key != missing}, tmp_path / "x.ckpt")
+    assert not checkpoints.is_whole(tmp_path / "x.ckpt")
+    torch.save({**WHOLE, missing: "x"}, tmp_path / "x.ckpt")
+    assert not checkpoints.is_whole(tmp_path / "x.ckpt")
+    assert checkpoints.step_of(tmp_path / "x.ckpt") is None
 
 
-def test_nothing_to_go_on_from(tmp_path):
-    with pytest.raises(UserError, match="no run below"):
-        checkpoints.find("last", tmp_path / "mlm")
-    make_run(tmp_path, 0, [])  # a start that failed leaves an empty run
-    with pytest.raises(UserError, match="no run below"):
-        checkpoints.find("last", tmp_path / "mlm")
-    folder = make_run(tmp_path, 0, [5])
-    (folder / checkpoints.step_name(5)).write_bytes(b"cut")
-    with pytest.raises(UserError, match="no usable checkpoint"):
-        checkpoints.find("last", tmp_path / "mlm")
-    with pytest.raises(UserError, match="has not validated yet"):
-        checkpoints.find("best", tmp_path / "mlm")
+def test_neither_a_folder_nor_nothing_is_whole(tmp_path):
+    assert not checkpoints.is_whole(tmp_path)
+    assert not checkpoints.is_whole(tmp_path / "none.ckpt")
+    (tmp_path / "empty.ckpt").touch()
+    assert not checkpoints.is_whole(tmp_path / "empty.ckpt")
 
 
 class Bomb:

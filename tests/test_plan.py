@@ -1,12 +1,17 @@
 """`plan`, and `fit --budget`, as users call them."""
 
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
+import yaml
 
 from leanbert.callbacks.plan import error_percent
-from leanbert.cli import complete
+from leanbert.cli import CLI, complete, quiet_libraries
 from leanbert.errors import UserError
+from leanbert.memory.candidates import _Trials, ladder
+from leanbert.memory.targets import target_of
 from leanbert.settings import add_overlay
 from leanbert.units import MIB, parse_size
 from tests import launcher
@@ -86,6 +91,47 @@ def test_a_budget_changes_memory_and_nothing_else(folder, planned):
     saved = (lean / "config.yaml").read_text()
     assert "GradientAccumulation" in saved
     assert "budget" not in saved
+
+
+def choose(overlay):
+    """Return what stands for the process that plans, and chooses an overlay."""
+
+    def planned(command, **_):
+        paths = dict(word.split("=", 1) for word in command if "=" in word)
+        Path(paths["--save"]).write_text(yaml.safe_dump(overlay))
+        answer = {"predicted_peak_bytes": 2**20, "predicted_needs_bytes": 2**30, "budget_bytes": 2**30}
+        Path(paths["--json"]).write_text(json.dumps(answer))
+        return subprocess.CompletedProcess(command, 0)
+
+    return planned
+
+
+@pytest.mark.parametrize("task", ["mlm", "translation"])
+def test_every_rung_of_the_ladder_goes_through_fit(tmp_path, monkeypatch, task):
+    """Also where the configuration sets no optimizer, and an overlay does."""
+    quiet_libraries()
+    write_corpus(tmp_path / "train.txt")
+    rows = "".join(f"a {number} c\tc {number} a\n" for number in range(100))
+    (tmp_path / "train.tsv").write_text(f"source\ttarget\n{rows}")
+    files = {"mlm": "train.txt", "translation": "train.tsv"}[task]
+    settings = [
+        f"--config=configs/{task}.yaml", *SHAPE, "--data.batch_size=8", "--data.max_length=32", "--trainer.max_steps=2",
+        "--trainer.limit_val_batches=1", f"--data.train_files={tmp_path / files}", f"--data.cache_dir={tmp_path}",
+    ]  # fmt: skip
+    run_settings = CLI(["plan", *settings]).run_settings()
+    trials = _Trials(run_settings, target_of("cpu"))
+    for number, techniques in enumerate(ladder(run_settings, target_of("cpu"))[1:]):
+        overlay = trials._overlay(techniques, 4)
+        monkeypatch.setattr("leanbert.cli.subprocess.run", choose(overlay))
+        root = tmp_path / str(number)
+        trained = CLI(["fit", *settings, f"--trainer.default_root_dir={root}", "--budget=1GiB"])
+        (summary,) = root.glob("*/version_0/summary.json")
+        assert json.loads(summary.read_text())["status"] == "finished", techniques
+        wanted = {entry["class_path"] for entry in overlay.get("trainer", {}).get("callbacks+", [])}
+        made = {f"{type(c).__module__}.{type(c).__name__}" for c in trained.trainer.callbacks}
+        assert wanted <= made
+        optimizer = overlay.get("model", {}).get("init_args", {}).get("optimizer", {})
+        assert optimizer.items() <= vars(trained.model.optimizer_config).items()
 
 
 def test_a_sweep_finds_the_largest_micro_batch(folder):

@@ -17,7 +17,7 @@ from leanbert.data.batch import PredictBatch
 from leanbert.data.classification import group_batch
 from leanbert.data.loading import encode_lines
 from leanbert.data.pairs import TARGET
-from leanbert.data.storage import write_text_atomically
+from leanbert.data.storage import expand, write_text_atomically
 from leanbert.data.tokenizer import TextTokenizer
 from leanbert.data.words import Sentence, predicate_place, word_batch
 from leanbert.errors import UserError
@@ -27,6 +27,7 @@ from leanbert.models.convert import read_huggingface, write_huggingface
 from leanbert.models.generation import GenerationConfig
 from leanbert.models.huggingface_tasks import generation_settings
 from leanbert.models.weights import unpack
+from leanbert.runs import Run, find_last
 from leanbert.tasks.classification import classify
 from leanbert.tasks.mlm import fill_masks
 from leanbert.tasks.seq2seq import special_tokens, write
@@ -241,7 +242,7 @@ def load(path: str | Path) -> Pretrained:
     Raises:
         UserError: The path is none of these, or is damaged.
     """
-    path = Path(path).expanduser()
+    path = expand(path, "path")
     if (path / "config.json").is_file():
         tokenizer = TextTokenizer.from_file(path)
         stored = read_huggingface(path)
@@ -271,7 +272,12 @@ def _special_ids(tokenizer: TextTokenizer) -> dict[str, int | None]:
 
 def _best_or_last(run: Path) -> Path:
     best = run / "checkpoints" / checkpoints.BEST
-    return best if best.is_file() else checkpoints.newest_whole(run)
+    if best.is_file():
+        return best
+    found = find_last(Run(run))
+    if isinstance(found, str):
+        raise UserError(f"{found}.")
+    return found.path
 
 
 def _listed(texts: Sequence[Item]) -> list[Item]:

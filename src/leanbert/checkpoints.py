@@ -1,10 +1,8 @@
-"""Checkpoint files: written atomically, read without executing anything, found again after a kill."""
+"""Checkpoint files: written atomically, read without executing anything, checked against their checksums."""
 
 from __future__ import annotations
 
 import os
-import re
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,14 +11,17 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 
-from leanbert.data.storage import DISK_FULL
+from leanbert.data.storage import DISK_FULL, temporary
 from leanbert.errors import UserError
-from leanbert.models.weights import DAMAGE, load_pickled
+from leanbert.models.weights import check_sums, load_pickled
 
 BEST = "best.ckpt"
 AVERAGE = "average.ckpt"
 TRAINING_STATE = ("callbacks", "optimizer_states", "lr_schedulers")
 """What weights do not need, and training cannot go on without."""
+
+
+FALL_BACK = "Use --ckpt_path last, which falls back to the one before."
 
 
 def step_name(step: int) -> str:
@@ -37,17 +38,17 @@ def save(checkpoint: dict[str, Any], path: str | Path) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            stream = _Stream(file)
-            try:
-                torch.save(checkpoint, stream)  # type: ignore[arg-type]
-            except RuntimeError:  # torch's writer hides the reason; the stream has kept it
-                raise stream.error or RuntimeError(f"torch could not write {path}") from stream.error
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with temporary(path) as building:
+            with open(building, "wb") as file:
+                stream = _Stream(file)
+                try:
+                    torch.save(checkpoint, stream)  # type: ignore[arg-type]
+                except RuntimeError:  # torch's writer hides the reason; the stream has kept it
+                    raise stream.error or RuntimeError(f"torch could not write {path}") from stream.error
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(building, path)
     except OSError as error:
         if error.errno in DISK_FULL:
             raise UserError(
@@ -55,8 +56,6 @@ def save(checkpoint: dict[str, Any], path: str | Path) -> None:
                 "Free space or set --trainer.default_root_dir to another disk."
             ) from error
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class _Stream:
@@ -80,17 +79,44 @@ class _Stream:
 def load(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, memory-mapped, restricted to tensors and plain values.
 
+    The file is read once more, a piece at a time, for its checksums.
+
     Raises:
         UserError: The file is missing, damaged, of another kind, or carries code (nothing of it is executed).
 
     """
     path = Path(path)
+    checkpoint = _read(path)
+    check_sums(path, FALL_BACK)
+    return checkpoint
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a checkpoint without looking at its checksums."""
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint. Check --ckpt_path (a file, or last, best or average).")
-    checkpoint = load_pickled(path, "Use --ckpt_path last, which falls back to the one before.")
-    if not isinstance(checkpoint, dict) or "leanbert" not in checkpoint or "state_dict" not in checkpoint:
+    checkpoint = load_pickled(path, FALL_BACK)
+    kinds = {"leanbert": dict, "state_dict": dict, "global_step": int}
+    if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(k), kind) for k, kind in kinds.items()):
         raise UserError(f"{path}: not a LeanBERT checkpoint. Weights of other programs go to --model.init_from.")
     return checkpoint
+
+
+def is_whole(path: Path) -> bool:
+    """Return whether `load` reads a checkpoint file."""
+    try:
+        load(path)
+    except UserError:
+        return False
+    return True
+
+
+def step_of(path: Path) -> int | None:
+    """Return the step that a checkpoint is of, None if it is damaged; its weights are not read."""
+    try:
+        return int(_read(path)["global_step"])
+    except UserError:
+        return None
 
 
 def mean(paths: Sequence[Path]) -> dict[str, Any]:
@@ -129,65 +155,17 @@ def _wide(tensor: Tensor, copy: bool = False) -> Tensor:
     return tensor.to(dtype, copy=copy)
 
 
-def is_whole(path: Path) -> bool:
-    """Return whether every record of a checkpoint file passes its checksum."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except DAMAGE:
-        return False
-
-
-def newest_run(task_folder: Path) -> Path | None:
-    """Return the `version_N` folder with the largest N that holds checkpoints; a failed start leaves none."""
-    runs = {
-        int(match[1]): folder
-        for folder in task_folder.glob("version_*")
-        if (match := re.fullmatch(r"version_(\d+)", folder.name)) and any(folder.glob("checkpoints/*.ckpt"))
-    }
-    return runs[max(runs)] if runs else None
-
-
-def find(which: str, task_folder: Path) -> Path:
-    """Return the checkpoint that `last`, `best` or `average` means: of the newest run below `task_folder`.
-
-    `last` is the newest file that is whole: one damaged by a crash falls back to the one before.
-
-    Raises:
-        UserError: There is no run, or none of its checkpoints is usable.
-
-    """
-    run = newest_run(task_folder)
-    if run is None:
-        raise UserError(f"--ckpt_path {which}: no run below {task_folder}. Leave --ckpt_path out to start one.")
-    if which == "last":
-        return newest_whole(run)
-    path = run / "checkpoints" / {"best": BEST, "average": AVERAGE}[which]
-    if not path.is_file():
-        reason = (
-            "The run has not validated yet"
-            if which == "best"
-            else "It is written at the end of a run with checkpoint.average_last or average_best"
-        )
-        raise UserError(f"--ckpt_path {which}: no {path}. {reason}: use last, or give a file.")
-    return path
-
-
-def newest_whole(run: Path) -> Path:
-    """Return the newest checkpoint of a run's folder that passes its checksums.
-
-    Raises:
-        UserError: There is none.
-    """
-    folder = run / "checkpoints"
-    for path in sorted(folder.glob("step-*.ckpt"), reverse=True):
-        if is_whole(path):
-            return path
-    raise UserError(f"--ckpt_path: no usable checkpoint in {folder}. Give a file, or leave it out to start anew.")
-
-
 class StreamedCheckpointIO(CheckpointIO):
-    """Lightning's checkpoint files through `save` and `load` of this module."""
+    """Lightning's checkpoint files through `save` and `load` of this module.
+
+    Args:
+        path: A file that is read already.
+        checkpoint: What is in it: given once, and then forgotten.
+
+    """
+
+    def __init__(self, path: str | None = None, checkpoint: dict[str, Any] | None = None) -> None:
+        self._path, self._checkpoint = path, checkpoint
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write atomically; see `save`."""
@@ -195,7 +173,8 @@ class StreamedCheckpointIO(CheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read with `weights_only`; see `load`."""
-        return load(path)
+        checkpoint, self._checkpoint = self._checkpoint, None
+        return load(path) if checkpoint is None or str(path) != self._path else checkpoint
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete the file if it is there."""

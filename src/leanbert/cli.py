@@ -8,11 +8,12 @@ import json
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
-import tempfile
 import warnings
-from dataclasses import fields
+from dataclasses import asdict, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from leanbert import checkpoints
+from leanbert import checkpoints, signals, strict_json
 from leanbert.callbacks.allocator import ReturnFreedPages
 from leanbert.callbacks.checkpoint import RunCheckpoint
 from leanbert.callbacks.interrupt import Interrupted, StopBetweenSteps
@@ -33,33 +35,39 @@ from leanbert.callbacks.plan import PlanReport
 from leanbert.callbacks.prediction import PredictionWriter
 from leanbert.callbacks.progress import ProgressBar
 from leanbert.callbacks.pruning import StructuredPruning
-from leanbert.callbacks.report import RunSummary, StartReport, tagged
+from leanbert.callbacks.report import ConfigFile, RunSummary, StartReport, tagged
 from leanbert.callbacks.samples import Samples
 from leanbert.callbacks.validation import ValidateAtEnds
 from leanbert.data.pairs import TRAIN
-from leanbert.data.storage import DISK_FULL, FORBIDDEN
+from leanbert.data.storage import DISK_FULL, scratch_folder
 from leanbert.data.workers import available_cpus
-from leanbert.errors import UserError
+from leanbert.errors import TrainingFailed, UserError
 from leanbert.memory.allocator import keep_freed_pages, return_freed_pages
 from leanbert.memory.precision import default_precision
 from leanbert.memory.rehearsal import RunSettings
+from leanbert.memory.targets import target_of
 from leanbert.memory.timing import RunLength, count_validations, limited
 from leanbert.messages import say
-from leanbert.models.build import read_facts
+from leanbert.models.build import read_architecture, starting_config
 from leanbert.models.config import EncoderConfig
+from leanbert.runs import NAMES, Found, Run, TaskRuns
 from leanbert.settings import (
     Parser,
     add_overlay,
+    check_devices,
     device_type,
     find_shipped,
     one_line,
     refuse_duplicates,
     user_error_within,
 )
+from leanbert.tasks.base import Task
 from leanbert.trainer import Trainer
 
 OWN_SUBCOMMANDS = ("prepare", "plan", "export")
 """What Lightning does not have; they need no device."""
+FLAGS = ("--measure", "--prepare")
+"""Options that are true where no value follows."""
 
 
 class CLI(LightningCLI):
@@ -68,17 +76,26 @@ class CLI(LightningCLI):
     def __init__(self, arguments: list[str]) -> None:
         self.arguments = arguments
         self.checkpoint: dict[str, Any] | None = None
+        self.run: Run | None = None  # that of the checkpoint, if training goes on in it
         self.resumed_step = 0
         self.device_type: Any = "cpu"
+        self.precision: Any = "32-true"
         self.planned_devices = 1
         self.plan_report: PlanReport | None = None
+        try:
+            self._run_command()
+        finally:
+            if self.run is not None:
+                self.run.release()
+
+    def _run_command(self) -> None:
         super().__init__(
             trainer_class=Trainer,
             datamodule_class=LightningDataModule,
             subclass_mode_data=True,
-            args=complete(find_shipped(arguments)),
+            args=complete(find_shipped(self.arguments)),
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},  # a resumed run goes on in its folder
+            save_config_callback=ConfigFile,
             parser_class=Parser,
             parser_kwargs={"description": "LeanBERT trains BERT encoders inside a device-memory budget."},
             auto_configure_optimizers=False,
@@ -111,10 +128,19 @@ class CLI(LightningCLI):
         which = config.get("ckpt_path")
         if which is None:
             return
-        if which in ("last", "best", "average"):
-            config["ckpt_path"] = str(checkpoints.find(which, self._task_folder))
-        self.checkpoint = checkpoints.load(config["ckpt_path"])
-        if self.config["subcommand"] == "fit" and not self.checkpoint.keys() >= set(checkpoints.TRAINING_STATE):
+        fits = self.config["subcommand"] == "fit"
+        found: Found | None = None
+        if which not in NAMES:
+            found = Found(Path(which), checkpoints.load(which))
+            self.run = self.runs.owner(found.path) if fits else None
+            if self.run is not None and self._leads:
+                self.run.lock()
+        elif fits:
+            self.run, found = self.runs.find_to_train(which, lock=self._leads)
+        else:
+            found = self.runs.find(which)
+        config["ckpt_path"], self.checkpoint = (None, None) if found is None else (str(found.path), found.checkpoint)
+        if fits and self.checkpoint is not None and not self.checkpoint.keys() >= set(checkpoints.TRAINING_STATE):
             raise UserError(
                 f"--ckpt_path: {config['ckpt_path']} holds weights only, from which training cannot go on. "
                 "Use last, or start a new run from it with --model.init_from."
@@ -125,11 +151,20 @@ class CLI(LightningCLI):
         """The configuration of the chosen subcommand."""
         return self.config[self.config["subcommand"]]
 
-    @property
-    def _task_folder(self) -> Path:
-        module, _, name = self._settings["model"]["class_path"].rpartition(".")
+    @cached_property
+    def runs(self) -> TaskRuns:
+        """The runs of this task below `trainer.default_root_dir`."""
+        path = self._settings["model"]["class_path"]
+        module, _, name = path.rpartition(".")
         task = getattr(__import__(module, fromlist=[name]), name)
-        return Path(self._settings["trainer"]["default_root_dir"]) / task.name
+        if not (isinstance(task, type) and issubclass(task, Task)):
+            raise UserError(f"model.class_path: {path} is no task of LeanBERT. Derive it from {Task.__module__}.Task.")
+        return TaskRuns(str(self._settings["trainer"]["default_root_dir"]), task.name)
+
+    @property
+    def _leads(self) -> bool:
+        """Whether this is the first rank, which alone makes and locks run folders."""
+        return getattr(rank_zero_only, "rank", 0) == 0
 
     def before_instantiate_classes(self) -> None:
         """Check and complete the settings."""
@@ -140,13 +175,14 @@ class CLI(LightningCLI):
                 "optimizer step over all devices; leave this at 1."
             )
         refuse_duplicates(trainer["callbacks"] or [])
+        check_devices(trainer)
         self.device_type = device_type(trainer["accelerator"])
         if self.subcommand == "plan":
             self._prepare_planning(settings)
         if self.subcommand in OWN_SUBCOMMANDS:
             trainer["accelerator"], trainer["devices"], trainer["strategy"] = "cpu", 1, "auto"
-        if trainer["precision"] is None:
-            trainer["precision"] = default_precision(self.device_type)
+        trains = self.subcommand in ("fit", "plan")  # answers shall not depend on the processor
+        self.precision = trainer["precision"] or (default_precision(self.device_type) if trains else "32-true")
         if trainer["enable_checkpointing"] is False:
             raise UserError("trainer.enable_checkpointing: every run writes checkpoints. See checkpoint.every_n_steps.")
         for part in ("model", "data"):  # a seed of their own may be given
@@ -155,10 +191,10 @@ class CLI(LightningCLI):
         data, model = settings["data"]["init_args"], settings["model"]["init_args"]
         if data["tokenizer"] is None:
             data["tokenizer"] = model["init_from"]
-        if data.get("target_tokenizer", "") in (None, TRAIN) and model["init_from"] is not None:
-            _, facts = read_facts(Path(model["init_from"]))
-            if "target_vocab_size" in facts:
-                data["target_tokenizer"] = model["init_from"]
+        source = model["init_from"]
+        may_have_own = source is not None and data.get("target_tokenizer", "") in (None, TRAIN)
+        if may_have_own and "target_vocab_size" in read_architecture(Path(source)).facts:
+            data["target_tokenizer"] = source
         if self.subcommand == "fit" and settings.pop("budget") is not None:  # what it chooses is saved, not it
             self.plan_report = self._plan_and_apply(settings)
         if self.subcommand == "predict":
@@ -188,12 +224,12 @@ class CLI(LightningCLI):
 
     def _plan_and_apply(self, settings: Any) -> PlanReport:
         """Plan in a process of its own, whose memory is gone with it, and add the chosen techniques to the settings."""
-        with tempfile.TemporaryDirectory() as folder:
-            answer, overlay = Path(folder) / "plan.json", Path(folder) / "overlay.yaml"
-            arguments = ["plan" if argument == "fit" else argument for argument in self.arguments]
-            command = "import sys; from leanbert.cli import main; sys.argv[0] = 'leanbert'; main()"
+        with scratch_folder() as folder:
+            answer, overlay = folder / "plan.json", folder / "overlay.yaml"
+            place = self.arguments.index("fit")
+            command = [sys.executable, sys.argv[0], *self.arguments[:place], "plan", *self.arguments[place + 1 :]]
             done = subprocess.run(
-                [sys.executable, "-c", command, *arguments, f"--json={answer}", f"--save={overlay}"], stdout=sys.stderr
+                [*command, "--prepare=true", f"--json={answer}", f"--save={overlay}"], stdout=sys.stderr
             )
             if done.returncode:
                 sys.exit(done.returncode)
@@ -230,20 +266,22 @@ class CLI(LightningCLI):
             self.model.adopt(stored.get("model", {}))
         self.model.init_from = None
         self.resumed_step = self.checkpoint["global_step"]
-        self.checkpoint = None  # Lightning reads the file again; do not hold it twice
+        self.checkpoint = None  # Lightning has it
 
     def _adopt_start(self, source: str) -> None:
-        """Take labels and the like from a model that is used as it is, or that training starts from."""
-        task, facts = read_facts(Path(source))
-        if self.subcommand not in ("validate", "test", "predict"):
-            if task == self.model.name:
-                self.datamodule.start_from(facts)
-        elif task == self.model.name:
-            self.datamodule.adopt(facts)
-            self.model.adopt(facts)
+        """Take architecture, labels and the like from a model that is used as it is, or that training starts from."""
+        stored = read_architecture(Path(source))
+        trains = self.subcommand in ("fit", "prepare", "plan")
+        if self.subcommand != "fit":  # which reads it with the weights
+            config = starting_config(self.model.encoder_config, stored)
+            self.model.encoder_config = EncoderConfig(**asdict(config))
+        if stored.task == self.model.name:
+            (self.datamodule.start_from if trains else self.datamodule.adopt)(stored.facts)
+            if self.subcommand != "fit":
+                self.model.adopt(stored.facts)
         elif self.subcommand == "predict":
             raise UserError(
-                f"model.init_from: a model of task {task}, which has nothing of {self.model.name} learnt. "
+                f"model.init_from: a model of task {stored.task}, which has nothing of {self.model.name} learnt. "
                 "Give a trained one, or --ckpt_path."
             )
 
@@ -252,13 +290,15 @@ class CLI(LightningCLI):
         settings = self._settings["trainer"]
         extra: dict[str, Any] = {
             "callbacks": [*(self._get(self.config_init, "trainer")["callbacks"] or []), *self._callbacks()],
-            "plugins": [*(settings["plugins"] or []), checkpoints.StreamedCheckpointIO()],
+            "plugins": [
+                *(settings["plugins"] or []),
+                checkpoints.StreamedCheckpointIO(self._settings.get("ckpt_path"), self.checkpoint),
+            ],
+            "precision": self.precision,  # not a setting that is saved: another processor may have another default
             "enable_model_summary": False,
         }
-        if self.subcommand != "fit":
-            extra["logger"] = False
-        elif settings["logger"] in (None, True):
-            extra["logger"] = self._logger()
+        if self.subcommand != "fit" or settings["logger"] in (None, True):
+            extra["logger"] = False  # `fit` adds its own with the run's folder
         return super().instantiate_trainer(**extra)  # type: ignore[return-value]
 
     def _callbacks(self) -> list[Any]:
@@ -276,36 +316,54 @@ class CLI(LightningCLI):
             ]
         return [*bar, *([PredictionWriter()] if self.subcommand == "predict" else [])]
 
-    def _logger(self) -> TensorBoardLogger:
-        """Return the logger of a new run, or of the run that the checkpoint belongs to."""
-        folder = self._task_folder
-        run = Path(self._settings["ckpt_path"]).resolve().parents[1] if self.checkpoint else None
-        if run is not None and run.parent == folder.resolve() and run.name.startswith("version_"):
-            step = self.checkpoint["global_step"]  # type: ignore[index]
-            # what was logged after the checkpoint is computed, and logged, again
-            return TensorBoardLogger(folder.parent, folder.name, version=run.name, purge_step=step + 1)
-        return TensorBoardLogger(folder.parent, folder.name)
-
     # ---- subcommands
 
     def fit(self, **kwargs: Any) -> None:
         """Train, unless the checkpoint is that of a finished run, which is left as it is."""
-        most = self.trainer.max_steps
-        if 0 < most <= self.resumed_step:
+        trainer, most = self.trainer, self.trainer.max_steps
+        if 0 < most <= self.resumed_step and (self.run is None or self.run.finished_at(self.resumed_step)):
             say(f"Finished: step {self.resumed_step:,} of trainer.max_steps {most:,}. Raise it to go on.")
             return
-        self.trainer.fit(**kwargs)
+        is_new = self.run is None
+        if self._leads:
+            self._open_run()
+        signals.hint(f"To go on:\n  {resume_command(self.arguments)}")
+        try:
+            trainer.fit(**kwargs)
+        except (UserError, MisconfigurationException):
+            if is_new and self.run is not None and trainer.global_step == 0:  # refused, not stopped
+                self.run.discard()
+            raise
+        stop = next(c for c in trainer.callbacks if isinstance(c, StopBetweenSteps))  # type: ignore[attr-defined]
+        if stop.received is not None:  # after the last step
+            raise Interrupted(stop.received)
         self._say_how_to_go_on()
+
+    def _open_run(self) -> None:
+        """Give the trainer the folder of the run, a new one where none goes on, and its logger."""
+        resumes = self.run is not None
+        self.run = self.run or self.runs.create()
+        folder = self.run.folder
+        self.trainer.run_folder = folder  # type: ignore[attr-defined]
+        if self._settings["trainer"]["logger"] in (None, True):
+            # what was logged after the checkpoint is computed, and logged, again
+            purge = (self.resumed_step and self.resumed_step + 1) if resumes else None
+            root = folder.parent.parent
+            logger = TensorBoardLogger(root, folder.parent.name, version=folder.name, purge_step=purge)
+            self.trainer.loggers = [logger]
 
     def plan(self, **kwargs: Any) -> None:
         """Print what the run needs, and choose techniques for a budget; or sweep sizes and lengths."""
         from leanbert.plan import PlanRequest, run_plan, run_sweep  # only here: it is not needed to train
 
         request = PlanRequest(**{field.name: kwargs[field.name] for field in fields(PlanRequest)})
+        target = target_of(self.device_type)  # before preparation, whose memory `fit` does not have
+        if kwargs["prepare"]:
+            self.datamodule.prepare()
         if request.sweep:
-            run_sweep(self.run_settings(), self.device_type, request)
+            run_sweep(self.run_settings(), target, request)
         else:
-            run_plan(self.run_settings(), self.device_type, request, self.run_length if request.measure else None)
+            run_plan(self.run_settings(), target, request, self.run_length if request.measure else None)
 
     def run_length(self) -> RunLength:
         """Return how many steps and validations `fit` would do; prepares the corpus."""
@@ -330,7 +388,7 @@ class CLI(LightningCLI):
             task=self.model,
             data=self.datamodule,
             callbacks=tuple(self._get(self.config_init, "trainer")["callbacks"] or ()),
-            precision=trainer["precision"],
+            precision=self.precision,
             clip=trainer["gradient_clip_val"],
             vocab_size=self.datamodule.planned_vocabulary(),
             device_type=self.device_type,
@@ -341,12 +399,12 @@ class CLI(LightningCLI):
     def validate(self, **kwargs: Any) -> None:
         """Print the metrics as one JSON line."""
         self.trainer.validate(**kwargs)
-        print(json.dumps(tagged(self.trainer.callback_metrics)))
+        print(strict_json.dumps(tagged(self.trainer.callback_metrics)))
 
     def test(self, **kwargs: Any) -> None:
         """Print the metrics as one JSON line."""
         self.trainer.test(**kwargs)
-        print(json.dumps(tagged(self.trainer.callback_metrics)))
+        print(strict_json.dumps(tagged(self.trainer.callback_metrics)))
 
     def _say_how_to_go_on(self) -> None:
         """Say what came out, where it is, and the next commands."""
@@ -359,13 +417,14 @@ class CLI(LightningCLI):
         say(f"Checkpoint   {checkpoint.last_path}")
         if checkpoint.average_path is not None:
             say(f"Average      {checkpoint.average_path}")
-        say(f"TensorBoard  tensorboard --logdir {shlex.quote(str(trainer.default_root_dir))}")
+        if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+            say(f"TensorBoard  tensorboard --logdir {shlex.quote(str(self.runs.folder.parent))}")
         example = shlex.quote(self.model.example.replace("[MASK]", self.datamodule.tokenizer.mask_token))
         say(f"Answers      echo {example} | {program} predict {configs} --ckpt_path last --data.predict_files -")
 
 
 def complete(arguments: list[str]) -> list[str]:
-    """Return the arguments with the words after `--sweep` as one list, and a bare `--measure` as true."""
+    """Return the arguments with the words after `--sweep` as one list, and bare flags as true."""
     found: list[str] = []
     rest = list(arguments)
     while rest:
@@ -375,7 +434,7 @@ def complete(arguments: list[str]) -> list[str]:
             found.append(f"--sweep={json.dumps(values)}")
             del rest[: len(values)]
         else:
-            found.append("--measure=true" if word == "--measure" and not values else word)
+            found.append(f"{word}=true" if word in FLAGS and not values else word)
     return found
 
 
@@ -409,29 +468,48 @@ def resume_command(arguments: list[str]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on standard error and exit code 2."""
+    restore = signals.install()
     quiet_libraries()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows the dataclasses' field texts
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        CLI(given)
+        try:
+            CLI(given)
+        finally:
+            sys.stdout.flush()
     except Interrupted as stopped:
         say(f"Stopped by {stopped} and saved. To go on:\n  {resume_command(given)}")
-        sys.exit(stopped.exit_code)
+        sys.exit(0 if signals.follows() else stopped.exit_code)  # a rank that fails is taken for a crash
+    except TrainingFailed as error:
+        fail(one_line(str(error)), error, code=1)
     except (UserError, MisconfigurationException) as error:
         fail(one_line(str(error)), error)
     except OSError as error:
-        reason = "the disk is full" if error.errno in DISK_FULL else error.strerror
-        if error.errno in DISK_FULL | FORBIDDEN:
-            fail(f"{error.filename or 'output'}: {reason}. Mend that, or set --trainer.default_root_dir.", error)
-        raise
+        if isinstance(error, BrokenPipeError) and reader_has_gone():
+            sys.exit(128 + signal.SIGPIPE)
+        reason = "the disk is full" if error.errno in DISK_FULL else error.strerror or one_line(str(error))
+        fail(f"{error.filename or 'output'}: {reason}. Mend that, or choose another file or folder.", error)
+    finally:
+        if arguments is not None:  # called by a program, which goes on
+            restore()
 
 
-def fail(message: str, error: BaseException) -> None:
-    """Print the one line and leave with exit code 2; LEANBERT_DEBUG=1 shows the traceback instead."""
+def fail(message: str, error: BaseException, code: int = 2) -> None:
+    """Print the one line and leave with an exit code; LEANBERT_DEBUG=1 shows the traceback instead."""
     if os.environ.get("LEANBERT_DEBUG") == "1":
         raise error
     say(f"error: {message}")
-    sys.exit(2)
+    sys.exit(code)
+
+
+def reader_has_gone() -> bool:
+    """Return whether nobody reads standard output any longer, as behind `| head`; what is left for it is dropped."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more when it ends
+        return True
+    return False
 
 
 def quiet_libraries() -> None:

@@ -1,8 +1,15 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 
 class UserError(Exception):
     """Bad input: the message is one line that names the file and line, or the setting, and the fix.
 
     The command line prints it on standard error and exits with code 2; from Python it is an ordinary exception.
+    """
+
+
+class TrainingFailed(Exception):  # noqa: N818 - it tells what happened to the run, which no input shows beforehand
+    """A run cannot go on for what it has computed: the message is one line with the reason and what to try.
+
+    The command line prints it on standard error and exits with code 1.
     """

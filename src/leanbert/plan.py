@@ -23,7 +23,7 @@ from leanbert.memory.figures import sweep_figure
 from leanbert.memory.overlays import apply
 from leanbert.memory.rehearsal import RunSettings
 from leanbert.memory.sweep import SIZES, Cell, parse_sweep, sweep, with_size
-from leanbert.memory.targets import DeviceType, Target, target_of
+from leanbert.memory.targets import DeviceType, Target
 from leanbert.memory.timeline import CATEGORIES
 from leanbert.memory.timing import RunLength, estimate, measure, peak_flops, run_seconds
 from leanbert.settings import device_type as device_type_of
@@ -49,7 +49,7 @@ class PlanRequest:
 
 def run_plan(
     settings: RunSettings,
-    device_type: DeviceType,
+    target: Target,
     request: PlanRequest,
     length: Callable[[], RunLength] | None = None,
 ) -> Plan:
@@ -57,8 +57,7 @@ def run_plan(
 
     Raises UserError if nothing fits the budget, after the JSON is written, or for a budget that is no size.
     """
-    started = time.time() - psutil.Process().create_time()
-    target = target_of(device_type)
+    started, device_type = time.time() - psutil.Process().create_time(), target.device_type
     budget = budget_bytes(request.budget, device_type)
     peak = peak_flops(request.device, str(settings.precision)) if request.device is not None else None
     if length is not None and device_type != here():
@@ -70,6 +69,9 @@ def run_plan(
         print("\n".join(describe_sharing(shared, settings.devices)))
     answer = {**as_json(plan, target), **sharing_json(shared, settings.devices)}
     shown, tokens = plan.chosen or plan.given, settings.rows_per_step * settings.data.hparams["max_length"]
+    if settings.vocab_size is None:
+        vocabulary = f"{settings.data.hparams['vocab_size']:,} tokens, as data.vocab_size says"
+        print(f"\nVocabulary   {vocabulary}. A small corpus yields fewer: --prepare counts them.")
     print(f"\nA step       {shown.prediction.flops / 1e12:,.3f} TFLOP, {tokens:,} tokens on each device")
     if length is not None:
         answer["time"] = foretell(apply(settings, shown.overlay), length(), started)
@@ -119,17 +121,17 @@ def describe_time(time: dict[str, Any]) -> str:
     )
 
 
-def run_sweep(settings: RunSettings, device_type: DeviceType, request: PlanRequest) -> list[Cell]:
+def run_sweep(settings: RunSettings, target: Target, request: PlanRequest) -> list[Cell]:
     """Print the largest micro-batches that fit, by model size and sequence length, and write what was asked for.
 
     Raises UserError without a budget, or for axes that are unknown.
     """
-    target, budget = target_of(device_type), budget_bytes(request.budget, device_type)
+    budget = budget_bytes(request.budget, target.device_type)
     if budget is None:
         raise UserError("sweep: into which budget? Give --budget 8GiB, or --budget auto.")
     sizes, lengths = parse_sweep(list(request.sweep or ()), settings)
     cells = sweep(settings, target, budget, sizes, lengths, progress)
-    print(f"Largest micro-batch (sequences) that fits into {format_size(budget)} on {device_type}")
+    print(f"Largest micro-batch (sequences) that fits into {format_size(budget)} on {target.device_type}")
     print(f"{'':<8}" + "".join(f"{length:>10,}" for length in lengths) + "  tokens a sequence")
     for size in sizes:
         row = [cell for cell in cells if cell.size == size]

@@ -17,6 +17,11 @@ from leanbert.errors import UserError
 SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parents[2] / "configs")  # in the wheel; in a checkout
 
 
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+STRATEGIES = ("auto", "ddp", "lightning.pytorch.strategies.DDPStrategy")
+"""Strategies that are tested: losses and weights of several processes are those of one."""
+
+
 class Parser(LightningArgumentParser):
     """Lightning's parser, whose errors are one line."""
 
@@ -104,17 +109,28 @@ def add_overlay(settings: Any, overlay: dict[str, Any]) -> None:
     for part in ("model", "data"):
         for name, value in overlay.get(part, {}).get("init_args", {}).items():
             own = settings[part]["init_args"]
-            if isinstance(value, dict):
-                for key, inner in value.items():
-                    own[name][key] = inner
-            else:
-                own[name] = value
+            group = vars(own[name]) if isinstance(own[name], Namespace) else {}  # nothing: its defaults count
+            own[name] = Namespace(**{**group, **value}) if isinstance(value, dict) else value
     added = overlay.get("trainer", {}).get("callbacks+", [])
     kinds = {entry["class_path"] for entry in added}
     settings["trainer"]["callbacks"] = [
         *(entry for entry in settings["trainer"]["callbacks"] or [] if entry["class_path"] not in kinds),
         *(Namespace(class_path=e["class_path"], init_args=Namespace(**e.get("init_args", {}))) for e in added),
     ]
+
+
+def check_devices(trainer: Any) -> None:
+    """Raise UserError for an accelerator that does not exist, or a strategy that is not known to train rightly."""
+    accelerator, strategy = trainer["accelerator"], trainer["strategy"]
+    if isinstance(accelerator, str) and accelerator not in ACCELERATORS:
+        raise UserError(f"trainer.accelerator: {accelerator!r} is unknown. Choose from {', '.join(ACCELERATORS)}.")
+    own = Namespace() if isinstance(strategy, str) else strategy.get("init_args", Namespace())
+    name = strategy if isinstance(strategy, str) else strategy["class_path"]
+    if name not in STRATEGIES or own.get("start_method", "popen") != "popen":
+        raise UserError(
+            f"trainer.strategy: {name} is not known to train rightly here: its processes could drift apart unseen. "
+            "Choose auto or ddp."
+        )
 
 
 def device_type(accelerator: Any) -> str:

@@ -7,12 +7,60 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
+from leanbert import signals
+from leanbert.callbacks.bad_steps import StopOnBadSteps
 from leanbert.errors import UserError
 
 
+class _Loop(_FitLoop):
+    """Lightning's loop, which starts and ends also where no step is left: what a kill has prevented is made up then."""
+
+    @property
+    def skip(self) -> bool:
+        return self.trainer.limit_train_batches == 0 or self.max_batches == 0
+
+
+class _Signals(_SignalConnector):
+    """Lightning's signals, but SIGTERM: its handler would wait for the other ranks, and `predict` would go on."""
+
+    def register_signal_handlers(self) -> None:
+        own = signals.handlers()
+        super().register_signal_handlers()
+        signals.give_back(own)
+
+
 class Trainer(pl.Trainer):
-    """Lightning's Trainer, with `prepare`, `plan`, `export`, and a budget for `fit`."""
+    """Lightning's Trainer, with `prepare`, `plan`, `export`, a budget for `fit`, and the run's folder as `log_dir`.
+
+    Args:
+        max_bad_steps: Steps in a row whose loss or gradient is not finite, after which a run stops with exit code 1 and
+            keeps the last one's batch in `bad_batch.pt`. Such a step leaves the weights alone.
+        callbacks: What else happens around steps, a list or one.
+        settings: See Lightning's Trainer.
+
+    """
+
+    run_folder: Path | None = None
+    """Where `fit` writes, on the first rank."""
+
+    def __init__(
+        self, max_bad_steps: int = 3, callbacks: list[Callback] | Callback | None = None, **settings: Any
+    ) -> None:
+        given = [callbacks] if isinstance(callbacks, Callback) else callbacks or []
+        super().__init__(callbacks=[*given, StopOnBadSteps(max_bad_steps)], **settings)
+        loop, self.fit_loop = self.fit_loop, _Loop(self, self.fit_loop.min_epochs, self.fit_loop.max_epochs)
+        self.fit_loop.epoch_loop = loop.epoch_loop
+        self._signal_connector = _Signals(self)
+
+    @property
+    def log_dir(self) -> str | None:
+        """The run's folder, on every rank that of the first, whatever the loggers are. All ranks ask together."""
+        folder = self.strategy.broadcast(self.run_folder) if self.state.fn == "fit" else None
+        return super().log_dir if folder is None else str(folder)
 
     def prepare(
         self,
@@ -68,6 +116,7 @@ class Trainer(pl.Trainer):
         sweep: list[str] | None = None,
         figure: Path | None = None,
         measure: bool = False,
+        prepare: bool = False,
         device: str | None = None,
         share: float = 0.3,
         ckpt_path: str | None = None,
@@ -91,6 +140,8 @@ class Trainer(pl.Trainer):
             figure: Image file to draw the sweep into, such as sweep.png.
             measure: Time a few real steps of small stacks of blocks on this device, and say how long the run will
                 take; the corpus is prepared first.
+            prepare: Prepare the corpus first, so that the size of the tokenizer trained on it counts instead of
+                data.vocab_size.
             device: Estimate the time on a device that need not be here, such as t4, rtx4090, a100, h100-sxm.
             share: Share of that device's peak that training is taken to reach.
             ckpt_path: Checkpoint whose architecture counts.

@@ -44,7 +44,7 @@ def schedule(folder, by, entries):
 
 @pytest.mark.parametrize("setting", [0, {0: 4, 10: -1}])
 def test_micro_batches_are_positive(setting):
-    with pytest.raises(UserError, match="not positive"):
+    with pytest.raises(UserError, match=r"^GradientAccumulation\.micro_batch: (0|-1) is out of range"):
         GradientAccumulation(setting)
 
 

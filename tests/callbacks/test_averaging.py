@@ -10,6 +10,7 @@ from leanbert import checkpoints
 from leanbert.callbacks.averaging import KeptWeights
 from leanbert.callbacks.checkpoint import RunCheckpoint
 from leanbert.errors import UserError
+from leanbert.runs import TaskRuns
 from tests.corpus import write_corpus
 from tests.training import fit, scalars
 
@@ -125,7 +126,7 @@ def test_weights_of_an_abandoned_course_are_not_averaged(corpus):
 
 def test_an_average_is_used_like_other_checkpoints(corpus, capsys):
     fit(corpus, *OFTEN, "--checkpoint.average_last=2", steps=4)
-    path = checkpoints.find("average", corpus / "runs" / "mlm")
+    path = TaskRuns(str(corpus / "runs"), "mlm").find("average").path
     stored = weights(path)
     model = leanbert.load(path).model
     assert all(torch.equal(tensor, stored[f"model.{name}"]) for name, tensor in model.state_dict().items())
@@ -141,16 +142,16 @@ def test_too_few_validations(corpus, capsys):
     fit(corpus, "--trainer.limit_val_batches=1", "--checkpoint.average_last=3", steps=2)
     assert "no average of 1" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"--ckpt_path average: no .*average\.ckpt.*checkpoint\.average_last"):
-        checkpoints.find("average", corpus / "runs" / "mlm")
+        TaskRuns(str(corpus / "runs"), "mlm").find("average")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--checkpoint.average_last=1"], "checkpoint.average_last: is 1. Give 2 or more"),
-        (["--checkpoint.average_best=0"], "checkpoint.average_best: is 0. Give 2 or more"),
+        (["--checkpoint.average_last=1"], "checkpoint.average_last: 1 is out of range. Give a whole number, 2 or more"),
+        (["--checkpoint.average_best=0"], "checkpoint.average_best: 0 is out of range. Give a whole number, 2 or more"),
         (["--checkpoint.average_last=2", "--trainer.limit_val_batches=0"], "limit_val_batches is 0"),
-        (["--checkpoint.average_best=2", "--checkpoint.monitor=val/none"], "no val/none is logged.*val/loss"),
+        (["--checkpoint.monitor=val/none"], r"^checkpoint\.monitor: no val/none is logged\. Choose from .*val/loss"),
     ],
 )
 def test_settings_that_cannot_work(corpus, arguments, message):

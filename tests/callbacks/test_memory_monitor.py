@@ -152,7 +152,7 @@ def test_other_errors_are_not_reported(tmp_path):
 
 
 def test_bad_settings_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"MemoryMonitor\.sample_every_n_steps: is 0\."):
+    with pytest.raises(UserError, match=r"MemoryMonitor\.sample_every_n_steps: 0 is out of range\."):
         MemoryMonitor(sample_every_n_steps=0)
     with pytest.raises(UserError, match=r"MemoryMonitor\.cuda_snapshot: needs a CUDA device"):
         fit(tmp_path, MemoryMonitor(cuda_snapshot=True))

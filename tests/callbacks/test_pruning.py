@@ -1,3 +1,4 @@
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -8,12 +9,14 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import FSDPStrategy
 
+import leanbert
 from leanbert.callbacks.pruning import MagnitudePruning, StructuredPruning
 from leanbert.errors import UserError
 from leanbert.memory.optimizers import OptimizerConfig, build_optimizer
 from leanbert.memory.pruning import prunable, sparsity_of
 from leanbert.memory.structured import prune_structured, taylor_importance
 from leanbert.settings import SHIPPED
+from tests.tasks.test_seq2seq import run as run_translation
 from tests.tiny import PlainTask, tiny_model, unequal_batch
 
 
@@ -281,6 +284,32 @@ def test_step_0_asks_the_task_and_only_for_training():
     assert module.techniques.structured is None
     StructuredPruning(0.5, 0.25).setup(SimpleNamespace(), module, "fit")
     assert module.techniques.structured == (0.5, 0.25)
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_pruned_translation_run_resumes_validates_and_answers(tmp_path, at):
+    """Encoder, decoder and cross-attention shrink, and everything that reads its checkpoint knows."""
+    callback = f"{{class_path: StructuredPruning, init_args: {{at_step: {at}}}}}"
+    settings = [
+        "--model.encoder.preset=bert", "--checkpoint.every_n_steps=1", "--model.validation_sources=0",
+        "--trainer.val_check_interval=4", f"--trainer.callbacks=[{callback}]", "--trainer.max_steps=4",
+    ]  # fmt: skip
+    cli = run_translation(tmp_path, "fit", *settings)
+    folder = Path(cli.trainer.log_dir) / "checkpoints"
+    whole = torch.load(folder / "step-00000004.ckpt", weights_only=True)
+    assert whole["state_dict"]["model.decoder.blocks.1.cross_attention.query.weight"].shape == (32, 64)
+    assert whole["state_dict"]["model.decoder.blocks.1.feed_forward.output.weight"].shape == (64, 128)
+    answers = leanbert.load(folder / "step-00000004.ckpt").translate(["Red cook"])
+    assert answers[0]["source"] == "Red cook"
+    loss = run_translation(tmp_path, "validate", "--ckpt_path=last", "--model.validation_sources=0")
+    measured = loss.trainer.callback_metrics["val/loss"].item()
+    assert measured == pytest.approx(cli.trainer.callback_metrics["val/loss"].item(), rel=1e-5)
+    (folder / "step-00000004.ckpt").unlink()
+    run_translation(tmp_path, "fit", *settings, f"--ckpt_path={folder / 'step-00000003.ckpt'}")
+    again = torch.load(folder / "step-00000004.ckpt", weights_only=True)
+    assert again["leanbert"]["encoder"] == whole["leanbert"]["encoder"]
+    for name, tensor in whole["state_dict"].items():
+        assert torch.equal(tensor, again["state_dict"][name]), name
 
 
 @pytest.mark.parametrize(

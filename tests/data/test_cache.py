@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import os
 import pickle
 import signal
 import subprocess
@@ -111,17 +112,6 @@ def test_an_existing_cache_is_not_built_again(
     assert build(corpus, tokenizer, tmp_path) == first
 
 
-@pytest.mark.parametrize("name", ["ids.bin", "offsets.bin", "counts.npy", "meta.json"])
-def test_a_damaged_cache_is_built_again(tmp_path: Path, corpus: Corpus, tokenizer: TextTokenizer, name: str) -> None:
-    cache = build(corpus, tokenizer, tmp_path)
-    before = digest(cache.folder)
-    (cache.folder / name).unlink()
-    if name != "counts.npy":
-        (cache.folder / name).write_bytes(b"[]")
-    assert TokenCache.open(cache.folder) is None
-    assert digest(build(corpus, tokenizer, tmp_path).folder) == before
-
-
 def test_pickles_without_its_ids(tmp_path: Path, corpus: Corpus, tokenizer: TextTokenizer) -> None:
     cache = build(corpus, tokenizer, tmp_path)
     data = pickle.dumps(cache)
@@ -169,31 +159,35 @@ def test_a_killed_build_leaves_nothing_and_another_equals_an_undisturbed_one(
         return subprocess.run([sys.executable, "-c", textwrap.dedent(BUILD), *arguments], timeout=60).returncode
 
     assert run("killed", 20) == -signal.SIGKILL
-    leftovers = list((tmp_path / "killed" / "tokens").iterdir())
-    assert [path.name.split(".")[1] for path in leftovers if path.is_dir()] == [leftovers_tmp(leftovers)]
+    assert [".tmp-" in path.name for path in (tmp_path / "killed" / "tokens").iterdir() if path.is_dir()] == [True]
     assert run("killed", 0) == 0
     assert run("whole", 0) == 0
     assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
     assert len(digest(tmp_path / "whole")) == 4
 
 
-def leftovers_tmp(leftovers: list[Path]) -> str:
-    return next(path.name.split(".")[1] for path in leftovers if ".tmp-" in path.name)
-
-
+@pytest.mark.parametrize("name", ["ids.bin", "offsets.bin", "counts.bin", "meta.json"])
+@pytest.mark.parametrize("call", ["open", "write", "fsync"])
 def test_a_full_disk_says_where_and_keeps_nothing(
-    tmp_path: Path, corpus: Corpus, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, corpus: Corpus, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch, name: str, call: str
 ) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     class FullFile(io.FileIO):
-        def write(self, data: object) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
+        write = fail  # type: ignore[assignment]
 
     real_open = Path.open
 
-    def open_full(path: Path, mode: str = "r", *rest: object) -> object:
-        return FullFile(path, mode) if path.name == "ids.bin" else real_open(path, mode, *rest)  # type: ignore[call-overload]
+    def open_full(path: Path, mode: str = "r", *rest: object, **named: object) -> object:
+        if path.name != name or "w" not in mode:
+            return real_open(path, mode, *rest, **named)  # type: ignore[call-overload]
+        return fail() if call == "open" else FullFile(path, "w")
 
-    monkeypatch.setattr(Path, "open", open_full)
+    if call == "fsync":
+        monkeypatch.setattr(os, "fsync", fail)
+    else:
+        monkeypatch.setattr(Path, "open", open_full)
     with pytest.raises(UserError, match=r"the disk is full .*--data\.cache_dir") as caught:
         build(corpus, tokenizer, tmp_path / "cache")
     assert str(tmp_path / "cache") in str(caught.value)

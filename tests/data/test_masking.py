@@ -127,7 +127,38 @@ def test_whole_words_are_masked_whole_or_not_at_all(share: float) -> None:
         for word in np.unique(words[r][is_target[r]]):
             members = (words[r] == word) & (rows.ids[r] >= 5)
             assert is_target[r][members].all()
-    assert (masked.targets != -100).sum(axis=1).mean() > 25.9
+    assert (masked.targets != -100).all()
+
+
+@pytest.mark.parametrize(("length", "shares"), [(128, (0.7, 0.2, 0.07, 0.03)), (64, (0.4, 0.3, 0.2, 0.1))])
+def test_words_of_any_number_of_pieces_are_masked_at_the_rate(length: int, shares: tuple[float, ...]) -> None:
+    chance, count = np.random.default_rng(0), 6000
+    pieces = chance.choice([1, 2, 4, 8], (count, length), p=shares)
+    ends = pieces.cumsum(axis=1)
+    words = (np.arange(length) >= ends[:, :, None]).sum(axis=1)  # [B, S]: number of each token's word
+    size = np.take_along_axis(pieces, words, axis=1)
+    begins = np.diff(words, axis=1, prepend=-1) > 0
+    whole = begins & (np.take_along_axis(ends, words, axis=1) <= length)
+    continues = np.arange(V) >= 500
+    ids = np.where(begins, chance.integers(5, 500, words.shape), chance.integers(500, V, words.shape))
+    rows = PackedRows(ids, np.zeros_like(ids), np.broadcast_to(np.arange(length), ids.shape))
+    masked = mask_rows(rows, keys(rows), make_rule(0.25, continues))
+    is_target = np.zeros(ids.shape, dtype=bool)
+    row, slot = np.nonzero(masked.targets != -100)
+    is_target[row, masked.index[row, slot]] = True
+    assert (masked.targets != -100).mean() > 0.999
+    for number in (1, 2, 4, 8):
+        assert is_target[whole & (size == number)].mean() == pytest.approx(0.25, abs=0.015), number
+
+
+def test_words_that_cannot_fill_the_quota_leave_slots() -> None:
+    ids = np.where(np.arange(128) % 8 == 0, 5, 500)[None].repeat(4000, axis=0)
+    rows = PackedRows(ids, np.zeros_like(ids), np.broadcast_to(np.arange(128), ids.shape))
+    masked = mask_rows(rows, keys(rows), make_rule(0.2, np.arange(V) >= 500))
+    assert ((masked.targets != -100).sum(axis=1) == 24).all()  # three of sixteen words, where 26 were asked for
+    counts = np.bincount(masked.index[:, :24].ravel() // 8, minlength=16) / 8
+    assert counts.sum() == 12_000
+    assert counts.std() < 50  # binomial: 25
 
 
 def test_a_batch_takes_less_than_two_milliseconds() -> None:

@@ -188,11 +188,11 @@ def test_lightning_drives_it(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mask_rate": 0.0}, r"data\.mask_rate: 0\.0 is not between 0 and 1"),
+        ({"mask_rate": 0.0}, r"data\.mask_rate: 0\.0 is out of range\. Give a finite number from above 0 to below 1\."),
         ({"val_mask_rate": 1.0}, r"data\.val_mask_rate"),
         ({"val_share": 2}, r"data\.val_share"),
         ({"mask_split": (0.8, 0.1, 0.2)}, r"data\.mask_split: .* add up to 1"),
-        ({"max_length": 7}, r"data\.max_length: 7 is too small. Set at least 8"),
+        ({"max_length": 7}, r"data\.max_length: 7 is out of range\. Give a whole number, 8 or more"),
         ({"batch_size": 0}, r"data\.batch_size"),
         ({"val_batch_size": 0}, r"data\.val_batch_size"),
         ({"num_workers": -1}, r"data\.num_workers"),

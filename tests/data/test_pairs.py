@@ -247,7 +247,10 @@ def test_pairs_that_are_too_long_are_cut_counted_and_told(tmp_path, capsys):
 
 
 def test_bad_lengths():
-    refused(lambda: PairData(max_target_length=7), r"^data\.max_target_length: 7 is too small\. Set at least 8$")
+    refused(
+        lambda: PairData(max_target_length=7),
+        r"^data\.max_target_length: 7 is out of range\. Give a whole number, 8 or more\.$",
+    )
 
 
 # ---- rows

@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,13 +32,15 @@ def prepare(corpus: str, folder: Path, **settings: object) -> dict[str, str]:
     return {name: value for name, value in digest(folder).items() if name != "digests.json"}
 
 
-def test_another_process_gives_the_same_bytes_without_torch(tmp_path: Path, corpus: str) -> None:
+def test_other_processes_at_the_same_moment_give_the_same_bytes_without_torch(tmp_path: Path, corpus: str) -> None:
     here = prepare(corpus, tmp_path / "here")
     command = [sys.executable, "-c", PROGRAM, corpus, str(tmp_path / "there")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (result.returncode, result.stdout) == (0, ""), result.stderr
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    for process in [subprocess.Popen(command, **pipes) for _ in range(3)]:
+        output, error = process.communicate(timeout=60)
+        assert (process.returncode, output) == (0, ""), error
     assert prepare(corpus, tmp_path / "there") == here
-    assert len(here) == 9  # tokenizer, and four files each of train and val
+    assert len(here) == 10  # two files of the tokenizer, and four each of train and val
 
 
 def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,6 +49,31 @@ def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert CorpusSettings().cache_folder == Path.home() / ".cache" / "leanbert"
     assert CorpusSettings(cache_dir="~/x").cache_folder == Path.home() / "x"
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("", r"data\.cache_dir: '' is not a path"),
+        ("a\0b", r"data\.cache_dir: 'a\\x00b' is not a path"),
+        ("~nosuchuser/x", r"data\.cache_dir: ~nosuchuser/x: there is no such home folder"),
+        ("/proc/x", r"/proc/x/tokenizers: cannot be written \(No such file or directory\)"),
+        ("/dev/null", r"cannot be written \(Not a directory\)"),
+        ("FILE", r"cannot be written \(Not a directory\)"),
+        ("n" * 300, r"cannot be written \(File name too long\)"),
+        ("LOOP", r"cannot be written \(Too many levels of symbolic links\)"),
+    ],
+)
+def test_a_folder_that_cannot_serve_is_one_line(
+    tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch, folder: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").touch()
+    Path("LOOP").symlink_to("LOOP")
+    with pytest.raises(UserError, match=message) as caught:
+        CorpusSettings(train_files=[corpus], cache_dir=folder, vocab_size=200).prepare()
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith((" with --data.cache_dir", "leave the setting out", "Write the path in full"))
 
 
 def test_a_moved_corpus_is_the_same_and_a_changed_one_is_not(tmp_path: Path, corpus: str) -> None:

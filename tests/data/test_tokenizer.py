@@ -118,7 +118,11 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path, capsys: pytest.Captur
         "broken.json": ('{"model": ', "not a tokenizer.json"),
         "nomask.json": (no_mask.to_str(), "no mask token"),
         "vocab.txt": ("[PAD]\nthe\n", r"no \[UNK\] \[CLS\] \[SEP\] \[MASK\]"),
-        "twice.txt": ("\n".join([*VOCAB, "the"]), r"twice\.txt:15: token 'the' is there twice"),
+        "unknown.txt": ("\n".join(token for token in VOCAB if token != "[UNK]"), r"no \[UNK\] in it"),
+        "pointer.json": ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        "nul.json": ("\x00" * 9, "not a tokenizer.json"),
+        "nothing.json": ("", "not a tokenizer.json"),
+        "deep.json": ('{"model":' + "[" * 100_000, "not a tokenizer.json"),
         "latin.txt": (b"\xff\xfe", "cannot be read"),
         "bad.ckpt": ("not a checkpoint", "damaged, or no file"),
     }

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from leanbert.data.tokenizer import SPECIAL_TOKENS, TextTokenizer
+from leanbert.data.tokenizer import TextTokenizer
+from leanbert.data.tokenizer_classes import SPECIAL_TOKENS
 from leanbert.data.tokenizer_training import sample_evenly
 from leanbert.errors import UserError
 from tests.data.corpora import CHINESE, ENGLISH, MULTILINGUAL, sentences

@@ -309,9 +309,12 @@ def test_a_gradient_of_other_strides_is_read_in_the_order_of_the_weights():
     ("settings", "message"),
     [
         ({"state_bits": 16}, "state_bits: 16 is not supported. Give 32, 8 or 4."),
-        ({"lr": -1.0}, "lr: -1.0 is negative. Give 0 or more."),
-        ({"eps": float("nan")}, "eps: nan is negative. Give 0 or more."),
-        ({"betas": (0.9, 1.0)}, "betas: (0.9, 1.0) are not from 0 to below 1. Give for example 0.9 and 0.98."),
+        ({"lr": -1.0}, "SlicedAdamW.lr: -1.0 is out of range. Give a finite number, 0 or more."),
+        ({"eps": float("nan")}, "SlicedAdamW.eps: nan is out of range. Give a finite number, 0 or more."),
+        (
+            {"betas": (0.9, 1.0)},
+            "SlicedAdamW.betas: (0.9, 1.0) is out of range. Give a finite number from 0 to below 1.",
+        ),
     ],
 )
 def test_bad_settings(settings, message):

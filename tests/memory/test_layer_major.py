@@ -3,7 +3,9 @@ import torch
 
 from leanbert.memory.checkpointing import run_block
 from leanbert.memory.layer_major import run_in_slices
+from leanbert.tasks.seq2seq import places
 from tests.memory.test_checkpointing import block_flops, flops, gradients, saved_bytes
+from tests.models.pairs import packed_batch, tiny_seq2seq
 from tests.tiny import tiny_model, unequal_batch
 
 
@@ -95,3 +97,23 @@ def test_gradients_of_many_slices_are_summed_in_float32():
     hidden = torch.ones(1024, 1, 1, dtype=torch.bfloat16, requires_grad=True)
     run_in_slices(block, hidden, None, 1).sum().backward()
     assert block.weight.grad.item() == 1024
+
+
+def test_what_comes_after_the_blocks_does_not_draw_what_came_before_them():
+    """The decoder's embeddings come after the encoder's blocks."""
+    model, seen = tiny_seq2seq(preset="bert", dropout=0.5, attention_dropout=0.0), []
+    for block in model.blocks:
+        block.slice_rows = 2
+    for stack in model.stacks:
+        stack.embeddings.register_forward_hook(lambda module, inputs, output: seen.append(output == 0))
+    batch, masks = packed_batch(), []
+    for _ in range(2):
+        torch.manual_seed(1)
+        model.hidden(batch.input_ids, batch.decoder_ids, **places(batch))
+        masks.append(seen[-2:])
+    for encoder, decoder in masks:
+        width = decoder.shape[1]
+        assert 0.4 < encoder.float().mean() < 0.6
+        same = (encoder[:, :width] == decoder).float().mean()
+        assert 0.45 < same < 0.55  # of unrelated masks: half
+    assert all(torch.equal(one, other) for one, other in zip(*masks, strict=True))

@@ -3,7 +3,10 @@ import torch
 
 from leanbert.memory.checkpointing import set_checkpointing
 from leanbert.memory.offload import DiskStorage
+from leanbert.memory.techniques import Techniques, apply
+from leanbert.tasks.seq2seq import places
 from tests.memory.test_checkpointing import gradients
+from tests.models.pairs import packed_batch, tiny_seq2seq
 from tests.tiny import tiny_model, unequal_batch
 
 
@@ -82,3 +85,36 @@ def test_the_file_begins_anew_when_nothing_waits(tmp_path):
         del out
     assert storage.written_bytes == 3 * 256 * 256 * 4
     assert storage._end == 256 * 256 * 4
+
+
+def saved_outside(model, batch):
+    """Bytes of activations that autograd keeps of a forward pass up to the head, and that are not stored elsewhere."""
+    saved = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def note(tensor):
+        if (place := tensor.untyped_storage().data_ptr()) not in weights:
+            saved[place] = (tensor, tensor.untyped_storage().nbytes())  # kept, so that no place is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden, _ = model.hidden(batch.input_ids, batch.decoder_ids, **places(batch))
+    hidden.sum().backward()
+    return sum(size for _, size in saved.values())
+
+
+@pytest.mark.parametrize("technique", [{}, {"keep": "input"}, {"slice_rows": 2}])
+@pytest.mark.parametrize("preset", ["bert", "modern"])
+def test_nothing_of_encoder_and_decoder_stays(tmp_path, everything, preset, technique):
+    batch = packed_batch()
+    plain, model = (tiny_seq2seq(preset=preset, dtype=torch.float32) for _ in range(2))
+    whole = saved_outside(plain, batch)
+    apply(Techniques(storage=tmp_path, **technique), model)
+    assert whole > 200_000
+    assert saved_outside(model, batch) == 0
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (plain.get_parameter(name).grad is None)
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, plain.get_parameter(name).grad, rtol=1e-3, atol=1e-4)
+    assert model.encoder.storage is model.decoder.storage
+    assert model.encoder.storage._waiting == 0

@@ -12,7 +12,10 @@ from leanbert.memory.optimizers import (
     learning_rate_factor,
 )
 from leanbert.memory.step import optimizer_step
-from tests.tiny import PlainTask, tiny_model, unequal_batch
+from leanbert.models import build_model
+from leanbert.models.classifier import Classifier
+from tests.models.pairs import tiny_seq2seq
+from tests.tiny import PlainTask, tiny_config, tiny_model, unequal_batch
 
 NAMES = ["sgd", "momentum", "adam", "adamw", "adafactor", "muon"]
 
@@ -47,6 +50,26 @@ def test_muon_takes_hidden_matrices_and_nothing_else():
     taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
     assert taken == {name for name, p in model.named_parameters() if p.ndim == 2 and "embeddings" not in name}
     assert any("embeddings.token" in names[id(p)] for group in adamw.param_groups for p in group["params"])
+
+
+@pytest.mark.parametrize(
+    ("model", "outputs"),
+    [
+        (lambda: build_model(tiny_config(preset="bert"), 99, lambda c: Classifier(c, ["a"], "text", "classification")),
+         {"head.scores.weight"}),
+        (lambda: build_model(tiny_config(), 99, lambda c: Classifier(c, ["a", "b"], "word", "tagging")),
+         {"head.scores.weight"}),
+        (lambda: tiny_seq2seq(copy=True), {"pointer.gate.weight"}),
+        (lambda: tiny_seq2seq(targets=70), set()),
+    ],
+)  # fmt: skip
+def test_muon_leaves_outputs_and_embeddings_to_adamw(model, outputs):
+    model = model()
+    muon, _ = build_optimizer(model, OptimizerConfig(name="muon")).optimizers
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    matrices = {name for name, p in model.named_parameters() if p.ndim == 2}
+    assert matrices - taken == outputs | {name for name in matrices if ".embeddings." in name}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,6 +14,9 @@ from leanbert.memory.pruning import apply_masks, magnitude_masks, prunable
 from leanbert.memory.recovery import retry_smaller
 from leanbert.memory.step import optimizer_step
 from leanbert.memory.techniques import Surroundings, Techniques, apply, refuse
+from leanbert.models.seq2seq import Seq2SeqModel
+from leanbert.tasks.seq2seq import places
+from tests.models.pairs import packed_batch, tiny_seq2seq
 from tests.tiny import PlainTask, tiny_model, unequal_batch
 
 
@@ -84,10 +87,10 @@ def setting(names, attribute, default):
     return next((v for v in (getattr(ROWS[name], attribute) for name in names) if v is not None), default)
 
 
-def train(names, folder):
+def train(names, folder, make=lambda: tiny_model(dtype=torch.float64, preset="bert")):
     techniques, optimizer_name = merged(names, folder), setting(names, "optimizer", "adamw")
     refuse(techniques, Surroundings(optimizer_name, "32-true"))
-    model = tiny_model(dtype=torch.float64, preset="bert")
+    model = make()
     model.to(setting(names, "dtype", torch.float64))
     apply(techniques, model)
     adama = techniques.in_backward == "accumulate"
@@ -108,7 +111,7 @@ def train(names, folder):
 
             def attempt(step=step):
                 return optimizer_step(
-                    PlainLoss(model), unequal_batch(seed=step), optimizer, micro_batch=micro_batch,
+                    *task_and_batch(model, step), optimizer, micro_batch=micro_batch,
                     seed_micro_batch=lambda index: place.__setitem__(0, index),
                 )  # fmt: skip
 
@@ -120,6 +123,19 @@ def train(names, folder):
             assert zeros == sum(weight.numel() for weight in prunable(model).values()) // 2
     assert all(parameter.grad is None for parameter in model.parameters())
     return {name: parameter.detach().double() for name, parameter in model.named_parameters()}
+
+
+def task_and_batch(model, step):
+    if isinstance(model, Seq2SeqModel):
+        return PairTask(model), packed_batch(seed=step, targets=70)
+    return PlainLoss(model), unequal_batch(seed=step)
+
+
+class PairTask(PlainTask):
+    """Sequence to sequence."""
+
+    def loss_sum(self, batch):
+        return self.module.loss_sum(batch.input_ids, batch.decoder_ids, batch.targets, 0.1, **places(batch))
 
 
 class PlainLoss(PlainTask):
@@ -151,7 +167,28 @@ PAIRS = [
 
 @pytest.mark.parametrize("names", [(name,) for name in ROWS] + PAIRS, ids="+".join)
 def test_trains_as_plain_training_does(names, plain, tmp_path):
-    moved = train(names, tmp_path)
+    check(train(names, tmp_path), plain, names)
+
+
+@pytest.fixture(scope="module", params=["encoder", "shared", "targets"])
+def pairs_and_plain(request, tmp_path_factory):
+    """Makes a model of sequence to sequence; and what plain training makes of it."""
+    settings = {"targets": {"targets": 70}}.get(request.param, {"start": request.param})
+
+    def make():
+        return tiny_seq2seq(preset="bert", **settings)
+
+    return make, train((), tmp_path_factory.mktemp("plain"), make)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_alone_it_trains_an_encoder_with_decoder_as_plain_training_does(name, pairs_and_plain, tmp_path):
+    make, plain = pairs_and_plain
+    check(train((name,), tmp_path, make), plain, (name,))
+
+
+def check(moved, plain, names):
+    """Compare parameters with those of plain training."""
     allowed = sum(ROWS[name].moves for name in names)
     for name, value in moved.items():
         if allowed < 1:

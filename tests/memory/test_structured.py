@@ -20,7 +20,10 @@ from leanbert.memory.structured import (
     sizes_kept,
     taylor_importance,
 )
-from leanbert.models import EncoderConfig, build_model
+from leanbert.models import EncoderConfig, build_model, read_huggingface, write_huggingface
+from leanbert.models.build import rebuild
+from leanbert.tasks.seq2seq import places
+from tests.models.pairs import packed_batch, tiny_seq2seq
 from tests.tiny import PlainTask, tiny_model, unequal_batch
 
 PRESETS = ["bert", "modern"]
@@ -284,3 +287,71 @@ def test_shares_become_sizes():
 def test_sizes_that_cannot_stay_are_refused(heads, neurons, setting):
     with pytest.raises(UserError, match=rf"^{setting}: "):
         prune_structured(model_of("bert"), heads, neurons)
+
+
+SEQ2SEQ = [
+    {"preset": "bert"},
+    {"preset": "modern"},
+    {"preset": "bert", "start": "shared", "layers": 3},
+    {"preset": "modern", "copy": True, "layers": 1},
+    {"preset": "bert", "targets": 70},
+]
+MATRICES = {"attention": ("qkv", "output"), "cross_attention": ("query", "key_value", "output")}
+
+
+def seq2seq_of(settings):
+    return tiny_seq2seq(num_heads=HEADS, intermediate_size=NEURONS, **settings).eval()
+
+
+def seq2seq_logits(model, batch):
+    with torch.no_grad():
+        return model(batch.input_ids, batch.decoder_ids, **places(batch))
+
+
+@pytest.mark.parametrize("settings", SEQ2SEQ, ids=str)
+def test_encoder_decoder_and_cross_attention_shrink_alike(settings):
+    """Silent heads and neurons leave without a trace, and what stays is a model that was built small."""
+    model, batch = seq2seq_of(settings), packed_batch(targets=settings.get("targets"))
+    with torch.no_grad():
+        for block in model.blocks:
+            for name in MATRICES:
+                if (attention := getattr(block, name, None)) is not None:
+                    attention.output.weight[:, SIZE : 3 * SIZE] = 0.0
+            block.feed_forward.output.weight[:, 5:29] = 0.0
+    before = seq2seq_logits(model, batch)
+    config = apply_at_build(model, 0.5, 0.5)
+    assert (config.num_heads, config.head_size, config.intermediate_size) == (2, SIZE, 24)
+    assert model.config is model.encoder.config is model.decoder.config
+    assert (seq2seq_logits(model, batch) - before).abs().max() <= 1e-12
+    assert before.std() > 0.01
+    for block in model.blocks:
+        assert block.feed_forward.output.weight.shape == (32, 24)
+        for name, (*inner, output) in MATRICES.items():
+            if (attention := getattr(block, name, None)) is not None:
+                assert getattr(attention, output).weight.shape == (32, 2 * SIZE)
+                assert sum(getattr(attention, part).weight.shape[0] for part in inner) == 3 * 2 * SIZE
+    changes = {key: value for key, value in vars(config).items() if key != "vocab_size"}
+    small = tiny_seq2seq(**changes | {key: value for key, value in settings.items() if key != "preset"}).eval()
+    small.load_state_dict(model.state_dict())
+    assert torch.equal(seq2seq_logits(small, batch), seq2seq_logits(model, batch))
+
+
+def test_taylor_importance_has_a_row_for_each_attention():
+    model, batch = seq2seq_of({"preset": "bert"}), packed_batch()
+    model.loss_sum(batch.input_ids, batch.decoder_ids, batch.targets, **places(batch)).backward()
+    found = taylor_importance(model)
+    assert found.heads.shape == (6, HEADS)  # of two blocks each: encoder, decoder, decoder to encoder
+    assert found.neurons.shape == (4, NEURONS)
+    cross = model.decoder.blocks[1].cross_attention.output
+    expected = (cross.weight * cross.weight.grad)[:, SIZE : 2 * SIZE].sum().abs().item()
+    assert found.heads[5, 1].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_pruned_translation_model_leaves_with_equal_logits(tmp_path):
+    model, batch = seq2seq_of({"preset": "bert"}), packed_batch()
+    apply_at_build(model, 0.5, 0.5)
+    write_huggingface(model, tmp_path)
+    again = rebuild(read_huggingface(tmp_path), 100, tmp_path).eval()
+    assert (again.config.num_heads, again.config.intermediate_size) == (HEADS, 24)
+    difference = seq2seq_logits(again.double(), batch) - seq2seq_logits(model, batch)
+    assert difference.abs().max() <= 1e-5

@@ -64,19 +64,42 @@ def test_bert_draws_all_weights_but_positions_with_the_same_spread():
             assert parameter.unique().tolist() == [1.0 if name.endswith("weight") else 0.0]
 
 
+@pytest.fixture(params=[torch.float32, torch.bfloat16])
+def default_dtype(request):
+    """The dtype in which a model is built, as with bf16-true."""
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("length", [16, 512])
-def test_first_heads_of_bert_begin_by_looking_at_neighbours(length):
+def test_first_heads_of_bert_begin_by_looking_at_neighbours(length, default_dtype):
     torch.manual_seed(0)
     model = build_model(EncoderConfig(preset="bert", num_layers=1), 500).eval()
     hidden = model.encoder.embeddings(torch.randint(500, (1, length)), torch.arange(length)[None], None)
     attention = model.encoder.blocks[0].attention
     query, key, _ = attention.qkv(hidden).view(length, 3, 4, 64).permute(1, 2, 0, 3)  # [4, S, d] each
-    probability = (query @ key.mT / 8).softmax(-1)
+    probability = (query.float() @ key.float().mT / 8).softmax(-1)
     for head, offset in enumerate((-1, 1, -2, 2)):
-        assert probability[head].diagonal(offset).min() > 0.9
+        assert probability[head].diagonal(offset).min() > 0.99
     with torch.no_grad():
         for block in build_model(EncoderConfig(preset="bert", position="rotary"), 500).encoder.blocks:
             assert block.attention.qkv.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize("position", ["learned", "sinusoidal", "rotary"])
+def test_positions_of_a_model_built_in_bfloat16_are_those_of_float32_rounded(position, default_dtype):
+    torch.manual_seed(0)
+    embeddings = build_model(EncoderConfig(preset="bert", num_layers=1, position=position), 500).encoder.embeddings
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    exact = build_model(EncoderConfig(preset="bert", num_layers=1, position=position), 500).encoder.embeddings
+    if position == "learned":
+        assert torch.equal(embeddings.position.weight[:, :64], exact.position.weight[:, :64].to(embeddings.norm.weight))
+    elif position == "sinusoidal":
+        assert torch.equal(embeddings.fixed_position, exact.fixed_position.to(embeddings.norm.weight))
+    ids, places = torch.arange(500)[None], torch.arange(500)[None]
+    assert embeddings(ids, places, None).dtype == embeddings.norm.weight.dtype
 
 
 def test_seed_decides_the_weights():

@@ -151,14 +151,17 @@ def test_a_run_resumed_within_an_epoch_has_the_same_losses(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"label_smoothing": 1.0}, r"^model\.label_smoothing: 1\.0 is no share\. Choose from 0 to below 1$"),
-        ({"label_smoothing": -0.1}, r"^model\.label_smoothing: -0\.1 is no share\."),
+        ({"label_smoothing": 1.0}, r"^model\.label_smoothing: 1\.0 is out of range\. Give .* from 0 to below 1\.$"),
+        ({"label_smoothing": -0.1}, r"^model\.label_smoothing: -0\.1 is out of range\."),
         (
             {"label_smoothing": 0.1, "copy": True},
             r"^model\.label_smoothing: 0\.1 would spread .* Leave it out$",
         ),
-        ({"decoder_layers": 0}, r"^model\.decoder_layers: 0 is too small\. Set at least 1$"),
-        ({"validation_sources": -1}, r"^model\.validation_sources: -1 is too small\. Set at least 0$"),
+        ({"decoder_layers": 0}, r"^model\.decoder_layers: 0 is out of range\. Give a whole number, 1 or more\.$"),
+        (
+            {"validation_sources": -1},
+            r"^model\.validation_sources: -1 is out of range\. Give a whole number, 0 or more\.$",
+        ),
         ({"generation": GenerationConfig(beams=0)}, r"^model\.generation\.beams: 0 is too small\. Set at least 1$"),
     ],
 )

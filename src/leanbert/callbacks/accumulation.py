@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from leanbert.callbacks.progress import log_values
 from leanbert.errors import UserError
 from leanbert.messages import say
+from leanbert.ranges import COUNT, WHOLE
 
 
 class GradientAccumulation(Callback):
@@ -20,7 +21,7 @@ class GradientAccumulation(Callback):
         by: What the keys of such a schedule count.
 
     Raises:
-        UserError: A micro-batch is not positive, or none is smaller than a device's batch.
+        UserError: A micro-batch is less than 1, or none is smaller than a device's batch.
 
     """
 
@@ -28,8 +29,8 @@ class GradientAccumulation(Callback):
         self.schedule = micro_batch if isinstance(micro_batch, dict) else {0: micro_batch}
         self.by = by
         for start, rows in self.schedule.items():
-            if start < 0 or rows < 1:
-                raise UserError(f"GradientAccumulation.micro_batch: {start}: {rows} is not positive. Give 1 or more.")
+            WHOLE.check("GradientAccumulation.micro_batch", start)
+            COUNT.check("GradientAccumulation.micro_batch", rows)
         if 0 not in self.schedule:
             raise UserError("GradientAccumulation.micro_batch: does not say how to begin. Give a value for 0.")
 
@@ -66,8 +67,7 @@ class OutOfMemoryRecovery(Callback):
     """
 
     def __init__(self, smallest: int = 1) -> None:
-        if smallest < 1:
-            raise UserError(f"OutOfMemoryRecovery.smallest: {smallest} is not positive. Give 1 or more.")
+        COUNT.check("OutOfMemoryRecovery.smallest", smallest)
         self.smallest = smallest
         self.events = 0
         self.largest: int | None = None

@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from leanbert.errors import UserError
+from leanbert.ranges import COUNT
 
 
 class ActivationCheckpointing(Callback):
@@ -22,7 +23,8 @@ class ActivationCheckpointing(Callback):
     """
 
     def __init__(self, keep: Literal["input", "products"] = "input", every: int = 1) -> None:
-        self.keep, self.every = keep, _positive("ActivationCheckpointing.every", every)
+        COUNT.check("ActivationCheckpointing.every", every)
+        self.keep, self.every = keep, every
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Register."""
@@ -68,7 +70,8 @@ class LayerMajor(Callback):
     """
 
     def __init__(self, micro_batch: int = 4) -> None:
-        self.micro_batch = _positive("LayerMajor.micro_batch", micro_batch)
+        COUNT.check("LayerMajor.micro_batch", micro_batch)
+        self.micro_batch = micro_batch
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Register."""
@@ -85,15 +88,10 @@ class ChunkedHead(Callback):
     """
 
     def __init__(self, targets: int = 256) -> None:
-        self.targets = _positive("ChunkedHead.targets", targets)
+        COUNT.check("ChunkedHead.targets", targets)
+        self.targets = targets
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Register."""
         if stage == "fit":
             pl_module.techniques.head_chunk = self.targets
-
-
-def _positive(setting: str, value: int) -> int:
-    if value < 1:
-        raise UserError(f"{setting}: {value} is not positive. Give 1 or more.")
-    return value

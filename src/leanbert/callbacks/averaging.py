@@ -79,17 +79,9 @@ class KeptWeights:
         return f"the last {self.count} validations" if self.monitor is None else f"the {self.count} best {self.monitor}"
 
     def keep(self, trainer: Trainer, folder: Path) -> None:
-        """Keep the weights of the validation that has just ended if they are among the last, or best.
-
-        Raises:
-            UserError: The first validation does not log the metric.
-
-        """
+        """Keep the weights of the validation that has just ended if they are among the last, or best."""
         step, value = trainer.global_step, trainer.callback_metrics.get(self.monitor or "")
         if step == 0:
-            if self.monitor is not None and value is None:
-                logged = sorted(tag for tag in trainer.callback_metrics if "/" in tag)
-                raise UserError(f"checkpoint.monitor: no {self.monitor} is logged. Choose from {', '.join(logged)}.")
             return
         if self.monitor is not None and (value is None or not math.isfinite(value)):
             return
@@ -104,9 +96,9 @@ class KeptWeights:
             self.clear(folder)
 
     def clear(self, folder: Path) -> None:
-        """Delete the files that are not kept, and what a kill left half-written."""
+        """Delete the files that are not kept."""
         kept = {_file(folder, step) for step, _ in self.kept}
-        for path in {*folder.glob("weights/step-*.ckpt"), *folder.glob("weights/.*.tmp")} - kept:
+        for path in {*folder.glob("weights/step-*.ckpt")} - kept:
             path.unlink()
 
     def write_mean(self, trainer: Trainer, folder: Path) -> Path | None:

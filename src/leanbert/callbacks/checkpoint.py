@@ -11,11 +11,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from leanbert import signals
 from leanbert.callbacks.averaging import KeptWeights, validate_with
 from leanbert.callbacks.progress import log_values
-from leanbert.checkpoints import AVERAGE, BEST, load, step_name
+from leanbert.checkpoints import AVERAGE, BEST, step_name, step_of
 from leanbert.errors import UserError
 from leanbert.messages import say
+from leanbert.ranges import COUNT, POSITIVE, Range, check_ranges
 
 ASK_RANKS_EVERY = 10
 """Steps between two exchanges between ranks about saving or stopping: each makes all of them wait."""
@@ -35,7 +37,7 @@ class RunCheckpoint(Checkpoint):
         average_best: The same of the validations with the best values of `monitor`.
 
     Raises:
-        UserError: A setting is not positive, one validation is to be averaged, or the last and the best are.
+        UserError: A setting is out of its range, one validation is to be averaged, or the last and the best are.
 
     """
 
@@ -49,19 +51,14 @@ class RunCheckpoint(Checkpoint):
         average_last: int | None = None,
         average_best: int | None = None,
     ) -> None:
-        for setting, value in (
-            ("every_n_steps", every_n_steps),
-            ("keep", keep),
-            ("every_n_minutes", every_n_minutes),
-        ):
-            if value is not None and value <= 0:
-                raise UserError(f"checkpoint.{setting}: is {value}. Give a positive number.")
+        ranges = {"every_n_steps": COUNT, "every_n_minutes": POSITIVE, "keep": COUNT}
+        ranges |= dict.fromkeys(("average_last", "average_best"), Range(least=2, whole=True))
+        check_ranges("checkpoint", locals(), ranges)
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
         self.keep, self.monitor, self.sign = keep, monitor, 1.0 if mode == "min" else -1.0
         self.average = _average(average_last, average_best, monitor, self.sign)
         self.average_path: str | None = None
         self.best: float | None = None
-        self.best_path: str | None = None
         self.last_path: str | None = None
         self._saved_at = time.monotonic()
         self._saved_step = -1
@@ -69,15 +66,19 @@ class RunCheckpoint(Checkpoint):
     def state_dict(self) -> dict[str, Any]:
         """Return what decides about later saves."""
         average = None if self.average is None else self.average.state_dict()
-        # the path tells whose best it is
-        return {"best": self.best, "best_path": self.best_path, "average": average}
+        return {"best": self.best, "rule": self._rule, "average": average}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the best value so far, and the validations to be averaged."""
-        self.best, self.best_path = state_dict["best"], state_dict["best_path"]
+        """Take over the best value so far, unless it is of another metric, and the validations to be averaged."""
+        if state_dict.get("rule", self._rule) == self._rule:
+            self.best = state_dict["best"]
         average = state_dict.get("average")
         if self.average is not None and average is not None:
             self.average.load_state_dict(average)
+
+    @property
+    def _rule(self) -> list[Any]:
+        return [self.monitor, self.sign]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raise UserError if the weights of this run cannot be averaged."""
@@ -92,14 +93,17 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count minutes from here; what was loaded need not be saved again."""
-        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
-        folder = self._folder(trainer)
-        if self.best_path is not None and Path(self.best_path).absolute() != (folder / BEST).absolute():
-            self.best, self.best_path = None, None  # of the run that this one started from
+        folder, path = self._folder(trainer), self._folder(trainer) / step_name(trainer.global_step)
         if trainer.is_global_zero and folder.is_dir():
             clear_for(folder, trainer.global_step)
             if self.average is not None:
                 self.average.clear(folder)
+        has_best, is_saved = trainer.strategy.broadcast(((folder / BEST).is_file(), path.is_file()))
+        if not has_best:  # of a course that has been left, or of the run that this one started from
+            self.best = None
+        self._saved_at = time.monotonic()
+        if is_saved:
+            self._saved_step, self.last_path = trainer.global_step, str(path)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save when steps or minutes are due; the last step is saved after its validation."""
@@ -118,18 +122,25 @@ class RunCheckpoint(Checkpoint):
         return trainer.global_step % ASK_RANKS_EVERY == 0 and trainer.strategy.broadcast(overdue)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the best so far, and the weights to be averaged."""
+        """Keep the best so far, and the weights to be averaged.
+
+        Raises:
+            UserError: The metric is not logged, which the first validation shows.
+
+        """
         if trainer.state.fn != "fit":
             return
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is None:
+            logged = sorted(tag for tag in trainer.callback_metrics if "/" in tag)
+            raise UserError(f"checkpoint.monitor: no {self.monitor} is logged. Choose from {', '.join(logged)}.")
         if self.average is not None:
             self.average.keep(trainer, self._folder(trainer))
-        value = trainer.callback_metrics.get(self.monitor)
-        if value is None or trainer.global_step == 0:
+        if trainer.global_step == 0:
             return
         if math.isfinite(value) and (self.best is None or self.sign * float(value) < self.sign * self.best):
             self.best = float(value)
-            self.best_path = str(self._folder(trainer) / BEST)
-            trainer.save_checkpoint(self.best_path, weights_only=False)
+            self._write(trainer, self._folder(trainer) / BEST)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last state, and validate the mean."""
@@ -157,7 +168,7 @@ class RunCheckpoint(Checkpoint):
         if trainer.global_step == self._saved_step:
             return
         path = self._folder(trainer) / step_name(trainer.global_step)
-        trainer.save_checkpoint(path, weights_only=False)
+        self._write(trainer, path)
         self.last_path = str(path)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
         if trainer.is_global_zero:
@@ -165,38 +176,32 @@ class RunCheckpoint(Checkpoint):
                 old.unlink()
 
     @staticmethod
+    def _write(trainer: Trainer, path: Path) -> None:
+        """Write a checkpoint, after what was logged: a run that goes on from it does not log that again."""
+        for logger in trainer.loggers:
+            logger.save()
+        trainer.save_checkpoint(path, weights_only=False)
+
+    @staticmethod
     def _folder(trainer: Trainer) -> Path:
         return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
 
 
 def clear_for(folder: Path, step: int) -> None:
-    """Make way for a run that goes on at `step`: what a kill left half-written goes, later checkpoints step aside.
+    """Make way for a run that goes on at `step`: later checkpoints, and damaged ones, step aside.
 
-    They are of another course of the same run (or damaged), and `last` would take the highest step for the newest.
+    They are of another course of the same run, and `last` would take the highest step for the newest.
     """
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink()
-    for path in folder.glob("step-*.ckpt"):
-        if path.name > step_name(step):
-            path.rename(path.with_name(f"abandoned-{path.name}"))
-    average = folder / AVERAGE
-    if average.is_file() and _step(average) > step:
-        average.rename(average.with_name(f"abandoned-{AVERAGE}"))
-
-
-def _step(path: Path) -> float:
-    """Return the step that a checkpoint is of; infinity: damaged."""
-    try:
-        return float(load(path)["global_step"])
-    except UserError:
-        return math.inf
+    later = [path for path in folder.glob("step-*.ckpt") if path.name > step_name(step)]
+    others = [folder / name for name in (BEST, AVERAGE)]
+    for path in [*later, *(path for path in others if path.exists() and not 0 <= (step_of(path) or -1) <= step)]:
+        aside = path.with_name(f"abandoned-{path.name}")
+        signals.remove(aside)
+        path.rename(aside)
 
 
 def _average(last: int | None, best: int | None, monitor: str, sign: float) -> KeptWeights | None:
     """Return what keeps the weights to be averaged, None if nothing is asked for."""
-    for setting, value in (("average_last", last), ("average_best", best)):
-        if value is not None and value < 2:
-            raise UserError(f"checkpoint.{setting}: is {value}. Give 2 or more, or leave it out.")
     if last is not None and best is not None:
         raise UserError("checkpoint.average_last: and average_best are both given. Leave one of them out.")
     if last is not None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import signal
-import threading
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from leanbert import signals
 from leanbert.callbacks.checkpoint import ASK_RANKS_EVERY, RunCheckpoint
-from leanbert.messages import say
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
@@ -28,26 +27,22 @@ class StopBetweenSteps(Callback):
     validation waits for its end and for one more step.
     """
 
-    signals = (signal.SIGINT, signal.SIGTERM)
-
     def __init__(self) -> None:
         self.received: int | None = None
-        self._previous: dict[int, Any] = {}
+        self._restore = signals.nothing
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over the signals, from Lightning too; outside the main thread Python does not allow it."""
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._receive) for number in self.signals}
+        """Take the first signal from here on."""
+        self._restore = signals.install()
+        signals.defer_to(self._receive)
 
-    def _receive(self, number: int, frame: Any) -> None:
+    def _receive(self, number: int) -> None:
         self.received = number
-        self._restore()
-        say(f"{signal.Signals(number).name}: stopping after this step, or this validation and a step (again: at once)")
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+        if not signals.follows():
+            signals.write(
+                f"{signal.Signals(number).name}: stopping after this step, or this validation and a step "
+                "(again: at once)"
+            )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Stop here if asked to, on all ranks together."""
@@ -64,7 +59,16 @@ class StopBetweenSteps(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""
+        self._give_back()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the signals back."""
+        self._give_back()
+
+    def _give_back(self) -> None:
+        signals.defer_to(None)
         self._restore()
+        self._restore = signals.nothing
 
 
 def _gather(trainer: Trainer, module: LightningModule, value: int) -> list[int]:

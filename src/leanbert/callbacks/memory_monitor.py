@@ -21,6 +21,7 @@ from leanbert.memory.recovery import is_out_of_memory
 from leanbert.memory.timeline import CATEGORIES, PHASES, Timeline, layer_table
 from leanbert.memory.trace import LiveBytes, live_tensors
 from leanbert.messages import say
+from leanbert.ranges import COUNT
 from leanbert.units import MIB
 
 SNAPSHOT_EVENTS = 100_000
@@ -45,8 +46,7 @@ class MemoryMonitor(Callback):
     """
 
     def __init__(self, sample_every_n_steps: int = 1000, cuda_snapshot: bool = False) -> None:
-        if sample_every_n_steps < 1:
-            raise UserError(f"MemoryMonitor.sample_every_n_steps: is {sample_every_n_steps}. Give 1 or more.")
+        COUNT.check("MemoryMonitor.sample_every_n_steps", sample_every_n_steps)
         self.sample_every_n_steps, self.cuda_snapshot = sample_every_n_steps, cuda_snapshot
         self.peaks: dict[str, dict[str, int]] = {}  # bytes by category at the highest peak of each phase
         self._device_peaks: dict[str, int] = {}  # bytes by phase that the device counted, the highest

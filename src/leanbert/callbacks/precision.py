@@ -11,6 +11,7 @@ from lightning.pytorch.plugins.precision import Precision as FullPrecision
 
 from leanbert.callbacks.progress import log_values
 from leanbert.errors import UserError
+from leanbert.ranges import WHOLE
 
 
 class Precision(Callback):
@@ -27,8 +28,7 @@ class Precision(Callback):
         self, precision: Literal["bf16-mixed", "16-mixed", "bf16-true"] = "bf16-mixed", start_step: int = 0
     ) -> None:
         self.precision, self.start_step = precision, start_step
-        if start_step < 0:
-            raise UserError(f"Precision.start_step: {start_step} is negative. Give 0 or more.")
+        WHOLE.check("Precision.start_step", start_step)
         if start_step and precision == "bf16-true":
             raise UserError(
                 "Precision.start_step: the dtype of weights and optimizer state cannot change in a run. "

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from leanbert import strict_json
 from leanbert.errors import UserError
 
 
@@ -25,5 +25,5 @@ class PredictionWriter(Callback):
     ) -> None:
         """Write the batch's answers."""
         for answer in outputs:
-            sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            sys.stdout.write(strict_json.dumps(answer, ensure_ascii=False) + "\n")
         sys.stdout.flush()

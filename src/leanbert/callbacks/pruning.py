@@ -22,6 +22,7 @@ from leanbert.memory.pruning import (
 )
 from leanbert.memory.structured import Importance, prune_structured, sizes_kept, taylor_importance
 from leanbert.messages import say
+from leanbert.ranges import COUNT, PART, RATE, WHOLE
 
 MASK_UPDATES = 20
 """Times that masks are made anew on the way to the final sparsity, where the settings do not say."""
@@ -145,9 +146,10 @@ class MagnitudePruning(Callback):
 class StructuredPruning(Callback):
     """Remove the least important heads and feed-forward neurons, the same number in each block. Approximate.
 
-    The model becomes smaller: parameters, gradients, optimizer state, activations and time per step all fall. Prune a
-    trained model (`model.init_from`) before the first step, or the model in training after `at_step`; then its
-    optimizer's state is cut along. The finished checkpoint is an ordinary, smaller model.
+    Of encoder, decoder and cross-attention alike. The model becomes smaller: parameters, gradients, optimizer state,
+    activations and time per step all fall. Prune a trained model (`model.init_from`) before the first step, or the
+    model in training after `at_step`; then its optimizer's state is cut along. The finished checkpoint is an ordinary,
+    smaller model.
 
     Args:
         heads: Share of each block's attention heads that leaves, from 0 to below 1.
@@ -249,11 +251,12 @@ def _require(holds: bool, message: str) -> None:
 
 def _check_magnitude(final: float, scope: str, start: int | None, end: int | None, every: int | None) -> None:
     name, first = "MagnitudePruning", start or 0
-    _require(0.0 < final < 1.0, f"{name}.final_sparsity: {final} is no share. Give 0 to 1, both excluded.")
+    PART.check(f"{name}.final_sparsity", final)
+    WHOLE.check(f"{name}.start_step", start)
+    WHOLE.check(f"{name}.end_step", end)
+    COUNT.check(f"{name}.every_n_steps", every)
     _require(scope in ("global", "layer", "2:4"), f"{name}.scope: {scope!r} is unknown. Choose global, layer or 2:4.")
-    _require(first >= 0, f"{name}.start_step: {start} is negative. Give 0 or more.")
     _require(end is None or end >= first, f"{name}.end_step: {end} is before start_step {first}. Give a later one.")
-    _require(every is None or every >= 1, f"{name}.every_n_steps: {every} is too small. Give 1 or more.")
     if scope == "2:4":
         _require(final == 0.5, f"{name}.final_sparsity: {final}, but 2:4 leaves out half. Give 0.5.")
         for setting, value in (("end_step", end), ("every_n_steps", every)):
@@ -262,12 +265,12 @@ def _check_magnitude(final: float, scope: str, start: int | None, end: int | Non
 
 def _check_structured(heads: float, neurons: float, at_step: int, importance: str, importance_steps: int) -> None:
     name = "StructuredPruning"
-    for setting, share in (("heads", heads), ("neurons", neurons)):
-        _require(0.0 <= share < 1.0, f"{name}.{setting}: {share} is no share. Give 0 to below 1.")
+    RATE.check(f"{name}.heads", heads)
+    RATE.check(f"{name}.neurons", neurons)
+    WHOLE.check(f"{name}.at_step", at_step)
+    COUNT.check(f"{name}.importance_steps", importance_steps)
     _require(heads + neurons > 0.0, f"{name}.heads: and neurons are both 0, so nothing would leave. Give a share.")
-    _require(at_step >= 0, f"{name}.at_step: {at_step} is negative. Give 0 or more.")
     known = importance in ("weight", "taylor")
     _require(known, f"{name}.importance: {importance!r} is unknown. Choose weight or taylor.")
     possible = importance == "weight" or at_step > 0
     _require(possible, f"{name}.importance: taylor needs gradients, but at_step is 0. Set at_step, or choose weight.")
-    _require(importance_steps >= 1, f"{name}.importance_steps: {importance_steps} is too small. Give 1 or more.")

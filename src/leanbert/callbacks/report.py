@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,12 +9,15 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import SaveConfigCallback
 
+from leanbert import strict_json
 from leanbert.callbacks.checkpoint import RunCheckpoint
 from leanbert.callbacks.interrupt import Interrupted
 from leanbert.callbacks.memory_monitor import MemoryMonitor
 from leanbert.callbacks.monitor import StepMonitor
 from leanbert.callbacks.plan import PlanReport
+from leanbert.data.storage import write_text_atomically
 from leanbert.memory.measure import device_bytes, peak_rss_bytes
 from leanbert.memory.precision import has_16_bit_products
 from leanbert.messages import say
@@ -85,15 +86,39 @@ def _describe_corpus(statistics: Any, length: int) -> str:
     )
 
 
+class ConfigFile(SaveConfigCallback):
+    """Write `config.yaml` into the run's folder, atomically."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the settings that this run has, also where it goes on."""
+        log_dir = trainer.log_dir  # exchanged between ranks
+        if trainer.is_global_zero and log_dir is not None:
+            text = self.parser.dump(self.config, skip_none=False)
+            write_text_atomically(Path(log_dir) / self.config_filename, text)
+
+
 class RunSummary(Callback):
     """Write `summary.json` into the run's folder, atomically, however the run ends; keep tokenizers and plan there."""
 
     def __init__(self) -> None:
         self.folder: Path | None = None
+        self._metrics: dict[str, float] = {}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the metrics: the summary of a run that goes on from here has them."""
+        checkpoint["metrics"] = tagged(trainer.callback_metrics)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take over the metrics, but those of the end."""
+        kept = checkpoint.get("metrics", {})
+        self._metrics = {tag: value for tag, value in kept.items() if not tag.startswith("average/")}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep tokenizers beside the checkpoints, and the plan that the run follows, if it follows one."""
         log_dir = trainer.log_dir  # exchanged between ranks: all of them ask, and never after an exception
+        resumed = Path(trainer.ckpt_path or "").resolve()
+        if log_dir is not None and Path(log_dir).resolve() in resumed.parents:
+            trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in self._metrics.items()})
         if trainer.is_global_zero and log_dir is not None:
             self.folder = Path(log_dir)
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -156,7 +181,5 @@ def tagged(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a temporary file beside `path` and rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write strict JSON atomically, or through what is no regular file."""
+    write_text_atomically(path, strict_json.dumps(value, indent=2) + "\n")

@@ -9,6 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from leanbert.ranges import COUNT
+
 
 class Samples(Callback):
     """Show what the task makes of the first validation rows (the same ones every time), see `Task.samples`.
@@ -19,6 +21,7 @@ class Samples(Callback):
     """
 
     def __init__(self, count: int = 12) -> None:
+        COUNT.check("Samples.count", count)
         self.count = count
         self._batch: Any = None
 

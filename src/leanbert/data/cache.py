@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import mmap
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+import tokenizers
 from tqdm import tqdm
 
+from leanbert.data.checksums import digest_of
 from leanbert.data.sources import EmptyCorpusError, Piece, Split
-from leanbert.data.storage import locked, replaced_folder, write_text_atomically
+from leanbert.data.store import made_once
 from leanbert.data.tokenizer import TextTokenizer
 
-FORMAT = 1
+FORMAT = 2
 """Part of the key: raise it when files or encoding change."""
 
 BATCH_CHARACTERS = 1 << 20
@@ -38,7 +38,7 @@ class TokenCache:
     """Documents as ids, each in the tokenizer's template, one after the other, on disk.
 
     `ids.bin` holds `tokens` ids of `dtype` (uint16 or uint32), `offsets.bin` the `documents + 1` int64 places
-    where documents begin, and the end; `counts.npy` int64 [V] how often each id occurs. Files are mapped for
+    where documents begin, and the end; `counts.bin` int64 [V] how often each id occurs. Files are mapped for
     each read and let go after it, so that resident memory does not grow with what was read; the object
     itself pickles as a path and a few numbers.
     """
@@ -49,26 +49,10 @@ class TokenCache:
     dtype: str
     vocab_size: int
 
-    @classmethod
-    def open(cls, folder: Path) -> TokenCache | None:
-        """Return the cache in `folder`, or None if there is none or its files are not as long as it says."""
-        try:
-            cache = cls(folder, **json.loads((folder / "meta.json").read_text(encoding="utf-8")))
-            ids_bytes = cache.tokens * np.dtype(cache.dtype).itemsize
-            whole = (
-                (folder / "ids.bin").stat().st_size == ids_bytes
-                and (folder / "offsets.bin").stat().st_size == 8 * (cache.documents + 1)
-                and (folder / "counts.npy").exists()
-            )
-        except (OSError, ValueError, TypeError):
-            return None
-        return cache if whole else None
-
     @cached_property
     def unigram_counts(self) -> np.ndarray:
         """How often each id occurs: int64 [V]."""
-        counts: np.ndarray = np.load(self.folder / "counts.npy")
-        return counts
+        return np.fromfile(self.folder / "counts.bin", dtype=np.int64)
 
     def ids(self) -> np.ndarray:
         """Map the ids: `dtype` [tokens], read-only."""
@@ -87,24 +71,21 @@ def build_cache(split: Split, content: str, tokenizer: TextTokenizer, cache_dir:
     that is taken for whole. Raises `UserError` for an empty part, a full disk, and input that cannot be read.
     """
     folder = cache_dir / "tokens" / _key(split, content, tokenizer)
-    if cache := TokenCache.open(folder):
-        return cache
-    with locked(folder):
-        if cache := TokenCache.open(folder):
-            return cache
-        with replaced_folder(folder) as building, progress_bar(split, label) as bar:
-            documents = _write(building, split.pieces(bar.update), tokenizer)
-            if documents == 0:
-                raise EmptyCorpusError(f"{split.corpus.setting}: the corpus is empty. Give files with text")
-    cache = TokenCache.open(folder)
-    assert cache is not None, folder
-    return cache
+
+    def make(building: Path) -> dict[str, Any]:
+        with progress_bar(split, label) as bar:
+            facts = _write(building, split.pieces(bar.update), tokenizer)
+        if facts["documents"] == 0:
+            raise EmptyCorpusError(f"{split.corpus.setting}: the corpus is empty. Give files with text")
+        return facts
+
+    return TokenCache(folder, **made_once(folder, make))
 
 
 def _key(split: Split, content: str, tokenizer: TextTokenizer) -> str:
     corpus = split.corpus
-    facts = [FORMAT, content, corpus.text_field, corpus.separator, split.low, split.high, tokenizer.to_json()]
-    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+    reading = [content, corpus.text_field, corpus.separator, split.low, split.high]
+    return digest_of([FORMAT, tokenizers.__version__, reading, tokenizer.to_json()])
 
 
 def progress_bar(split: Split, label: str) -> tqdm:
@@ -113,8 +94,8 @@ def progress_bar(split: Split, label: str) -> tqdm:
     return tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None, leave=False)
 
 
-def _write(folder: Path, pieces: Iterable[Piece], tokenizer: TextTokenizer) -> int:
-    """Write the files of a cache and return how many documents it holds."""
+def _write(folder: Path, pieces: Iterable[Piece], tokenizer: TextTokenizer) -> dict[str, Any]:
+    """Write the files of a cache and return the facts about it."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     documents = tokens = 0
@@ -130,11 +111,8 @@ def _write(folder: Path, pieces: Iterable[Piece], tokenizer: TextTokenizer) -> i
             documents += len(starts)
             tokens += len(ids)
         offsets_file.write(np.int64(tokens).tobytes())
-    np.save(folder / "counts.npy", counts)
-    facts = asdict(TokenCache(folder, documents, tokens, dtype.name, tokenizer.vocab_size))
-    del facts["folder"]
-    write_text_atomically(folder / "meta.json", json.dumps(facts))
-    return documents
+    (folder / "counts.bin").write_bytes(counts.data)
+    return {"documents": documents, "tokens": tokens, "dtype": dtype.name, "vocab_size": tokenizer.vocab_size}
 
 
 def encode_pieces(pieces: list[Piece], tokenizer: TextTokenizer, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:

@@ -11,11 +11,11 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from leanbert.data.docstrings import installed_libraries, labelled_docstrings, versions_key
 from leanbert.data.sources import document_hash, text_hash
-from leanbert.data.storage import locked, replaced_folder
+from leanbert.data.store import made_once
 
 FORMAT = 2
 """Part of the folder's name: raise it when the choice of examples changes."""
@@ -48,13 +48,15 @@ def embedded_examples(kind: Kind, cache_dir: Path) -> dict[str, Path]:
     """
     libraries = installed_libraries()
     folder = cache_dir / "corpora" / f"docstring-examples-{FORMAT}-{versions_key(libraries)}"
-    if not folder.exists():
-        with locked(folder):
-            if not folder.exists():
-                docstrings = list(without_repeats(labelled_docstrings(libraries)))
-                with replaced_folder(folder) as building:  # harvesting takes long, so both kinds are made at once
-                    _write(building, "summarization", summaries(docstrings), "document")
-                    _write(building, "classification", origins(docstrings), "text")
+
+    def make(building: Path) -> dict[str, Any]:
+        docstrings = list(without_repeats(labelled_docstrings(libraries)))
+        # harvesting takes long, so both kinds are made at once
+        _write(building, "summarization", summaries(docstrings), "document")
+        _write(building, "classification", origins(docstrings), "text")
+        return {}
+
+    made_once(folder, make)
     return {split: folder / _file_name(kind, split) for split in SPLITS}
 
 

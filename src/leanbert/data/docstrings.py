@@ -15,16 +15,18 @@ import warnings
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from leanbert.data.docstring_text import prose_paragraphs
-from leanbert.data.storage import locked, write_text_atomically
+from leanbert.data.store import made_once
 from leanbert.data.workers import process_pool
 
 FORMAT = 1
 """Part of the corpus' name: raise it when harvesting or cleaning change."""
 
+FILE = "docstrings.txt"
 PACKAGE = "leanbert"
 STANDARD_LIBRARY = "python"
 FILES_PER_TASK = 16
@@ -40,12 +42,15 @@ def embedded_corpus(cache_dir: Path) -> Path:
     A document is a docstring, a line of it a paragraph; a blank line separates documents.
     """
     libraries = installed_libraries()
-    path = cache_dir / "corpora" / f"docstrings-{versions_key(libraries)}.txt"
-    if not path.exists():
-        with locked(path):
-            if not path.exists():
-                write_text_atomically(path, "\n\n".join(harvest(libraries)) + "\n")
-    return path
+    folder = cache_dir / "corpora" / f"docstrings-{versions_key(libraries)}"
+
+    def make(building: Path) -> dict[str, Any]:
+        text = "\n\n".join(harvest(libraries)) + "\n"
+        (building / FILE).write_text(text, encoding="utf-8", newline="\n")
+        return {}
+
+    made_once(folder, make)
+    return folder / FILE
 
 
 def installed_libraries() -> dict[str, metadata.Distribution]:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from leanbert.data.docstring_examples import embedded_examples
-from leanbert.data.storage import locked, write_text_atomically
+from leanbert.data.store import made_once
 from leanbert.data.synthetic import synthetic_roles, synthetic_translation
 
 Sample = Literal["classification", "summarization", "translation", "srl"]
 
 SYNTHETIC_FORMAT = 1
-"""Part of the files' names: raise it when the grammars change."""
+"""Part of the folder's name: raise it when the grammars change."""
 SYNTHETIC: dict[str, Callable[[], dict[str, list[dict[str, Any]]]]] = {
     "translation": synthetic_translation,
     "srl": synthetic_roles,
@@ -29,11 +29,13 @@ def embedded_files(sample: Sample, cache_dir: Path) -> dict[Any, Path]:
     """
     if sample == "classification" or sample == "summarization":
         return dict(embedded_examples(sample, cache_dir))
-    folder, name = cache_dir / "corpora", f"{sample}-{SYNTHETIC_FORMAT}"
-    paths = {part: folder / f"{name}-{part}.jsonl" for part in ("train", "val", "test")}
-    if not all(path.exists() for path in paths.values()):
-        with locked(paths["train"]):
-            for part, records in SYNTHETIC[sample]().items():
-                lines = (json.dumps(record, ensure_ascii=False) for record in records)
-                write_text_atomically(paths[part], "\n".join(lines) + "\n")
-    return paths
+    folder = cache_dir / "corpora" / f"{sample}-{SYNTHETIC_FORMAT}"
+
+    def make(building: Path) -> dict[str, Any]:
+        for part, records in SYNTHETIC[sample]().items():
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            (building / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
+        return {}
+
+    made_once(folder, make)
+    return {part: folder / f"{part}.jsonl" for part in ("train", "val", "test")}

@@ -11,7 +11,7 @@ import numpy as np
 
 from leanbert.data.digests import corpus_digest
 from leanbert.data.examples import Example, ExampleCache, build_examples
-from leanbert.data.module import CorpusStatistics, RowData, as_list, check_settings
+from leanbert.data.module import RANGES, CorpusStatistics, RowData, as_list
 from leanbert.data.packing import Packing, pack_examples
 from leanbert.data.prepare import cache_folder, trained_tokenizer
 from leanbert.data.sources import Corpus, besides
@@ -19,6 +19,7 @@ from leanbert.data.tokenizer import TextTokenizer
 from leanbert.data.tokenizer_training import Kind
 from leanbert.errors import UserError
 from leanbert.messages import say
+from leanbert.ranges import check_ranges
 
 TooLong = Literal["truncate", "refuse"]
 Part = Literal["train", "val", "test"]
@@ -80,9 +81,7 @@ class ExampleData(RowData):
         self.save_hyperparameters(
             {name: value for name, value in locals().items() if name in _COMMON} | own, logger=False
         )
-        check_settings(self.hparams)
-        if not 0.0 < val_share < 1.0:
-            raise UserError(f"data.val_share: {val_share} is not a share. Choose one between 0 and 1")
+        check_ranges("data", self.hparams, RANGES)
         self.caches: dict[str, ExampleCache] = {}
         self._packings: dict[Part, tuple[Any, Packing]] = {}
 

@@ -6,20 +6,20 @@ sentence and their roles, a sentence and its translation.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 
 from leanbert.data.cache import map_file
-from leanbert.data.storage import locked, replaced_folder, write_text_atomically
+from leanbert.data.checksums import digest_of
+from leanbert.data.store import made_once
 from leanbert.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 """Part of the key: raise it when files or encoding change."""
 
 FLUSH_VALUES = 1 << 20
@@ -42,14 +42,6 @@ class ExampleCache:
     count: int
     dtypes: dict[str, str]
     facts: dict[str, Any]
-
-    @classmethod
-    def open(cls, folder: Path) -> ExampleCache | None:
-        """Return the cache in `folder`, or None if there is none."""
-        try:
-            return cls(folder, **json.loads((folder / "meta.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return None
 
     def values(self, column: str) -> np.ndarray:
         """Map the values of a column, read-only."""
@@ -93,23 +85,16 @@ def build_examples(
         UserError: There is no example, the disk is full, or what `encode` raises.
 
     """
-    digest = hashlib.blake2b(json.dumps([FORMAT, *key]).encode(), digest_size=16).hexdigest()
-    folder = cache_dir / "examples" / digest
-    if cache := ExampleCache.open(folder):
-        return cache
-    with locked(folder):
-        if cache := ExampleCache.open(folder):
-            return cache
-        with replaced_folder(folder) as building:
-            facts: dict[str, Any] = {}
-            count = _write(building, dtypes, encode(facts))
-            if count == 0:
-                raise UserError(f"{setting}: there is no example in it. Give files with examples")
-            meta = {"count": count, "dtypes": dict(dtypes), "facts": facts}
-            write_text_atomically(building / "meta.json", json.dumps(meta))
-    cache = ExampleCache.open(folder)
-    assert cache is not None, folder
-    return cache
+    folder = cache_dir / "examples" / digest_of([FORMAT, tokenizers.__version__, *key])
+
+    def make(building: Path) -> dict[str, Any]:
+        facts: dict[str, Any] = {}
+        count = _write(building, dtypes, encode(facts))
+        if count == 0:
+            raise UserError(f"{setting}: there is no example in it. Give files with examples")
+        return {"count": count, "dtypes": dict(dtypes), "facts": facts}
+
+    return ExampleCache(folder, **made_once(folder, make))
 
 
 def _write(folder: Path, dtypes: Mapping[str, str], examples: Iterable[Example]) -> int:

@@ -15,7 +15,7 @@ from leanbert.data.randomness import mix, uniform
 
 UNUSED_TARGET = -100
 _NEVER = np.uint64(2**64 - 1)
-_CHOICE, _FATE, _REPLACEMENT = 1, 2, 3  # separate streams of random numbers
+_CHOICE, _FATE, _REPLACEMENT, _COUNT = 1, 2, 3, 4  # separate streams of random numbers
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,16 @@ def mask_rows(rows: PackedRows, key: np.ndarray, rule: MaskingRule) -> MaskedRow
     """Choose targets and hide them; `key`, uint64 [B], holds what each row's choice depends on.
 
     A full row has exactly M targets while it has as many eligible tokens; a row with padding has the same
-    rate of its tokens. Words chosen whole that do not fit into what is left of M are passed over.
+    rate of its tokens. Words chosen whole fill M exactly where there are words of one token to fill it with.
     """
     length = rows.ids.shape[1]
     slots = rule.slots(length)
     quota = np.minimum(slots, np.round(rule.rate * rows.real.sum(axis=1)).astype(np.int64))  # [B]
-    priority = _priority(rows, key, rule)  # [B, S]
-    choose = _first_places if rule.continues is None else _first_words
-    chosen = choose(priority, quota, slots)
+    eligible = rows.real & ~rule.special[rows.ids]  # [B, S]
+    if rule.continues is None:
+        chosen = _first_places(eligible, key, quota, slots)
+    else:
+        chosen = _whole_words(eligible, _word_starts(rows, eligible, rule.continues), key, quota, slots)
     index = np.sort(chosen, axis=1)  # [B, M]; unused slots hold S
     used = index < length
     index = np.minimum(index, length - 1)
@@ -79,15 +81,8 @@ def mask_rows(rows: PackedRows, key: np.ndarray, rule: MaskingRule) -> MaskedRow
     return MaskedRows(ids, index, np.where(used, originals, UNUSED_TARGET))
 
 
-def _priority(rows: PackedRows, key: np.ndarray, rule: MaskingRule) -> np.ndarray:
-    """Return uint64 [B, S]: low goes first; a word's tokens share the hash of its first column."""
-    columns = np.arange(rows.ids.shape[1])
-    eligible = rows.real & ~rule.special[rows.ids]
-    words = columns[None, :] if rule.continues is None else _word_starts(rows, eligible, rule.continues)
-    return np.where(eligible, mix(key[:, None], _CHOICE, words), _NEVER)
-
-
 def _word_starts(rows: PackedRows, eligible: np.ndarray, continues: np.ndarray) -> np.ndarray:
+    """Return the column at which each token's word begins, int64 [B, S]."""
     columns = np.arange(rows.ids.shape[1])
     inner = continues[rows.ids] & eligible
     inner[:, 0] = False
@@ -95,32 +90,54 @@ def _word_starts(rows: PackedRows, eligible: np.ndarray, continues: np.ndarray) 
     return np.maximum.accumulate(np.where(inner, 0, columns), axis=1)
 
 
-def _first_places(priority: np.ndarray, quota: np.ndarray, slots: int) -> np.ndarray:
-    """Return the places with the lowest priority values, int64 [B, M], S where a slot stays unused."""
-    length = priority.shape[1]
+def _first_places(eligible: np.ndarray, key: np.ndarray, quota: np.ndarray, slots: int) -> np.ndarray:
+    """Return the first eligible places in a random order, int64 [B, M], S where a slot stays unused."""
+    length = eligible.shape[1]
+    priority = np.where(eligible, mix(key[:, None], _CHOICE, np.arange(length)), _NEVER)
     order = np.argpartition(priority, slots - 1, axis=1)[:, :slots] if slots < length else _all_places(priority)
     order = np.take_along_axis(order, np.argsort(np.take_along_axis(priority, order, axis=1), axis=1), axis=1)
     possible = np.take_along_axis(priority, order, axis=1) != _NEVER
     return np.where(possible & (np.arange(order.shape[1]) < quota[:, None]), order, length)
 
 
-def _first_words(priority: np.ndarray, quota: np.ndarray, slots: int) -> np.ndarray:
-    """Like `_first_places`, whole words only: those that fit in order, then single-token words."""
-    order = np.argsort(priority, axis=1, kind="stable")  # [B, S]; a word's tokens share a value: neighbours
-    value = np.take_along_axis(priority, order, axis=1)
-    last = np.ones(value.shape, dtype=bool)
-    last[:, :-1] = value[:, 1:] != value[:, :-1]
-    first = np.ones(value.shape, dtype=bool)
-    first[:, 1:] = last[:, :-1]
-    rank = np.arange(value.shape[1])
-    # Rank of the last token of each token's word: the word fits if that is below the quota.
-    word_end = np.minimum.accumulate(np.where(last, rank, rank[-1])[:, ::-1], axis=1)[:, ::-1]
-    fits = (word_end < quota[:, None]) & (value != _NEVER)
-    filler = first & last & ~fits & (value != _NEVER)
-    room = quota - fits.sum(axis=1)
-    fits |= filler & (np.cumsum(filler, axis=1) <= room[:, None])
-    places = np.where(fits, order, value.shape[1])
-    return np.sort(places, axis=1)[:, :slots]
+def _whole_words(
+    eligible: np.ndarray, starts: np.ndarray, key: np.ndarray, quota: np.ndarray, slots: int
+) -> np.ndarray:
+    """Like `_first_places`, whole words only, each with the same probability however many tokens it has.
+
+    Of the words of one length the first in a random order are taken: as many as make the quota's share of their tokens,
+    rounded up or down at random. What rounding has added or left is made up for by the shorter words, and words of one
+    token fill the quota exactly. Where there are none some slots may stay unused.
+    """
+    rows, length = eligible.shape
+    line = np.arange(rows)[:, None]
+    words = line * length + starts
+    size = np.where(eligible, np.bincount(words.ravel(), eligible.ravel(), rows * length)[words], 0).astype(np.int64)
+    longest = int(size.max())
+    tokens = np.bincount((line * (longest + 1) + size).ravel(), minlength=rows * (longest + 1)).reshape(rows, -1)
+    tokens[:, 0] = 0  # not eligible
+    taken = _tokens_by_size(tokens, key, quota)
+    hashes = mix(key[:, None], _CHOICE, starts) >> np.uint64(16)
+    order = np.argsort(np.where(eligible, size.astype(np.uint64) << np.uint64(48) | hashes, _NEVER), axis=1)
+    size = np.take_along_axis(size, order, axis=1)
+    place = np.arange(length) - np.take_along_axis(tokens.cumsum(axis=1) - tokens, size, axis=1)  # among its size
+    chosen = place < np.take_along_axis(taken, size, axis=1)
+    return np.sort(np.where(chosen, order, length), axis=1)[:, :slots]
+
+
+def _tokens_by_size(tokens: np.ndarray, key: np.ndarray, quota: np.ndarray) -> np.ndarray:
+    """Return how many of the `tokens` in words of each size are chosen, int64 [B, longest + 1] both."""
+    taken, room = np.zeros_like(tokens), quota.copy()
+    share = quota / np.maximum(tokens.sum(axis=1), 1)
+    owed = np.zeros(len(tokens))
+    for size in np.flatnonzero(tokens.any(axis=0))[::-1]:
+        owed += share * tokens[:, size]
+        number = room if size == 1 else np.floor(owed / size + uniform(mix(key, _COUNT, size))).astype(np.int64)
+        number = np.clip(number, 0, np.minimum(tokens[:, size], room) // size)
+        taken[:, size] = number * size
+        owed -= taken[:, size]
+        room -= taken[:, size]
+    return taken
 
 
 def _all_places(priority: np.ndarray) -> np.ndarray:

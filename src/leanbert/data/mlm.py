@@ -12,13 +12,14 @@ from leanbert.data.batch import MLMBatch
 from leanbert.data.cache import TokenCache
 from leanbert.data.loading import PredictionInputs, RowDataset, encode_lines
 from leanbert.data.masking import MaskingRule, target_slots
-from leanbert.data.module import CorpusStatistics, RowData, as_list, check_settings
+from leanbert.data.module import RANGES, CorpusStatistics, RowData, as_list
 from leanbert.data.packing import row_count
 from leanbert.data.prepare import CorpusSettings, Prepared
 from leanbert.data.records import prediction_texts
 from leanbert.data.sources import Separator
 from leanbert.data.tokenizer_training import Kind
 from leanbert.errors import UserError
+from leanbert.ranges import PART, SHARE, check_ranges
 
 
 class MaskedLMData(RowData):
@@ -93,6 +94,10 @@ class MaskedLMData(RowData):
             self._prepared = CorpusSettings(**settings).prepare()
         return self._prepared
 
+    def planned_vocabulary(self) -> int | None:
+        """Return the size of the tokenizer that is given or prepared."""
+        return super().planned_vocabulary() if self._prepared is None else self._prepared.tokenizer.vocab_size
+
     def pretend_prepared(self, vocab_size: int | None = None) -> None:
         """Have a tokenizer's size and counts without a corpus, for planning; `vocab_size` defaults to the setting's."""
         size = vocab_size or self.hparams["vocab_size"]
@@ -153,13 +158,10 @@ class MaskedLMData(RowData):
 
 def _check(settings: Any) -> None:
     """Raise `UserError` for a setting that cannot work, before anything is read."""
-    for name in ("mask_rate", "val_mask_rate", "val_share"):
-        if not 0 < settings[name] < 1:
-            raise UserError(f"data.{name}: {settings[name]} is not between 0 and 1. Set a share such as 0.15")
+    check_ranges("data", settings, {**RANGES, "mask_rate": PART, "val_mask_rate": PART, "mask_split": SHARE})
     split = tuple(settings["mask_split"])
-    if len(split) != 3 or min(split) < 0 or abs(sum(split) - 1) > 1e-6:
+    if len(split) != 3 or abs(sum(split) - 1) > 1e-6:
         raise UserError(f"data.mask_split: {list(split)} are not three shares that add up to 1. Set [0.8, 0.1, 0.1]")
-    check_settings(settings)
 
 
 def _statistics(cache: TokenCache, unk_id: int | None, length: int) -> CorpusStatistics:

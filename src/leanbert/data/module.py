@@ -15,9 +15,20 @@ from leanbert.data.loading import PositionSampler
 from leanbert.data.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.messages import say
+from leanbert.ranges import COUNT, PART, SEED, Range
 
-LEAST = {"max_length": 8, "batch_size": 1, "val_batch_size": 1, "num_workers": 0}
-"""Smallest values of the settings that all data modules have."""
+LENGTH = Range(least=8, whole=True)
+VOCABULARY = Range(least=1, most=2**31 - 1, whole=True)
+RANGES = {
+    "max_length": LENGTH,
+    "batch_size": COUNT,
+    "val_batch_size": COUNT,
+    "val_share": PART,
+    "vocab_size": VOCABULARY,
+    "num_workers": Range(least=0, most=1024, whole=True),
+    "seed": SEED,
+}
+"""Ranges of the settings that all data modules have."""
 
 
 @dataclass(frozen=True)
@@ -190,13 +201,6 @@ class RowData(LightningDataModule):
         if self.trainer is None:
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
-
-
-def check_settings(settings: Any) -> None:
-    """Raise `UserError` for a number that is too small, before anything is read."""
-    for name, lowest in LEAST.items():
-        if settings[name] is not None and settings[name] < lowest:
-            raise UserError(f"data.{name}: {settings[name]} is too small. Set at least {lowest}")
 
 
 def as_list(files: str | list[str] | None) -> list[str] | None:

@@ -19,7 +19,7 @@ from leanbert.data.embedded import embedded_files
 from leanbert.data.example_data import ExampleData, Part
 from leanbert.data.examples import Example, ExampleCache
 from leanbert.data.loading import PredictionInputs, encode_lines, in_batches, locate
-from leanbert.data.module import as_list
+from leanbert.data.module import LENGTH, VOCABULARY, as_list
 from leanbert.data.packing import PADDING_DOCUMENT, Packing
 from leanbert.data.readers import open_binary, read_lines, whole_lines
 from leanbert.data.records import has_field, items_of, prediction_texts, read_records, text_of
@@ -130,6 +130,7 @@ class PairData(ExampleData):
 
     dtypes: ClassVar = {"source": "int32", "target": "int32"}
     lengths: ClassVar = ("source", "target")
+    fixed: ClassVar = (*ExampleData.fixed, "max_target_length")
 
     def __init__(
         self,
@@ -151,14 +152,14 @@ class PairData(ExampleData):
             references_field=references_field, max_target_length=max_target_length, target_tokenizer=target_tokenizer,
             target_vocab_size=target_vocab_size, **settings,
         )  # fmt: skip
+        LENGTH.check("data.max_target_length", max_target_length)
+        VOCABULARY.check("data.target_vocab_size", target_vocab_size)
         if target_vocab_size is not None and target_tokenizer is None:
             raise UserError(
                 f"data.target_vocab_size: {target_vocab_size}, but sources and targets have one tokenizer. "
                 "Set data.target_tokenizer to train, or leave it out"
             )
         self._target: TextTokenizer | None = None
-        if max_target_length is not None and max_target_length < 8:
-            raise UserError(f"data.max_target_length: {max_target_length} is too small. Set at least 8")
         for part in ("train", "val", "test"):
             sources, targets = (as_list(self.hparams[f"{part}_{kind}"]) for kind in ("files", "target_files"))
             if targets is not None and sources is None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from leanbert.data.cache import TokenCache, build_cache, progress_bar
+from leanbert.data.checksums import digest_of
 from leanbert.data.digests import corpus_digest
 from leanbert.data.docstrings import embedded_corpus
 from leanbert.data.sources import Corpus, EmptyCorpusError, Separator, Split, besides, document_hash
-from leanbert.data.storage import locked, write_text_atomically
+from leanbert.data.storage import expand
+from leanbert.data.store import made_once
 from leanbert.data.tokenizer import TextTokenizer
 from leanbert.data.tokenizer_training import Kind, sample_evenly
 from leanbert.errors import UserError
@@ -111,22 +111,24 @@ class CorpusSettings:
 def cache_folder(given: str | None) -> Path:
     """Return where tokenizers and caches are kept: the folder given, or the user's cache."""
     if given is not None:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leanbert"
+        return expand(given, "data.cache_dir")
+    return expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "data.cache_dir") / "leanbert"
 
 
 def trained_tokenizer(
     folder: Path, facts: list[Any], texts: Callable[[], Iterable[str]], kind: Kind, vocab_size: int, lowercase: bool
 ) -> TextTokenizer:
     """Return the tokenizer trained on `texts()`, from below `folder` if it is there; `facts` tell which texts."""
-    key = json.dumps([TRAINING_FORMAT, version("tokenizers"), *facts, kind, lowercase, vocab_size])
-    path = folder / "tokenizers" / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.json"
-    if not path.exists():
-        with locked(path):
-            if not path.exists():
-                tokenizer = TextTokenizer.train(texts, kind=kind, vocab_size=vocab_size, lowercase=lowercase)
-                write_text_atomically(path, tokenizer.to_json())
-    return TextTokenizer.from_file(path)
+    key = [TRAINING_FORMAT, version("tokenizers"), *facts, kind, lowercase, vocab_size]
+    kept = folder / "tokenizers" / digest_of(key)
+
+    def make(building: Path) -> dict[str, Any]:
+        tokenizer = TextTokenizer.train(texts, kind=kind, vocab_size=vocab_size, lowercase=lowercase)
+        (building / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8", newline="\n")
+        return {}
+
+    made_once(kept, make)
+    return TextTokenizer.from_file(kept / "tokenizer.json")
 
 
 def _lowest_hash(corpus: Corpus, enough: float) -> float:

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 from leanbert.data.columns import dataset_records, parquet_records
 from leanbert.data.fields import Record, text_of
 from leanbert.data.readers import Report, json_records, open_binary, read_lines, whole_lines
+from leanbert.data.storage import expand
 from leanbert.data.tables import table_records
 from leanbert.errors import UserError
 from leanbert.messages import say_once
@@ -132,7 +133,7 @@ class Corpus:
             yield from dataset_records(spec, wanted, optional)
 
     def _match(self, pattern: str) -> list[Path]:
-        literal = os.path.expanduser(pattern)
+        literal = str(expand(pattern, self.setting))
         if os.path.isdir(literal):
             raise UserError(f'{self.setting}: "{pattern}" is a folder. Write "{pattern}/**/*.txt"')
         names = [literal] if os.path.exists(literal) else glob.glob(literal, recursive=True)

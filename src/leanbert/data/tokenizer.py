@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models
 
-from leanbert.data.storage import write_text_atomically
+from leanbert.data.storage import expand, write_text_atomically
+from leanbert.data.tokenizer_files import read_files
+from leanbert.data.tokenizer_probe import explained, parse_tokenizer
 from leanbert.errors import UserError
 
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-"""Of the tokenizers trained here, with ids 0 to 4."""
+_NAMED_KEY = "leanbert_special_tokens"
+"""Where `to_json` keeps special tokens whose names are not the usual ones."""
+
+_LARGEST_GAP = 100_000
+"""Ids may leave as many numbers unused as there are tokens, and these: rows of the embedding would be wasted."""
+
+_STRANGE_TEXT = "Az 9 é\u0301 \u6771 \u0e44 \U0001f600 \U00013080 \x07"
+"""What a tokenizer without an unknown token fails on, if it fails on anything."""
 
 _ROLES = {
     "pad": ("[PAD]", "<pad>", "<|pad|>", "<|padding|>"),
@@ -33,13 +41,17 @@ _WORD_MARKS = ("Ġ", "Ċ", "ĉ", "č")
 class TextTokenizer:
     """A tokenizer with its special tokens found and its own template (such as `[CLS] ... [SEP]`) respected.
 
-    `source` is named in errors. Raises `UserError` if it has no mask token, which this project needs.
+    `named` are the special tokens that its files name, by role such as "mask_token"; the others are looked for under
+    their usual names. `source` is named in errors. Raises `UserError` if it has no mask token, which this project
+    needs, if it cannot encode text, or if its ids leave most of the numbers up to the largest one unused.
     """
 
-    def __init__(self, tokenizer: Tokenizer, source: str = "data.tokenizer") -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, source: str = "data.tokenizer", named: Mapping[str, str] | None = None
+    ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        self._tokenizer = tokenizer
+        self._tokenizer, self._source, self._named = tokenizer, source, dict(named or {})
         self.pad_token = self._find("pad")
         self.unk_token = getattr(tokenizer.model, "unk_token", None) or self._find("unk")
         self.cls_token = self._find("cls")
@@ -48,37 +60,38 @@ class TextTokenizer:
         if mask_token is None:
             raise UserError(f"{source}: the tokenizer has no mask token ([MASK] or <mask>). Choose another one")
         self.mask_token: str = mask_token
+        if mask_token not in self._added:  # a mask that text cannot spell would be none
+            tokenizer.add_special_tokens([AddedToken(mask_token, special=True, normalized=False)])
+        self._check()
 
     @classmethod
     def from_file(cls, path: str | Path, name: str = "tokenizer") -> TextTokenizer:
-        """Read tokenizer.json, vocab.txt (WordPiece with BERT's template), a folder with one, or a .ckpt.
+        """Read a Hugging Face folder, a tokenizer.json, a vocab.txt (WordPiece with BERT's template), or a .ckpt.
 
-        `name` is that of the setting: with "target_tokenizer" it is that of targets if folder or .ckpt has such a one.
-        Raises `UserError` if there is none, or it cannot be read.
+        A folder gives the ids that `AutoTokenizer` of transformers gives. `name` is that of the setting: with
+        "target_tokenizer" it is that of targets if folder or .ckpt has such a one.
+        Raises `UserError` if there is none, or it cannot be read, or its ids could be other than transformers'.
         """
-        path = Path(path).expanduser()
+        path = expand(path, f"data.{name}")
         if name != "tokenizer" and (path / name).is_dir():
             path = path / name
-        if path.is_dir():
-            path = _inside(path, name)
-        if not path.is_file():
+        if not path.is_dir() and not path.is_file():
             raise UserError(f"data.{name}: {path} does not exist. Give a tokenizer.json or vocab.txt")
-        if path.suffix == ".ckpt":
+        if path.suffix == ".ckpt" and path.is_file():
             return cls.from_json(_checkpoint_json(path, name), source=str(path))
-        text = _read_text(path)
-        if path.suffix == ".json":
-            return cls.from_json(text, source=str(path))
-        return cls(_bert_tokenizer(text, path), source=str(path))
+        tokenizer, named = read_files(path, name)
+        return cls(tokenizer, str(path), named)
 
     @classmethod
     def from_json(cls, text: str, source: str = "tokenizer") -> TextTokenizer:
-        """Make a tokenizer of the text of a tokenizer.json."""
-        try:
-            return cls(Tokenizer.from_str(text), source)
-        except UserError:
-            raise
-        except Exception as error:  # the Rust library raises bare Exception
-            raise UserError(f"{source}: not a tokenizer.json ({str(error)[:200]}). Copy or make it again") from error
+        """Make a tokenizer of the text of a tokenizer.json, or of `to_json`."""
+        named: dict[str, str] = {}
+        if _NAMED_KEY in text:
+            with explained(source):
+                parsed = json.loads(text)
+                named = dict(parsed.pop(_NAMED_KEY, {}))
+                text = json.dumps(parsed)
+        return cls(parse_tokenizer(text, source), source, named)
 
     @classmethod
     def train(cls, texts: Any, **settings: Any) -> TextTokenizer:
@@ -131,22 +144,33 @@ class TextTokenizer:
     @cached_property
     def template(self) -> tuple[list[int], list[int]]:
         """Ids that the tokenizer itself puts before and after a text."""
-        probe = next(text for text in ("a", *self._tokenizer.get_vocab()) if self.encode_bare([text])[0])
+        texts = ("a", *sorted(self._tokenizer.get_vocab())[:_LARGEST_GAP])
+        probe = next((text for text in texts if self.encode_bare([text])[0]), None)
+        if probe is None:
+            raise UserError(f"{self._source}: the tokenizer makes no tokens of any text. Choose another one")
         encoding = self._tokenizer.encode(probe, add_special_tokens=True)
         start = encoding.special_tokens_mask.index(0)
         return encoding.ids[:start], encoding.ids[start + len(self.encode_bare([probe])[0]) :]
 
     def continuation_table(self) -> np.ndarray:
-        """Return bool [V], for whole-word masking: whether the token continues the word before it."""
+        """Return bool [V], for whole-word masking: whether the token continues the word before it.
+
+        It does nowhere if the tokens do not tell, as with whole words or where a mark ends a word.
+        """
         model = self._tokenizer.model
         continues = np.zeros(self.vocab_size, dtype=bool)
         prefix = getattr(model, "continuing_subword_prefix", None)
-        if isinstance(model, models.Unigram) or "Metaspace" in str(self._tokenizer.pre_tokenizer):
-            marks: tuple[str, ...] = ("▁",)
-        else:
+        pipeline = f"{self._tokenizer.normalizer} {self._tokenizer.pre_tokenizer}"
+        marks: tuple[str, ...] = ()
+        if isinstance(model, models.Unigram) or "▁" in pipeline:
+            marks = ("▁",)
+        elif "ByteLevel" in pipeline:
             marks = _WORD_MARKS
+        if not prefix and not marks:
+            return continues
         for token, index in self._tokenizer.get_vocab(with_added_tokens=False).items():
             continues[index] = token.startswith(prefix) if prefix else not token.startswith(marks)
+        continues[list(self._tokenizer.get_added_tokens_decoder())] = False
         continues[self.special_ids] = False
         return continues
 
@@ -163,7 +187,9 @@ class TextTokenizer:
         # Said explicitly, the library neither warns nor changes its mind when data workers are forked later.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         self._tokenizer.encode_special_tokens = literal
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with explained(self._source, "the tokenizer fails on a text"):
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def encode_words(self, words: Sequence[str]) -> list[list[int]]:
         """Return the ids of each word as inside a sentence; at least one: the unknown token's, or padding."""
@@ -179,15 +205,22 @@ class TextTokenizer:
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`."""
-        return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
+        with explained(self._source, "the tokenizer fails on ids"):
+            return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
 
     def token(self, index: int) -> str:
         """Return the token with this id, as the vocabulary spells it ("" for an id that no token has)."""
         return self._tokenizer.id_to_token(int(index)) or ""
 
     def to_json(self) -> str:
-        """Return the text of tokenizer.json: the same for the same tokenizer, in any process."""
-        return str(self._tokenizer.to_str(pretty=True))
+        """Return the text of tokenizer.json: the same for the same tokenizer, in any process.
+
+        Special tokens that cannot be found by their usual names stand in an entry of its own, for `from_json`.
+        """
+        text = str(self._tokenizer.to_str(pretty=True))
+        if not self._renamed:
+            return text
+        return f"{text[:-1].rstrip()},\n  {json.dumps(_NAMED_KEY)}: {json.dumps(self._renamed, sort_keys=True)}\n}}"
 
     def save(self, folder: str | Path, segments: bool = False) -> None:
         """Write tokenizer.json and the tokenizer_config.json that `AutoTokenizer` of transformers reads.
@@ -201,76 +234,46 @@ class TextTokenizer:
             "sep_token": self.sep_token,
             "mask_token": self.mask_token,
         }
-        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **{k: v for k, v in named.items() if v}}
+        # transformers recognises in text what it finds named: a token that is none here must stay none there.
+        known = {role: token for role, token in named.items() if token in self._added}
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **known}
         if segments:
             config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
-        write_text_atomically(Path(folder) / "tokenizer.json", self.to_json())
+        write_text_atomically(Path(folder) / "tokenizer.json", str(self._tokenizer.to_str(pretty=True)))
         write_text_atomically(Path(folder) / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
     def _find(self, role: str) -> str | None:
-        known = (token for token in _ROLES[role] if self._tokenizer.token_to_id(token) is not None)
-        return next(known, None)
+        named = self._named.get(f"{role}_token")
+        return named if named and self._id(named) is not None else self._usual(role)
+
+    def _usual(self, role: str) -> str | None:
+        return next((token for token in _ROLES[role] if self._id(token) is not None), None)
 
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self._tokenizer.token_to_id(token)
 
+    @property
+    def _renamed(self) -> dict[str, str]:
+        found = {role: self._find(role) for role in _ROLES}
+        return {f"{role}_token": token for role, token in found.items() if token and token != self._usual(role)}
 
-def bert_pipeline(model: Any, lowercase: bool) -> Tokenizer:
-    """Return a tokenizer with BERT's normaliser (Chinese characters apart) and pre-tokenizer around `model`."""
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return tokenizer
+    @property
+    def _added(self) -> set[str]:
+        return {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
 
-
-def add_bert_template(tokenizer: Tokenizer) -> None:
-    """Make the tokenizer write `[CLS] a [SEP]`, and `[CLS] a [SEP] b [SEP]` with segments 0 and 1."""
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS]:0 $A:0 [SEP]:0",
-        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
-    )
-
-
-def _inside(folder: Path, setting: str) -> Path:
-    for name in ("tokenizer.json", "vocab.txt"):
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f"data.{setting}: {folder} holds neither tokenizer.json nor vocab.txt. Give a folder that does")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}). Give a tokenizer.json or vocab.txt") from error
-
-
-def _bert_tokenizer(text: str, path: Path) -> Tokenizer:
-    from tokenizers import decoders
-
-    vocabulary: dict[str, int] = {}
-    for index, token in enumerate(text.splitlines() if "\r" in text else text.rstrip("\n").split("\n")):
-        if token in vocabulary:
-            raise UserError(f"{path}:{index + 1}: token {token!r} is there twice. Remove one")
-        vocabulary[token] = index
-    missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
-    if missing:
-        raise UserError(f"{path}: no {' '.join(missing)} in it. Give the vocab.txt of a BERT, one token a line")
-    tokenizer = bert_pipeline(models.WordPiece(vocabulary, unk_token="[UNK]"), _lowercases(path, vocabulary))
-    tokenizer.decoder = decoders.WordPiece()
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    add_bert_template(tokenizer)
-    return tokenizer
-
-
-def _lowercases(path: Path, vocabulary: Iterable[str]) -> bool:
-    config = path.with_name("tokenizer_config.json")
-    if config.is_file():
-        stated = json.loads(_read_text(config)).get("do_lower_case")
-        if stated is not None:
-            return bool(stated)
-    return not any(token != token.lower() for token in vocabulary if token not in SPECIAL_TOKENS and token[:1] != "[")
+    def _check(self) -> None:
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        tokens = len(vocabulary)
+        shared = [token for token, index in vocabulary.items() if index == self.mask_id and token != self.mask_token]
+        if shared:
+            raise UserError(f"{self._source}: {self.mask_token} has the id of {min(shared)!r}. Number the tokens anew")
+        if self.vocab_size > 2 * tokens + _LARGEST_GAP:
+            raise UserError(f"{self._source}: ids up to {self.vocab_size - 1:,} for {tokens:,} tokens. Renumber them")
+        with explained(self._source):
+            self.encode_bare([_STRANGE_TEXT])
+            frame = [*self.template[0], *self.template[1]]
+        if any(index >= self.vocab_size for index in frame):
+            raise UserError(f"{self._source}: its template writes ids that no token has. Copy or make it again")
 
 
 def _checkpoint_json(path: Path, name: str) -> str:

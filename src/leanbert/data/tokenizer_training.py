@@ -16,7 +16,7 @@ from typing import Any, Literal
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from leanbert.data.sources import EmptyCorpusError
-from leanbert.data.tokenizer import SPECIAL_TOKENS, add_bert_template, bert_pipeline
+from leanbert.data.tokenizer_classes import SPECIAL_TOKENS, add_bert_template, bert_pipeline
 from leanbert.errors import UserError
 
 Kind = Literal["wordpiece", "bpe", "unigram"]

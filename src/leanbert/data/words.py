@@ -26,6 +26,7 @@ from leanbert.data.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.messages import say, say_once
 from leanbert.models.loss import IGNORED
+from leanbert.ranges import WHOLE, Range
 
 Mark = Literal["tokens", "segments"]
 """How the predicate is marked in the input: between two separator tokens, or by segment 1."""
@@ -98,6 +99,7 @@ class WordData(LabelledData):
     def __init__(
         self, tokens_field: str = "tokens", labels_field: str = "labels", word_column: int = 0, **settings: Any
     ) -> None:
+        WHOLE.check("data.word_column", word_column)
         super().__init__(tokens_field=tokens_field, labels_field=labels_field, word_column=word_column, **settings)
 
     @property
@@ -247,6 +249,7 @@ class TokenLabelData(WordData):
     """
 
     def __init__(self, label_column: int = -1, **settings: Any) -> None:
+        Range(whole=True).check("data.label_column", label_column)
         super().__init__(label_column=label_column, **settings)
 
     def key(self, part: Part) -> list[Any]:
@@ -288,6 +291,7 @@ class SemanticRoleData(WordData):
         last_column: bool = False,
         **settings: Any,
     ) -> None:
+        WHOLE.check("data.role_columns", role_columns)
         super().__init__(
             predicate_field=predicate_field, mark=mark, find_predicates=find_predicates, word_column=word_column,
             role_columns=role_columns, last_column=last_column, **settings,

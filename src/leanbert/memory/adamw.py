@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from leanbert.errors import UserError
 from leanbert.memory.quantize import BlockCode, draw_int16, write_bfloat16
 from leanbert.memory.rounds import parts
+from leanbert.ranges import NOT_NEGATIVE, RATE, check_ranges
 
 SLICE_ELEMENTS = 2**20
 """Elements updated at a time, a multiple of every block; smaller slices would start too many kernels on a GPU."""
@@ -74,13 +75,10 @@ class SlicedAdamW(Optimizer):
         """
         if state_bits not in (32, 8, 4):
             raise UserError(f"state_bits: {state_bits} is not supported. Give 32, 8 or 4.")
-        for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
-            if not value >= 0:
-                raise UserError(f"{name}: {value} is negative. Give 0 or more.")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise UserError(f"betas: {betas} are not from 0 to below 1. Give for example 0.9 and 0.98.")
-        self._places: dict[Tensor, tuple[int, dict[str, Any]]] = {}
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        sizes = dict.fromkeys(("lr", "eps", "weight_decay"), NOT_NEGATIVE)
+        check_ranges("SlicedAdamW", defaults, {**sizes, "betas": RATE})
+        self._places: dict[Tensor, tuple[int, dict[str, Any]]] = {}
         super().__init__(params, {**defaults, "state_bits": state_bits, "seed": seed})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

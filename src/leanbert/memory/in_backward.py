@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
 from leanbert.memory.optimizers import CombinedOptimizer, trainable
 
+Guard = Callable[[Iterable[Tensor]], None]
+"""Is given each parameter before its gradient is used, and may take it away."""
 
-def update_in_backward(model: nn.Module, optimizer: CombinedOptimizer) -> None:
+
+def let_all_through(parameters: Iterable[Tensor]) -> None:
+    """Guard nothing."""
+
+
+def update_in_backward(model: nn.Module, optimizer: CombinedOptimizer, guard: Guard = let_all_through) -> None:
     """Update each parameter as soon as its gradient is whole, and free the gradient.
 
     Exact with one backward pass a step; `optimizer.step` then finds nothing left to do. A tied weight's gradient is
     whole when all its uses have contributed. Source: Lv et al. 2023 (LOMO, arXiv 2306.09782), with any optimizer.
     """
     for parameter in trainable(model.parameters()):
-        parameter.register_post_accumulate_grad_hook(_updating(optimizer))
+        parameter.register_post_accumulate_grad_hook(_updating(optimizer, guard))
 
 
-def _updating(optimizer: CombinedOptimizer) -> Callable[[Tensor], None]:
+def _updating(optimizer: CombinedOptimizer, guard: Guard) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
-        optimizer.update(parameter)
+        guard([parameter])
+        if parameter.grad is not None:
+            optimizer.update(parameter)
         parameter.grad = None
 
     return hook
 
 
 def accumulate_in_backward(
-    model: nn.Module, optimizer: CombinedOptimizer, place: Callable[[], tuple[int, int]]
+    model: nn.Module,
+    optimizer: CombinedOptimizer,
+    place: Callable[[], tuple[int, int]],
+    guard: Guard = let_all_through,
 ) -> None:
     """Fold each micro-batch's gradient into Adam's moments and free it; update after the last one.
 
@@ -37,13 +49,17 @@ def accumulate_in_backward(
     the number of micro-batches of the step.
     """
     for parameter in trainable(model.parameters()):
-        parameter.register_post_accumulate_grad_hook(_accumulating(optimizer, place))
+        parameter.register_post_accumulate_grad_hook(_accumulating(optimizer, place, guard))
 
 
-def _accumulating(optimizer: CombinedOptimizer, place: Callable[[], tuple[int, int]]) -> Callable[[Tensor], None]:
+def _accumulating(
+    optimizer: CombinedOptimizer, place: Callable[[], tuple[int, int]], guard: Guard
+) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
         index, count = place()
-        optimizer.accumulate(parameter, first=index == 0, last=index == count - 1)
+        guard([parameter])
+        if parameter.grad is not None:
+            optimizer.accumulate(parameter, first=index == 0, last=index == count - 1)
         parameter.grad = None
 
     return hook

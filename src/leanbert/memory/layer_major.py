@@ -29,7 +29,8 @@ def run_in_slices(block: nn.Module, hidden: Tensor, context: Any, rows: int, *mo
         rows: Rows of a slice, the last maybe smaller.
         more: Further inputs [B, ...] that may need gradients.
 
-    Dropout is a function of torch's seed at the call, of the block's call within it and of the slice.
+    Dropout is a function of torch's seed at the call, of the block's layer and of the slice; torch is left with another
+    seed, which is a function of these.
     """
     parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
     return _Sliced.apply(_Call(block, context, rows, hidden), 1 + len(more), hidden, *more, *parameters)
@@ -40,7 +41,7 @@ class _Call:
 
     def __init__(self, block: nn.Module, context: Any, rows: int, hidden: Tensor) -> None:
         self.block, self.context, self.rows = block, context, rows
-        self.training = block.training
+        self.layer = getattr(block, "layer", 0)
         self.seed = torch.initial_seed()
         self.length = hidden.shape[0]
         self.kind = hidden.device.type
@@ -55,12 +56,12 @@ class _Call:
         return parts(self.length, self.rows)
 
     def run(self, index: int, part: slice, hidden: Tensor, *more: Tensor) -> Tensor:
-        layer = getattr(self.block, "layer", 0)
-        seed_position(self.seed, layer, index)
+        seed_position(self.seed, self.layer, index)
         return self.block(hidden, _cut(self.context, part, self.length), *more)
 
     def done(self) -> None:
-        torch.manual_seed(self.seed)
+        """Seed what comes after, such as the decoder's embeddings: not as what came before."""
+        seed_position(self.seed, self.layer, len(self.slices()))
 
 
 class _Sliced(torch.autograd.Function):

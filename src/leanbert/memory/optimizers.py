@@ -16,6 +16,8 @@ from leanbert.memory.adamw import SlicedAdamW
 from leanbert.memory.muon import Muon
 from leanbert.memory.quantize import draw_int16, write_bfloat16
 from leanbert.memory.trace import phase
+from leanbert.models.heads import Output
+from leanbert.ranges import NOT_NEGATIVE, RATE, SHARE, WHOLE, check_ranges
 
 OptimizerName = Literal["sgd", "momentum", "adam", "adamw", "adamw8bit", "adamw4bit", "adafactor", "muon"]
 STATE_BITS = {"adamw8bit": 8, "adamw4bit": 4}
@@ -45,13 +47,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Raise UserError for a value that no optimizer takes."""
-        least = {"lr": self.lr, "matrix_lr": self.matrix_lr, "weight_decay": self.weight_decay, "eps": self.eps}
-        for name, value in least.items():
-            if not value >= 0:
-                raise UserError(f"model.optimizer.{name}: {value} is negative. Give 0 or more.")
-        for name, value in {"betas": max(self.betas), "momentum": self.momentum}.items():
-            if not 0 <= value < 1 or min(self.betas) < 0:
-                raise UserError(f"model.optimizer.{name}: {getattr(self, name)} is not from 0 to below 1.")
+        sizes = dict.fromkeys(("lr", "matrix_lr", "weight_decay", "eps"), NOT_NEGATIVE)
+        check_ranges("model.optimizer", vars(self), {**sizes, "betas": RATE, "momentum": RATE})
 
 
 @dataclass
@@ -69,11 +66,8 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         """Raise UserError for a value that makes no schedule."""
-        if self.warmup_steps < 0:
-            raise UserError(f"model.schedule.warmup_steps: {self.warmup_steps} is negative. Give 0 or more.")
-        for name in ("decay_share", "final_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"model.schedule.{name}: {getattr(self, name)} is no share. Give 0 to 1.")
+        ranges = {"warmup_steps": WHOLE, "decay_share": SHARE, "final_share": SHARE}
+        check_ranges("model.schedule", vars(self), ranges)
 
 
 class CombinedOptimizer(Optimizer):
@@ -248,14 +242,14 @@ def _inner_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, seed
 
 def _split_parameters(model: nn.Module, *, muon: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Return (decayed, not decayed, for Muon); a parameter shared by two modules is counted once."""
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    outer = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding | Output)}
     decayed: list[Tensor] = []
     plain: list[Tensor] = []
     matrices: list[Tensor] = []
     for parameter in trainable(model.parameters()):
         if parameter.ndim < 2:
             plain.append(parameter)
-        elif muon and parameter.ndim == 2 and id(parameter) not in embeddings:
+        elif muon and parameter.ndim == 2 and id(parameter) not in outer:
             matrices.append(parameter)
         else:
             decayed.append(parameter)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import importlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import yaml
+from jsonargparse import get_loader
 
 from leanbert.memory.rehearsal import RunSettings
 from leanbert.settings import find_shipped
@@ -19,8 +20,7 @@ MICRO_BATCH = ("accumulation", "layer_major")
 def read(name: str, micro_batch: int | None = None) -> dict[str, Any]:
     """Return `configs/memory/NAME.yaml` as nested settings, with another micro-batch if one is given."""
     _, path = find_shipped(["--config", f"configs/memory/{name}.yaml"])
-    with open(path, encoding="utf-8") as file:
-        settings: dict[str, Any] = yaml.safe_load(file)
+    settings: dict[str, Any] = get_loader("yaml")(Path(path).read_text(encoding="utf-8"))  # to which 1e-3 is a number
     if micro_batch is not None and name in MICRO_BATCH:
         settings["trainer"]["callbacks+"][0]["init_args"]["micro_batch"] = micro_batch
     return settings
@@ -50,9 +50,8 @@ def apply(settings: RunSettings, overlay: dict[str, Any]) -> RunSettings:
     added = [_make(entry) for entry in overlay.get("trainer", {}).get("callbacks+", [])]
     kinds = {type(callback) for callback in added}
     kept = (callback for callback in settings.callbacks if type(callback) not in kinds)
-    for name, value in overlay.get("model", {}).get("init_args", {}).get("optimizer", {}).items():
-        number = float(value) if name == "lr" else value  # YAML reads 1e-3 as text
-        task.optimizer_config = replace(task.optimizer_config, **{name: number})
+    optimizer = overlay.get("model", {}).get("init_args", {}).get("optimizer", {})
+    task.optimizer_config = replace(task.optimizer_config, **optimizer)
     data.hparams.update(overlay.get("data", {}).get("init_args", {}))
     return replace(settings, task=task, data=data, callbacks=(*kept, *added))
 

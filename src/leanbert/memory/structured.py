@@ -1,8 +1,9 @@
 """Structured pruning: whole attention heads and feed-forward neurons leave the model. Approximate.
 
 What stays are smaller dense matrices, so parameters, gradients, optimizer state, activations and time all fall.
+Attention is that of encoder and decoder to themselves and of the decoder to the encoder.
 
-Shapes: L blocks, D hidden, H heads, d head size, I intermediate.
+Shapes: A attentions, F feed-forwards, D hidden, H heads, d head size, I intermediate.
 """
 
 from __future__ import annotations
@@ -17,14 +18,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from leanbert.errors import UserError
+from leanbert.models.attention import SelfAttention
+from leanbert.models.base import EncoderModel
 from leanbert.models.config import ResolvedConfig
-from leanbert.models.mlm import MaskedLanguageModel
+from leanbert.models.decoder import CrossAttention
+from leanbert.models.encoder import FeedForward
 
 log = logging.getLogger(__name__)
 
 
 class Importance(NamedTuple):
-    """How much would be lost with each head [L, H] and each neuron [L, I], float32; compared within a block only."""
+    """How much would be lost with each head [A, H] and each neuron [F, I], float32; compared within a row only.
+
+    Rows are in the order of the model's modules; what two blocks share has one.
+    """
 
     heads: Tensor
     neurons: Tensor
@@ -39,44 +46,44 @@ class Cut(NamedTuple):
 
 
 @torch.no_grad()
-def head_importance(model: MaskedLanguageModel) -> Tensor:
-    """Return the Frobenius norm of each head's value matrix times its part of the output projection, [L, H].
+def head_importance(model: EncoderModel) -> Tensor:
+    """Return the Frobenius norm of each head's value matrix times its part of the output projection, [A, H].
 
     A bound on what the head can add to the residual stream, whatever it looks at (Elhage et al. 2021, "A mathematical
     framework for transformer circuits", call the product the OV circuit).
     """
     norms = []
-    for block in _blocks(model):
-        heads = block.attention.num_heads
-        value = block.attention.qkv.weight.float().unflatten(0, (3, heads, -1))[2]  # [H, d, D]
-        output = block.attention.output.weight.float().unflatten(1, (heads, -1)).transpose(0, 1)  # [H, D, d]
+    for attention in _attentions(model):
+        *_, (layer, stacked) = attention.projections()  # values come last
+        value = layer.weight.float().unflatten(0, (stacked, attention.num_heads, -1))[-1]  # [H, d, D]
+        output = attention.output.weight.float().unflatten(1, (attention.num_heads, -1)).transpose(0, 1)  # [H, D, d]
         squares = (value @ value.mT) * (output.mT @ output)  # |OV|^2 is the sum: the product [D, D] is never made
         norms.append(squares.sum((1, 2)).clamp_(min=0.0).sqrt_())
     return torch.stack(norms)
 
 
 @torch.no_grad()
-def neuron_importance(model: MaskedLanguageModel) -> Tensor:
-    """Return the norm of each neuron's input weights (of both halves if gated) times that of its output, [L, I].
+def neuron_importance(model: EncoderModel) -> Tensor:
+    """Return the norm of each neuron's input weights (of both halves if gated) times that of its output, [F, I].
 
     The input's bias counts as one more weight: with it alone a neuron is a constant, not nothing.
     """
     norms = []
-    for block in _blocks(model):
-        layer = block.feed_forward.input
+    for feed_forward in _feed_forwards(model):
+        layer = feed_forward.input
         rows = layer.weight if layer.bias is None else torch.cat((layer.weight, layer.bias[:, None]), dim=1)
-        inward = rows.float().norm(dim=1).unflatten(0, (_halves(block), -1)).prod(dim=0)  # [I]
-        norms.append(inward * block.feed_forward.output.weight.float().norm(dim=0))
+        inward = rows.float().norm(dim=1).unflatten(0, (_halves(feed_forward), -1)).prod(dim=0)  # [I]
+        norms.append(inward * feed_forward.output.weight.float().norm(dim=0))
     return torch.stack(norms)
 
 
-def weight_importance(model: MaskedLanguageModel) -> Importance:
+def weight_importance(model: EncoderModel) -> Importance:
     """Return `head_importance` and `neuron_importance`, which need no data."""
     return Importance(head_importance(model), neuron_importance(model))
 
 
 @torch.no_grad()
-def taylor_importance(model: MaskedLanguageModel) -> Importance:
+def taylor_importance(model: EncoderModel) -> Importance:
     """Return the change of the loss, to first order, if a head or neuron were switched off, from `.grad`.
 
     |sum of weight x gradient| over the output weights that belong to it, which is the derivative by a gate on its
@@ -84,10 +91,11 @@ def taylor_importance(model: MaskedLanguageModel) -> Importance:
     Raises `UserError` if there are no gradients.
     """
     heads, neurons = [], []
-    for block in _blocks(model):
-        columns = _weight_times_gradient(block.attention.output)  # [H * d]
-        heads.append(columns.unflatten(0, (block.attention.num_heads, -1)).sum(dim=1).abs())
-        neurons.append(_weight_times_gradient(block.feed_forward.output).abs())
+    for attention in _attentions(model):
+        columns = _weight_times_gradient(attention.output)  # [H * d]
+        heads.append(columns.unflatten(0, (attention.num_heads, -1)).sum(dim=1).abs())
+    for feed_forward in _feed_forwards(model):
+        neurons.append(_weight_times_gradient(feed_forward.output).abs())
     return Importance(torch.stack(heads), torch.stack(neurons))
 
 
@@ -115,7 +123,7 @@ def sizes_kept(config: ResolvedConfig, share_heads: float, share_neurons: float)
     return heads, neurons
 
 
-def apply_at_build(model: MaskedLanguageModel, share_heads: float, share_neurons: float) -> ResolvedConfig:
+def apply_at_build(model: EncoderModel, share_heads: float, share_neurons: float) -> ResolvedConfig:
     """Remove these shares of heads and neurons, the least important by their weights, from a model without optimizer.
 
     Call it after the weights were loaded and before blocks are compiled. Returns the new configuration, which the
@@ -126,13 +134,15 @@ def apply_at_build(model: MaskedLanguageModel, share_heads: float, share_neurons
 
 @torch.no_grad()
 def prune_structured(
-    model: MaskedLanguageModel,
+    model: EncoderModel,
     heads_kept: int,
     neurons_kept: int,
     importance: Importance | None = None,
     optimizer: Optimizer | None = None,
 ) -> ResolvedConfig:
-    """Shrink every block to its `heads_kept` heads and `neurons_kept` neurons of highest importance, in place.
+    """Shrink each attention to `heads_kept` heads and each feed-forward to `neurons_kept` neurons, in place.
+
+    Those of highest importance stay.
 
     Parameters stay the same objects with smaller tensors, so that optimizers and hooks keep them. Call it between
     two steps. Nothing is read back from a tensor: it also shrinks a model on the meta device, or one whose weights
@@ -140,8 +150,8 @@ def prune_structured(
 
     Args:
         model: The model; its `config` is replaced.
-        heads_kept: Heads of each block afterwards.
-        neurons_kept: Feed-forward neurons of each block afterwards.
+        heads_kept: Heads of each attention afterwards.
+        neurons_kept: Neurons of each feed-forward afterwards.
         importance: What decides who stays; None: `weight_importance`.
         optimizer: Its state is cut along. State that does not line up with its parameter (quantized) starts afresh,
             which is logged as a warning.
@@ -162,22 +172,31 @@ def prune_structured(
             raise UserError(f"{setting}: {kept} of {size} cannot stay. Give 1 to {size}.")
     scores = importance or weight_importance(model)
     afresh = 0
-    for block, heads, neurons in zip(_blocks(model), scores.heads, scores.neurons, strict=True):
-        for cut in _cuts(block, config.head_size, _highest(heads, heads_kept), _highest(neurons, neurons_kept)):
+    for attention, heads in zip(_attentions(model), scores.heads, strict=True):
+        for cut in _cuts_of_heads(attention, _highest(heads, heads_kept)):
             afresh += _apply(cut, optimizer)
-        block.attention.num_heads = heads_kept
+        attention.num_heads = heads_kept
+    for feed_forward, neurons in zip(_feed_forwards(model), scores.neurons, strict=True):
+        for cut in _cuts_of_neurons(feed_forward, _highest(neurons, neurons_kept)):
+            afresh += _apply(cut, optimizer)
     if afresh:
         log.warning("The optimizer's state of %d pruned parameters is quantized: it starts afresh", afresh)
-    model.config = model.encoder.config = replace(config, num_heads=heads_kept, intermediate_size=neurons_kept)
+    model.config = replace(config, num_heads=heads_kept, intermediate_size=neurons_kept)
+    for stack in model.stacks:
+        stack.config = model.config
     return model.config
 
 
-def _blocks(model: MaskedLanguageModel) -> list[Any]:
-    return list(model.encoder.blocks)
+def _attentions(model: nn.Module) -> list[SelfAttention | CrossAttention]:
+    return [module for module in model.modules() if isinstance(module, SelfAttention | CrossAttention)]
 
 
-def _halves(block: Any) -> int:
-    return 2 if block.feed_forward.gated else 1
+def _feed_forwards(model: nn.Module) -> list[FeedForward]:
+    return [module for module in model.modules() if isinstance(module, FeedForward)]
+
+
+def _halves(feed_forward: FeedForward) -> int:
+    return 2 if feed_forward.gated else 1
 
 
 def _highest(scores: Tensor, kept: int) -> Tensor:
@@ -185,17 +204,22 @@ def _highest(scores: Tensor, kept: int) -> Tensor:
     return scores.argsort(descending=True, stable=True)[:kept].sort().values
 
 
-def _cuts(block: Any, head_size: int, heads: Tensor, neurons: Tensor) -> Iterator[Cut]:
-    """Yield what stays of a block's layers for the `heads` and `neurons` that stay; nothing where all do."""
-    attention, feed_forward = block.attention, block.feed_forward
+def _cuts_of_heads(attention: SelfAttention | CrossAttention, heads: Tensor) -> Iterator[Cut]:
+    """Yield what stays of an attention's layers for the `heads` that stay; nothing where all do."""
     if len(heads) < attention.num_heads:
-        columns = _spread(heads * head_size, torch.arange(head_size, device=heads.device))
-        stacked = torch.arange(3, device=heads.device) * attention.output.in_features  # starts of q, k and v
-        yield Cut(attention.qkv, 0, _spread(stacked, columns))
+        inner = attention.output.in_features  # H * d
+        size = inner // attention.num_heads
+        columns = _spread(heads * size, torch.arange(size, device=heads.device))
+        for layer, stacked in attention.projections():
+            yield Cut(layer, 0, _spread(torch.arange(stacked, device=heads.device) * inner, columns))
         yield Cut(attention.output, 1, columns)
+
+
+def _cuts_of_neurons(feed_forward: FeedForward, neurons: Tensor) -> Iterator[Cut]:
+    """Yield what stays of a feed-forward's layers for the `neurons` that stay; nothing where all do."""
     size = feed_forward.output.in_features
     if len(neurons) < size:
-        stacked = torch.arange(_halves(block), device=neurons.device) * size
+        stacked = torch.arange(_halves(feed_forward), device=neurons.device) * size
         yield Cut(feed_forward.input, 0, _spread(stacked, neurons))
         yield Cut(feed_forward.output, 1, neurons)
 

@@ -144,10 +144,10 @@ def apply(techniques: Techniques, model: Any, *, compile_blocks: bool = False) -
     for block in model.blocks:
         block.slice_rows = techniques.slice_rows
     model.head_chunk = techniques.head_chunk
-    if techniques.storage == "host":
-        model.encoder.storage = to_host
-    elif isinstance(techniques.storage, Path):
-        model.encoder.storage = DiskStorage(techniques.storage)
+    if techniques.storage != "device":
+        storage = to_host if techniques.storage == "host" else DiskStorage(techniques.storage)
+        for stack in model.stacks:
+            stack.storage = storage
     if compile_blocks:
         for block in model.blocks:
             block.compile()

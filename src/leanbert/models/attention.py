@@ -115,6 +115,10 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * inner, bias=config.bias)
         self.output = nn.Linear(inner, config.hidden_size, bias=config.bias)
 
+    def projections(self) -> list[tuple[nn.Linear, int]]:
+        """Return the layers whose rows belong to heads, and how many matrices each stacks; values come last."""
+        return [(self.qkv, 3)]
+
     def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
         """Attend inside what `context.mask` allows."""
         rows, length, _ = hidden.shape

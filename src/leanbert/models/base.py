@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from leanbert.models.config import ResolvedConfig
+from leanbert.models.decoder import Decoder, DecoderBlock
 from leanbert.models.encoder import Block, Encoder
 from leanbert.models.weights import Stored
 
@@ -53,9 +54,14 @@ class EncoderModel(nn.Module):
         return [(self.encoder.embeddings.token.weight, self.config.vocab_size or 0)]
 
     @property
-    def blocks(self) -> list[Block]:
-        """All blocks, in the order in which they run: what is checkpointed, sliced, compiled and sharded."""
-        return list(self.encoder.blocks)  # type: ignore[arg-type]
+    def stacks(self) -> list[Encoder | Decoder]:
+        """All stacks of blocks, in the order in which they run: what activations are stored of elsewhere."""
+        return [self.encoder]
+
+    @property
+    def blocks(self) -> list[Block | DecoderBlock]:
+        """All blocks, in the order in which they run: what is checkpointed, sliced, compiled, sharded and pruned."""
+        return [block for stack in self.stacks for block in stack.blocks]  # type: ignore[misc]
 
     def inherits(self, name: str, stored: Stored) -> bool:
         """Whether weight `name` of a stored model is taken over when training starts from it."""

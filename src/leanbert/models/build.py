@@ -102,8 +102,9 @@ def look_at_neighbours(model: EncoderModel) -> None:
     if embeddings.position is None or size < 2:
         return
     pairs = size // 2
+    # in float32, for bfloat16 has no whole numbers between 256 and 258;
     # the power leaves no distance at which all waves agree again, as equal steps would
-    frequency = math.pi * ((torch.arange(pairs) + 0.5) / pairs) ** 1.5  # [pairs], radians per position
+    frequency = math.pi * ((torch.arange(pairs, dtype=torch.float32) + 0.5) / pairs) ** 1.5  # [pairs], radians
     angle = torch.arange(model.config.max_positions)[:, None] * frequency  # [positions, pairs]
     embeddings.position.weight[:, : 2 * pairs] = torch.cat((angle.cos(), angle.sin()), 1) * (POSITION_RMS * 2**0.5)
     embeddings.token.weight[:, : 2 * pairs] = 0.0
@@ -114,10 +115,11 @@ def look_at_neighbours(model: EncoderModel) -> None:
     cosine, sine = torch.arange(pairs), torch.arange(pairs) + pairs
     for offset, head_query, head_key in zip(OFFSETS, query, key, strict=False):
         turn = frequency * offset
+        along, across = ((NEIGHBOUR_GAIN * part).to(head_key.dtype) for part in (turn.cos(), turn.sin()))
         head_key[cosine, cosine] = head_key[sine, sine] = NEIGHBOUR_GAIN
-        head_query[cosine, cosine] = head_query[sine, sine] = NEIGHBOUR_GAIN * turn.cos()
-        head_query[sine, cosine] = NEIGHBOUR_GAIN * turn.sin()
-        head_query[cosine, sine] = -NEIGHBOUR_GAIN * turn.sin()
+        head_query[cosine, cosine] = head_query[sine, sine] = along
+        head_query[sine, cosine] = across
+        head_query[cosine, sine] = -across
 
 
 @torch.no_grad()
@@ -138,14 +140,20 @@ def read_stored(source: Path) -> Stored:
     return read_huggingface(source) if source.is_dir() else read_checkpoint(source)
 
 
-def read_facts(source: Path) -> tuple[str, dict[str, Any]]:
-    """Return task and facts of a Hugging Face folder or a LeanBERT checkpoint, as `Stored` has them."""
-    if source.is_dir():
-        path = source / "config.json"
-        layout = read_layout(read_json(path), path)
-        return layout.task, layout.facts
-    stored = read_checkpoint(source)
-    return stored.task, stored.facts
+def read_architecture(source: Path) -> Stored:
+    """Read what a Hugging Face folder or a LeanBERT checkpoint says of its model, without the weights."""
+    if not source.is_dir():
+        return read_checkpoint(source)._replace(state={})
+    path = source / "config.json"
+    layout = read_layout(read_json(path), path)
+    return Stored(layout.config, {}, layout.task, layout.facts)
+
+
+def starting_config(config: EncoderConfig, stored: Stored) -> ResolvedConfig:
+    """Return the architecture of a stored model, with the dropout that `config` sets."""
+    rates = {"dropout": config.dropout, "attention_dropout": config.attention_dropout}
+    changed: dict[str, Any] = {name: rate for name, rate in rates.items() if rate is not None}
+    return replace(stored.config, **changed).resolved()
 
 
 def rebuild(stored: Stored, vocab_size: int, source: Path, target_vocab_size: int | None = None) -> Any:
@@ -177,9 +185,7 @@ def _load(
             f"{source}: the model knows {known} tokens, the tokenizer has {vocab_size}. "
             "Use the tokenizer that belongs to the model (data.tokenizer)"
         )
-    rates = {"dropout": config.dropout, "attention_dropout": config.attention_dropout}
-    changed: dict[str, Any] = {name: rate for name, rate in rates.items() if rate is not None}
-    model = make(replace(stored.config, **changed).resolved())
+    model = make(starting_config(config, stored))
     if stored.task == model.task:
         model.check_stored(stored, source)
     initialise(model)

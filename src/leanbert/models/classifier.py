@@ -17,6 +17,7 @@ from leanbert.models.base import ENCODER, EncoderModel, gather_rows
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.dropout import dropout
 from leanbert.models.encoder import make_norm
+from leanbert.models.heads import Output
 from leanbert.models.weights import Stored
 
 Of = Literal["text", "word"]
@@ -39,7 +40,7 @@ class ClassificationHead(nn.Module):
         self.dense = nn.Linear(width, width, bias=config.bias) if config.norm_position == "pre" else None
         self.norm = make_norm(config) if config.norm_position == "pre" else None
         self.pooler = nn.Linear(width, width) if config.norm_position == "post" and of == "text" else None
-        self.scores = nn.Linear(width, labels)
+        self.scores = Output(width, labels)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the scores [..., L] of `hidden` [..., D]."""

@@ -41,6 +41,10 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(config.hidden_size, 2 * inner, bias=config.bias)
         self.output = nn.Linear(inner, config.hidden_size, bias=config.bias)
 
+    def projections(self) -> list[tuple[nn.Linear, int]]:
+        """Return the layers whose rows belong to heads, and how many matrices each stacks; values come last."""
+        return [(self.query, 1), (self.key_value, 2)]
+
     def project(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values of `memory` [B, S, D], [B, H, S, d] each."""
         fused = self.key_value(memory).unflatten(-1, (2, self.num_heads, -1))  # [B, S, 2, H, d]

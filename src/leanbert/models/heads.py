@@ -13,6 +13,10 @@ from leanbert.models.config import ResolvedConfig
 from leanbert.models.embeddings import padded_rows
 
 
+class Output(nn.Linear):
+    """A linear layer whose outputs are results, such as scores of labels, and not hidden states."""
+
+
 class MaskedLMHead(nn.Module):
     """Dense, GELU, norm, then scores against the token embedding: [N, D] -> [N, V].
 

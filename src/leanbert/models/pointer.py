@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanbert.models.config import ResolvedConfig
+from leanbert.models.heads import Output
 
 
 class Source(NamedTuple):
@@ -51,7 +52,7 @@ class Pointer(nn.Module):
         super().__init__()
         self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.gate = nn.Linear(config.hidden_size, 1)
+        self.gate = Output(config.hidden_size, 1)
 
     @torch.no_grad()
     def look_for_the_same(self) -> None:

@@ -15,7 +15,7 @@ from leanbert.errors import UserError
 from leanbert.models.base import EncoderModel
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.decoder import CrossAttention, Decoder, DecoderBlock
-from leanbert.models.encoder import Block
+from leanbert.models.encoder import Block, Encoder
 from leanbert.models.heads import MaskedLMHead
 from leanbert.models.loss import Mixture, cross_entropy_sum, linear_cross_entropy_sum
 from leanbert.models.pointer import Copied, Pointer, add_copied, copied_logarithm
@@ -82,9 +82,9 @@ class Seq2SeqModel(EncoderModel):
         return super().token_tables + own
 
     @property
-    def blocks(self) -> list[Block | DecoderBlock]:  # type: ignore[override]
-        """All blocks, those of the encoder first."""
-        return [*self.encoder.blocks, *self.decoder.blocks]
+    def stacks(self) -> list[Encoder | Decoder]:
+        """Encoder and decoder."""
+        return [self.encoder, self.decoder]
 
     def inherits(self, name: str, stored: Stored) -> bool:
         """Whether weight `name` of a stored model is taken over: of a masked language model the head of its tokens."""

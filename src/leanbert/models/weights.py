@@ -19,8 +19,6 @@ from leanbert.models.config import EncoderConfig, ResolvedConfig
 StateDict = dict[str, Tensor]
 
 MODEL_PREFIX = "model."
-DAMAGE = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile)
-"""What reading a file with flipped bits raises (UnicodeDecodeError and NotImplementedError are among them)."""
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -73,7 +71,10 @@ def read_checkpoint(path: Path) -> Stored:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint or folder. Correct model.init_from")
-    return unpack(load_pickled(path, "Use another checkpoint of the run."), path)
+    fix = "Use another checkpoint of the run."
+    stored = unpack(load_pickled(path, fix), path)
+    check_sums(path, fix)
+    return stored
 
 
 def unpack(checkpoint: Any, path: Path) -> Stored:
@@ -96,16 +97,32 @@ def load_pickled(path: Path, fix: str) -> Any:
 
     Raises `UserError`, ending with `fix`, if the file is damaged or carries code, which is not run.
     """
-    is_archive = zipfile.is_zipfile(path)
+    is_archive = False
     try:
+        with path.open("rb") as file:
+            is_archive = file.read(4) == b"PK\3\4"
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
-    except (pickle.UnpicklingError, *DAMAGE) as error:
+    except Exception as error:  # flipped bits raise anything: zlib.error, struct.error, MemoryError, KeyError
         if is_archive and isinstance(error, pickle.UnpicklingError):
             raise UserError(
                 f"{path}: holds Python objects other than tensors and plain values, which could execute code; "
                 f"refused. {fix}"
             ) from error
         raise UserError(f"{path}: damaged, or no file that torch.save wrote. {fix}") from error
+
+
+def check_sums(path: Path, fix: str) -> None:
+    """Compare every record of a file that torch.save wrote with its checksum, a piece at a time.
+
+    Raises `UserError`, ending with `fix`, if one differs.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:
+        raise UserError(f"{path}: damaged, or no file that torch.save wrote. {fix}") from error
+    if damaged is not None:
+        raise UserError(f"{path}: damaged ({damaged}). {fix}")
 
 
 def _read_file(path: Path) -> StateDict:

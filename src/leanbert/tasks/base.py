@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from leanbert.errors import UserError
+from leanbert.memory.finite import StepCheck
 from leanbert.memory.in_backward import accumulate_in_backward, update_in_backward
 from leanbert.memory.optimizers import (
     OptimizerConfig,
@@ -25,11 +26,13 @@ from leanbert.memory.optimizers import (
     build_optimizer,
     effective_warmup,
     learning_rate_factor,
+    trainable,
 )
 from leanbert.memory.recovery import agree, retry_smaller
 from leanbert.memory.step import backpropagate_all_but_last, seed_position
 from leanbert.memory.techniques import Surroundings, Techniques, apply, refuse
 from leanbert.models.config import EncoderConfig
+from leanbert.ranges import SEED
 
 SHRINKING = ("num_heads", "intermediate_size")
 """Sizes of the encoder that structured pruning makes smaller."""
@@ -66,6 +69,7 @@ class Task(LightningModule):
         self.schedule_config = schedule or ScheduleConfig()
         self.init_from = init_from
         self.compile_blocks = compile
+        SEED.check("model.seed", seed)
         self.seed = seed
         self.model = None
         self.techniques = Techniques()  # callbacks register here in `setup`
@@ -76,6 +80,7 @@ class Task(LightningModule):
         self.planned_device: str | None = None  # the device that a plan is made for, if it is another one
         self.planned_world_size: int | None = None
         self.planned_sharding = False
+        self.step_check = StepCheck()
         self.shrink: Callable[[BaseException], bool] = lambda error: False
         self._peak_rates: list[float] = []
         self._place = (0, 1)  # index of the current micro-batch, micro-batches of the step
@@ -166,6 +171,7 @@ class Task(LightningModule):
         sum_over_ranks = self._sum_over_ranks if parallel else None
 
         def attempt() -> tuple[Tensor, Tensor]:
+            self.step_check.reset()
             return backpropagate_all_but_last(
                 self,
                 batch,
@@ -182,7 +188,7 @@ class Task(LightningModule):
             last, loss = retry_smaller(lambda: agree(attempt, self._any_rank), self._undo_and_shrink)
         else:
             last, loss = attempt()
-        loss = self._sum_over_ranks(loss) if parallel else loss
+        loss = self.step_check.loss = self._sum_over_ranks(loss) if parallel else loss
         return {"loss": last, "step_loss": loss, "learning_rate": self._learning_rate()}
 
     def _start_micro_batch(self, index: int) -> None:
@@ -215,14 +221,28 @@ class Task(LightningModule):
     ) -> None:
         """Update, then free the gradients: the next forward pass has no use for them.
 
-        When memory runs out and recovery is on, the whole closure (forward and backward passes) is run again.
+        There is no update where loss or gradients are not finite. When memory runs out and recovery is on, the whole
+        closure (forward and backward passes) is run again.
         """
         closure = optimizer_closure
         if closure is not None and self.techniques.recovery and self.trainer.world_size == 1:
             closure = partial(retry_smaller, closure, self._undo_and_shrink)
+        if closure is not None:
+            closure = partial(self._checked, closure)
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
         optimizer.zero_grad(set_to_none=True)
         self._data.samples_consumed += self._rows * self.trainer.world_size
+
+    def _checked(self, closure: Callable[[], Any]) -> Any:
+        """Run the passes of a step, and look at what they have left."""
+        result = closure()
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        parameters = trainable(self.model.parameters())
+        if scaler is None:
+            self.step_check.guard(parameters)
+        elif scaler.get_scale() <= 1.0:  # above, gradients overflow while the scale is found, and the scaler leaves out
+            self.step_check.look(parameters)
+        return result
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer and a schedule by steps."""
@@ -231,9 +251,9 @@ class Task(LightningModule):
             self.model, self.optimizer_config, seed=self.seed, sliced=in_backward == "accumulate"
         )
         if in_backward == "update":
-            update_in_backward(self.model, optimizer)
+            update_in_backward(self.model, optimizer, self.step_check.guard)
         elif in_backward == "accumulate":
-            accumulate_in_backward(self.model, optimizer, lambda: self._place)
+            accumulate_in_backward(self.model, optimizer, lambda: self._place, self.step_check.guard)
         self._peak_rates = [group["lr"] for group in optimizer.param_groups]
         total_steps = int(self.trainer.estimated_stepping_batches)
         warmup = effective_warmup(self.schedule_config, total_steps)

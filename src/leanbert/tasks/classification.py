@@ -19,6 +19,7 @@ from leanbert.errors import UserError
 from leanbert.memory.optimizers import OptimizerConfig, ScheduleConfig
 from leanbert.models.config import EncoderConfig
 from leanbert.models.loss import IGNORED
+from leanbert.ranges import NOT_NEGATIVE, PART
 from leanbert.tasks.labelling import Labelling
 from leanbert.tasks.tables import markdown_table
 
@@ -53,8 +54,8 @@ class TextClassification(Labelling):
         threshold: float = 0.5,
     ) -> None:
         super().__init__(encoder, optimizer, schedule, init_from, compile, seed)
-        if not 0.0 < threshold < 1.0:
-            raise UserError(f"model.threshold: {threshold} is no probability. Choose one between 0 and 1")
+        PART.check("model.threshold", threshold)
+        NOT_NEGATIVE.check("model.class_weights", list((class_weights or {}).values()))
         self.class_weights, self.threshold = class_weights, threshold
 
     def build_model(self) -> Any:

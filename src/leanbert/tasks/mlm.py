@@ -12,6 +12,7 @@ from leanbert.memory.optimizers import OptimizerConfig, ScheduleConfig
 from leanbert.models.build import build_model
 from leanbert.models.config import EncoderConfig
 from leanbert.models.loss import IGNORED
+from leanbert.ranges import COUNT
 from leanbert.tasks.base import Task
 from leanbert.tasks.metrics import MaskedLMMetrics
 from leanbert.tasks.tables import markdown_table
@@ -45,6 +46,7 @@ class MaskedLM(Task):
         top_k: int = 5,
     ) -> None:
         super().__init__(encoder, optimizer, schedule, init_from, compile, seed)
+        COUNT.check("model.top_k", top_k)
         self.top_k = top_k
         self.metrics: MaskedLMMetrics | None = None
 

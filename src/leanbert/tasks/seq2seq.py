@@ -16,11 +16,12 @@ from leanbert.data.pairs import output_frame
 from leanbert.errors import UserError
 from leanbert.memory.optimizers import OptimizerConfig, ScheduleConfig
 from leanbert.messages import say
-from leanbert.models.build import build_model, read_facts
+from leanbert.models.build import build_model, read_architecture
 from leanbert.models.config import EncoderConfig
 from leanbert.models.generation import GenerationConfig, Tokens, generate
 from leanbert.models.loss import IGNORED
 from leanbert.models.seq2seq import Seq2SeqModel, Start
+from leanbert.ranges import COUNT, RATE, WHOLE
 from leanbert.tasks.base import Task
 from leanbert.tasks.metrics import MeanLoss
 from leanbert.tasks.output_metrics import OutputMetrics, Quality, bleu_signature
@@ -83,15 +84,12 @@ class Seq2Seq(Task):
                 f"model.label_smoothing: {label_smoothing} would spread a target over the vocabulary, but with "
                 "model.copy it may come from the source. Leave it out"
             )
-        if not 0.0 <= label_smoothing < 1.0:
-            raise UserError(f"model.label_smoothing: {label_smoothing} is no share. Choose from 0 to below 1")
-        if decoder_layers is not None and decoder_layers < 1:
-            raise UserError(f"model.decoder_layers: {decoder_layers} is too small. Set at least 1")
+        RATE.check("model.label_smoothing", label_smoothing)
+        COUNT.check("model.decoder_layers", decoder_layers)
+        WHOLE.check("model.validation_sources", validation_sources)
         self.decoder_layers, self.decoder_start, self.copy = decoder_layers, decoder_start, copy
         self.label_smoothing, self.quality = label_smoothing, quality
         self.generation = (generation or GenerationConfig()).check()
-        if validation_sources is not None and validation_sources < 0:
-            raise UserError(f"model.validation_sources: {validation_sources} is too small. Set at least 0")
         self.validation_sources = validation_sources
         self._stored_targets = 0  # tokens that a stored decoder knows, which may be more than its tokenizer has
 
@@ -121,8 +119,10 @@ class Seq2Seq(Task):
 
     def _start_targets(self) -> int:
         """Return the tokens that the decoder of `init_from` knows, 0 if it has none of its own."""
-        task, facts = ("", {}) if self.init_from is None else read_facts(Path(self.init_from))
-        return int(facts.get("target_vocab_size", 0)) if task == self.name else 0
+        if self.init_from is None:
+            return 0
+        stored = read_architecture(Path(self.init_from))
+        return int(stored.facts.get("target_vocab_size", 0)) if stored.task == self.name else 0
 
     def adopt(self, facts: dict[str, Any]) -> None:
         """Take over how the decoder is made."""

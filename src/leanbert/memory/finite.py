@@ -1,0 +1,54 @@
+"""Whether loss and gradients of a step are finite; a step in which they are not leaves the weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class StepCheck:
+    """The loss of a step, and the largest norm of a parameter's gradient, on the device that computes them.
+
+    A norm that overflows counts as not finite, as it does in clipping: Adam's second moment would overflow too.
+    """
+
+    def __init__(self) -> None:
+        self.loss: Tensor | None = None
+        self.norm: Tensor | None = None
+
+    def reset(self) -> None:
+        """Forget the step before."""
+        self.loss = self.norm = None
+
+    @property
+    def values(self) -> Tensor:
+        """Loss and norm, shape [2]; of what has not been looked at 0."""
+        known = [value for value in (self.loss, self.norm) if value is not None]
+        zero = known[0].new_zeros(()) if known else torch.zeros(())
+        return torch.stack([zero if value is None else value for value in (self.loss, self.norm)])
+
+    def look(self, parameters: Iterable[Tensor]) -> None:
+        """Take the gradients into account that are there; of sharded ones this rank's part."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if gradients:
+            own = [gradient.to_local() if hasattr(gradient, "to_local") else gradient for gradient in gradients]
+            norm = torch.stack(torch._foreach_norm(own)).max()
+            self.norm = norm if self.norm is None else torch.maximum(self.norm, norm)
+
+    def guard(self, parameters: Iterable[Tensor]) -> None:
+        """Look at the gradients, and keep them from the update if they or the loss are not finite.
+
+        On a CPU they are dropped, and the update leaves weights and moments as they are. Elsewhere that would have to
+        wait for the device in each step: there they are zero, so that the moments decay and the update is theirs.
+        """
+        held = [parameter for parameter in parameters if parameter.grad is not None]
+        self.look(held)
+        finite = self.values.isfinite().all()
+        if finite.device.type != "cpu":
+            for parameter in held:
+                parameter.grad.masked_fill_(~finite, 0.0)  # type: ignore[union-attr]
+        elif not finite:
+            for parameter in held:
+                parameter.grad = None

@@ -1,0 +1,145 @@
+"""Ctrl-C and SIGTERM, from the first line of the program to its last: a message, nothing half-written, 130 or 143.
+
+The handler raises nothing: an exception that starts inside an import, a destructor or a callback from C is lost
+there, or ends as a traceback. It ends the process itself, unless something has asked to end it in order (`defer_to`).
+Standard library only: this is imported before anything that takes time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+LEADER = "LEANBERT_LEADER"
+"""Environment variable with the process that answers a signal for those that it has started (ranks, a plan)."""
+
+temporary: set[str] = set()
+"""Files and folders that are being written, to be removed when a signal ends the process."""
+
+
+class _State:
+    installed = False
+    hint = ""
+    receiver: Callable[[int], None] | None = None
+
+
+def install() -> Callable[[], None]:
+    """Take over the signals and return what gives them back; outside the main thread Python does not allow it."""
+    if threading.current_thread() is not threading.main_thread():
+        return nothing
+    leader, installed = os.environ.get(LEADER), _State.installed
+    if not follows():
+        os.environ[LEADER] = str(os.getpid())
+    previous = handlers()
+    for number in SIGNALS:
+        signal.signal(number, _receive)
+    _State.installed = True
+
+    def restore() -> None:
+        give_back(previous)
+        _State.installed = installed
+        os.environ.pop(LEADER)
+        if leader is not None:
+            os.environ[LEADER] = leader
+
+    return restore
+
+
+def nothing() -> None:
+    """Do nothing: what is to be given back where nothing was taken."""
+
+
+def handlers() -> dict[signal.Signals, Any]:
+    """Return who answers the signals."""
+    return {number: signal.getsignal(number) for number in SIGNALS}
+
+
+def give_back(previous: dict[signal.Signals, Any]) -> None:
+    """Let those answer who did when `handlers` was called."""
+    for number, handler in previous.items():
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(number, handler)
+
+
+def follows() -> bool:
+    """Return whether the process that started this one answers signals for it."""
+    return os.environ.get(LEADER) == str(os.getppid())
+
+
+def hint(text: str) -> None:
+    """Set what the last message says after the signal's name."""
+    _State.hint = text
+
+
+def defer_to(receiver: Callable[[int], None] | None) -> None:
+    """Give the next signal to `receiver`, which sees to the end; None: a signal ends the process at once."""
+    _State.receiver = receiver
+
+
+def write(line: str) -> None:
+    """Write a line to standard error past its buffer, which the signal may have found in use."""
+    with contextlib.suppress(OSError):
+        start = "\n" if os.isatty(2) else ""  # below a progress bar
+        os.write(2, f"{start}{line}\n".encode(errors="replace"))
+
+
+def _receive(number: int, frame: Any) -> None:
+    receiver, _State.receiver = _State.receiver, None
+    if receiver is not None:
+        receiver(number)
+    elif not follows():
+        _end(number)
+
+
+def _end(number: int) -> None:
+    """End this process and those that it has started."""
+    for other in {*SIGNALS, getattr(signal, "SIGCHLD", signal.SIGINT)}:  # torch raises when a worker's death is told
+        signal.signal(other, signal.SIG_IGN)
+    _kill_children()
+    for path in list(temporary):
+        remove(path)
+    write(f"Stopped by {signal.Signals(number).name}. {_State.hint}".rstrip())
+    os._exit(128 + number)
+
+
+def _kill_children() -> None:
+    psutil: Any = sys.modules.get("psutil")  # not imported: nothing has been started
+    tracker: Any = sys.modules.get("multiprocessing.resource_tracker")  # removes the semaphores, and ends by itself
+    spared = getattr(getattr(tracker, "_resource_tracker", None), "_pid", None)
+    if hasattr(psutil, "Process"):
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if child.pid != spared:
+                        child.kill()
+
+
+def remove(path: str | os.PathLike[str]) -> None:
+    """Remove a file or a folder, whichever it is, if it is there."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _in_forked_process() -> None:
+    # A worker: Ctrl-C, which a terminal sends to all processes, is for the one that it works for.
+    if _State.installed:
+        temporary.clear()
+        _State.receiver, _State.installed = None, False
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_forked_process)
