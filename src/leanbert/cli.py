@@ -253,14 +253,13 @@ class CLI(LightningCLI):
         returns = any(isinstance(callback, ReturnFreedPages) for callback in callbacks)
         (return_freed_pages if returns else keep_freed_pages)()  # before preparation, which frees much
         if self.checkpoint is None:
-            if self.subcommand != "fit" and self.model.init_from is not None:
+            if self.model.init_from is not None:
                 self._adopt_start(self.model.init_from)
             return
         stored = self.checkpoint["leanbert"]
         path, resumes = self._settings["ckpt_path"], self.subcommand == "fit"
         self.datamodule.take_tokenizers(path, stored, resumes=resumes)
-        if stored.get("data"):
-            self.datamodule.adopt(stored["data"])
+        self.datamodule.adopt({"max_length": stored["max_length"], **stored.get("data", {})})
         if self.subcommand == "fit" and self.model.init_from is None:
             self.model.shrinks = any(isinstance(callback, StructuredPruning) for callback in callbacks)
             self.model.resume_from(stored)  # before anything in the run's folder is touched
@@ -268,19 +267,20 @@ class CLI(LightningCLI):
             self.model.encoder_config = EncoderConfig(**stored["encoder"])
             self.model.adopt(stored.get("model", {}))
         self.model.init_from = None
-        if self.subcommand != "fit":
-            self.datamodule.hparams["max_length"] = stored["max_length"]
         self.resumed_step = self.checkpoint["global_step"]
         self.checkpoint = None  # Lightning has it
 
     def _adopt_start(self, source: str) -> None:
-        """Take architecture, labels and the like from a model that is used, or planned for, as it is."""
+        """Take architecture, labels and the like from a model that is used as it is, or that training starts from."""
         stored = read_architecture(Path(source))
-        config = starting_config(self.model.encoder_config, stored)
-        self.model.encoder_config = EncoderConfig(**asdict(config))
+        trains = self.subcommand in ("fit", "prepare", "plan")
+        if self.subcommand != "fit":  # which reads it with the weights
+            config = starting_config(self.model.encoder_config, stored)
+            self.model.encoder_config = EncoderConfig(**asdict(config))
         if stored.task == self.model.name:
-            self.datamodule.adopt(stored.facts)
-            self.model.adopt(stored.facts)
+            (self.datamodule.start_from if trains else self.datamodule.adopt)(stored.facts)
+            if self.subcommand != "fit":
+                self.model.adopt(stored.facts)
         elif self.subcommand == "predict":
             raise UserError(
                 f"model.init_from: a model of task {stored.task}, which has nothing of {self.model.name} learnt. "

@@ -15,7 +15,7 @@ RECORDS = [
 ]
 
 
-def data_of(tmp_path, records=RECORDS, val=None, **settings):
+def data_of(tmp_path, records=RECORDS, val=None, setup=True, **settings):
     paths = {}
     for part, some in (("train", records), ("val", val or records)):
         paths[f"{part}_files"] = str(tmp_path / f"{part}.jsonl")
@@ -23,7 +23,8 @@ def data_of(tmp_path, records=RECORDS, val=None, **settings):
     data = ClassificationData(
         **paths, **{"vocab_size": 40, "max_length": 16, "batch_size": 1, "cache_dir": str(tmp_path / "c"), **settings}
     )
-    data.setup("fit")
+    if setup:
+        data.setup("fit")
     return data
 
 
@@ -70,7 +71,7 @@ def test_pairs_have_segments_and_the_longer_text_is_cut():
         (
             {"text": "a", "label": "high"},
             {"problem": "regression"},
-            r"train\.jsonl:1: field \"label\" is 'high', no num",
+            r'train\.jsonl:1: "high" is no finite number',
         ),
     ],
 )
@@ -82,3 +83,88 @@ def test_bad_records_name_file_and_line(tmp_path, record, settings, message):
 def test_an_unknown_label_in_evaluation_is_named(tmp_path):
     with pytest.raises(UserError, match=r"val\.jsonl:1: label 'odd' is not among the 2 of the training examples"):
         data_of(tmp_path, val=[{"text": "a", "label": "odd"}])
+
+
+def batch_of(data, part="val"):
+    return data.evaluation_rows(part)[np.arange(data.packing(part).rows)]
+
+
+@pytest.mark.parametrize("labels", [["neg", "pos"], ["neg", "odd", "pos"]])
+def test_the_labels_of_a_checkpoint_number_those_of_all_parts(tmp_path, labels):
+    assert batch_of(data_of(tmp_path, max_length=24)).targets.tolist() == [[0, 1, 0]]
+    data = data_of(tmp_path, max_length=24, setup=False)  # the caches are those of before
+    data.adopt({"labels": labels})
+    data.setup("fit")
+    assert data.labels == labels
+    expected = [labels.index(label) for label in ("pos", "neg", "pos")]
+    assert batch_of(data).targets.tolist() == [expected]
+    assert sorted(batch_of(data, "train").targets.flatten().tolist()) == sorted(expected)
+    assert data.facts() == {"max_length": 24, "problem": "single", "labels": labels}
+
+
+def test_several_labels_are_numbered_by_the_checkpoint_too(tmp_path):
+    several = [{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": ["y"]}]
+    data = data_of(tmp_path, several, problem="multi", max_length=24, setup=False)
+    data.adopt({"labels": ["z", "y", "x"], "problem": "multi"})
+    data.setup("fit")
+    assert batch_of(data).targets[0, :2].tolist() == [[0, 1, 1], [0, 1, 0]]
+
+
+def test_a_training_label_that_the_checkpoint_does_not_know_is_named(tmp_path):
+    data = data_of(tmp_path, setup=False)
+    data.adopt({"labels": ["pos", "odd"]})
+    message = r"train\.jsonl:2: label 'neg' is not among the 2 of the model \(pos, odd\)"
+    with pytest.raises(UserError, match=message):
+        data.setup("fit")
+
+
+def test_settings_that_a_checkpoint_fixes_replace_others_with_a_line(tmp_path, capsys):
+    data = data_of(tmp_path, max_length=24, problem="multi", setup=False)
+    data.adopt({"labels": ["pos", "neg"], "problem": "single", "max_length": 16})
+    assert (data.hparams["max_length"], data.problem) == (16, "single")
+    assert capsys.readouterr().err.splitlines() == [
+        "data.max_length: 16, as the model was trained, not 24",
+        "data.problem: single, as the model was trained, not multi",
+    ]
+
+
+def test_the_head_of_a_model_to_start_from_is_kept_where_it_knows_all_labels(tmp_path, capsys):
+    data = data_of(tmp_path, setup=False)
+    data.start_from({"labels": ["odd", "neg", "pos"]})
+    data.setup("fit")
+    assert data.labels == ["odd", "neg", "pos"]
+    assert batch_of(data).targets.flatten().tolist()[:2] == [2, 1]
+    data = data_of(tmp_path, setup=False)
+    data.start_from({"labels": ["odd", "pos"]})
+    data.setup("fit")
+    assert data.labels == ["pos", "neg"]
+    assert "model.init_from: does not know neg, so its output layer is made anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("problem", ["single", "multi"])
+def test_labels_that_tell_nothing_apart_are_refused(tmp_path, problem):
+    records = [{"text": "a", "label": "spam" if problem == "single" else []}] * 2
+    found = r'one label \("spam"\)' if problem == "single" else "no label"
+    with pytest.raises(UserError, match=rf"the training examples have {found}, nothing to tell apart"):
+        data_of(tmp_path, records, problem=problem)
+
+
+def test_names_of_labels_that_are_numbers(tmp_path):
+    records = [{"text": "a", "label": 1}, {"text": "b", "label": "0"}, {"text": "c", "label": "good"}]
+    assert data_of(tmp_path, records, label_names=["bad", "good"]).labels == ["good", "bad"]
+    with pytest.raises(
+        UserError, match=r"train\.jsonl:1: label '2' is neither a name nor a number of the 2 of data\.l"
+    ):
+        data_of(tmp_path, [{"text": "a", "label": 2}], label_names=["bad", "good"])
+
+
+def test_a_yes_or_no_to_each_label(tmp_path):
+    records = [
+        {"text": "a", "label": [0, 1, 0]},
+        {"text": "b", "label": [1.0, 0.0, 0.0]},
+        {"text": "c", "label": "[1, 1, 0]"},
+    ]
+    data = data_of(tmp_path, records, problem="multi", max_length=24)
+    assert data.labels == ["0", "1", "2"]  # also the last, which is never given
+    assert batch_of(data).targets[0].tolist() == [[0, 1, 0], [1, 0, 0], [1, 1, 0]]
+    assert data_of(tmp_path, records, problem="multi", label_names=["a", "b", "c"]).labels == ["a", "b", "c"]

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from leanbert.data.bio import check_bio, spans
+from leanbert.data.bio import TagReader, spans
 from leanbert.data.synthetic import synthetic_roles, synthetic_translation
 from leanbert.data.synthetic_translation import ADJECTIVES, NOUNS
 
@@ -88,7 +88,7 @@ def test_labels_are_legal_and_mark_the_predicate(roles):
         for row in rows:
             tokens, labels = row["tokens"], row["labels"]
             assert len(tokens) == len(labels)
-            assert check_bio(labels) is None
+            assert TagReader().read("", labels) == labels
             assert [index for index, label in enumerate(labels) if label.endswith("-V")] == [row["predicate"]]
             roles_found = [span.role for span in spans(labels)]
             assert len(set(roles_found)) == len(roles_found)  # one argument of a role

@@ -20,7 +20,7 @@ def write(path, records):
     return str(path)
 
 
-def role_data(tmp_path, records=RECORDS, **settings):
+def role_data(tmp_path, records=RECORDS, setup=True, **settings):
     file = write(tmp_path / "train.jsonl", records)
     defaults = {
         "val_files": file,
@@ -30,7 +30,8 @@ def role_data(tmp_path, records=RECORDS, **settings):
         "cache_dir": str(tmp_path / "c"),
     }
     data = SemanticRoleData(train_files=file, **{**defaults, **settings})
-    data.setup("fit")
+    if setup:
+        data.setup("fit")
     return data
 
 
@@ -122,3 +123,112 @@ def test_a_missing_field_is_named(tmp_path, field):
     record = {name: value for name, value in RECORDS[0].items() if name != field}
     with pytest.raises(UserError, match=rf'train\.jsonl:1: no field "{field}"'):
         role_data(tmp_path, [record])
+
+
+def tagged(tmp_path, text, name="eng.conll", **settings):
+    """Return the words and tags of a file with this text."""
+    path = tmp_path / name
+    path.write_text(text)
+    data = TokenLabelData(train_files=str(path), **settings)
+    return [(" ".join(sentence.tokens), " ".join(labels)) for _, sentence, labels in data.read([str(path)], 0.0, 1.0)]
+
+
+CONLL_2003 = """-DOCSTART- -X- -X- O
+
+Mira NNP I-NP I-PER
+Holt NNP I-NP I-PER
+left VBD I-VP O
+Varna NNP I-NP I-LOC
+
+Anna NNP I-NP I-PER
+Ben NNP I-NP B-PER
+"""
+
+
+@pytest.mark.parametrize("name", ["eng.conll", "eng.train", "train.txt"])
+def test_conll_2003_as_it_is_distributed(tmp_path, capsys, name):
+    assert tagged(tmp_path, CONLL_2003, name) == [
+        ("Mira Holt left Varna", "B-PER I-PER O B-LOC"),
+        ("Anna Ben", "B-PER B-PER"),
+    ]
+    assert f"{tmp_path / name}: tags are IOB1, and read as the spans that they mean\n" == capsys.readouterr().err
+
+
+def test_each_file_has_a_scheme_of_its_own(tmp_path):
+    (tmp_path / "other.conll").write_text("Rome NNP B-LOC\n")
+    (tmp_path / "eng.conll").write_text("Rome NNP I-LOC\n")
+    data = TokenLabelData(train_files=str(tmp_path / "*.conll"))
+    assert [labels for _, _, labels in data.read([str(tmp_path / "*.conll")], 0.0, 1.0)] == [["B-LOC"], ["B-LOC"]]
+
+
+def test_tags_that_are_numbers_have_names(tmp_path):
+    record = '{"tokens": ["Ada", "left"], "labels": [1, 0]}\n'
+    assert tagged(tmp_path, record, "a.jsonl", label_names=["O", "B-PER"]) == [("Ada left", "B-PER O")]
+    assert tagged(tmp_path, "Ada 1\nleft 0\n", label_names=["O", "B-PER"]) == [("Ada left", "B-PER O")]
+    with pytest.raises(UserError, match=r"a\.jsonl:1: tag 1 is a number\. Set data\.label_names"):
+        tagged(tmp_path, record, "a.jsonl")
+    with pytest.raises(UserError, match=r"eng\.conll:1: tag 0 is \"1\"\..*data\.label_names"):
+        tagged(tmp_path, "Ada 1\nleft 0\n")
+    with pytest.raises(
+        UserError, match=r"a\.jsonl:1: label 1 is neither a name nor a number of the 1 of data\.label_names"
+    ):
+        tagged(tmp_path, record, "a.jsonl", label_names=["O"])
+    with pytest.raises(UserError, match=r"a\.jsonl:1: True is no tag"):
+        tagged(tmp_path, '{"tokens": ["Ada"], "labels": [true]}\n', "a.jsonl")
+
+
+def test_data_sets_and_their_parquet_files_bring_the_names_of_tags(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    names = datasets.ClassLabel(names=["O", "B-PER"])
+    features = datasets.Features(
+        {"tokens": datasets.Sequence(datasets.Value("string")), "ner_tags": datasets.Sequence(names)}
+    )
+    rows = {"tokens": [["Ada", "left"], ["Bye"]], "ner_tags": [[1, 0], [0]]}
+    made = datasets.Dataset.from_dict(rows, features=features)
+    made.save_to_disk(str(tmp_path / "set"))
+    made.to_parquet(str(tmp_path / "a.parquet"))
+    for file in (f"hf:{tmp_path / 'set'}", str(tmp_path / "a.parquet")):
+        data = TokenLabelData(train_files=file, labels_field="ner_tags")
+        assert [labels for _, _, labels in data.read([file], 0.0, 1.0)] == [["B-PER", "O"], ["O"]]
+
+
+def test_lists_that_pandas_wrote_are_read(tmp_path):
+    text = "tokens,labels\n\"['Ada', 'left']\",\"['B-PER', 'O']\"\n"
+    assert tagged(tmp_path, text, "a.csv") == [("Ada left", "B-PER O")]
+
+
+def test_a_checkpoint_numbers_the_tags_of_all_parts(tmp_path):
+    labels = ["O", "B-V", "I-A1", "B-A1", "I-A0", "B-A0", "B-PRED"]
+    first = role_data(tmp_path)
+    data = role_data(tmp_path, setup=False)
+    data.adopt({"labels": labels, "mark": "tokens"})
+    data.setup("fit")
+    assert data.cache("val").folder == first.cache("val").folder
+    for part in ("train", "val"):
+        ours, theirs = (each._rows(part, None)[np.asarray([0])].targets for each in (data, first))
+        spelled = [
+            [each.labels[tag] for tag in tags[tags != IGNORED]] for each, tags in ((data, ours), (first, theirs))
+        ]
+        assert spelled[0] == spelled[1]
+    data = role_data(tmp_path, setup=False)
+    data.adopt({"labels": labels[:-1]})
+    with pytest.raises(UserError, match=r"train\.jsonl:\d: label 'B-PRED' is not among the 6 of the model \(O, B-V"):
+        data.setup("fit")
+    data = role_data(tmp_path, setup=False, mark="segments", find_predicates=False)
+    data.adopt({"labels": labels, "mark": "tokens", "find_predicates": True})
+    assert (data.mark, data.hparams["find_predicates"]) == ("tokens", True)
+
+
+def test_labels_that_only_evaluation_has_are_named(tmp_path, capsys):
+    val = [{"tokens": ["He", "left"], "predicate": 1, "labels": ["B-A9", "B-V"]}]
+    role_data(tmp_path, val_files=write(tmp_path / "val.jsonl", val))
+    assert (
+        "data.val_files: B-A9 not among the labels of the training examples: count as missed" in capsys.readouterr().err
+    )
+
+
+def test_tags_of_one_kind_are_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"tokens": ["a", "b"], "labels": ["O", "O"]}])
+    data = TokenLabelData(train_files=path, val_files=path, cache_dir=str(tmp_path / "c"))
+    with pytest.raises(UserError, match=r'the training examples have one label \("O"\), nothing to tell apart'):
+        data.setup("fit")

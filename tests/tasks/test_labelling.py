@@ -1,16 +1,30 @@
 """The tasks of labels, trained through the command line's own code on small made-up sets."""
 
 import json
+from random import Random
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from seqeval.metrics.v1 import precision_recall_fscore_support
+from seqeval.scheme import IOB2
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
+from torchmetrics.functional.classification import binary_f1_score, multilabel_exact_match, multilabel_f1_score
 
 from leanbert.cli import CLI, quiet_libraries
 from leanbert.data.synthetic import synthetic_roles
+from leanbert.data.words import SemanticRoleData, TokenLabelData
+from leanbert.errors import UserError
+from leanbert.tasks.classification import TextClassification, multilabel_scores
 from leanbert.tasks.labelling import Labelling
-from leanbert.tasks.tagging import bracketed, sentences_of
+from leanbert.tasks.tagging import (
+    SemanticRoleLabelling,
+    TokenClassification,
+    bracketed,
+    sentences_of,
+)
 from tests.training import scalars
 
 TINY = [
@@ -144,9 +158,142 @@ def test_the_criterion_is_that_of_torch(problem):
 def test_documents_of_packed_rows_come_apart():
     guesses, truths = torch.tensor([[1, 2, 3, -100]]), torch.tensor([[4, 5, 6, -100]])
     documents = torch.tensor([[0, 1, 1, -1]])
-    assert list(sentences_of(guesses, truths, documents)) == [([1], [4]), ([2, 3], [5, 6])]
+    assert list(sentences_of(guesses, truths, documents)) == [([1], [4], []), ([2, 3], [5, 6], [])]
+    cut = [[[], [7], [8]]]  # of the last document no word did fit
+    found = list(sentences_of(guesses, truths, documents, cut))
+    assert found == [([1], [4], []), ([2, 3], [5, 6], [7]), ([], [], [8])]
 
 
 def test_spans_in_brackets():
     labels = ["B-ARG0", "I-ARG0", "B-V", "O"]
     assert bracketed(["The", "cook", "eats", "."], labels) == "[ARG0 The cook] [V eats] ."
+
+
+def scores_of_a_perfect_model(monkeypatch, task, data, part="val"):
+    """Return what a task says of a model that gives each word that it reads its true tag."""
+    monkeypatch.setattr(type(task), "_data", data)
+    task.model = SimpleNamespace(labels=data.labels)
+    task.build_metrics()
+    batch = data.evaluation_rows(part)[np.arange(data.packing(part).rows)]
+    sure = F.one_hot(batch.targets.clamp(min=0), len(data.names(part)))[..., : len(data.labels)].float()
+    return task.evaluate(part, [task.kept(sure, batch)])
+
+
+def word_data(folder, kind, records, **settings):
+    (folder / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    file = str(folder / "a.jsonl")
+    data = kind(train_files=file, val_files=file, vocab_size=60, cache_dir=str(folder / "cache"), **settings)
+    data.setup("fit")
+    return data
+
+
+@pytest.mark.parametrize("length", [8, 10, 32])
+def test_spans_of_words_that_were_cut_count_as_missed(tmp_path, monkeypatch, capsys, length):
+    random = Random(5)
+    records = []
+    for _ in range(30):
+        words = random.randint(1, 14)
+        tags = ["O"]
+        for _ in range(words):
+            inside = [f"I-{tags[-1][2:]}"] if tags[-1] != "O" else []
+            tags.append(random.choice(["O", "B-X", "B-Y", *inside, *inside]))
+        records.append({"tokens": random.choices("abcdefg", k=words), "labels": tags[1:]})
+    data = word_data(tmp_path, TokenLabelData, records, max_length=length)
+    found = scores_of_a_perfect_model(monkeypatch, TokenClassification(), data)
+    read = length - 2  # one piece a word, [CLS] and [SEP]
+    gold = [record["labels"] for record in records]
+    guess = [tags[:read] + ["O"] * len(tags[read:]) for tags in gold]
+    expected = precision_recall_fscore_support(gold, guess, average="micro", scheme=IOB2, mode="strict")
+    assert [found[name] for name in ("precision", "recall", "f1")] == pytest.approx(expected[:3])
+    cut = sum(len(tags[read:]) for tags in gold)
+    assert found.get("cut_words", 0) == cut
+    assert (found["f1"] == 1.0) == (cut == 0) == (length == 32)
+    told = f"data.val_files: {cut} words of them are not read: their spans count as missed"
+    assert (told in capsys.readouterr().err.splitlines()) == (cut > 0)
+
+
+def test_arguments_of_words_that_were_cut_count_as_missed(tmp_path, monkeypatch):
+    tokens = list("abcdefgh")
+    labels = ["B-A0", "B-V", "B-A1", "I-A1", "O", "O", "B-A2", "I-A2"]
+    record = {"tokens": tokens, "predicate": 1, "labels": labels}
+    data = word_data(tmp_path, SemanticRoleData, [record], max_length=9, find_predicates=False)
+    found = scores_of_a_perfect_model(monkeypatch, SemanticRoleLabelling(), data)
+    assert (found["f1"], found["precision"], found["recall"]) == pytest.approx((0.8, 1.0, 2 / 3))
+    assert found["f1_role/(other roles)"] == 0.0  # A2 is in no word that training reads
+    assert found["cut_words"] == 3
+    labels[4:] = ["O", "O", "O", "B-C-A1"]  # a piece of A1 that was cut: the argument is not whole
+    data = word_data(tmp_path, SemanticRoleData, [record], max_length=9, find_predicates=False)
+    found = scores_of_a_perfect_model(monkeypatch, SemanticRoleLabelling(), data)
+    assert (found["f1"], found["f1_role/A1"]) == (0.5, 0.0)
+
+
+def test_a_rank_without_sentences_or_texts_evaluates_too(tmp_path, monkeypatch, recwarn):
+    records = [
+        {"tokens": ["a"], "predicate": 0, "labels": ["B-V"]},
+        {"tokens": ["b", "a"], "predicate": 1, "labels": ["B-A", "B-V"]},
+    ]
+    data = word_data(tmp_path, SemanticRoleData, records, max_length=8)
+    monkeypatch.setattr(SemanticRoleLabelling, "_data", data)
+    task = SemanticRoleLabelling()
+    task.model = SimpleNamespace(labels=data.labels)
+    task.build_metrics()
+    assert task.evaluate("val", [])["f1"] == 0.0
+    texts_task = TextClassification()
+    texts_task.model = SimpleNamespace(labels=["x", "y"])
+    texts_task.problem = "single"
+    here = (torch.tensor([0, 1]), torch.tensor([0, 0]))  # of the other rank
+    monkeypatch.setattr(texts_task, "gather_over_ranks", lambda kept: [*kept, here])
+    assert texts_task.evaluate("val", [])["accuracy"] == 0.5
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("labels", [1, 4])
+def test_scores_of_several_labels_are_those_of_torchmetrics(labels):
+    torch.manual_seed(0)
+    guesses, truths = torch.rand(50, labels) > 0.6, torch.rand(50, labels) > 0.5
+    guesses[:, 3:], truths[:, 3:] = False, False  # a label that nobody gives
+    found = multilabel_scores(guesses, truths)
+    if labels == 1:  # which torchmetrics refuses
+        expected = {"f1": binary_f1_score(guesses[:, 0].long(), truths[:, 0].long())}
+        expected |= {"f1_macro": expected["f1"], "accuracy": (guesses == truths).float().mean()}
+    else:
+        given = (guesses.long(), truths.long(), labels)
+        expected = {
+            f"f1{'_macro' * (kind == 'macro')}": multilabel_f1_score(*given, average=kind)
+            for kind in ("micro", "macro")
+        }
+        expected["accuracy"] = multilabel_exact_match(*given)
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(
+        {name: float(value) for name, value in expected.items()}
+    )
+
+
+def test_a_resumed_run_numbers_labels_as_its_checkpoint_does(tmp_path, capsys):
+    fast = ["--model.optimizer.lr=0.01", "--model.schedule.name=constant", "--trainer.val_check_interval=40"]
+    texts(tmp_path, 40, *fast)
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    files = [f"--data.{part}_files={tmp_path / part}.jsonl" for part in ("train", "val")]
+    again = [*files, *fast, "--data.batch_size=4"]
+    more = ["--ckpt_path=last", "--trainer.max_steps=41"]
+    values = scalars(run(tmp_path, "fit", "classification", *again, *more, "--data.max_length=64"))
+    assert values["val/accuracy"][41] == 1.0
+    assert "data.max_length: 48, as the model was trained, not 64" in capsys.readouterr().err
+    start = [f"--model.init_from={last(tmp_path)}", "--trainer.max_steps=1"]
+    values = scalars(run(tmp_path, "fit", "classification", *again, *start))
+    assert values["val/accuracy"][0] == 1.0  # the head is that of before
+    path.write_text(path.read_text() + '{"text": "a film", "label": "odd"}\n')
+    with pytest.raises(UserError, match=r"train\.jsonl:49: label 'odd' is not among the 2 of the model \(pos, neg\)"):
+        run(tmp_path, "fit", "classification", *again, *more)
+    capsys.readouterr()
+    run(tmp_path, "validate", "classification", files[1], "--ckpt_path=last")  # training files are not read
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert answers[-1]["val/accuracy"] == 1.0
+
+
+def last(folder):
+    """Return the newest checkpoint of the newest run."""
+    runs = sorted(
+        (folder / "runs" / "classification").iterdir(), key=lambda path: int(path.name.removeprefix("version_"))
+    )
+    return max((runs[-1] / "checkpoints").glob("step-*.ckpt"))

@@ -6,7 +6,7 @@ Letters: B rows, S row length, M targets per row.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 import torch
@@ -74,7 +74,8 @@ class LabelledBatch(Batch):
 
     `input_ids`, `position_ids`, `document_ids` (the example's number in the row, -1: padding) and `segment_ids` are
     int64 [B, S]; `target_index` is int64 [B, M], ascending in each row. `targets` is int64 [B, M], -100 where a slot is
-    unused, or float32 [B, M, L] (several labels, or numbers), NaN where it is.
+    unused, or float32 [B, M, L] (several labels, or numbers), NaN where it is. Where words did not fit, `cut` has for
+    each row the labels of such words by example.
     """
 
     input_ids: Tensor
@@ -83,6 +84,7 @@ class LabelledBatch(Batch):
     segment_ids: Tensor
     target_index: Tensor
     targets: Tensor
+    cut: list[list[list[int]]] = field(default_factory=list)
 
 
 @dataclass

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from leanbert.errors import UserError
+
 OUTSIDE = "O"
 PREDICATE = "V"
 """Role of the predicate that the arguments belong to."""
@@ -28,20 +30,54 @@ class Argument(NamedTuple):
     pieces: tuple[tuple[int, int], ...]
 
 
-def check_bio(labels: Sequence[str]) -> str | None:
-    """Say what is wrong with the first tag that is not legal in BIO (IOB2); None if all are.
+class TagReader:
+    """Reads the tags of the sentences of a file as BIO (IOB2), whichever of the usual schemes they are in.
 
-    Legal are O, B-x and I-x, the last only after B-x or I-x of the same x. The words name the tag, its index and
-    the fix, so that a reader of files has only to put file and line before them.
+    - BIO: B-x begins a span, I-x goes on with it.
+    - IOB1, as CoNLL-2003 is distributed: I-x begins a span as well; B-x only one right after another x.
+    - IOBES, BILOU: E-x or L-x end a span, S-x or U-x is one of a single word.
+
+    A file is in one scheme: an I-x that begins a span is an error where others begin with B-x.
     """
-    before = OUTSIDE
-    for index, label in enumerate(labels):
-        if label != OUTSIDE and not role_of(label):
-            return f'tag {index} is "{label}". Tags are O, B-x or I-x, where x is a role'
-        if label.startswith("I-") and role_of(before) != role_of(label):
-            return f'tag {index} is "{label}" after "{before}". Begin the span with "B-{role_of(label)}"'
-        before = label
-    return None
+
+    def __init__(self) -> None:
+        self._begun = ""  # where B-x begins a span as it does not in IOB1, or a span is ended, or of one word
+        self._begun_inside = ""  # where I-x begins a span
+        self._letters = ""
+
+    @property
+    def scheme(self) -> str:
+        """Name of the scheme, as far as it was read."""
+        named = "BILOU" if self._letters in ("L", "U") else "IOBES"
+        return "IOB1" if self._begun_inside else named if self._letters else "BIO"
+
+    def read(self, place: str, labels: Sequence[str]) -> list[str]:
+        """Return the tags of a sentence in BIO.
+
+        Raises:
+            UserError: A tag is not legal. Names the `place`, the tag, its index and the fix.
+        """
+        found, inside, before = [], "", OUTSIDE  # the role that goes on; the last tag
+        for index, label in enumerate(labels):
+            letter, role = label[:1], label[2:] if label[1:2] == "-" else ""
+            if label != OUTSIDE and not (role and letter in "BIESLU"):
+                number = ". Set data.label_names to the names of numbers" if label.isdecimal() else ""
+                raise UserError(f'{place}: tag {index} is "{label}". Tags are O, B-x or I-x, where x is a role{number}')
+            at = f'{place}: tag {index} is "{label}" after "{before}"'
+            goes_on = letter in "IEL" and role == inside and bool(role)
+            if letter in "ESLU":
+                self._letters, self._begun = self._letters or letter, self._begun or place
+            elif letter == "B" and before[2:] != role:
+                self._begun = self._begun or place
+            if letter in "IEL" and not goes_on:
+                if letter != "I" or self._begun:
+                    raise UserError(f'{at}. Begin the span with "B-{role}"')
+                self._begun_inside = self._begun_inside or place
+            if self._begun and self._begun_inside:
+                raise UserError(f"{at}, but at {self._begun_inside} I- begins a span (IOB1). Use one scheme in a file")
+            found.append(label if not role else f"{'I' if goes_on else 'B'}-{role}")
+            inside, before = "" if letter in "OESLU" else role, label
+        return found
 
 
 def spans(labels: Sequence[str]) -> list[Span]:

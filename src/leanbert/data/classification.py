@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -12,12 +12,12 @@ from leanbert.data.batch import PredictBatch
 from leanbert.data.embedded import embedded_files
 from leanbert.data.example_data import Part
 from leanbert.data.examples import Example
-from leanbert.data.labelled import LabelledData, Problem
+from leanbert.data.labelled import LabelledData
+from leanbert.data.labels import LabelReader, Problem
 from leanbert.data.loading import PredictionInputs, in_batches, pad_rows
 from leanbert.data.records import prediction_texts, read_records, text_of
 from leanbert.data.sources import document_hash
 from leanbert.data.tokenizer import TextTokenizer
-from leanbert.errors import UserError
 
 ENCODED_TOGETHER = 1024
 """Texts that are given to the tokenizer at a time."""
@@ -28,13 +28,17 @@ class ClassificationData(LabelledData):
 
     Args:
         problem: single: each text has one of the labels; multi: any number of them, a list or a text with "," between
-            them; regression: a number, or a list of numbers.
+            them, or a list that says of each label whether it is given (1.0 or 0.0, true or false); regression: a
+            number, or a list of numbers.
         text_field: Field of the text.
         pair_field: Field of a second text, such as a hypothesis; unset: there is none.
         label_field: Field of the label or labels.
-        settings: See `ExampleData`.
+        settings: See `LabelledData`.
 
     """
+
+    fixed: ClassVar = (*LabelledData.fixed, "problem")
+    counts_unknown: ClassVar = False
 
     def __init__(
         self,
@@ -47,16 +51,11 @@ class ClassificationData(LabelledData):
         super().__init__(
             problem=problem, text_field=text_field, pair_field=pair_field, label_field=label_field, **settings
         )
-        self.problem = problem
 
-    def facts(self) -> dict[str, Any]:
-        """Return the labels and their kind."""
-        return {**super().facts(), "problem": self.problem}
-
-    def adopt(self, facts: dict[str, Any]) -> None:
-        """Take over the labels of a checkpoint, and their kind."""
-        super().adopt(facts)
-        self.problem = self.hparams["problem"] = facts.get("problem", self.problem)
+    @property
+    def problem(self) -> Problem:
+        """What kind of labels there are."""
+        return self.hparams["problem"]
 
     @property
     def slots(self) -> int:
@@ -68,9 +67,14 @@ class ClassificationData(LabelledData):
         return embedded_files("classification", cache_dir)
 
     def key(self, part: Part) -> list[Any]:
-        """Return the settings of reading and, for evaluation, the labels."""
-        names = ("problem", "text_field", "pair_field", "label_field")
-        return [*(self.hparams[name] for name in names), None if part == "train" else self.labels]
+        """Return the settings of reading."""
+        return [self.hparams[name] for name in ("problem", "text_field", "pair_field", "label_field", "label_names")]
+
+    def places(self, part: Part) -> Iterator[tuple[str, Sequence[str]]]:
+        """Yield ("file:line", labels) of the texts of a part."""
+        files = self.files(part)
+        reader = self._reader(files)
+        return ((place, reader.read(place, value)) for place, _, value in self._read(files, *self.held_out(part)))
 
     def texts(self, files: list[str]) -> Iterator[str]:
         """Yield both texts of each training example."""
@@ -80,15 +84,14 @@ class ClassificationData(LabelledData):
 
     def encode(self, files: list[str], part: Part, facts: dict[str, Any]) -> Iterator[Example]:
         """Yield the examples; `facts` get "labels" (and "cut", the number of texts that were cut)."""
-        known = {label: number for number, label in enumerate(self.labels)} if part != "train" else {}
-        facts["cut"] = 0
+        reader, facts["cut"] = self._reader(files), 0
         for batch in in_batches(self._read(files, *self.held_out(part)), ENCODED_TOGETHER):
             encoded = encode_texts([texts for _, texts, _ in batch], self.tokenizer, self.hparams["max_length"])
             for (place, _, value), (ids, segments, needed) in zip(batch, encoded, strict=True):
                 facts["cut"] += self.fit_length(place, needed)
-                targets = self._targets(place, value, known, part)
+                targets = reader.targets(place, value)
                 yield {"ids": ids, "segments": segments, "index": [0], "targets": targets}
-        facts["labels"] = list(known) if self.problem != "regression" else [self.hparams["label_field"]] * self._numbers
+        facts["labels"] = reader.labels
 
     def prediction_batches(self, files: list[str], batch_size: int) -> PredictionInputs:
         """Return texts, or pairs of them, between which a line has a tab."""
@@ -111,44 +114,18 @@ class ClassificationData(LabelledData):
             if low <= document_hash("\t".join(texts)) < high:
                 yield place, texts, record[label]
 
-    def _targets(self, place: str, value: Any, known: dict[str, int], part: Part) -> list[float]:
-        if self.problem == "regression":
-            numbers = _numbers(place, value, self.hparams["label_field"])
-            self._numbers = len(numbers)
-            return numbers
-        found = _labels(place, value, self.problem, self.hparams["label_field"])
-        for label in found:
-            if part == "train":
-                known.setdefault(label, len(known))
-            elif label not in known:
-                raise UserError(
-                    f"{place}: label {label!r} is not among the {len(known)} of the training examples "
-                    f"({', '.join(list(known)[:8])}). Correct it, or train with it"
-                )
-        return [known[label] for label in found]
+    def _reader(self, files: list[str]) -> LabelReader:
+        field, train = self.hparams["label_field"], self._given("train")
 
-    _numbers = 1
+        def values() -> Iterator[Any]:
+            return (value for some in (files, train) if some for _, _, value in self._read(some, 0.0, 1.0))
+
+        return LabelReader(self.problem, field, self.named, self.hparams["label_names"], values)
 
     @property
     def dtypes(self) -> dict[str, str]:  # type: ignore[override]
         """Columns of the cache: numbers are floats."""
         return {**LabelledData.dtypes, "targets": "float32" if self.problem == "regression" else "int32"}
-
-
-def _numbers(place: str, value: Any, field: str) -> list[float]:
-    try:
-        return [float(number) for number in (value if isinstance(value, list) else [value])]
-    except (TypeError, ValueError):
-        raise UserError(f'{place}: field "{field}" is {value!r}, no number. Correct it, or set data.problem') from None
-
-
-def _labels(place: str, value: Any, problem: Problem, field: str) -> list[str]:
-    if problem == "single":
-        if isinstance(value, list | dict) or str(value).strip() == "":
-            raise UserError(f'{place}: field "{field}" is {value!r}, no single label. Correct it, or set data.problem')
-        return [str(value)]
-    items = value if isinstance(value, list) else str(value).split(",")
-    return [str(item).strip() for item in items if str(item).strip()]
 
 
 def encode_texts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,8 +42,10 @@ def parquet_records(
     def rows() -> Iterator[Record]:
         with parquet.ParquetFile(path) as file:
             columns = columns_of(str(path), file.schema_arrow.names, wanted, optional)
+            features = _features_of(file.schema_arrow.metadata)
             for batch in file.iter_batches(batch_size=ROWS_TOGETHER, columns=columns):
-                yield from batch.to_pylist()
+                for row in batch.to_pylist():
+                    yield {name: with_names(value, features.get(name)) for name, value in row.items()}
 
     yield from _numbered(rows(), str(path), "not a readable parquet file", "Copy it again")
     report(path.stat().st_size)
@@ -95,13 +98,39 @@ def dataset_records(spec: str, wanted: Sequence[str], optional: Sequence[str] = 
     """Yield ("name, row N", record) of a Hugging Face data set, from its memory-mapped files."""
     dataset = open_dataset(spec)
     columns = columns_of(spec, dataset.column_names, wanted, optional)
+    features = dataset.features.to_dict()
 
     def rows() -> Iterator[Record]:
         for batch in dataset.select_columns(columns).iter(batch_size=ROWS_TOGETHER):
             for values in zip(*(batch[column] for column in columns), strict=True):
-                yield dict(zip(columns, values, strict=True))
+                yield {name: with_names(value, features[name]) for name, value in zip(columns, values, strict=True)}
 
     yield from _numbered(rows(), spec, "cannot be read", "Load it again")
+
+
+def with_names(value: Any, feature: Any) -> Any:
+    """Return a value with the names of class labels, also in lists, in place of their numbers; -1, none, is None.
+
+    `feature` describes the column as `datasets.Features.to_dict` does; None: nothing is known of it.
+    """
+    if isinstance(feature, list):
+        feature = {"feature": feature[0]}
+    if not isinstance(feature, dict):
+        return value
+    if isinstance(value, list):
+        return [with_names(item, feature.get("feature")) for item in value]
+    names = feature.get("names")
+    if not isinstance(names, list) or not isinstance(value, int) or value >= len(names):
+        return value
+    return names[value] if value >= 0 else None
+
+
+def _features_of(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:
+    """Return what a .parquet file that `datasets` wrote says of its columns."""
+    try:
+        return dict(json.loads((metadata or {})[b"huggingface"])["info"]["features"])
+    except (KeyError, TypeError, ValueError):
+        return {}
 
 
 def _numbered(rows: Iterable[Record], name: str, problem: str, fix: str) -> Iterator[tuple[str, Record]]:

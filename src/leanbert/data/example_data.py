@@ -113,12 +113,18 @@ class ExampleData(RowData):
     # ---- files, tokenizer, caches
 
     def prepare(self) -> Any:
-        """Make, or find, the tokenizer and the caches of training and validation examples."""
+        """Make, or find, the tokenizer and the caches of the examples."""
         if not self.caches:
             self.tokenizer = self._tokenizer()
-            for part in ("train", "val"):
-                self.caches[part] = self._build(part)
+            for part in self.parts:
+                self.cache(part)
         return self.caches
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What is prepared: all that training needs, or the part that is evaluated."""
+        evaluated: dict[Any, tuple[Part, ...]] = {"validate": ("val",), "test": ("test",)}
+        return evaluated.get(self.trainer and self.trainer.state.fn, ("train", "val"))
 
     def cache(self, part: Part) -> ExampleCache:
         """Return the examples of a part.
@@ -133,7 +139,7 @@ class ExampleData(RowData):
     def adopt_prepared(self) -> None:
         """Set tokenizer and statistics."""
         self.prepare()
-        self.statistics = {part: self._statistics(part) for part in ("train", "val")}
+        self.statistics = {part: self._statistics(part) for part in self.parts}
 
     def planned_vocabulary(self) -> int:
         """Return the size of the tokenizer, and prepare what a plan needs to know of the examples."""
@@ -201,10 +207,10 @@ class ExampleData(RowData):
         """Examples in a row, at most."""
         return int(self.hparams["max_length"])
 
-    def tell_cut(self, cut: int) -> None:
-        """Say how many examples were cut."""
-        if cut:
-            say(f"{cut:,} examples were longer than {self.limits} and were cut")
+    def tell(self, part: Part, facts: Mapping[str, Any]) -> None:
+        """Say what the `facts` of a part's cache have to say: how many examples were cut."""
+        if facts.get("cut"):
+            say(f"{facts['cut']:,} examples were longer than {self.limits} and were cut")
 
     @property
     def limits(self) -> str:
@@ -256,7 +262,7 @@ class ExampleData(RowData):
         cache = build_examples(
             key, self.dtypes, lambda facts: self.encode(files, part, facts), self.cache_folder, setting
         )
-        self.tell_cut(cache.facts.get("cut", 0))
+        self.tell(part, cache.facts)
         return cache
 
     def _digest(self, files: list[str]) -> str:

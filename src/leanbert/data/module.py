@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from leanbert.data.loading import PositionSampler
 from leanbert.data.tokenizer import TextTokenizer
 from leanbert.errors import UserError
+from leanbert.messages import say
 from leanbert.ranges import COUNT, PART, SEED, Range
 
 LENGTH = Range(least=8, whole=True)
@@ -54,6 +55,9 @@ class RowData(LightningDataModule):
     After `setup` there are `tokenizer` and `statistics` ("train" and "val"). The settings that all have are in
     `hparams`: `tokenizer`, `predict_files`, `max_length`, `batch_size`, `val_batch_size`, `num_workers`, `seed`.
     """
+
+    fixed: ClassVar[tuple[str, ...]] = ("max_length",)
+    """Settings that decide how text is encoded for the model: those of its checkpoint hold wherever it is used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,10 +107,18 @@ class RowData(LightningDataModule):
 
     def facts(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the data besides tokenizers: primitives, such as the labels' names."""
-        return {}
+        return {name: self.hparams[name] for name in self.fixed}
 
-    def adopt(self, facts: dict[str, Any]) -> None:
-        """Take over the `facts` of a checkpoint."""
+    def adopt(self, facts: Mapping[str, Any]) -> None:
+        """Take over the `facts` of the model that is used, and say which settings they replace."""
+        for name in self.fixed:
+            own, there = self.hparams[name], facts.get(name, self.hparams[name])
+            if own != there:
+                say(f"data.{name}: {there}, as the model was trained, not {own}")
+                self.hparams[name] = there
+
+    def start_from(self, facts: Mapping[str, Any]) -> None:
+        """Let the data suit a model of the same task, with these `facts`, that training starts from."""
 
     # ---- what Lightning asks for
 

@@ -130,6 +130,7 @@ class PairData(ExampleData):
 
     dtypes: ClassVar = {"source": "int32", "target": "int32"}
     lengths: ClassVar = ("source", "target")
+    fixed: ClassVar = (*ExampleData.fixed, "max_target_length")
 
     def __init__(
         self,

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from leanbert.data.batch import WordBatch
-from leanbert.data.bio import PREDICATE, TO_FIND, check_bio
-from leanbert.data.conll import read_columns, read_roles
+from leanbert.data.bio import PREDICATE, TO_FIND, TagReader
+from leanbert.data.conll import COLUMNS, DOCSTART, is_columns, read_columns, read_roles
 from leanbert.data.embedded import embedded_files
 from leanbert.data.example_data import Part
 from leanbert.data.examples import Example
 from leanbert.data.labelled import LabelledData
+from leanbert.data.labels import parse_list
 from leanbert.data.loading import PredictionInputs, in_batches, pad_rows
 from leanbert.data.readers import json_object
 from leanbert.data.records import Record, has_field, items_of, prediction_inputs, read_records, value_of
-from leanbert.data.sources import Skipped, document_hash
+from leanbert.data.sources import Corpus, Skipped, document_hash
 from leanbert.data.tokenizer import TextTokenizer
 from leanbert.errors import UserError
+from leanbert.messages import say, say_once
 from leanbert.models.loss import IGNORED
 from leanbert.ranges import WHOLE, Range
 
@@ -80,15 +83,18 @@ def _encode(
 
 
 class WordData(LabelledData):
-    """Sentences of words with a BIO tag each: what tagging and semantic role labelling share.
+    """Sentences of words with a tag each: what tagging and semantic role labelling share.
 
     Args:
         tokens_field: JSON field of the list of words.
         labels_field: JSON field of the list of tags.
         word_column: Column of the word in .conll files, counted from 0.
-        settings: See `ExampleData`.
+        settings: See `LabelledData`.
 
     """
+
+    dtypes: ClassVar = {**LabelledData.dtypes, "cut": "int32"}
+    counts_unknown: ClassVar = True
 
     def __init__(
         self, tokens_field: str = "tokens", labels_field: str = "labels", word_column: int = 0, **settings: Any
@@ -96,16 +102,23 @@ class WordData(LabelledData):
         WHOLE.check("data.word_column", word_column)
         super().__init__(tokens_field=tokens_field, labels_field=labels_field, word_column=word_column, **settings)
 
-    mark: Mark = "tokens"
+    @property
+    def mark(self) -> Mark:
+        """How the predicate is marked, if there is one."""
+        return "tokens"
 
     def embedded(self, cache_dir: Path) -> dict[Part, Path]:
         """Return synthetic sentences, whose roles are found without a predicate given."""
         return embedded_files("srl", cache_dir)
 
     def key(self, part: Part) -> list[Any]:
-        """Return the settings of reading and, for evaluation, the labels."""
-        names = ("tokens_field", "labels_field", "word_column")
-        return [*(self.hparams[name] for name in names), None if part == "train" else self.labels]
+        """Return the settings of reading, and whether words that do not fit count."""
+        names = ("tokens_field", "labels_field", "word_column", "label_names")
+        return [*(self.hparams[name] for name in names), part != "train"]
+
+    def places(self, part: Part) -> Iterator[tuple[str, Sequence[str]]]:
+        """Yield ("file:line", tags) of the sentences of a part."""
+        return ((place, labels) for place, _, labels in self.read(self.files(part), *self.held_out(part)))
 
     def texts(self, files: list[str]) -> Iterator[str]:
         """Yield each training sentence once."""
@@ -117,18 +130,28 @@ class WordData(LabelledData):
             last = sentence.tokens
 
     def encode(self, files: list[str], part: Part, facts: dict[str, Any]) -> Iterator[Example]:
-        """Yield the examples; `facts` get "labels", those "unknown" in training, and "cut", the sentences cut."""
-        known = {label: number for number, label in enumerate(self.labels)} if part != "train" else {}
-        trained, facts["cut"] = len(known), 0
+        """Yield the examples; `facts` get "labels", and how many sentences ("cut") and words ("cut_words") were cut."""
+        known: dict[str, int] = {}
+        facts["cut"] = facts["cut_words"] = 0
         for batch in in_batches(self.read(files, *self.held_out(part)), ENCODED_TOGETHER):
             sentences = [sentence for _, sentence, _ in batch]
             encoded = encode_sentences(sentences, self.tokenizer, self.hparams["max_length"], self.mark)
             for (place, _, labels), (ids, segments, index, needed) in zip(batch, encoded, strict=True):
                 facts["cut"] += self.fit_length(place, needed)
-                targets = [known.setdefault(label, len(known)) for label in labels[: len(index)]]
-                yield {"ids": ids, "segments": segments, "index": index, "targets": targets}
+                facts["cut_words"] += len(labels) - len(index)
+                used = labels if part != "train" else labels[: len(index)]  # those of training are not learnt
+                targets = [known.setdefault(label, len(known)) for label in used]
+                yield {
+                    "ids": ids, "segments": segments, "index": index, "targets": targets[: len(index)],
+                    "cut": targets[len(index) :],
+                }  # fmt: skip
         facts["labels"] = list(known)
-        facts["unknown"] = list(known)[trained:] if part != "train" else []
+
+    def tell(self, part: Part, facts: Mapping[str, Any]) -> None:
+        """Say how many sentences were cut, and what that does to the score."""
+        super().tell(part, facts)
+        if part != "train" and facts["cut_words"]:
+            say(f"data.{part}_files: {facts['cut_words']:,} words of them are not read: their spans count as missed")
 
     def prediction_batches(self, files: list[str], batch_size: int) -> PredictionInputs:
         """Return sentences: records and columns as of training, lines with spaces between words or a JSON object."""
@@ -143,8 +166,8 @@ class WordData(LabelledData):
 
     def _to_label(self, files: list[str]) -> Iterator[Sentence]:
         skipped = Skipped("data.predict_files")
-        for file in files:
-            if file.removesuffix(".gz").endswith(".conll"):
+        for file in _each("data.predict_files", files):
+            if is_columns(file):
                 for _, rows in read_columns([file], [self.hparams["word_column"]]):
                     yield Sentence([row[0] for row in rows])
                 continue
@@ -159,20 +182,40 @@ class WordData(LabelledData):
 
     def read(self, files: list[str], low: float, high: float) -> Iterator[tuple[str, Sentence, list[str]]]:
         """Yield ("file:line", sentence, tags) of the sentences whose text hashes to [low, high)."""
+        tags: dict[str, TagReader] = {}
         for place, sentence, labels in self._records(files):
+            if sentence.tokens == [DOCSTART]:
+                continue
+            self._check(place, sentence, labels)
+            file = re.sub(r"(:|, row )[0-9]+$", "", place)
+            bio = tags.setdefault(file, TagReader()).read(place, [self._tag(place, label) for label in labels])
             if low <= document_hash(" ".join(sentence.tokens)) < high:
-                self._check(place, sentence, labels)
-                yield place, sentence, labels
+                yield place, sentence, bio
+        for file, reader in tags.items():
+            if reader.scheme != "BIO":
+                say_once(f"{file}: tags are {reader.scheme}, and read as the spans that they mean")
 
-    def _records(self, files: list[str]) -> Iterator[tuple[str, Sentence, list[str]]]:
-        """Yield ("file:line", sentence, tags): those of .conll files first."""
-        columns = [file for file in files if file.removesuffix(".gz").endswith(".conll")]
+    def _records(self, files: list[str]) -> Iterator[tuple[str, Sentence, list[Any]]]:
+        """Yield ("file:line", sentence, tags as they are written): those of column files first."""
+        each = list(_each("data.train_files", files))
+        columns = [file for file in each if is_columns(file, (*COLUMNS, ".txt"))]
         yield from self._columns(columns)
         tokens, labels = self.hparams["tokens_field"], self.hparams["labels_field"]
-        if others := [file for file in files if file not in columns]:
+        if others := [file for file in each if file not in columns]:
             for place, record in read_records(others, "data.train_files", self.fields):
+                for field in (tokens, labels):
+                    if isinstance(record[field], str):
+                        record[field] = parse_list(record[field])
                 words = items_of(place, record, tokens, str)
-                yield place, self._sentence(place, words, record), items_of(place, record, labels, str)
+                yield place, self._sentence(place, words, record), _tags(place, record, labels)
+
+    def _tag(self, place: str, tag: Any) -> str:
+        """Return the name of a tag, which may be a number."""
+        if isinstance(tag, int) and not isinstance(tag, bool) and self.hparams["label_names"] is None:
+            raise UserError(f"{place}: tag {tag} is a number. Set data.label_names to the names of all, in their order")
+        if isinstance(tag, bool) or not isinstance(tag, int | str):
+            raise UserError(f"{place}: {tag!r} is no tag. Write a text, as B-PER, or a number (data.label_names)")
+        return self.named(place, tag)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -191,8 +234,6 @@ class WordData(LabelledData):
             raise UserError(f"{place}: a sentence without words. Remove it")
         if len(labels) != len(sentence.tokens):
             raise UserError(f"{place}: {len(labels)} labels for {len(sentence.tokens)} words. Give one for each")
-        if problem := check_bio(labels):
-            raise UserError(f"{place}: {problem}")
 
 
 class TokenLabelData(WordData):
@@ -203,7 +244,7 @@ class TokenLabelData(WordData):
         labels_field: JSON field of the list of tags.
         word_column: Column of the word in .conll files, counted from 0.
         label_column: Column of the tag in .conll files; negative ones count from the last.
-        settings: See `ExampleData`.
+        settings: See `LabelledData`.
 
     """
 
@@ -212,7 +253,7 @@ class TokenLabelData(WordData):
         super().__init__(label_column=label_column, **settings)
 
     def key(self, part: Part) -> list[Any]:
-        """Return the settings of reading and, for evaluation, the labels."""
+        """Return the settings of reading."""
         return [*super().key(part), self.hparams["label_column"]]
 
     def _columns(self, files: list[str]) -> Iterator[tuple[str, Sentence, list[str]]]:
@@ -234,9 +275,11 @@ class SemanticRoleData(WordData):
         word_column: Column of the word in .conll files, counted from 0: 3 in CoNLL-2012, 0 in CoNLL-2005.
         role_columns: First column of roles in .conll files, one column for each predicate, in brackets as (A0* and *).
         last_column: Whether the last column holds roles as well (CoNLL-2005), or coreference (CoNLL-2012).
-        settings: See `ExampleData`.
+        settings: See `LabelledData`.
 
     """
+
+    fixed: ClassVar = (*LabelledData.fixed, "mark", "find_predicates")
 
     def __init__(
         self,
@@ -253,19 +296,14 @@ class SemanticRoleData(WordData):
             predicate_field=predicate_field, mark=mark, find_predicates=find_predicates, word_column=word_column,
             role_columns=role_columns, last_column=last_column, **settings,
         )  # fmt: skip
-        self.mark = mark
 
-    def facts(self) -> dict[str, Any]:
-        """Return the labels, and how the predicate is marked."""
-        return {**super().facts(), "mark": self.mark}
-
-    def adopt(self, facts: dict[str, Any]) -> None:
-        """Take over the labels of a checkpoint, and how it marks the predicate."""
-        super().adopt(facts)
-        self.mark = self.hparams["mark"] = facts.get("mark", self.mark)
+    @property
+    def mark(self) -> Mark:
+        """How the predicate is marked."""
+        return self.hparams["mark"]
 
     def key(self, part: Part) -> list[Any]:
-        """Return the settings of reading and, for evaluation, the labels."""
+        """Return the settings of reading."""
         names = ("predicate_field", "mark", "find_predicates", "role_columns", "last_column")
         return [*super().key(part), *(self.hparams[name] for name in names)]
 
@@ -301,6 +339,21 @@ class SemanticRoleData(WordData):
             if f"B-{PREDICATE}" not in labels:
                 raise UserError(f"{place}: no (V*) in a column of roles. Set data.role_columns to the first of them")
             yield place, Sentence(words, labels.index(f"B-{PREDICATE}")), labels
+
+
+def _each(setting: str, files: Sequence[str]) -> Iterator[str]:
+    """Yield the files and data sets of patterns, and "-", in their order."""
+    for file in files:
+        corpus = None if file == "-" else Corpus((file,), setting=setting, suffixes=("",))
+        yield from ["-"] if corpus is None else [*map(str, corpus.files), *corpus.datasets]
+
+
+def _tags(place: str, record: Record, field: str) -> list[Any]:
+    """Return the tags of a sentence, names or numbers. Raises UserError, naming the `place`, if there are none."""
+    found = record[field]
+    if isinstance(found, list) and any(isinstance(tag, int) for tag in found):
+        return found
+    return items_of(place, record, field, str)
 
 
 def predicate_tags(words: int, predicates: set[int]) -> list[str]:

@@ -285,13 +285,13 @@ class Task(LightningModule):
         if self.logger is not None and not self.trainer.sanity_checking:
             self.logger.log_metrics(tagged, step=self.global_step)
 
-    def gather_over_ranks(self, tensor: Tensor) -> Tensor:
-        """Return the rows of all ranks' tensors [N, ...], of which each rank may have another number."""
+    def gather_over_ranks(self, items: list[Any]) -> list[Any]:
+        """Return the items of all ranks, of which each rank may have another number, or none."""
         if self.trainer.world_size == 1:
-            return tensor
+            return items
         parts: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(parts, tensor)
-        return torch.cat(parts)
+        torch.distributed.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
 
     # ---- checkpoints
 

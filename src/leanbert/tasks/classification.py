@@ -11,12 +11,10 @@ from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_f1_score,
     multiclass_matthews_corrcoef,
-    multilabel_exact_match,
-    multilabel_f1_score,
 )
 
 from leanbert.data.batch import LabelledBatch, PredictBatch
-from leanbert.data.labelled import Problem
+from leanbert.data.labels import Problem
 from leanbert.errors import UserError
 from leanbert.memory.optimizers import OptimizerConfig, ScheduleConfig
 from leanbert.models.config import EncoderConfig
@@ -101,11 +99,16 @@ class TextClassification(Labelling):
             return scores.argmax(-1)
         return scores.float().sigmoid() if self.problem == "multi" else scores.float()
 
-    def evaluate(self, part: Any, batches: list[tuple[Tensor, ...]]) -> dict[str, float]:
-        """Return accuracy, F1, Matthews correlation; with several labels F1s and exact match; Spearman of numbers."""
-        guesses, truths = (self.gather_over_ranks(torch.cat([flatten(b[i]) for b in batches])) for i in (0, 1))
+    def kept(self, scores: Tensor, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
+        """Return predictions and targets of the texts, [N] or [N, L]."""
+        truths = batch.targets
         used = (truths != IGNORED) if self.problem == "single" else ~truths.isnan()[..., 0]
-        guesses, truths, labels = guesses[used], truths[used], len(self.model.labels)
+        return self.predictions(scores, batch)[used].cpu(), truths[used].cpu()
+
+    def evaluate(self, part: Any, kept: list[Any]) -> dict[str, float]:
+        """Return accuracy, F1, Matthews correlation; with several labels F1s and exact match; Spearman of numbers."""
+        guesses, truths = (torch.cat(values) for values in zip(*self.gather_over_ranks(kept), strict=True))
+        labels = len(self.model.labels)
         if self.problem == "single":
             given = (guesses, truths, labels)
             found = {
@@ -114,12 +117,7 @@ class TextClassification(Labelling):
                 "matthews": multiclass_matthews_corrcoef(*given),
             }
         elif self.problem == "multi":
-            several = (guesses, truths.long(), labels, self.threshold)
-            found = {
-                "f1": multilabel_f1_score(*several, average="micro"),
-                "f1_macro": multilabel_f1_score(*several, average="macro"),
-                "accuracy": multilabel_exact_match(*several),
-            }
+            found = multilabel_scores(guesses > self.threshold, truths.bool())
         else:
             found = {"spearman": spearman_corrcoef(guesses, truths).mean()}
         return {name: float(value) for name, value in found.items()}
@@ -142,9 +140,17 @@ class TextClassification(Labelling):
         return {"samples/labels": markdown_table(("text", "truth", "model"), rows[:12])}
 
 
-def flatten(tensor: Tensor) -> Tensor:
-    """Return [B, M, ...] as [B * M, ...]."""
-    return tensor.flatten(0, 1)
+def multilabel_scores(guesses: Tensor, truths: Tensor) -> dict[str, Tensor]:
+    """Return micro and macro F1 and exact match, each of shape [], of labels given or not: bool [N, L].
+
+    A label that is neither given nor guessed has F1 0, as in torchmetrics, which refuses L = 1.
+    """
+    right, given = (guesses & truths).sum(0), guesses.sum(0) + truths.sum(0)  # [L]
+    return {
+        "f1": 2 * right.sum() / given.sum().clamp(min=1),
+        "f1_macro": (2 * right / given.clamp(min=1)).mean(),
+        "accuracy": (guesses == truths).all(-1).float().mean(),
+    }
 
 
 def classify(model: Any, batch: PredictBatch, problem: Problem, threshold: float = 0.5) -> list[dict[str, Any]]:

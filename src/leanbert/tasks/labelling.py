@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanbert.data.batch import LabelledBatch
-from leanbert.data.labelled import Problem
+from leanbert.data.labels import Problem
 from leanbert.models.build import build_model
 from leanbert.models.classifier import Classifier, Of
 from leanbert.models.loss import IGNORED, cross_entropy_sum
@@ -29,13 +29,13 @@ class Labelling(Task):
         """Return what evaluation keeps of the scores [B, M, L]: [B, M] or [B, M, L]."""
         raise NotImplementedError
 
-    def evaluate(self, part: Any, batches: list[tuple[Tensor, ...]]) -> dict[str, float]:
-        """Return metrics by name from the `kept` tensors of all batches of "val" or "test"."""
+    def kept(self, scores: Tensor, batch: LabelledBatch) -> Any:
+        """Return what evaluation keeps of a batch, on the CPU."""
         raise NotImplementedError
 
-    def kept(self, scores: Tensor, batch: LabelledBatch) -> tuple[Tensor, ...]:
-        """Return what evaluation keeps of a batch: predictions and targets."""
-        return self.predictions(scores, batch), batch.targets
+    def evaluate(self, part: Any, kept: list[Any]) -> dict[str, float]:
+        """Return metrics by name from what was `kept` of all batches of "val" or "test": maybe none on this rank."""
+        raise NotImplementedError
 
     # ---- model, step
 
@@ -51,7 +51,7 @@ class Labelling(Task):
     def build_metrics(self) -> None:
         """Make the mean loss; other metrics are computed from what the batches keep."""
         self.mean_loss = MeanLoss()
-        self._kept: list[tuple[Tensor, ...]] = []
+        self._kept: list[Any] = []
 
     def forward(self, batch: Any) -> Tensor:
         """Return scores [B, M, L] at the targets."""
@@ -90,7 +90,7 @@ class Labelling(Task):
         """Add a batch to the loss, and keep its predictions."""
         scores = self(batch)
         self.mean_loss.update(self.criterion(scores, batch.targets), self.count_targets(batch))
-        self._kept.append(tuple(tensor.cpu() for tensor in self.kept(scores, batch)))
+        self._kept.append(self.kept(scores, batch))
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics at the number of completed steps."""
@@ -105,8 +105,8 @@ class Labelling(Task):
         self.log_evaluation("test", self._finish("test"))
 
     def _finish(self, part: str) -> dict[str, float]:
-        batches, self._kept = self._kept, []
-        return {"loss": self.mean_loss.compute(), **self.evaluate(part, batches)}
+        kept, self._kept = self._kept, []
+        return {"loss": self.mean_loss.compute(), **self.evaluate(part, kept)}
 
 
 def known(targets: Tensor, labels: int) -> Tensor:

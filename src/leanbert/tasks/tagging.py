@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leanbert.data.batch import LabelledBatch, WordBatch
-from leanbert.data.bio import PREDICATE, TO_FIND, spans
+from leanbert.data.bio import OUTSIDE, PREDICATE, TO_FIND, spans
 from leanbert.data.words import Mark, Sentence, word_batch
 from leanbert.models.loss import IGNORED
 from leanbert.tasks.labelling import Labelling, gather_documents
@@ -39,20 +39,25 @@ class TokenClassification(Labelling):
         scores = scores.float().masked_fill(begins[..., None] & self.decoder.inside, -torch.inf)
         return self.decoder.decode(scores, batch.targets != IGNORED)
 
-    def kept(self, scores: Tensor, batch: LabelledBatch) -> tuple[Tensor, ...]:
-        """Return predictions, targets and the documents they are of, each [B, M]."""
-        return self.predictions(scores, batch), batch.targets, gather_documents(batch)
+    def kept(self, scores: Tensor, batch: LabelledBatch) -> list[tuple[list[int], list[int], list[int]]]:
+        """Return what `sentences_of` does of the sentences."""
+        return list(sentences_of(self.predictions(scores, batch), batch.targets, gather_documents(batch), batch.cut))
 
-    def evaluate(self, part: Any, batches: list[tuple[Tensor, ...]]) -> dict[str, float]:
-        """Return precision, recall and F1 of spans, over all and by role."""
+    def evaluate(self, part: Any, kept: list[Any]) -> dict[str, float]:
+        """Return precision, recall and F1 of spans, over all and by role, and how many words were cut, if any were.
+
+        Words that were cut are predicted to be in no span, as in answers.
+        """
         ignored = (PREDICATE, TO_FIND) if self.joins else ()
         counts = SpanCounts(self.model.labels, join_continuations=self.joins, ignored=ignored).to(self.device)
         names = self._data.names(part)
-        for batch in batches:
-            for guess, truth in sentences_of(*batch):
-                self.count(counts, [names[tag] for tag in guess], [names[tag] for tag in truth])
-        scores = counts.compute()
-        return {**by_name(scores), **self.further_scores()}
+        counts.update([], [])  # or torchmetrics warns where a rank has no sentence
+        for sentences in kept:
+            for guess, truth, cut in sentences:
+                tags = [*(names[tag] for tag in guess), *(OUTSIDE for _ in cut)]
+                self.count(counts, tags, [names[tag] for tag in (*truth, *cut)])
+        words = self._data.cache(part).facts["cut_words"]
+        return {**by_name(counts.compute()), **self.further_scores(), **({"cut_words": float(words)} if words else {})}
 
     def count(self, counts: SpanCounts, guess: list[str], truth: list[str]) -> None:
         """Add a sentence."""
@@ -73,8 +78,8 @@ class TokenClassification(Labelling):
         rows = []
         for row in range(len(batch)):
             part = slice(row, row + 1)
-            kept = (guesses[part], batch.targets[part].cpu(), gather_documents(batch)[part].cpu())
-            for words, (guess, truth) in zip(self._words(batch, row), sentences_of(*kept), strict=True):
+            kept = (guesses[part], batch.targets[part], gather_documents(batch)[part])
+            for words, (guess, truth, _) in zip(self._words(batch, row), sentences_of(*kept), strict=True):
                 rows.append([bracketed(words, [names[tag] for tag in tags]) for tags in (truth, guess)])
         return {"samples/labels": markdown_table(("truth", "model"), rows[:12])}
 
@@ -134,15 +139,23 @@ def overall(scores: SpanScores) -> dict[str, float]:
     return {"f1": score.f1, "precision": score.precision, "recall": score.recall}
 
 
-def sentences_of(guesses: Tensor, truths: Tensor, documents: Tensor) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield (predicted tags, true tags) of each document of packed rows, int64 [B, M] each."""
-    for guess, truth, document in zip(guesses.tolist(), truths.tolist(), documents.tolist(), strict=True):
-        found: dict[int, tuple[list[int], list[int]]] = {}
+def sentences_of(
+    guesses: Tensor, truths: Tensor, documents: Tensor, cut: Sequence[Sequence[list[int]]] = ()
+) -> Iterator[tuple[list[int], list[int], list[int]]]:
+    """Yield (predicted tags, true tags, those of words that were cut) of each document of packed rows.
+
+    The tensors are int64 [B, M]; `cut` has the last by row and document, or is empty.
+    """
+    rows = zip(guesses.tolist(), truths.tolist(), documents.tolist(), cut or [[]] * len(guesses), strict=True)
+    for guess, truth, document, beyond in rows:
+        found: dict[int, tuple[list[int], list[int], list[int]]] = {
+            number: ([], [], tags) for number, tags in enumerate(beyond)
+        }
         for one, other, number in zip(guess, truth, document, strict=True):
             if number >= 0:
-                pair = found.setdefault(number, ([], []))
-                pair[0].append(one)
-                pair[1].append(other)
+                tags = found.setdefault(number, ([], [], []))
+                tags[0].append(one)
+                tags[1].append(other)
         yield from found.values()
 
 

@@ -1,0 +1,191 @@
+"""What the field of labels holds: one name, several, a yes or no for each label, or numbers."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from leanbert.errors import UserError
+
+Problem = Literal["single", "multi", "regression"]
+"""One label of several, any number of them, or numbers."""
+
+Form = Literal["names", "yes or no for each label"]
+"""How several labels are written: those that are given, or of each label whether it is."""
+
+FORMS = 'names, as ["a", "b"] or a,b; or of each label whether it is given, as [1.0, 0.0]'
+
+LARGEST = float(np.finfo(np.float32).max)
+
+_ITEM = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^\s,'"\[\](){}]+"""
+_LIST = re.compile(rf"[\[({{]\s*(?:(?:{_ITEM})\s*(?:,\s*(?:{_ITEM})\s*)*,?\s*)?[\])}}]", re.DOTALL)
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})(\.[0-9]*)?(e[-+]?[0-9]{1,3})?", re.IGNORECASE)
+_TRUTHS = {"true": True, "True": True, "false": False, "False": False}
+
+
+class LabelReader:
+    """Numbers the labels of the examples of a part as they come, and says file and line of what is none.
+
+    Args:
+        problem: What kind of labels there are.
+        field: Their field, which errors name.
+        named: Gives the name of a label, with a place for its errors.
+        names: Names of the labels where each example says yes or no to all; None: their numbers.
+        values: Yields the values of all examples: what [0, 1] means may depend on others.
+
+    """
+
+    def __init__(
+        self, problem: Problem, field: str, named: Callable[[str, int | str], str], names: Sequence[str] | None,
+        values: Callable[[], Iterator[Any]],
+    ) -> None:  # fmt: skip
+        self.problem, self.field, self.named, self.names, self.values = problem, field, named, names, values
+        self._numbers: dict[str, int] = {}
+        self._length = 0
+        self._form: Form | None = None
+        self._first: tuple[str, Any] | None = None
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of all labels so far; of numbers the field's, as often as an example has some."""
+        return [self.field] * self._length if self.problem == "regression" else list(self._numbers)
+
+    def targets(self, place: str, value: Any) -> list[float]:
+        """Return the numbers of the labels of an example, or the numbers that are its labels."""
+        if self.problem == "regression":
+            return self._values(place, value)
+        return [self._numbers.setdefault(name, len(self._numbers)) for name in self.read(place, value)]
+
+    def read(self, place: str, value: Any) -> list[str]:
+        """Return the names of the labels of an example. Raises UserError, naming the `place`, if it has none."""
+        return self._several(place, value) if self.problem == "multi" else [self._one(place, value)]
+
+    def _one(self, place: str, value: Any) -> str:
+        number = isinstance(value, float)
+        listed = isinstance(value, list | dict) or (isinstance(value, str) and parse_list(value) is not None)
+        if listed or value is None or not str(value).strip() or (number and not math.isfinite(value)):
+            raise self._error(place, value, "no single label. Correct it, or set data.problem")
+        first_place, first = self._first = self._first or (place, value)
+        if isinstance(value, bool) != isinstance(first, bool):  # else true and 1 would be two labels
+            raise self._error(place, value, f"where {first_place} has {first!r}. Write all in one form")
+        # a table of numbers in which one was missing comes as 1.0, 2.0
+        return self.named(place, int(value) if number and value.is_integer() else str(value).strip())
+
+    def _several(self, place: str, value: Any) -> list[str]:
+        items = self._items(place, value)
+        form = certain_form(items)
+        self._form = self._form or form or self._form_of_others()
+        if items and self._form is None:
+            raise self._error(place, value, f"which may be two labels or a yes and a no. Write {FORMS}")
+        if self._form == "names":
+            if form not in (None, "names"):
+                raise self._error(place, value, "a yes or no for each label, where others have names. Use one form")
+            return [self.named(place, item) for item in items]
+        return self._given(place, value, items) if self._form else []
+
+    def _given(self, place: str, value: Any, items: list[Any]) -> list[str]:
+        """Return the labels of which an example says that they are given."""
+        names = self.names or [str(number) for number in range(len(items))]
+        count = len(self._numbers) or len(names)
+        if certain_form(items) == "names" or len(items) != count:
+            raise self._error(place, value, f"where others say yes or no (1.0, 0.0) to {count} labels. Do the same")
+        for name in names:  # also those that are never given
+            self._numbers.setdefault(name, len(self._numbers))
+        return [name for name, item in zip(names, items, strict=True) if item]
+
+    def _items(self, place: str, value: Any) -> list[Any]:
+        found = parse_list(value) if isinstance(value, str) else value
+        if found is None and isinstance(value, str) and not _looks_like_list(value):
+            found = [_bare(item) for item in map(str.strip, value.split(",")) if item]
+        items = found if isinstance(found, list) else [found]
+        plain = all(isinstance(item, str | int | float) for item in items)
+        if not plain or any(isinstance(item, float) and item not in (0.0, 1.0) for item in items):
+            raise self._error(place, value, f"no list of labels. Write {FORMS}")
+        return [item.strip() if isinstance(item, str) else item for item in items if item != ""]
+
+    def _form_of_others(self) -> Form | None:
+        forms = (certain_form(self._items("", value)) for value in self.values())
+        return next((form for form in forms if form), None)
+
+    def _values(self, place: str, value: Any) -> list[float]:
+        items = parse_list(value) if isinstance(value, str) else value
+        items = [value] if items is None else items if isinstance(items, list) else [items]
+        found = [finite(item) for item in items]
+        if None in found or not found:
+            wrong = items[found.index(None)] if found else value
+            raise UserError(
+                f'{place}: "{wrong}" is no finite number of 32 bits (field "{self.field}"). '
+                "Correct it, or set data.problem"
+            )
+        self._length = self._length or len(found)
+        if len(found) != self._length:
+            raise self._error(place, value, f"{len(found)} numbers, where others have {self._length}. Give as many")
+        return found  # type: ignore[return-value]
+
+    def _error(self, place: str, value: Any, problem: str) -> UserError:
+        return UserError(f'{place}: field "{self.field}" is {repr(value)[:80]}, {problem}')
+
+
+def certain_form(items: Sequence[Any]) -> Form | None:
+    """Return what a list of labels can only mean; None: [], [0, 1] and [1, 0] may be of both forms.
+
+    Whole numbers are labels' numbers, which occur once; decimals and truth values say yes or no.
+    """
+    if any(isinstance(item, bool | float) for item in items):
+        return "yes or no for each label"
+    if not items or any(item not in (0, 1) for item in items):
+        return "names" if items else None
+    if len(set(items)) < len(items):
+        return "yes or no for each label"
+    return "names" if len(items) == 1 else None
+
+
+def finite(value: Any) -> float | None:
+    """Return a number that float32 holds; None if the value is none."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or "_" in str(value)[:400]:
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if abs(number) <= LARGEST else None  # not a number is not less either
+
+
+def parse_list(text: str) -> list[Any] | None:
+    """Return the items of a list that was written as text, as pandas does with Python's; None if it is no list.
+
+    Items are quoted texts, numbers and truth values, with commas between them: nothing else is read, nothing evaluated.
+    """
+    text = text.strip()
+    if not _looks_like_list(text) or _LIST.fullmatch(text) is None:
+        return None
+    items: list[Any] = []
+    for item in re.findall(_ITEM, text[1:-1], re.DOTALL):
+        quoted = item[0] in "'\""
+        try:
+            items.append(ast.literal_eval(item) if quoted else _bare(item))
+        except (SyntaxError, ValueError):  # an escape that does not exist
+            return None
+        if isinstance(items[-1], str) and not quoted:
+            return None
+    return items
+
+
+def _looks_like_list(text: str) -> bool:
+    text = text.strip()
+    return text[:1] == "[" or (text[:1] in ("(", "{") and text[-1:] in (")", "}") and ("'" in text or '"' in text))
+
+
+def _bare(text: str) -> int | float | bool | str:
+    """Return the number or truth value that is written so, or the text itself."""
+    if text in _TRUTHS:
+        return _TRUTHS[text]
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        return text
+    return float(text) if match[1] or match[2] else int(text)
