@@ -14,7 +14,6 @@ from typing import Literal, NamedTuple
 from leanbert.data.columns import dataset_records, parquet_records
 from leanbert.data.fields import Record, text_of
 from leanbert.data.readers import Report, json_records, open_binary, read_lines, whole_lines
-from leanbert.data.storage import expand
 from leanbert.data.tables import table_records
 from leanbert.errors import UserError
 from leanbert.messages import say_once
@@ -133,7 +132,7 @@ class Corpus:
             yield from dataset_records(spec, wanted, optional)
 
     def _match(self, pattern: str) -> list[Path]:
-        literal = str(expand(pattern, self.setting))
+        literal = os.path.expanduser(pattern)  # a file may be called ~x
         if os.path.isdir(literal):
             raise UserError(f'{self.setting}: "{pattern}" is a folder. Write "{pattern}/**/*.txt"')
         names = [literal] if os.path.exists(literal) else glob.glob(literal, recursive=True)
@@ -189,7 +188,7 @@ def besides(patterns: Sequence[str], setting: str, others: Mapping[str, Sequence
         found += len(corpus.files) + len(corpus.datasets)
         kept += corpus.datasets
         for path in corpus.files:
-            owner, named = owners.get(_identity(path)), path == expand(pattern, setting)
+            owner, named = owners.get(_identity(path)), path == Path(os.path.expanduser(pattern))
             if owner is not None:
                 fate = "trained on all the same" if named else "left out of training"
                 say_once(f"{setting}: {path} is in {owner} too, and is {fate}")
