@@ -14,7 +14,7 @@ from leanbert.errors import UserError
 
 
 def lines(data: bytes) -> list[tuple[int, str]]:
-    return list(whole_lines(read_lines(io.BytesIO(data), "x")))
+    return list(whole_lines(io.BytesIO(data), "x"))
 
 
 def records(path: Path, content: str | bytes, *wanted: str) -> list[tuple[str, object]]:
@@ -55,7 +55,7 @@ def test_line_ends_of_all_systems_are_one(monkeypatch: pytest.MonkeyPatch, end: 
     expected = [(1, "one\n"), (2, "\n"), (3, "zw\u00f6 \U0001f600\n"), (4, " three")]
     assert lines(codecs.BOM_UTF8 + text) == expected
     pipe = Pipe(*(text[at : at + part] for at in range(0, len(text), part)))
-    assert list(whole_lines(read_lines(pipe, "x"))) == expected
+    assert list(whole_lines(pipe, "x")) == expected
 
 
 def test_only_line_ends_end_a_line() -> None:
@@ -71,6 +71,15 @@ def test_a_pipe_gives_its_lines_as_they_come() -> None:
     assert next(found) == (2, "two\n")
     assert pipe.reads == 4
     assert list(found) == [(3, "three")]
+
+
+def test_an_endless_line_is_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "PART_BYTES", 100)
+    monkeypatch.setattr(readers, "LINE_CHARACTERS", 1000)
+    content = '{"a": 1}\n{"a": "' + "b" * 5000
+    assert refused(tmp_path / "x.jsonl", content) == (
+        "x.jsonl:2: a line of more than 1,000 characters. Write one record a line"
+    )
 
 
 def test_several_gzip_members_are_one_file(tmp_path: Path) -> None:

@@ -81,6 +81,13 @@ def test_what_is_wanted_is_there(tmp_path: Path) -> None:
         list(read_records([str(path)], "data.x_files"))
 
 
+def test_endings_in_capitals_are_the_same(tmp_path: Path) -> None:
+    paths = [Path(path) for kind, path in write(tmp_path).items() if kind != "hf"]
+    loud = [str(path.rename(path.with_name(path.name.upper()))) for path in paths]
+    assert [record for _, record in read_records(loud, "data.train_files", ["label"], ["text"])] == ROWS * 7
+    assert list(prediction_texts(loud, ["text"])) == [["one"], ["two"]] * 7
+
+
 # ---- prediction
 
 

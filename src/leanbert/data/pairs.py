@@ -21,7 +21,7 @@ from leanbert.data.examples import Example, ExampleCache
 from leanbert.data.loading import PredictionInputs, encode_lines, in_batches, locate
 from leanbert.data.module import LENGTH, VOCABULARY, as_list
 from leanbert.data.packing import PADDING_DOCUMENT, Packing
-from leanbert.data.readers import open_binary, read_lines, whole_lines
+from leanbert.data.readers import open_binary, whole_lines
 from leanbert.data.records import has_field, items_of, prediction_texts, read_records, text_of
 from leanbert.data.sources import Corpus, Skipped, document_hash, no_report
 from leanbert.data.tokenizer import TextTokenizer
@@ -400,5 +400,5 @@ def _in_order(patterns: list[str], setting: str) -> list[Path]:
 
 def _read(path: Path) -> Iterator[tuple[int, str]]:
     with open_binary(path, no_report) as stream:
-        for number, line in whole_lines(read_lines(stream, str(path))):
+        for number, line in whole_lines(stream, str(path)):
             yield number, line.rstrip("\n")

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from leanbert.data.columns import dataset_records
 from leanbert.data.fields import Record, has_field, items_of, text_of, value_of
-from leanbert.data.readers import open_binary, read_lines, whole_lines
+from leanbert.data.readers import kind_of, open_binary, whole_lines
 from leanbert.data.sources import FIELDS, Corpus, EmptyCorpusError, Skipped, file_records, no_report
 from leanbert.errors import UserError
 
@@ -62,7 +62,7 @@ def prediction_inputs(
             continue
         corpus = Corpus((pattern,), setting="data.predict_files", suffixes=("",))
         for path in corpus.files:
-            if path.name.endswith(FIELDS):
+            if kind_of(path) in FIELDS:
                 yield from file_records(path, wanted, optional)
                 continue
             with open_binary(path, no_report) as stream:
@@ -81,5 +81,5 @@ def prediction_texts(files: Sequence[str], fields: Sequence[str]) -> Iterator[li
 
 
 def _lines(stream: BinaryIO, name: str) -> Iterator[tuple[str, str]]:
-    for number, line in whole_lines(read_lines(stream, name)):
+    for number, line in whole_lines(stream, name):
         yield f"{name}:{number}", line.removesuffix("\n")

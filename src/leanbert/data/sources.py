@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from leanbert.data.columns import dataset_records, parquet_records
 from leanbert.data.fields import Record, text_of
-from leanbert.data.readers import Report, json_records, open_binary, read_lines, whole_lines
+from leanbert.data.readers import Report, json_records, kind_of, open_binary, read_lines, whole_lines
 from leanbert.data.tables import table_records
 from leanbert.errors import UserError
 from leanbert.messages import say_once
@@ -23,10 +23,22 @@ Separator = Literal["blank_line", "line"]
 PIECE_CHARACTERS = 1 << 20
 """A longer document comes in pieces of about this size."""
 
-FIELDS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
-"""Names of files that hold records of named fields."""
+FIELDS = (".jsonl", ".csv", ".tsv", ".parquet")
+"""Endings of files that hold records of named fields; those of text may be compressed (.gz)."""
 
-SUFFIXES = (".txt", ".txt.gz", ".conll", ".conll.gz", *FIELDS)
+SUFFIXES = (
+    ".txt",
+    ".txt.gz",
+    ".conll",
+    ".conll.gz",
+    ".jsonl",
+    ".jsonl.gz",
+    ".csv",
+    ".csv.gz",
+    ".tsv",
+    ".tsv.gz",
+    ".parquet",
+)
 
 
 class EmptyCorpusError(UserError):
@@ -102,7 +114,7 @@ class Corpus:
         """Yield all documents in the order of the sorted paths, long ones in pieces; none is blank."""
         skipped = Skipped(self.setting)
         for path in self.files:
-            if path.name.endswith(FIELDS):
+            if kind_of(path) in FIELDS:
                 records = file_records(path, (self.text_field,), report=report)
                 yield from _with_begins(self._texts(records, skipped))
                 continue
@@ -122,7 +134,7 @@ class Corpus:
 
         """
         for path in self.files:
-            if not path.name.endswith(FIELDS):
+            if kind_of(path) not in FIELDS:
                 raise UserError(
                     f"{path}: has no fields. {self.setting} takes .jsonl .csv .tsv, each also with .gz, .parquet "
                     "and hf: names"
@@ -142,7 +154,7 @@ class Corpus:
         for path in paths:
             if not path.is_file():
                 raise UserError(f"{path}: no file, or a link to none. Correct it, or leave it out of {self.setting}")
-            if not path.name.endswith(self.suffixes):
+            if not path.name.lower().endswith(self.suffixes):
                 raise UserError(f"{path}: unknown format. {self.setting} takes {' '.join(self.suffixes)}")
         return paths
 
@@ -158,13 +170,13 @@ def file_records(
 ) -> Iterator[tuple[str, Record]]:
     """Yield ("file:line", record) of a file with fields; of columns those that are `wanted` or `optional`."""
     name = str(path)
-    kind = Path(name.removesuffix(".gz")).suffix
+    kind = kind_of(path)
     if kind == ".parquet":
         yield from parquet_records(path, wanted, optional, report)
         return
     with open_binary(path, report) as stream:
-        lines = whole_lines(read_lines(stream, name))
-        yield from json_records(lines, name) if kind == ".jsonl" else table_records(lines, name, wanted)
+        lines = whole_lines(stream, name)
+        yield from json_records(lines, name) if kind == ".jsonl" else table_records(lines, name, kind, wanted)
 
 
 def besides(patterns: Sequence[str], setting: str, others: Mapping[str, Sequence[str]]) -> list[str]:
