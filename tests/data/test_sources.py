@@ -178,7 +178,11 @@ def bad_input(tmp_path: Path) -> dict[str, tuple[Path | str, str]]:
     cut = gzip.compress(b"line\n" * 1000)
     return {
         "no match": (tmp_path / "none*.txt", "data.train_files: no file matches"),
+<<<<<<< HEAD
         "no user": ("~nosuchuser/x.txt", r'data.train_files: no file matches "~nosuchuser/x\.txt"'),
+=======
+        "no user": ("~nosuchuser/x.txt", "data.train_files: ~nosuchuser/x.txt: there is no such user"),
+>>>>>>> caches
         "long name": ("x" * 5000 + ".txt", "data.train_files: no file matches"),
         "nul": ("a\0b*", "data.train_files: no file matches"),
         "link to nothing": (_link(tmp_path / "l.txt"), r"l\.txt: no file, or a link to none\. Correct it"),
@@ -233,3 +237,10 @@ def test_a_missing_extra_says_what_to_install(
     write(Path("a.parquet"), "x")
     with pytest.raises(UserError, match=rf"pip install \"leanbert\[{extra}\]\""):
         texts(pattern)
+
+
+def test_a_name_may_begin_as_that_of_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("~x.txt").write_text("one\n")
+    assert Corpus(("~x.txt",)).files == (Path("~x.txt"),)
+    assert besides(["~x.txt"], "data.train_files", {"data.val_files": ["~x.txt"]}) == ["~x.txt"]

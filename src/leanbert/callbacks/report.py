@@ -64,7 +64,7 @@ def start_report(trainer: Trainer, module: Any, seconds_per_token: float | None)
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     config, rows, length = module.model.config, data.hparams["batch_size"], data.hparams["max_length"]
     steps = int(trainer.estimated_stepping_batches) - trainer.global_step
-    lines = [f"{name:<11} {_describe_corpus(statistics, length)}" for name, statistics in data.statistics.items()]
+    lines = [f"{name:<11} {_describe_corpus(statistics, data.unit, length)}" for name, statistics in data.statistics.items()]
     lines += _warn_of_unknown(data)
     vocabulary = " and ".join(f"{tokens:,}" for _, tokens in module.model.token_tables)
     lines.append(
@@ -84,9 +84,9 @@ def start_report(trainer: Trainer, module: Any, seconds_per_token: float | None)
     return lines
 
 
-def _describe_corpus(statistics: Any, length: int) -> str:
+def _describe_corpus(statistics: Any, unit: str, length: int) -> str:
     return (
-        f"{statistics.documents:,} documents, {statistics.tokens:,} tokens ({statistics.unknown_share:.2%} unknown), "
+        f"{statistics.documents:,} {unit}, {statistics.tokens:,} tokens ({statistics.unknown_share:.2%} unknown), "
         f"{statistics.rows:,} rows of {length} ({statistics.tokens_per_row / length:.1%} real tokens)"
     )
 

@@ -53,6 +53,7 @@ class ExampleData(RowData):
 
     """
 
+    unit: ClassVar[str] = "examples"
     dtypes: ClassVar[Mapping[str, str]]
     """Columns of the cache and their types."""
     lengths: ClassVar[tuple[str, ...]] = ("ids",)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, ClassVar
 
 import numpy as np
 import torch
@@ -58,6 +58,9 @@ class RowData(LightningDataModule):
 
     fixed: ClassVar[tuple[str, ...]] = ("max_length",)
     """Settings that decide how text is encoded for the model: those of its checkpoint hold wherever it is used."""
+
+    unit: ClassVar[str] = "documents"
+    """What a corpus is counted in."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -38,6 +38,8 @@ def expand(path: str | Path, setting: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
+        if os.path.lexists(path):  # a name may begin so
+            return Path(path)
         raise UserError(f"{setting}: {path}: there is no such user. Give the path in full") from error
 
 

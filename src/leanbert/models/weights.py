@@ -156,7 +156,7 @@ def _read_file(path: Path) -> StateDict:
     refuse_pointer(path)
     try:
         return safetensors.torch.load_file(path)
-    except (SafetensorError, *DAMAGE) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be read ({_first_line(error)}). Copy the file again") from None
 
 
