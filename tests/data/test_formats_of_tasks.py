@@ -104,7 +104,7 @@ def test_words_to_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         Sentence(["He", "left"]), Sentence(["a"]), Sentence(["He", "left"]), Sentence(["a b"]), Sentence(["yes"]),
         Sentence(["no"]),
     ]  # fmt: skip
-    told = f"data.predict_files: 2 records without text are left out, the first is {tmp_path}/x.txt:2\n"
+    told = f"2 records without text are left out, the first is {tmp_path}/x.txt:2\n"
     assert capsys.readouterr().err == told
     (tmp_path / "x.txt").write_text('He left\n{"doc": {"words": ["a"]}, "verb": 1}\n{"doc": \n')
     with pytest.raises(UserError, match=r"x\.txt:2: predicate 1 is not the place of one of 1 words"):
@@ -138,7 +138,7 @@ def test_pairs_with_a_blank_side_are_left_out_and_counted(tmp_path: Path, capsys
         data = PairData(**settings_of(tmp_path, train_files=path, val_files=path, **targets))
         assert [(pair.source, pair.target) for pair in data.pairs("val")] == [("a", "A"), ("c", "C")]
         place = f"{path}, row 2" if path.startswith("hf:") or path.endswith("parquet") else f"{path}:2"
-        told = f"data.val_files: 3 records without text are left out, the first is {place}\n"
+        told = f"3 records without text are left out, the first is {place}\n"
         assert capsys.readouterr().err.endswith(told)
 
 
@@ -193,3 +193,16 @@ def test_masks_to_fill_in_records(tmp_path: Path) -> None:
         assert answered(data, path) == [f"a [MASK] {n}" for n in range(3)]
     (batch,) = data.prediction_batches([paths["hf"]], 4)
     assert (batch.input_ids == data.tokenizer.mask_id).sum(1).tolist() == [1, 1, 1]
+
+
+def test_errors_about_evaluation_name_its_setting(tmp_path: Path) -> None:
+    paths = formats(tmp_path, [{"text": "one", "label": "a"}, {"text": "two", "label": "b"}])
+    (tmp_path / "empty.csv").write_text("text,label\n")
+    for name, message in (("empty.csv", "there is no example in it"), ("none.csv", "no file matches")):
+        data = ClassificationData(
+            **settings_of(tmp_path, train_files=paths["jsonl"], val_files=f"{tmp_path}/{name}", test_files="none")
+        )
+        with pytest.raises(UserError, match=rf"^data\.val_files: {message}"):
+            data.setup("fit")
+    with pytest.raises(UserError, match=r"^data\.test_files: no file matches"):
+        data.cache("test")

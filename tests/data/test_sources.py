@@ -133,7 +133,7 @@ def test_records_without_text_are_counted(tmp_path: Path, capsys: pytest.Capture
     second = write(tmp_path / "b.csv", 'text\n""\nthree\n')
     for _ in range(2):
         assert texts(first, second, setting="data.val_files") == ["one", "two", "three"]
-    told = f"data.val_files: 3 records without text are left out, the first is {first}:2\n"
+    told = f"3 records without text are left out, the first is {first}:2\n"
     assert capsys.readouterr().err == told
 
 

@@ -245,7 +245,7 @@ class ExampleData(RowData):
         names = ("val_share", "val_files")
         facts = [
             type(self).__name__,
-            self._digest(self.files("train")),
+            self._digest(self.files("train"), "data.train_files"),
             *(str(self.hparams[name]) for name in names),
             self.key("train"),
             *which,
@@ -258,16 +258,16 @@ class ExampleData(RowData):
         tokenizers = "".join(tokenizer.to_json() for tokenizer in self.tokenizers.values())
         tokenizer = hashlib.blake2b(tokenizers.encode(), digest_size=16).hexdigest()
         settings = [self.hparams["max_length"], self.hparams["too_long"], self.held_out(part)]
-        key = [type(self).__name__, self._digest(files), tokenizer, settings, self.key(part)]
         setting = f"data.{part}_files"
+        key = [type(self).__name__, self._digest(files, setting), tokenizer, settings, self.key(part)]
         cache = build_examples(
             key, self.dtypes, lambda facts: self.encode(files, part, facts), self.cache_folder, setting
         )
         self.tell(part, cache.facts)
         return cache
 
-    def _digest(self, files: list[str]) -> str:
-        return corpus_digest(Corpus(tuple(files), setting="data.train_files", suffixes=("",)), self.cache_folder)
+    def _digest(self, files: list[str], setting: str) -> str:
+        return corpus_digest(Corpus(tuple(files), setting=setting, suffixes=("",)), self.cache_folder)
 
     def _statistics(self, part: Part) -> CorpusStatistics:
         cache, length = self.cache(part), self.hparams["max_length"]

@@ -252,7 +252,8 @@ class PairData(ExampleData):
         targets = self.target_files(part)
         names = ("source_field", "target_field", *(() if part == "train" else ("references_field",)))
         # one by one: their order says which belong together
-        digests = [self._digest([pattern]) for pattern in (*self.files(part), *targets)] if targets else None
+        sides = {"files": self.files(part), "target_files": targets} if targets else {}
+        digests = [self._digest([p], f"data.{part}_{side}") for side, patterns in sides.items() for p in patterns]
         return [digests, self.room, *(self.hparams[name] for name in names)]
 
     def target_files(self, part: Part) -> list[str] | None:
@@ -379,7 +380,7 @@ def _lines(sources: list[str], targets: list[str], part: Part) -> Iterator[Pair]
     here, there = _in_order(sources, f"data.{part}_files"), _in_order(targets, f"data.{part}_target_files")
     if len(here) != len(there):
         raise UserError(f"data.{part}_target_files: {len(there)} files for {len(here)} of sources. Give one for each")
-    skipped = Skipped(f"data.{part}_files")
+    skipped = Skipped()
     for source, target in zip(here, there, strict=True):
         for one, other in zip_longest(_read(source), _read(target)):
             if one is None or other is None:

@@ -59,8 +59,8 @@ class Piece(NamedTuple):
 class Skipped:
     """Counts the records without a text, which nothing can be learned from, and says how many they were."""
 
-    def __init__(self, setting: str) -> None:
-        self.setting, self.count, self.first = setting, 0, ""
+    def __init__(self) -> None:
+        self.count, self.first = 0, ""
 
     def lacks(self, place: str, *texts: str) -> bool:
         """Return whether one of the texts of a record is blank, and count it."""
@@ -72,7 +72,7 @@ class Skipped:
     def tell(self) -> None:
         """Say how many there were, once."""
         if self.count:
-            say_once(f"{self.setting}: {self.count:,} records without text are left out, the first is {self.first}")
+            say_once(f"{self.count:,} records without text are left out, the first is {self.first}")
 
 
 def no_report(_: int) -> None:
@@ -112,7 +112,7 @@ class Corpus:
 
     def pieces(self, report: Report = no_report) -> Iterator[Piece]:
         """Yield all documents in the order of the sorted paths, long ones in pieces; none is blank."""
-        skipped = Skipped(self.setting)
+        skipped = Skipped()
         for path in self.files:
             if kind_of(path) in FIELDS:
                 records = file_records(path, (self.text_field,), report=report)
@@ -144,11 +144,9 @@ class Corpus:
             yield from dataset_records(spec, wanted, optional)
 
     def _match(self, pattern: str) -> list[Path]:
-        literal = os.path.expanduser(pattern)  # a file may be called ~x
-        if os.path.isdir(literal):
+        if os.path.isdir(os.path.expanduser(pattern)):
             raise UserError(f'{self.setting}: "{pattern}" is a folder. Write "{pattern}/**/*.txt"')
-        names = [literal] if os.path.exists(literal) else glob.glob(literal, recursive=True)
-        paths = [Path(name) for name in names if not os.path.isdir(name)]
+        paths = [Path(name) for name in _names(pattern) if not os.path.isdir(name)]
         if not paths:
             raise UserError(f'{self.setting}: no file matches "{pattern}". Check the path, from {Path.cwd()}')
         for path in paths:
@@ -189,9 +187,11 @@ def besides(patterns: Sequence[str], setting: str, others: Mapping[str, Sequence
 
     """
     owners = {
-        _identity(path): other
+        _identity(Path(name)): other
         for other, some in others.items()
-        for path in Corpus(tuple(some), setting=other, suffixes=("",)).files
+        for pattern in some
+        for name in _names(pattern)
+        if os.path.isfile(name)
     }
     kept: list[str] = []
     found = 0
@@ -209,6 +209,11 @@ def besides(patterns: Sequence[str], setting: str, others: Mapping[str, Sequence
     if not kept:
         raise UserError(f"{setting}: all that matches is in {' and '.join(others)} too. Give other files to train on")
     return kept if len(kept) < found else list(patterns)
+
+
+def _names(pattern: str) -> list[str]:
+    literal = os.path.expanduser(pattern)  # a file may be called ~x
+    return [literal] if os.path.exists(literal) else glob.glob(literal, recursive=True)
 
 
 def _identity(path: Path) -> tuple[int, int]:
