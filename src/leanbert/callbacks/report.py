@@ -64,7 +64,8 @@ def start_report(trainer: Trainer, module: Any, seconds_per_token: float | None)
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     config, rows, length = module.model.config, data.hparams["batch_size"], data.hparams["max_length"]
     steps = int(trainer.estimated_stepping_batches) - trainer.global_step
-    lines = [f"{name:<11} {_describe_corpus(statistics, data.unit, length)}" for name, statistics in data.statistics.items()]
+    corpora = data.statistics.items()
+    lines = [f"{name:<11} {_describe_corpus(statistics, data.unit, length)}" for name, statistics in corpora]
     lines += _warn_of_unknown(data)
     vocabulary = " and ".join(f"{tokens:,}" for _, tokens in module.model.token_tables)
     lines.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
