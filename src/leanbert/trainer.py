@@ -109,7 +109,8 @@ class Trainer(pl.Trainer):
             train_dataloaders: Not used; the data module has them.
             val_dataloaders: Not used; the data module has them.
             datamodule: The data.
-            ckpt_path: Checkpoint to go on from: a file, or `last` or `best` of the newest run.
+            ckpt_path: Checkpoint to go on from: a file, or `last` or `best` of the newest run; auto: last, or a new run
+                where there is none.
             weights_only: Not used: checkpoints never execute code.
             budget: Memory that the run may need, such as 8GiB: the cheapest set of techniques that fits is applied, as
                 `plan` shows it. auto: what the device has free, less a tenth. On a CPU it is resident memory.

@@ -40,20 +40,21 @@ class Killed(BaseException):
     """As by kill -9: nothing that would run at an ordinary end runs."""
 
 
-def killed(monkeypatch, corpus, *arguments, steps, at):
-    """Train until `at`, a function of this package by its name, is called for the `n`th time."""
-    place, calls = at, []
+def killed(monkeypatch, corpus, *arguments, steps, at, call=1):
+    """Train until `at`, a method of this package by its name that returns nothing, is called so many times."""
+    calls = []
 
     def die(*_, **__):
         calls.append(1)
-        raise Killed
+        if len(calls) == call:
+            raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(place, die)
+        patch.setattr(at, die)
         patch.setattr("leanbert.callbacks.report.RunSummary.on_exception", lambda *_: None)
         with pytest.raises(Killed):
             fit(corpus, *arguments, steps=steps)
-    assert calls
+    assert len(calls) == call
 
 
 ENDS = {
@@ -89,6 +90,18 @@ def test_what_a_kill_has_prevented_at_the_end_is_made_up(corpus, undisturbed, mo
     values, wanted = read_scalars(folder), read_scalars(undisturbed)
     for tag in ("train/loss", "val/loss", "average/loss"):
         assert values[tag] == wanted[tag], tag
+
+
+def test_a_validation_by_epochs_that_a_kill_has_prevented_is_made_up(corpus, monkeypatch):
+    epochs = (
+        "--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=1.0", "--trainer.limit_train_batches=3",
+        "--trainer.limit_val_batches=1", "--checkpoint.every_n_steps=1",
+    )  # fmt: skip
+    starts = "leanbert.callbacks.report.StartReport.on_validation_start"
+    killed(monkeypatch, corpus, *epochs, steps=7, at=starts, call=2)
+    assert TaskRuns(str(corpus / "runs"), "mlm").find("last").checkpoint["global_step"] == 3
+    fit(corpus, *epochs, "--ckpt_path=last", steps=7)
+    assert set(read_scalars(run_folder(corpus))["val/loss"]) == {0, 3, 6, 7}
 
 
 def test_a_finished_run_stays_finished(corpus, capsys):

@@ -37,10 +37,14 @@ class ValidateAtEnds(Callback):
 
 
 def _due(trainer: Trainer) -> bool:
-    """Return whether validation by steps falls on the current step; Lightning leaves it out when it resumes there."""
-    every = trainer.val_check_batch
-    by_steps = trainer.check_val_every_n_epoch is None and isinstance(every, int)
-    return by_steps and trainer.global_step % int(every or 1) == 0
+    """Return whether a validation falls on the current step; Lightning leaves it out when it resumes there."""
+    every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    if not isinstance(every, int):  # no number of batches, where an epoch has no end
+        return False
+    if epochs is None:
+        return trainer.global_step % max(1, every) == 0
+    epoch, batch = divmod(trainer.global_step - 1, int(trainer.num_training_batches))
+    return (epoch + 1) % epochs == 0 and (batch + 1) % max(1, every) == 0
 
 
 def run_validation(trainer: Trainer) -> None:
