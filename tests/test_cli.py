@@ -357,8 +357,8 @@ def test_going_back_sets_later_checkpoints_aside(corpus):
     run(corpus, "fit", *settings, f"--ckpt_path={folder / 'step-00000003.ckpt'}", "--trainer.max_steps=5")
     names = sorted(path.name for path in folder.iterdir())
     assert names == [
-        "abandoned-step-00000006.ckpt", "abandoned-step-00000009.ckpt", "best.ckpt", "step-00000003.ckpt",
-        "step-00000005.ckpt",
+        "abandoned-best.ckpt", "abandoned-step-00000006.ckpt", "abandoned-step-00000009.ckpt", "best.ckpt",
+        "step-00000003.ckpt", "step-00000005.ckpt",
     ]  # fmt: skip
 
 
