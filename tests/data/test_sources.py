@@ -162,9 +162,11 @@ def test_files_of_evaluation_that_a_glob_matches_are_not_trained_on(
 
 def test_a_file_of_evaluation_that_is_named_is_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(write(tmp_path / "a.txt", "a"))
-    assert besides([path], "data.train_files", {"data.val_files": [path]}) == [path]
-    told = f"data.train_files: {path} is in data.val_files too, and is trained on all the same\n"
-    assert capsys.readouterr().err == told
+    names = [path, f"hf:{tmp_path}:dev"]
+    assert besides(names, "data.train_files", {"data.val_files": names[::-1]}) == names
+    assert capsys.readouterr().err.splitlines() == [
+        f"data.train_files: {name} is in data.val_files too, and is trained on all the same" for name in names
+    ]
 
 
 def test_progress_counts_the_bytes_on_disk(tmp_path: Path) -> None:

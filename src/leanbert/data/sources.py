@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from leanbert.data.columns import dataset_records, parquet_records
 from leanbert.data.fields import Record, text_of
@@ -186,26 +186,24 @@ def besides(patterns: Sequence[str], setting: str, others: Mapping[str, Sequence
         UserError: There is no other file.
 
     """
-    owners = {
-        _identity(Path(name)): other
-        for other, some in others.items()
-        for pattern in some
-        for name in _names(pattern)
-        if os.path.isfile(name)
-    }
+    owners: dict[Any, str] = {}
+    for other, some in others.items():
+        for pattern in some:
+            paths = [Path(name) for name in _names(pattern) if os.path.isfile(name)]
+            owners |= dict.fromkeys([pattern, *map(_identity, paths)], other)
     kept: list[str] = []
     found = 0
     for pattern in patterns:
         corpus = Corpus((pattern,), setting=setting, suffixes=("",))
-        found += len(corpus.files) + len(corpus.datasets)
-        kept += corpus.datasets
-        for path in corpus.files:
-            owner, named = owners.get(_identity(path)), path == Path(os.path.expanduser(pattern))
+        for item in (*corpus.files, *corpus.datasets):
+            owner = owners.get(_identity(item) if isinstance(item, Path) else item)
+            named = str(item) in (pattern, str(Path(os.path.expanduser(pattern))))
             if owner is not None:
                 fate = "trained on all the same" if named else "left out of training"
-                say_once(f"{setting}: {path} is in {owner} too, and is {fate}")
+                say_once(f"{setting}: {item} is in {owner} too, and is {fate}")
+            found += 1
             if owner is None or named:
-                kept.append(str(path))
+                kept.append(str(item))
     if not kept:
         raise UserError(f"{setting}: all that matches is in {' and '.join(others)} too. Give other files to train on")
     return kept if len(kept) < found else list(patterns)
