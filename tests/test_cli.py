@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shlex
 import signal
 import subprocess
 import sys
@@ -141,6 +142,48 @@ def test_load_answers_as_predict_does(trained, corpus):
     torch.testing.assert_close(together[:1], alone, rtol=1e-4, atol=1e-5)  # padding does not change an answer
 
 
+def test_answers_do_not_depend_on_the_processor(trained, corpus):
+    """They are in float32 unless asked, by the command line as from Python, where training is in bfloat16 or not."""
+    config = (trained[0] / "config.yaml").read_text()
+    assert "precision: null" in config
+    (corpus / "line.txt").write_text("The [MASK] sold the bread.\n")
+    arguments = ["predict", "--ckpt_path=last", "--data.predict_files=line.txt"]
+    (answer,) = [json.loads(line) for line in run(corpus, *arguments).stdout.splitlines()]
+    (expected,) = leanbert.load(trained[0] / "checkpoints" / "step-00000030.ckpt").fill_mask([answer["text"]])
+    for mask, other in zip(answer["masks"][0], expected["masks"][0], strict=True):
+        assert mask["token"] == other["token"]
+        assert mask["probability"] == pytest.approx(other["probability"], abs=1e-6)
+    asked = json.loads(run(corpus, *arguments, "--trainer.precision=bf16-mixed").stdout)["masks"][0]
+    assert [mask["probability"] for mask in asked] != [mask["probability"] for mask in answer["masks"][0]]
+
+
+def test_standard_output_is_utf_8_and_where_it_takes_nothing_that_is_said(trained, corpus):
+    (corpus / "lines.txt").write_text("The k\u00f6nig sold the [MASK].\n" * 300, encoding="utf-8")
+    words = [sys.executable, str(launcher.PROGRAM), "predict", "--config=configs/mlm.yaml", "--ckpt_path=last",
+             "--data.predict_files=lines.txt"]  # fmt: skip
+    shell = f"{shlex.join(words)} | head -1; exit ${{PIPESTATUS[0]}}"
+    ascii_only = environment(PYTHONIOENCODING="ascii")
+    done = subprocess.run(["bash", "-c", shell], cwd=corpus, env=ascii_only, capture_output=True, check=False)
+    assert json.loads(done.stdout.decode())["text"] == "The k\u00f6nig sold the [MASK]."
+    assert (done.returncode, done.stderr.count(b"rror")) == (141, 0), done.stderr
+    for target, reason in (">/dev/full", "output: the disk is full"), (">&-", "output: Bad file descriptor"):
+        shell = f"{shlex.join(words)} {target}"
+        done = subprocess.run(["bash", "-c", shell], cwd=corpus, env=environment(), capture_output=True, check=False)
+        assert done.returncode == 2
+        assert f"error: {reason}" in done.stderr.decode().splitlines()[-1]
+
+
+def test_fast_dev_run_takes_a_step(corpus):
+    run(
+        corpus,
+        "fit",
+        *TINY,
+        "--data.train_files=train.txt",
+        "--trainer.fast_dev_run=true",
+        "--trainer.default_root_dir=d",
+    )
+
+
 def test_export_loads_in_transformers_with_equal_logits(trained, corpus):
     transformers = pytest.importorskip("transformers")
     run(corpus, "export", "--ckpt_path=last", "--format=hf", "--output=exported")
@@ -164,6 +207,18 @@ def test_training_goes_on_from_an_exported_folder(trained, corpus):
     )  # fmt: skip
     first = scalars(corpus / "continued" / "mlm" / "version_0")["val/loss"][0]
     assert first == pytest.approx(scalars(trained[0])["val/loss"][30], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_plan_that_starts_from_a_model_has_its_architecture(trained, corpus, kind):
+    source = trained[0] / "checkpoints" / "step-00000030.ckpt"
+    if kind == "folder":
+        leanbert.load(source).export(corpus / "planned")
+        source = corpus / "planned"
+    files = ["--data.train_files=train.txt", f"--model.init_from={source}", "--json=plan.json"]
+    run(corpus, "plan", "--config=configs/size/small.yaml", *files)
+    planned, summary = (json.loads(path.read_text()) for path in (corpus / "plan.json", trained[0] / "summary.json"))
+    assert planned["parameters"] == summary["parameters"]
 
 
 def test_prepare_builds_what_fit_then_finds(tmp_path):
@@ -408,6 +463,19 @@ SETTINGS = [
     (["--trainer.enable_checkpointing=false"], ["trainer.enable_checkpointing", "checkpoint.every_n_steps"]),
     (["--config=configs/none.yaml"], ["configs/none.yaml", "configs/mlm.yaml"]),
     (["--trainer.accelerator=gpu"], ["gpu"]),
+    (["--trainer.accelerator=abacus"], ["trainer.accelerator", "abacus", "cpu"]),
+    (["--trainer.strategy=fsdp"], ["trainer.strategy", "fsdp", "ddp"]),
+    (["--trainer.strategy=magic"], ["trainer.strategy", "magic"]),
+    (["--trainer.strategy=ddp_spawn"], ["trainer.strategy", "ddp_spawn"]),
+    (
+        ["--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy", "--trainer.devices=2"],
+        ["trainer.strategy", "ModelParallelStrategy"],
+    ),
+    (["--model=lightning.pytorch.demos.boring_classes.BoringModel"], ["model.class_path", "BoringModel", "Task"]),
+    (["--trainer.default_root_dir="], ["trainer.default_root_dir"]),
+    (["--trainer.default_root_dir=/proc/leanbert"], ["/proc/leanbert"]),
+    ([f"--trainer.default_root_dir={'x' * 5000}"], ["trainer.default_root_dir"]),
+    (["--trainer.default_root_dir=~nosuchuser/x"], ["trainer.default_root_dir", "nosuchuser"]),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,43 @@ def test_every_rung_of_the_ladder_goes_through_fit(tmp_path, monkeypatch, task):
         assert wanted <= made
         optimizer = overlay.get("model", {}).get("init_args", {}).get("optimizer", {})
         assert optimizer.items() <= vars(trained.model.optimizer_config).items()
+
+
+def test_the_subcommand_alone_is_another_one_in_the_process_that_plans(tmp_path, monkeypatch):
+    commands = []
+
+    def note(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 7)
+
+    quiet_libraries()
+    monkeypatch.setattr("leanbert.cli.subprocess.run", note)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    given = ["fit", "--config=configs/mlm.yaml", "--data.text_field", "fit", "--budget=1GiB"]
+    with pytest.raises(SystemExit) as stopped:
+        CLI(given)
+    assert stopped.value.code == 7
+    assert commands[0][:6] == [sys.executable, "train.py", "plan", *given[1:4]]
+
+
+def test_modules_of_the_working_folder_are_not_imported_while_planning(tmp_path):
+    for name in ("yaml", "random"):
+        (tmp_path / f"{name}.py").write_text("open('executed', 'w')\nraise SystemExit(9)\n")
+    write_corpus(tmp_path / "train.txt")
+    arguments = [*SHAPE, "--data.batch_size=2", "--data.train_files=train.txt", "--trainer.max_steps=1"]
+    run(tmp_path, "fit", *arguments, "--budget=8GiB")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_small_corpus_gives_fewer_entries_than_asked_for(folder):
+    settings = [*SHAPE, "--data.train_files=train.txt", "--data.vocab_size=30000"]
+    told = run(folder, "plan", *settings, "--json=asked.json")
+    assert "Vocabulary   30,000 tokens, as data.vocab_size says" in told.stdout
+    run(folder, "plan", *settings, "--prepare", "--json=there.json")
+    asked, there = (json.loads((folder / name).read_text())["parameters"] for name in ("asked.json", "there.json"))
+    run(folder, "fit", *settings, "--trainer.max_steps=1", "--trainer.limit_val_batches=1")
+    (summary,) = (folder / "runs" / "mlm").glob("version_*/summary.json")
+    assert there == json.loads(summary.read_text())["parameters"] < asked
 
 
 def test_a_sweep_finds_the_largest_micro_batch(folder):

@@ -162,17 +162,23 @@ def create(root, count):
 
 def test_each_process_has_a_folder_of_its_own(tmp_path):
     with multiprocessing.get_context("fork").Pool(4) as pool:
-        names = sum(pool.starmap(create, [(str(tmp_path), 10)] * 4, chunksize=1), [])
+        names = [name for some in pool.starmap(create, [(str(tmp_path), 10)] * 4, chunksize=1) for name in some]
     assert sorted(names) == sorted(f"version_{number}" for number in range(40))
 
 
 def test_each_thread_has_a_folder_of_its_own(tmp_path):
     with ThreadPoolExecutor(8) as pool:
-        names = sum(pool.map(lambda _: create(str(tmp_path), 10), range(8)), [])
+        names = [name for some in pool.map(lambda _: create(str(tmp_path), 10), range(8)) for name in some]
     assert sorted(names) == sorted(f"version_{number}" for number in range(80))
 
 
-HOLD = "import sys; from leanbert.runs import TaskRuns; run = TaskRuns(sys.argv[1], 'mlm').create(); print('held'); input()"
+HOLD = """
+import sys, time
+from leanbert.runs import TaskRuns
+run = TaskRuns(sys.argv[1], 'mlm').create()
+print('held', flush=True)
+time.sleep(60)
+"""
 
 
 def test_a_run_is_trained_once_and_a_killed_process_lets_go(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,9 +12,17 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 
+from leanbert import signals
 from leanbert.data.storage import DISK_FULL, temporary
 from leanbert.errors import UserError
 from leanbert.models.weights import check_sums, load_pickled
+
+if sys.platform == "win32":  # an open file cannot be deleted there
+    fcntl: Any = None
+else:
+    import fcntl
+
+_held: list[BinaryIO] = []
 
 BEST = "best.ckpt"
 AVERAGE = "average.ckpt"
@@ -153,6 +162,37 @@ def mean(paths: Sequence[Path]) -> dict[str, Any]:
 def _wide(tensor: Tensor, copy: bool = False) -> Tensor:
     dtype = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
     return tensor.to(dtype, copy=copy)
+
+
+def hold(path: Path) -> bool:
+    """Keep `remove` from deleting a file as long as this process lives; return whether it is still there.
+
+    A run that is trained deletes its older checkpoints while another process, such as `predict`, reads one.
+    """
+    try:
+        file = path.open("rb")
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_SH)
+        there = path.stat().st_ino == os.fstat(file.fileno()).st_ino
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True  # reading it says why
+    _held.append(file)
+    return there
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder in its place, unless another process holds it."""
+    if fcntl is not None and path.is_file():
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return
+            path.unlink()
+    else:
+        signals.remove(path)
 
 
 class StreamedCheckpointIO(CheckpointIO):

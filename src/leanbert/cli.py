@@ -7,8 +7,8 @@ import itertools
 import json
 import logging
 import os
+import select
 import shlex
-import signal
 import subprocess
 import sys
 import warnings
@@ -66,6 +66,8 @@ from leanbert.trainer import Trainer
 
 OWN_SUBCOMMANDS = ("prepare", "plan", "export")
 """What Lightning does not have; they need no device."""
+READER_HAS_GONE = 141
+"""Exit code where nobody reads standard output any longer, as behind `| head`: what a shell gives for SIGPIPE."""
 FLAGS = ("--measure", "--prepare")
 """Options that are true where no value follows."""
 
@@ -485,8 +487,10 @@ def main(arguments: list[str] | None = None) -> None:
     except (UserError, MisconfigurationException) as error:
         fail(one_line(str(error)), error)
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and reader_has_gone():
-            sys.exit(128 + signal.SIGPIPE)
+        gone = isinstance(error, BrokenPipeError) and reader_has_gone()
+        drop_output()
+        if gone:
+            sys.exit(READER_HAS_GONE)
         reason = "the disk is full" if error.errno in DISK_FULL else error.strerror or one_line(str(error))
         fail(f"{error.filename or 'output'}: {reason}. Mend that, or choose another file or folder.", error)
     finally:
@@ -502,14 +506,21 @@ def fail(message: str, error: BaseException, code: int = 2) -> None:
     sys.exit(code)
 
 
-def reader_has_gone() -> bool:
-    """Return whether nobody reads standard output any longer, as behind `| head`; what is left for it is dropped."""
+def drop_output() -> None:
+    """Forget what cannot be written: Python would try again when it ends, and complain."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more when it ends
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def reader_has_gone() -> bool:
+    """Return whether nobody reads standard output any longer."""
+    if not hasattr(select, "poll"):  # Windows
         return True
-    return False
+    output = select.poll()
+    output.register(1, 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 def quiet_libraries() -> None:

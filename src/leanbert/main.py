@@ -12,6 +12,7 @@ from leanbert import signals
 def main() -> None:
     """Run the command line of `sys.argv`; see `leanbert.cli.main`."""
     signals.install()
+    signals.watch()
     prepare_streams()
     from leanbert import cli
 

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from leanbert import checkpoints
 from leanbert.checkpoints import AVERAGE, BEST, TRAINING_STATE
-from leanbert.data.storage import DISK_FULL, remove_leftovers
+from leanbert.data.storage import DISK_FULL, expand, remove_leftovers
 from leanbert.errors import UserError
 from leanbert.messages import say
 
@@ -84,10 +84,15 @@ class Run:
             steps[best] = -1 if step is None else step
         return sorted(steps, key=lambda path: (steps[path], path != best), reverse=True)
 
-    def newest(self) -> tuple[Found | None, list[Path]]:
-        """Return the newest checkpoint that training can go on from, and the newer ones that are damaged."""
+    def newest(self, *, hold: bool = False) -> tuple[Found | None, list[Path]]:
+        """Return the newest checkpoint that training can go on from, and the newer ones that are damaged.
+
+        `hold` keeps it where it is, though another process trains the run and deletes its older ones.
+        """
         damaged = []
         for path in self.candidates():
+            if hold and not path.is_dir() and not checkpoints.hold(path):
+                return self.newest(hold=True)  # it has gone since it was listed
             try:
                 checkpoint = checkpoints.load(path)
             except UserError:
@@ -120,12 +125,7 @@ class TaskRuns:
     """
 
     def __init__(self, root: str, task: str) -> None:
-        try:
-            self.folder = Path(root).expanduser() / task
-        except RuntimeError:
-            raise UserError(f"trainer.default_root_dir: {root}: there is no such user. Give a folder.") from None
-        if not root:
-            raise UserError("trainer.default_root_dir: is empty. Give a folder, such as runs.")
+        self.folder = expand(root, "trainer.default_root_dir") / task
 
     def all(self) -> list[Run]:
         """Return the runs, the newest last."""
@@ -168,7 +168,7 @@ class TaskRuns:
         Raises:
             UserError: There is no run, or the newest has no such checkpoint: an older one never stands in for it.
         """
-        return self._find(which, self.all())
+        return self._find(which, self.all(), hold=True)
 
     def find_to_train(self, which: str, *, lock: bool) -> tuple[Run | None, Found | None]:
         """Return the run that training goes on in, locked if asked to, and its checkpoint that `which` means.
@@ -194,10 +194,10 @@ class TaskRuns:
             run.release()
             raise
 
-    def _find(self, which: str, runs: list[Run]) -> Found:
+    def _find(self, which: str, runs: list[Run], *, hold: bool = False) -> Found:
         if not runs:
             raise UserError(f"--ckpt_path {which}: no run below {self.folder}. Leave --ckpt_path out to start one.")
-        found = find_last(runs[-1]) if which in ("last", "auto") else _find_named(runs[-1], which)
+        found = find_last(runs[-1], hold=hold) if which in ("last", "auto") else _find_named(runs[-1], which)
         if isinstance(found, str):
             raise UserError(f"--ckpt_path {which}: {found}{self._older(runs[:-1])}.")
         return found
@@ -210,9 +210,9 @@ class TaskRuns:
         return ""
 
 
-def find_last(run: Run) -> Found | str:
+def find_last(run: Run, *, hold: bool = False) -> Found | str:
     """Return the newest checkpoint of a run that is whole, and say what was passed over; or why there is none."""
-    found, damaged = run.newest()
+    found, damaged = run.newest(hold=hold)
     names = ", ".join(path.name for path in damaged)
     if found is not None:
         over = f"; passed over, damaged: {names}" if damaged else ""

@@ -13,7 +13,9 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -21,12 +23,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LEADER = "LEANBERT_LEADER"
 """Environment variable with the process that answers a signal for those that it has started (ranks, a plan)."""
 
+PATIENCE_SECONDS = 2.0
+"""How long the main thread may take to answer: in a call of foreign code it cannot, however long that takes."""
+
 temporary: set[str] = set()
 """Files and folders that are being written, to be removed when a signal ends the process."""
 
 
 class _State:
     installed = False
+    answered_at = 0.0
     hint = ""
     receiver: Callable[[int], None] | None = None
 
@@ -51,6 +57,25 @@ def install() -> Callable[[], None]:
             os.environ[LEADER] = leader
 
     return restore
+
+
+def watch() -> None:
+    """End the program from a thread of its own where the main thread is too long in foreign code to answer."""
+    if threading.current_thread() is threading.main_thread() and not follows():
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=_watch, args=(reader,), daemon=True, name="signals").start()
+
+
+def _watch(reader: int) -> None:
+    while numbers := os.read(reader, 4096):
+        arrived = time.monotonic()
+        for number in SIGNALS:
+            if number in numbers:
+                time.sleep(PATIENCE_SECONDS)
+                if _State.answered_at < arrived - PATIENCE_SECONDS and _State.receiver is None:
+                    _end(number)
 
 
 def nothing() -> None:
@@ -91,7 +116,21 @@ def write(line: str) -> None:
         os.write(2, f"{start}{line}\n".encode(errors="replace"))
 
 
+@contextmanager
+def held() -> Iterator[None]:
+    """Let a signal wait for the end of the block, in which nothing is to be cut in half; a second one ends at once."""
+    received: list[int] = []
+    defer_to(received.append)
+    try:
+        yield
+    finally:
+        defer_to(None)
+    if received:
+        _end(received[0])
+
+
 def _receive(number: int, frame: Any) -> None:
+    _State.answered_at = time.monotonic()
     receiver, _State.receiver = _State.receiver, None
     if receiver is not None:
         receiver(number)
@@ -101,8 +140,9 @@ def _receive(number: int, frame: Any) -> None:
 
 def _end(number: int) -> None:
     """End this process and those that it has started."""
-    for other in {*SIGNALS, getattr(signal, "SIGCHLD", signal.SIGINT)}:  # torch raises when a worker's death is told
-        signal.signal(other, signal.SIG_IGN)
+    if threading.current_thread() is threading.main_thread():
+        for other in {*SIGNALS, getattr(signal, "SIGCHLD", signal.SIGINT)}:  # torch raises when it hears of a death
+            signal.signal(other, signal.SIG_IGN)
     _kill_children()
     for path in list(temporary):
         remove(path)
@@ -137,8 +177,22 @@ def _in_forked_process() -> None:
     if _State.installed:
         temporary.clear()
         _State.receiver, _State.installed = None, False
+        signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def deaf_children() -> Iterator[None]:
+    """Start processes in this block that do not hear Ctrl-C: it is for this one, which ends them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 if hasattr(os, "register_at_fork"):

@@ -14,6 +14,18 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from leanbert import signals
 from leanbert.callbacks.bad_steps import StopOnBadSteps
 from leanbert.errors import UserError
+from leanbert.ranges import COUNT, NOT_NEGATIVE, SHARE, WHOLE, Range
+
+RANGES = {
+    **dict.fromkeys(("num_nodes", "log_every_n_steps", "check_val_every_n_epoch"), COUNT),
+    **dict.fromkeys(("min_steps", "min_epochs", "reload_dataloaders_every_n_epochs"), WHOLE),
+    "gradient_clip_val": NOT_NEGATIVE,
+}
+"""Ranges of Lightning's settings, which takes other numbers without a word."""
+NO_LIMIT = -1
+"""Value of Lightning's settings for "all", where less than 1 is senseless otherwise."""
+LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches")
+"""Batches if whole, else shares of all batches."""
 
 
 class _Loop(_FitLoop):
@@ -50,6 +62,7 @@ class Trainer(pl.Trainer):
     def __init__(
         self, max_bad_steps: int = 3, callbacks: list[Callback] | Callback | None = None, **settings: Any
     ) -> None:
+        _check_ranges(settings)
         given = [callbacks] if isinstance(callbacks, Callback) else callbacks or []
         super().__init__(callbacks=[*given, StopOnBadSteps(max_bad_steps)], **settings)
         loop, self.fit_loop = self.fit_loop, _Loop(self, self.fit_loop.min_epochs, self.fit_loop.max_epochs)
@@ -178,3 +191,20 @@ class Trainer(pl.Trainer):
                 "export: nothing to export. Give --ckpt_path (a file, last, best or average) or --model.init_from."
             )
         load(source).export(Path(output))
+
+
+def _check_ranges(settings: dict[str, Any]) -> None:
+    """Raise UserError for a number that Lightning would take and that makes no sense."""
+    for name, allowed in RANGES.items():
+        allowed.check(f"trainer.{name}", settings.get(name))
+    for name in ("max_steps", "max_epochs"):
+        if settings.get(name) != NO_LIMIT:
+            COUNT.check(f"trainer.{name}", settings.get(name))
+    for name in LIMITS:
+        value = settings.get(name)
+        (SHARE if isinstance(value, float) else WHOLE).check(f"trainer.{name}", value)
+    interval = settings.get("val_check_interval")  # may be a text or a duration too
+    if isinstance(interval, float):
+        Range(above=0, most=1).check("trainer.val_check_interval", interval)
+    elif isinstance(interval, int):
+        COUNT.check("trainer.val_check_interval", interval)

@@ -55,6 +55,14 @@ def test_configurations(configured: Path) -> None:
             open_dataset(spec)
 
 
+def test_what_datasets_found_wrong_is_said(configured: Path) -> None:
+    bad = configured / "bad"
+    bad.mkdir()
+    (bad / "x.jsonl").write_text('{"text": "a"}x{')
+    with pytest.raises(UserError, match=r"bad: cannot be loaded \(DatasetGenerationError: .* JSON parse error: "):
+        open_dataset(f"hf:{bad}")
+
+
 def test_columns_inside_columns(tmp_path: Path) -> None:
     rows = [
         {"t": {"en": "a", "de": None}, "t.fr": "c", "other": 1},

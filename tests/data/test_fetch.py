@@ -3,9 +3,13 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
+import http.server
 import io
 import json
+import re
 import tarfile
+import threading
+import urllib.request
 
 import pytest
 
@@ -171,7 +175,7 @@ def sources(tmp_path, monkeypatch):
     for split in ("train", "dev", "test"):
         (folder / f"en_ewt-up-{split}.conllu").write_text(PROPBANK)
     for name, chosen in script.DATA_SETS.items():
-        files = {file: (folder / file).as_uri() for file in chosen.files}
+        files = {file: script.Source((folder / file).as_uri()) for file in chosen.files}
         monkeypatch.setitem(script.DATA_SETS, name, dataclasses.replace(chosen, files=files))
     return folder
 
@@ -222,7 +226,26 @@ def test_checksums_are_recorded_and_checked(sources, tmp_path, capsys):
     archive = tmp_path / "out-downloads" / "AESLC.tar.gz"
     archive.write_bytes(archive.read_bytes() + b"more")  # since the record was made
     with pytest.raises(UserError, match=r"AESLC\.tar\.gz\.sha256 says"):
-        script.fetch("file:///not/fetched/again", archive, None)
+        script.fetch(script.Source("file:///not/fetched/again"), archive)
+
+
+def test_no_neighbour_is_touched_and_nothing_is_written_elsewhere(sources, tmp_path, monkeypatch):
+    """Members of archives are read, not unpacked: a name that leads elsewhere leads nowhere."""
+    out = tmp_path / "deep" / "out"
+    neighbours = [out.with_name(name) for name in ("out.tmp-mine", ".out.tmp-0123abcd", "out.tmp", "out-2")]
+    for folder in neighbours:
+        folder.mkdir(parents=True)
+        (folder / "mine").touch()
+    names = ["../../train/evil.subject", "/train/absolute.subject", "train/train_1.subject", "dev/d.subject"]
+    _archive(sources / "AESLC.tar.gz", {name: EMAIL for name in [*names, "test/t.subject"]})
+    before = {path for path in tmp_path.rglob("*") if out.parent not in path.parents}
+    assert script.main(["aeslc", str(out)]) == 0
+    assert [row["id"] for row in _rows(out / "train.jsonl")] == ["evil", "absolute", "train_1"]
+    assert all((folder / "mine").exists() for folder in neighbours)
+    assert {path for path in tmp_path.rglob("*") if out.parent not in path.parents} == before
+    assert sorted(path.name for path in out.parent.glob("out-downloads/*")) == [
+        "AESLC.tar.gz", "AESLC.tar.gz.sha256", "converted.lock"
+    ]  # fmt: skip
 
 
 def test_errors_are_one_line_and_leave_nothing(sources, tmp_path, capsys):
@@ -236,6 +259,10 @@ def test_errors_are_one_line_and_leave_nothing(sources, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     assert "there is something in it" in error("aeslc", str(tmp_path / "full"))
+    assert "there is something in it" in error("aeslc", str(tmp_path / "full" / "file"))
+    assert "folder: is empty" in error("aeslc", "")
+    assert "there is no such user" in error("aeslc", "~nosuchuser/x")
+    assert "cannot be written (Not a directory)" in error("aeslc", str(tmp_path / "full" / "file" / "deep"))
     assert "--sha256: aeslc has no file x. It has AESLC.tar.gz" in error("aeslc", out, "--sha256", f"x={'0' * 64}")
     (sources / "AESLC.tar.gz").write_bytes(b"no archive")
     assert "a file is damaged" in error("aeslc", out)
@@ -251,14 +278,132 @@ def test_errors_are_one_line_and_leave_nothing(sources, tmp_path, capsys):
     assert not [path for path in tmp_path.iterdir() if path.name in ("out", "lengths", "gone")]
 
 
-def test_a_download_that_breaks_off_is_not_kept(tmp_path, monkeypatch):
-    class Answer(io.BytesIO):
-        headers = {"Content-Length": "10"}  # noqa: RUF012
+# ---- a server
 
-    monkeypatch.setattr(script.urllib.request, "urlopen", lambda request, timeout: Answer(b"12345"))
-    with pytest.raises(UserError, match=r"broke off after 5 of 10 bytes"):
-        script.fetch("http://x", tmp_path / "file", None)
+CONTENT = bytes(range(256)) * 40
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Sends CONTENT as the server's `manner` says, and notes the ranges that are asked for."""
+
+    def do_GET(self):
+        manner, tag, asked = self.server.manner, self.server.tag, self.headers.get("Range")
+        self.server.asked.append(asked)
+        begin = 0
+        if asked and self.headers.get("If-Range") == tag:
+            begin = int(asked.removeprefix("bytes=").removesuffix("-"))
+        if begin >= len(CONTENT):
+            self.send_error(416)
+            return
+        self.send_response(206 if begin else 200)
+        if begin:
+            self.send_header("Content-Range", f"bytes {begin}-{len(CONTENT) - 1}/{len(CONTENT)}")
+        if manner not in ("endless", "chunked"):
+            self.send_header("Content-Length", str(len(CONTENT) - begin))
+        if manner == "chunked":
+            self.send_header("Transfer-Encoding", "chunked")
+        self.send_header("ETag", tag)
+        self.end_headers()
+        sent = CONTENT[begin:] if manner == "whole" else CONTENT[begin : begin + 3000]
+        self.wfile.write(f"{len(sent):x}\r\n".encode() + sent + b"\r\n" if manner == "chunked" else sent)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.manner, running.tag, running.asked = "whole", '"1"', []
+        running.url = f"http://127.0.0.1:{running.server_port}/file"
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def test_a_download_that_broke_off_goes_on(server, tmp_path):
+    path, source = tmp_path / "file", script.Source(server.url)
+    server.manner = "breaks off"
+    for sent in (3000, 6000):
+        with pytest.raises(UserError, match=rf"broke off after {sent:,} of 10,240 bytes.*again to go on"):
+            script.fetch(source, path)
+        assert not path.exists()
+    server.manner = "whole"
+    script.fetch(source, path)
+    assert path.read_bytes() == CONTENT
+    assert server.asked == [None, "bytes=3000-", "bytes=6000-"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "file.sha256"]
+
+
+@pytest.mark.parametrize(("tag", "asked"), [('"2"', "bytes=3000-"), ('W/"1"', None)])
+def test_halves_of_two_files_are_not_joined(server, tmp_path, tag, asked):
+    server.manner, first = "breaks off", tag if tag.startswith("W/") else '"1"'
+    server.tag = first
+    with pytest.raises(UserError, match="broke off"):
+        script.fetch(script.Source(server.url), tmp_path / "file")
+    server.manner, server.tag = "whole", tag
+    script.fetch(script.Source(server.url), tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert server.asked == [None, asked]
+
+
+def test_a_part_that_was_whole_is_fetched_again(server, tmp_path):
+    (tmp_path / "file.part").write_bytes(CONTENT[::-1])
+    (tmp_path / "file.part.version").write_text('"1"')
+    script.fetch(script.Source(server.url), tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert server.asked == ["bytes=10240-", None]
+
+
+@pytest.mark.parametrize(
+    ("manner", "message"), [("chunked", "cannot be fetched .*go on"), ("endless", "does not say how long it is")]
+)
+def test_what_breaks_off_without_a_length_is_not_taken_for_whole(server, tmp_path, manner, message):
+    server.manner = manner
+    with pytest.raises(UserError, match=message):
+        script.fetch(script.Source(server.url), tmp_path / "file")
+    wrong = script.Source(server.url, hashlib.sha256(CONTENT).hexdigest())
+    with pytest.raises(UserError, match=f"{message}|It is deleted. Fetch it again"):
+        script.fetch(wrong, tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+
+
+@pytest.mark.parametrize("kind", ["md5", "sha256"])
+def test_checksums_of_the_list_hold_unless_one_is_given(server, tmp_path, kind):
+    path, right = tmp_path / "file", hashlib.new(kind, CONTENT).hexdigest()
+    wrong = script.Source(server.url, right[::-1])
+    with pytest.raises(UserError, match=rf"is {right}, but the list in data/fetch\.py says {right[::-1]}"):
+        script.fetch(wrong, path)
     assert list(tmp_path.iterdir()) == []
+    script.fetch(script.Source(server.url, right), path)
+    with pytest.raises(UserError, match=r"the list in data/fetch\.py says"):
+        script.fetch(wrong, path)
+    script.fetch(wrong, path, hashlib.sha256(CONTENT).hexdigest())
+
+
+def test_nothing_is_taken_from_an_open_line_and_who_stops_is_told(tmp_path, monkeypatch, capsys):
+    class Answer(io.BytesIO):
+        url = "http://elsewhere"
+
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Answer())
+    with pytest.raises(UserError, match=r"https://x: leads to http://elsewhere"):
+        script.fetch(script.Source("https://x"), tmp_path / "file")
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(urllib.request, "urlopen", interrupt)
+    assert script.main(["aeslc", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "Stopped. Give the command again to go on"
+
+
+def test_the_list_is_of_https_and_checksums_look_like_some():
+    sources = [source for chosen in script.DATA_SETS.values() for source in chosen.files.values()]
+    assert all(source.url.startswith("https://") for source in sources)
+    assert all(re.fullmatch(r"[0-9a-f]{32}|[0-9a-f]{64}", source.checksum) for source in sources if source.checksum)
+    assert sum(source.checksum is not None for source in sources) == 17
 
 
 def test_every_set_states_its_licence(capsys):

@@ -43,7 +43,7 @@ def test_sizes_and_statistics(tmp_path: Path) -> None:
     assert train.rows == -(-train.tokens // 32)
     assert train.tokens_per_row == train.tokens / train.rows
     assert train.tokens_per_row / 32 > 0.99
-    assert train.unknown_share == data.unigram_counts[1] / train.tokens < 0.01
+    assert train.unknown_share == data.unigram_counts[1] / data.unigram_counts[np.r_[1, 5:300]].sum() < 0.01
     assert data.unigram_counts.sum() == train.tokens
     loader = data.train_dataloader()
     assert len(loader) == len(list(loader)) == data.batches_per_epoch == train.rows // 8
@@ -119,6 +119,24 @@ def test_targets_of_full_rows(tmp_path: Path, whole_word: bool) -> None:
         assert batch.targets.shape == (8, 8)
         assert not torch.isin(batch.targets[used], special).any()
         assert whole_word or used[(batch.document_ids >= 0).all(1)].all()
+
+
+def test_the_unknown_share_is_of_text_and_not_of_the_template(tmp_path: Path) -> None:
+    path = write_corpus(tmp_path / "dna.txt", ["acgt" * 40 + " acgt" * 3] * 20)
+    data = ready(tmp_path, train_files=str(path), val_files=str(path), tokenizer_kind="wordpiece", vocab_size=40)
+    assert data.statistics["train"].tokens == 20 * 6  # [CLS] [UNK] acgt acgt acgt [SEP]
+    assert data.statistics["train"].unknown_share == 0.25
+
+
+def test_text_of_which_every_token_is_unknown_is_refused(tmp_path: Path) -> None:
+    path = write_corpus(tmp_path / "dna.txt", ["acgt" * 40] * 20)
+    with pytest.raises(UserError, match=r"data\.train_files: every token is unknown\. Set data\.tokenizer_kind bpe"):
+        ready(tmp_path, train_files=str(path), val_files=str(path), tokenizer_kind="wordpiece", vocab_size=40)
+
+
+def test_accents_of_a_given_tokenizer_are_no_setting() -> None:
+    with pytest.raises(UserError, match=r"data\.strip_accents: .* one is given"):
+        MaskedLMData(tokenizer="vocab.txt", strip_accents=True)
 
 
 @pytest.mark.parametrize("words", [ENGLISH, MULTILINGUAL, CHINESE])

@@ -54,9 +54,9 @@ def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("folder", "message"),
     [
-        ("", r"data\.cache_dir: '' is not a path"),
+        ("", r"data\.cache_dir: is empty"),
         ("a\0b", r"data\.cache_dir: 'a\\x00b' is not a path"),
-        ("~nosuchuser/x", r"data\.cache_dir: ~nosuchuser/x: there is no such home folder"),
+        ("~nosuchuser/x", r"data\.cache_dir: ~nosuchuser/x: there is no such user"),
         ("/proc/x", r"/proc/x/tokenizers: cannot be written \(No such file or directory\)"),
         ("/dev/null", r"cannot be written \(Not a directory\)"),
         ("FILE", r"cannot be written \(Not a directory\)"),
@@ -73,7 +73,7 @@ def test_a_folder_that_cannot_serve_is_one_line(
     with pytest.raises(UserError, match=message) as caught:
         CorpusSettings(train_files=[corpus], cache_dir=folder, vocab_size=200).prepare()
     assert "\n" not in str(caught.value)
-    assert str(caught.value).endswith((" with --data.cache_dir", "leave the setting out", "Write the path in full"))
+    assert str(caught.value).endswith((" with --data.cache_dir", "leave it out", "a zero byte", "in full"))
 
 
 def test_a_moved_corpus_is_the_same_and_a_changed_one_is_not(tmp_path: Path, corpus: str) -> None:

@@ -14,7 +14,7 @@ from leanbert.errors import UserError
 
 
 def lines(data: bytes) -> list[tuple[int, str]]:
-    return list(whole_lines(read_lines(io.BytesIO(data), "x")))
+    return list(whole_lines(io.BytesIO(data), "x"))
 
 
 def records(path: Path, content: str | bytes, *wanted: str) -> list[tuple[str, object]]:
@@ -35,12 +35,27 @@ def refused(path: Path, content: str | bytes, *wanted: str) -> str:
 # ---- lines
 
 
+class Pipe(io.BytesIO):
+    """Gives some bytes at a time, and counts the reads."""
+
+    def __init__(self, *parts: bytes) -> None:
+        super().__init__()
+        self.parts, self.reads = list(parts), 0
+
+    def read1(self, size: int | None = -1) -> bytes:
+        self.reads += 1
+        return self.parts.pop(0) if self.parts else b""
+
+
 @pytest.mark.parametrize("part", [1, 2, 3, 1 << 20])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_line_ends_of_all_systems_are_one(monkeypatch: pytest.MonkeyPatch, end: str, part: int) -> None:
     monkeypatch.setattr(readers, "PART_BYTES", part)
-    data = f"\ufeffone{end}{end}zw\u00f6 \U0001f600{end} three".encode()
-    assert lines(data) == [(1, "one\n"), (2, "\n"), (3, "zw\u00f6 \U0001f600\n"), (4, " three")]
+    text = f"one{end}{end}zw\u00f6 \U0001f600{end} three".encode()
+    expected = [(1, "one\n"), (2, "\n"), (3, "zw\u00f6 \U0001f600\n"), (4, " three")]
+    assert lines(codecs.BOM_UTF8 + text) == expected
+    pipe = Pipe(*(text[at : at + part] for at in range(0, len(text), part)))
+    assert list(whole_lines(pipe, "x")) == expected
 
 
 def test_only_line_ends_end_a_line() -> None:
@@ -49,16 +64,22 @@ def test_only_line_ends_end_a_line() -> None:
 
 
 def test_a_pipe_gives_its_lines_as_they_come() -> None:
-    class Pipe(io.BytesIO):
-        parts = iter([b"one\r", b"\n", b"two", b"\nthr", b"ee"])
-
-        def read1(self, size: int | None = -1) -> bytes:
-            return next(self.parts, b"")
-
-    found = read_lines(Pipe(), "x")
+    pipe = Pipe(b"one\r", b"\n", b"two", b"\nthr", b"ee")
+    found = read_lines(pipe, "x")
     assert next(found) == (1, "one\n")
-    assert next(Pipe.parts) == b"\n"  # nothing was read ahead
-    assert list(found) == [(2, "two\n"), (3, "three")]
+    assert pipe.reads == 1
+    assert next(found) == (2, "two\n")
+    assert pipe.reads == 4
+    assert list(found) == [(3, "three")]
+
+
+def test_an_endless_line_is_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "PART_BYTES", 100)
+    monkeypatch.setattr(readers, "LINE_CHARACTERS", 1000)
+    content = '{"a": 1}\n{"a": "' + "b" * 5000
+    assert refused(tmp_path / "x.jsonl", content) == (
+        "x.jsonl:2: a line of more than 1,000 characters. Write one record a line"
+    )
 
 
 def test_several_gzip_members_are_one_file(tmp_path: Path) -> None:

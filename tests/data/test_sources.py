@@ -116,8 +116,9 @@ def test_case_and_white_space_do_not_decide_the_side() -> None:
 
 def test_white_space_across_parts_ends_no_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "PART_BYTES", 4)
-    path = write(tmp_path / "a.txt", "one\n            two\n             \nthree\n          ")
-    assert texts(path) == ["one\n            two", "three"]
+    space = " " * 99
+    path = write(tmp_path / "a.txt", f"one\n{space}two\n{space}\nthree\n{space}")
+    assert texts(path) == [f"one\n{space}two", "three"]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
@@ -132,7 +133,7 @@ def test_records_without_text_are_counted(tmp_path: Path, capsys: pytest.Capture
     second = write(tmp_path / "b.csv", 'text\n""\nthree\n')
     for _ in range(2):
         assert texts(first, second, setting="data.val_files") == ["one", "two", "three"]
-    told = f"data.val_files: 3 records without text are left out, the first is {first}:2\n"
+    told = f"3 records without text are left out, the first is {first}:2\n"
     assert capsys.readouterr().err == told
 
 
@@ -232,3 +233,10 @@ def test_a_missing_extra_says_what_to_install(
     write(Path("a.parquet"), "x")
     with pytest.raises(UserError, match=rf"pip install \"leanbert\[{extra}\]\""):
         texts(pattern)
+
+
+def test_a_name_may_begin_as_that_of_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("~x.txt").write_text("one\n")
+    assert Corpus(("~x.txt",)).files == (Path("~x.txt"),)
+    assert besides(["~x.txt"], "data.train_files", {"data.val_files": ["~x.txt"]}) == ["~x.txt"]

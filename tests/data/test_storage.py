@@ -83,7 +83,10 @@ def test_who_holds_the_lock_removes_what_a_killed_process_left_and_nothing_else(
     assert {path.name for path in tmp_path.iterdir()} == {*kept, "cache", "cache.lock"}
 
 
-def test_homes_are_found_or_named() -> None:
+def test_homes_are_found_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("~x").touch()
+    assert expand("~x", "data.cache_dir") == Path("~x")
     assert expand("~/x", "data.cache_dir") == Path.home() / "x"
     assert expand("a/~b", "data.cache_dir") == Path("a/~b")
     for path in ("~nosuchuser/x", "", "a\0b"):

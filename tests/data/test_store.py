@@ -337,3 +337,45 @@ def test_who_waits_can_be_interrupted(tmp_path: Path, start: Callable[..., subpr
     assert waiting.stderr.readline().startswith("Waiting for another process")
     waiting.send_signal(signal.SIGINT)
     assert waiting.wait(timeout=5) == -signal.SIGINT
+
+
+def test_whoever_is_killed_at_whatever_moment_the_others_have_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cold, warm and damaged, with three processes at the same moment of which one or two are killed."""
+    monkeypatch.setattr(storage, "QUIET_SECONDS", 60)
+    folder, generator = tmp_path / "kind" / "name", random.Random(3)
+
+    def make_slowly(building: Path) -> dict[str, Any]:
+        for name in "ab":
+            (building / name).write_text(f"all of {name}")
+            time.sleep(0.005)
+        return {"count": 2}
+
+    def ask() -> int:
+        """Return the number of a process that asks for the folder, and ends with 0 if it gets all of it."""
+        if (child := os.fork()) != 0:
+            return child
+        try:
+            whole = made_once(folder, make_slowly) == {"count": 2}
+            os._exit(0 if whole and [(folder / name).read_text() for name in "ab"] == ["all of a", "all of b"] else 1)
+        finally:
+            os._exit(2)
+
+    for state in [generator.choice(["cold", "warm", "damaged"]) for _ in range(25)]:
+        if state == "cold":
+            shutil.rmtree(folder, ignore_errors=True)
+        elif state == "damaged" and (folder / "a").exists():
+            (folder / generator.choice("ab")).write_text("damage")
+        children = [ask() for _ in range(3)]
+        killed = children[: generator.choice([1, 2])]
+        for child in killed:
+            time.sleep(generator.uniform(0, 0.02))
+            os.kill(child, signal.SIGKILL)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        assert set(codes[: len(killed)]) <= {0, -signal.SIGKILL}
+        assert set(codes[len(killed) :]) == {0}
+    shutil.rmtree(folder)
+    made_once(folder, make)  # cleans up after the last
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["name", "name.lock"]
+    assert not list(tmp_path.glob(".*"))

@@ -84,6 +84,19 @@ def test_continuations(vocab_file: Path) -> None:
     assert np.flatnonzero(TextTokenizer(unigram).continuation_table()).tolist() == [3]
 
 
+def test_tokens_that_do_not_tell_continue_no_word(vocab_file: Path) -> None:
+    tokens = ["[UNK]", "[MASK]", "the", "ri", "ver</w>"]
+    numbered = {token: i for i, token in enumerate(tokens)}
+    words = Tokenizer(models.WordLevel(numbered, unk_token="[UNK]"))
+    marked = Tokenizer(models.BPE(numbered, [], unk_token="[UNK]", end_of_word_suffix="</w>"))
+    for inner in (words, marked):
+        inner.pre_tokenizer = pre_tokenizers.Whitespace()
+        assert not TextTokenizer(inner).continuation_table().any()
+    added = TextTokenizer.from_file(vocab_file)._tokenizer
+    added.add_tokens(["##s", "##ing"])
+    assert np.flatnonzero(TextTokenizer(added).continuation_table()).tolist() == [8]
+
+
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
 def test_saved_folders_load_everywhere(tmp_path: Path, kind: str) -> None:
     transformers = pytest.importorskip("transformers")
@@ -114,6 +127,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path, capsys: pytest.Captur
     no_mask = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     files = {
         "absent.json": (None, "does not exist"),
+        "n" * 5000: (None, "does not exist"),
         "empty": (None, "holds neither tokenizer.json nor vocab.txt"),
         "broken.json": ('{"model": ', "not a tokenizer.json"),
         "nomask.json": (no_mask.to_str(), "no mask token"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -271,14 +272,69 @@ def test_ids_are_those_of_transformers(tmp_path: Path, make: Make) -> None:
     expected = [theirs(text)["input_ids"] for text in TEXTS]
     assert ours.encode_batch(TEXTS) == expected
     assert ours.vocab_size == 1 + max(theirs.get_vocab().values())
-    assert ours.mask_id in (theirs.mask_token_id, None) or theirs.mask_token is None
+    assert theirs.mask_token is None or ours.mask_id == theirs.mask_token_id
     assert theirs.pad_token is None or ours.pad_id == theirs.pad_token_id
     again = TextTokenizer.from_json(ours.to_json())  # as in a checkpoint
     assert (again.encode_batch(TEXTS), again.mask_id) == (expected, ours.mask_id)
-    ours.save(tmp_path / "saved")
-    saved = TextTokenizer.from_file(tmp_path / "saved")
-    assert (saved.encode_batch(TEXTS), saved.mask_id) == (expected, ours.mask_id)
-    assert [peer(tmp_path / "saved")(text)["input_ids"] for text in TEXTS] == expected
+    (tmp_path / "config.json").unlink(missing_ok=True)
+    for target in (tmp_path / "saved", tmp_path):  # into an empty folder, and over the old files
+        ours.save(target)
+        saved, theirs = TextTokenizer.from_file(target), peer(target)
+        assert (saved.encode_batch(TEXTS), saved.mask_id) == (expected, ours.mask_id)
+        assert [theirs(text)["input_ids"] for text in TEXTS] == expected
+        assert theirs.mask_token_id == ours.mask_id
+        assert theirs.pad_token is None or theirs.pad_token_id == ours.pad_id
+
+
+def random_folder(path: Path, generator: random.Random) -> None:
+    """Write files that name, add and flag tokens in several places, which contradict each other."""
+
+    def sometimes(chance: float = 0.3) -> bool:
+        return generator.random() < chance
+
+    def token(content: str) -> Any:
+        flags = {name: sometimes() for name in ("lstrip", "rstrip", "single_word", "normalized")}
+        return generator.choice([content, {**entry(content, **flags), "__type": "AddedToken"}])
+
+    kind = generator.choice(["bert", "json", "bytes"])
+    spelled = {role: f"[{role.upper()}]" for role in ("mask", "pad", "cls", "unk", "sep")}
+    if kind == "bytes":
+        spelled = {"mask": "<mask>", "pad": "<pad>", "cls": "<s>", "unk": "<unk>", "sep": "</s>", "bos": "<s>"}
+    config = {f"{role}_token": token(name) for role, name in spelled.items() if sometimes()}
+    settings = ("do_lower_case", "tokenize_chinese_chars", "strip_accents", "add_prefix_space")
+    config |= {name: sometimes(0.5) for name in settings if sometimes()}
+    if sometimes():
+        config["additional_special_tokens"] = [token("<ent>"), token("zorblax")][: generator.randrange(3)]
+    if sometimes(0.2):
+        config["extra_special_tokens"] = generator.choice([["quindle"], {"x_token": "quindle"}, [], {}])
+    if sometimes(0.2):
+        chosen = generator.sample(["zorblax", spelled["mask"], "<ent>", "lamp"], 2)
+        config["added_tokens_decoder"] = {str(i): entry(name, lstrip=sometimes()) for i, name in enumerate(chosen, 70)}
+    classes = {"bert": ["BertTokenizer", "ElectraTokenizerFast"], "bytes": ["RobertaTokenizer", "BartTokenizerFast"]}
+    config["tokenizer_class"] = generator.choice(classes.get(kind, ["BertTokenizer", "TokenizersBackend"]))
+    {"bert": bert, "json": whole, "bytes": byte_level}[kind](path)
+    put(path, tokenizer_config=config)
+    if sometimes():
+        further = generator.choice([["<ent>"], ["quindle", "zorblax"]])
+        put(path, special_tokens_map={"mask_token": entry(spelled["mask"]), "additional_special_tokens": further})
+    if sometimes():
+        put(
+            path,
+            added_tokens={name: i for i, name in enumerate(["zorblax", "quindle", "<ent>", "lamp"], 80) if sometimes()},
+        )
+    if sometimes():
+        put(path, config={"model_type": generator.choice(["bert", "roberta", "distilbert"])})
+
+
+def test_ids_of_files_that_contradict_each_other_are_those_of_transformers(tmp_path: Path) -> None:
+    generator = random.Random(3)
+    for number in range(60):
+        path = tmp_path / str(number)
+        path.mkdir()
+        random_folder(path, generator)
+        ours, theirs = TextTokenizer.from_file(path), peer(path)
+        assert ours.encode_batch(TEXTS) == [theirs(text)["input_ids"] for text in TEXTS], path
+        assert ours.vocab_size == 1 + max(theirs.get_vocab().values())
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_token(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
-from dataclasses import asdict
+import math
+from dataclasses import asdict, fields, replace
 
 import pytest
 
 from leanbert.errors import UserError
-from leanbert.models.config import EncoderConfig
+from leanbert.models.config import RANGES, EncoderConfig
 
 
 def test_presets_fill_what_is_left_open():
@@ -68,6 +69,35 @@ def test_local_layers_lie_between_global_ones():
 def test_bad_settings_are_named(setting, values):
     with pytest.raises(UserError, match=rf"^model\.encoder\.{setting}: [^\n]*$"):
         EncoderConfig(**values).resolved()
+
+
+NEVER = ("4", None, [4], {"a": 4}, True, math.nan, math.inf, -math.inf, -1)
+"""What is no value of any number here; None stands for "as the preset has it" where that is allowed."""
+OPEN = {field.name for field in fields(EncoderConfig) if field.default is None}
+
+
+@pytest.mark.parametrize("setting", RANGES)
+def test_every_number_has_a_range(setting):
+    for value in (*NEVER, *(() if "dropout" in setting or setting in FLOATS else (1.5, 10**9, 10**400))):
+        if value is not None or setting not in OPEN:
+            with pytest.raises(UserError, match=rf"^model\.encoder\.{setting}: [^\n]* is out of range\. Give [^\n]*$"):
+                replace(EncoderConfig(head_size=64), **{setting: value}).resolved()
+
+
+FLOATS = ("norm_eps", "rotary_theta", "local_rotary_theta")
+
+
+@pytest.mark.parametrize("setting", ["preset", "position", "norm_position", "activation", "bias"])
+def test_every_choice_is_checked(setting):
+    for value in (["bert"], {}, 0, 1, math.nan, "no", b"post"):
+        with pytest.raises(UserError, match=rf"^model\.encoder\.{setting}: [^\n]* is unknown\. Choose from [^\n]*$"):
+            replace(EncoderConfig(), **{setting: value}).resolved()
+
+
+def test_a_model_that_no_machine_holds_is_refused():
+    assert EncoderConfig(num_layers=100, hidden_size=8192).resolved().num_layers == 100
+    with pytest.raises(UserError, match=r"^model\.encoder: these sizes make a model of 1\.3e\+13 weights"):
+        EncoderConfig(num_layers=1000, hidden_size=2**15).resolved()
 
 
 def test_rows_longer_than_the_positions_are_refused():

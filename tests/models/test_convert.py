@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -31,10 +32,12 @@ def randomise(model):
 
 
 def bert(kind=transformers.BertForMaskedLM, **changes):
+    torch.manual_seed(0)
     return randomise(kind(transformers.BertConfig(**SIZES | changes)))
 
 
 def modernbert(kind=transformers.ModernBertForMaskedLM, **changes):
+    torch.manual_seed(0)
     settings = SIZES | IDS | {"local_attention": 8} | changes
     return randomise(kind(transformers.ModernBertConfig(**settings)))
 
@@ -199,10 +202,10 @@ def test_what_no_class_expresses_is_refused(tmp_path, setting, values):
         (bert, {"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
         (bert, {"model_type": "roberta"}, "model_type 'roberta' is not supported"),
         (bert, {"architectures": ["BertForQuestionAnswering"]}, "BertForQuestionAnswering is not supported"),
-        (bert, {"tie_word_embeddings": False}, "tie_word_embeddings False is not supported"),
+        (bert, {"tie_word_embeddings": "no"}, "tie_word_embeddings 'no' is neither true nor false"),
         (bert, {"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key'"),
         (bert, {"num_attention_heads": 5}, r"hidden_size: 32 is not divisible by num_heads 5"),
-        (bert, {"hidden_size": "wide"}, "a size is not a number"),
+        (bert, {"hidden_size": "wide"}, "hidden_size 'wide' is out of range"),
         (modernbert, {"hidden_activation": "relu"}, "hidden_activation 'relu' is not supported"),
         (modernbert, {"mlp_bias": True}, "mlp_bias True is not supported"),
         (modernbert, {"decoder_bias": False}, "decoder_bias False is not supported"),
@@ -231,3 +234,121 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         save_file(broken, path)
         with pytest.raises(UserError, match=rf"^{tmp_path}: [^\n]*{message}"):
             read_huggingface(tmp_path)
+
+
+# ---- folders of other tools
+
+
+def folder_of(tmp_path, theirs, rename=lambda name: name, add=None, drop=(), config=None):
+    """Save a model with other names of weights, and with or without some settings."""
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    state = {rename(name): tensor for name, tensor in load_file(path).items() if name not in drop}
+    save_file({**state, **(add or {})}, path, metadata={"format": "pt"})
+    if config is not None:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(config(json.loads(path.read_text()))))
+    return tmp_path
+
+
+def agrees(folder, make=transformers.BertForMaskedLM, segments=True):
+    """Whether our logits are those of transformers, which finds every weight."""
+    theirs, report = make.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values())
+    ours = build_model(EncoderConfig(), 99, init_from=folder).eval()
+    return difference(ours, theirs.eval(), segments) <= 1e-5
+
+
+def without(*names):
+    return lambda settings: {name: value for name, value in settings.items() if name not in names}
+
+
+def test_the_output_bias_is_read_by_either_name(tmp_path):
+    theirs = bert()
+    bias = theirs.cls.predictions.bias.detach().clone()
+    name, other = "cls.predictions.bias", "cls.predictions.decoder.bias"
+    assert agrees(folder_of(tmp_path / "alone", theirs, add={other: bias}, drop=[name]))
+    assert agrees(folder_of(tmp_path / "both", theirs, add={other: bias + 1}))  # transformers takes this one
+
+
+@pytest.mark.parametrize("kept", ["architectures", None])
+def test_a_config_without_model_type_is_known_by_its_settings(tmp_path, kept):
+    dropped = {"model_type", "architectures", "transformers_version"} - {kept}
+    assert agrees(folder_of(tmp_path / "bert", bert(), config=without(*dropped)))
+    modern = folder_of(tmp_path / "modern", modernbert(), config=without(*dropped))
+    assert agrees(modern, transformers.ModernBertForMaskedLM, segments=False)
+
+
+def test_what_nothing_tells_is_refused_with_the_line_to_add(tmp_path):
+    tell = r'If it is a BERT, add "model_type": "bert"$'
+    for number, settings in enumerate(({}, {"hidden_size": 32}, {"dim": 32, "n_layers": 5})):
+        folder = folder_of(tmp_path / str(number), bert(), config=lambda _, settings=settings: settings)
+        with pytest.raises(UserError, match=tell):
+            read_huggingface(folder)
+    roberta = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SIZES))  # has the same settings
+    for name, model in (("with", roberta), ("without", roberta.roberta)):
+        with pytest.raises(UserError, match=tell):
+            read_huggingface(folder_of(tmp_path / name, model, config=without("model_type", "architectures")))
+    with pytest.raises(UserError, match=tell):
+        read_huggingface(folder_of(tmp_path / "named", roberta, config=without("model_type")))
+
+
+@pytest.mark.parametrize("wrapped", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod.", "model."])
+@pytest.mark.parametrize("make", [bert, modernbert])
+def test_wrappers_of_modules_leave_the_names_of_weights(tmp_path, make, wrapped):
+    theirs = make()
+    folder_of(tmp_path, theirs, rename=lambda name: wrapped + name)
+    ours = build_model(EncoderConfig(), 99, init_from=tmp_path).eval()
+    assert difference(ours, theirs, segments=make is bert) <= 1e-4
+    folder_of(tmp_path, theirs, rename=lambda name: re.sub(r"(layers?\.\d+\.)", r"\1_orig_mod.", name))
+    ours = build_model(EncoderConfig(), 99, init_from=tmp_path).eval()
+    assert difference(ours, theirs, segments=make is bert) <= 1e-4
+
+
+def test_an_untied_output_is_read_if_it_is_the_embedding_and_else_refused(tmp_path):
+    theirs = bert()
+    table, bias = (
+        x.detach().clone() for x in (theirs.bert.embeddings.word_embeddings.weight, theirs.cls.predictions.bias)
+    )
+    matrix, other = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
+
+    def untied(settings):
+        return settings | {"tie_word_embeddings": False}
+
+    assert agrees(folder_of(tmp_path / "a", theirs, add={matrix: table}))
+    assert agrees(folder_of(tmp_path / "b", theirs, add={matrix: table, other: bias}, config=untied))
+    for number, (config, add, message) in enumerate(
+        [
+            (None, {matrix: table * 2}, "is another matrix than the token embedding, which is not supported"),
+            (untied, {matrix: table * 2, other: bias}, "is another matrix than the token embedding"),
+            (untied, {}, f"tie_word_embeddings is false in config.json, but the weights lack {matrix}"),
+        ]
+    ):
+        with pytest.raises(UserError, match=message):
+            read_huggingface(folder_of(tmp_path / str(number), theirs, add=add, config=config))
+    modern = modernbert()
+    add = {"decoder.weight": modern.model.embeddings.tok_embeddings.weight.detach() * 2}
+    with pytest.raises(UserError, match=r"decoder\.weight, the output, is another matrix"):
+        read_huggingface(folder_of(tmp_path / "modern", modern, add=add))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_pointers_of_git_lfs_are_told(tmp_path, name):
+    bert().save_pretrained(tmp_path)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 440473133\n")
+    with pytest.raises(UserError, match=rf"{name}: a git-lfs pointer, not the file\. Run git lfs pull"):
+        read_huggingface(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.ones(32, dtype=torch.int64), "is of int64, not of a floating type"),
+        (torch.full((32,), float("nan")), "holds numbers that are not finite"),
+        (torch.ones(()), r"has shape \[\], config\.json asks for \[32\]"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_named(tmp_path, tensor, message):
+    norm = "bert.encoder.layer.4.output.LayerNorm.weight"
+    with pytest.raises(UserError, match=rf"{norm} {message}"):
+        read_huggingface(folder_of(tmp_path, bert(), add={norm: tensor}))

@@ -1,3 +1,4 @@
+import math
 from functools import cache
 from itertools import product
 
@@ -7,7 +8,7 @@ import torch
 from leanbert.errors import UserError
 from leanbert.models import generation
 from leanbert.models.decoding_cache import Cache
-from leanbert.models.generation import GenerationConfig, Tokens, draw, generate, likeliest, repeated
+from leanbert.models.generation import RANGES, GenerationConfig, Tokens, draw, generate, likeliest, repeated
 from leanbert.tasks.seq2seq import places
 from tests.models.pairs import BEGIN, END, pack, some_pairs, source_batch, tiny_seq2seq
 
@@ -336,11 +337,17 @@ def test_likeliest_continuations_are_those_of_a_sort(vocabulary, count):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"beams": 0}, r"generation\.beams: 0 is too small"),
-        ({"length_more": 0}, r"generation\.length_more"),
-        ({"sample": True, "beams": 2}, r"generation\.sample"),
-        ({"top_p": 0.0}, r"top_p in \(0, 1\]"),
-        ({"temperature": 0.0}, "temperature is above 0"),
+        ({"sample": True, "beams": 2}, r"^model\.generation\.sample: draws one output"),
+        *(
+            ({name: value}, rf"^model\.generation\.{name}: .* is out of range\. Give ")
+            for name in RANGES
+            for value in (-101, math.nan, math.inf, "1", None, [1], True)
+        ),
+        ({"beams": 0}, r"^model\.generation\.beams: 0 is out of range\. Give a whole number from 1 to 1000\.$"),
+        ({"length_more": 0}, r"^model\.generation\.length_more: "),
+        ({"top_p": 0.0}, r"^model\.generation\.top_p: "),
+        ({"temperature": 0.0}, r"^model\.generation\.temperature: "),
+        ({"early": 1}, r"^model\.generation\.early: 1 is neither true nor false"),
     ],
 )
 def test_what_cannot_work_is_refused(settings, message):

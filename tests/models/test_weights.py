@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from leanbert.errors import UserError
 from leanbert.models.weights import load_pickled, read_checkpoint, read_folder, read_json
@@ -83,3 +84,51 @@ def test_broken_json_is_named_with_its_line(tmp_path):
             read_json(path)
     with pytest.raises(UserError, match=r"none\.json: no such file"):
         read_json(tmp_path / "none.json")
+
+
+def index_of(folder, weight_map, **files):
+    """Write shards, which hold weights by name, and their index."""
+    for name, weights in files.items():
+        save_file(
+            {weight: torch.full((2,), value) for weight, value in weights.items()}, folder / f"{name}.safetensors"
+        )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("weight_map", [None, [], "a", 3, {"a": 3}, {"a": None}, {"a": ["x"]}, {"a": ""}, {"a": "/"}])
+def test_an_index_of_another_form_is_named(tmp_path, weight_map):
+    index_of(tmp_path, weight_map)
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json:1: no weight_map from weights to names"):
+        read_folder(tmp_path)
+
+
+def test_a_shard_holds_what_the_index_says(tmp_path):
+    index_of(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"}, one={"a": 1.0, "b": 9.0}, two={"b": 2.0})
+    assert {name: tensor.tolist() for name, tensor in read_folder(tmp_path).items()} == {"a": [1, 1], "b": [2, 2]}
+    index_of(tmp_path, {"a": "one.safetensors", "c": "two.safetensors"})
+    with pytest.raises(UserError, match=rf"^{tmp_path}/two\.safetensors: lacks c, which model\.safetensors"):
+        read_folder(tmp_path)
+
+
+def test_json_that_is_too_deep_or_has_too_many_digits_is_named(tmp_path):
+    path = tmp_path / "config.json"
+    for content in ("[" * 100_000, '{"a": ' * 100_000, f'{{"hidden_size": {"9" * 10_000}}}'):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"^[^\n]*config\.json[^\n]*Copy the file again$"):
+            read_json(path)
+
+
+def test_pointers_of_git_lfs_are_told(tmp_path):
+    for name in ("pytorch_model.bin", "run.ckpt"):
+        path = tmp_path / name
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 440473133\n")
+        with pytest.raises(UserError, match=rf"^{path}: a git-lfs pointer, not the file\. Run git lfs pull"):
+            load_pickled(path, "Fix it.")
+
+
+def test_settings_of_a_checkpoint_are_checked_with_its_name(tmp_path):
+    path = tmp_path / "odd.ckpt"
+    for encoder in ({"num_layers": 10**9}, {"hidden_size": "wide"}, {"preset": ["bert"]}):
+        torch.save({"leanbert": {"encoder": encoder}, "state_dict": {}}, path)
+        with pytest.raises(UserError, match=rf"^{path}: model\.encoder\.{min(encoder)}: "):
+            read_checkpoint(path)

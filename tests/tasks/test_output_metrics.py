@@ -4,8 +4,10 @@ import pytest
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
-from leanbert.tasks.output_metrics import OutputMetrics, bleu, bleu_signature, chrf
+from leanbert.tasks.output_metrics import OutputMetrics, bleu, bleu_signature, chrf, rouge
+from leanbert.tasks.output_tokens import rouge_tokens
 
+NEWLINE = "\n"
 TEXT = """the a two men woman dog's ball red-haired street, plays runs over 3.5 km in 2016 "quoted" (green) &amp; it's
 café Straße naïve U.S. end. 1,000 near and with it-self mid-air 50% of him; what? yes! Größe über e-mail"""
 WORDS = TEXT.split()
@@ -57,15 +59,23 @@ def test_bleu_and_chrf_equal_sacrebleus(references, rate):
     assert 5 < found["bleu"] < 95
 
 
+def lines(text):
+    return "".join(f"{word}{NEWLINE if number % 10 in (3, 4) else ' '}" for number, word in enumerate(text.split()))
+
+
 @pytest.mark.parametrize("references", [1, 3, None])
 def test_rouge_equals_rouge_scores(references):
+    """The third and fourth word in ten begins a line: sentences of a summary."""
     outputs, right = made_up(references)
-    metrics = OutputMetrics("rouge")
+    outputs, right = [lines(text) for text in outputs], [[lines(text) for text in own] for own in right]
+    metrics = OutputMetrics("rouge", rouge_tokens="ascii")
     metrics.update(outputs, right)
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"])
     each = [scorer.score_multi(own, output) for output, own in zip(outputs, right, strict=True)]
-    for name, value in metrics.compute().items():
-        assert value == pytest.approx(100 * sum(score[name].fmeasure for score in each) / 500, abs=1e-4)
+    found = metrics.compute()
+    assert list(found) == ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    for name, value in found.items():
+        assert value == pytest.approx(100 * sum(score[name].fmeasure for score in each) / 500, abs=1e-9)
 
 
 def test_each_rouge_has_its_own_best_reference():
@@ -73,7 +83,7 @@ def test_each_rouge_has_its_own_best_reference():
     output, right = "a b c d", ["d c b a", "a b x y"]
     metrics = OutputMetrics("rouge")
     metrics.update([output], [right])
-    expected = RougeScorer(["rouge1", "rouge2", "rougeL"]).score_multi(right, output)
+    expected = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"]).score_multi(right, output)
     assert {name: pytest.approx(100 * score.fmeasure) for name, score in expected.items()} == metrics.compute()
     assert expected["rouge2"].fmeasure > 0
 
@@ -116,3 +126,75 @@ def test_the_signature_counts_references():
     metric = sacrebleu.BLEU()
     metric.corpus_score(["a b c d"], [["a b c d"]])
     assert bleu_signature([["a"]]).split("|")[:5] == str(metric.get_signature()).split("|")[:5]
+    assert "|tok:zh|" in bleu_signature([["\u5c71\u6c34"]])
+    assert "|tok:intl|" in bleu_signature([["\u5c71\u6c34"]], "intl")
+
+
+SCRIPTS = {
+    "latin": "die Brücke ist grün, und das Café heißt „Größe“ (seit 1,5 Jahren).",
+    "cyrillic": "тихий рынок прячет письмо, №5 стоит 12,30 рубля",
+    "devanagari": "नदी बहती है और बच्चे खेलते हैं।",
+    "arabic": "القطة تجلس على السجادة، والكلب ينام.",
+    "chinese": "山水月日风花雪夜人。家书有ABC三3.5个",
+    "japanese": "すみません、私は東京へ行きます。カメラ",
+    "thai": "นี่คือภาษาไทยที่ดี",
+}
+
+
+def test_words_in_ascii_are_those_of_rouge_score():
+    outputs, right = made_up(1, count=100)
+    outputs = [text.encode("ascii", "ignore").decode() for text in outputs]
+    right = [[text.encode("ascii", "ignore").decode() for text in own] for own in right]
+    assert rouge(outputs, right, "auto") == rouge(outputs, right, "ascii")
+
+
+class Tokens:
+    def __init__(self, kind):
+        self.kind = kind
+
+    def tokenize(self, text):
+        return rouge_tokens(text, self.kind)
+
+
+def shuffled(text, seed):
+    """Return a text with some of its words, or characters where it has no words, changed and moved."""
+    chance, parts = random.Random(seed), text.split(" ") if " " in text else list(text)
+    parts = [part for part in parts if chance.random() < 0.8] * (1 + (seed % 7 == 0))
+    place = chance.randrange(max(1, len(parts) - 2))
+    return (" " if " " in text else "").join([*parts[:place], *parts[place + 1 :], *parts[place : place + 1]])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("kind", ["auto", "ascii", "characters"])
+def test_rouge_of_any_script_equals_rouge_scores_with_the_same_tokens(script, kind):
+    right = [SCRIPTS[script]] * 20
+    outputs = [shuffled(text, seed) for seed, text in enumerate(right)]
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], tokenizer=Tokens(kind))
+    each = [scorer.score(reference, output) for reference, output in zip(right, outputs, strict=True)]
+    found = rouge(outputs, [[reference] for reference in right], kind)
+    expected = {name: 100 * sum(score[name].fmeasure for score in each) / 20 for name in found}
+    assert found == pytest.approx(expected, abs=1e-9)
+    assert kind == "ascii" or 20 < found["rouge1"] < 100
+    assert kind == "ascii" or set(rouge(right, [[text] for text in right], kind).values()) == {100.0}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("kind", ["auto", "13a", "zh", "char", "intl", "none"])
+def test_bleu_of_any_script_equals_sacrebleus(script, kind):
+    right = [SCRIPTS[script]] * 20
+    outputs = [shuffled(text, seed) for seed, text in enumerate(right)]
+    resolved = {"chinese": "zh", "japanese": "char", "thai": "char"}.get(script, "13a") if kind == "auto" else kind
+    expected = sacrebleu.corpus_bleu(outputs, [right], tokenize=resolved).score
+    assert bleu(outputs, [[text] for text in right], kind) == pytest.approx(expected, abs=1e-4)
+    assert f"|tok:{resolved}|" in bleu_signature([[text] for text in right], kind)
+
+
+def test_scores_that_were_zero_or_wrong():
+    german = rouge(["die brücke ist grün"], [["die brücke ist kühn"]])
+    assert german == pytest.approx({"rouge1": 75.0, "rouge2": 200 / 3, "rougeL": 75.0, "rougeLsum": 75.0})
+    chinese = ["山水月日风花雪夜人。", "家书车门马鱼鸟山水。", "风花雪夜人家书门。"]
+    right = [["山水月日风花雪夜人家。"], ["家书车门马鱼鸟山水月。"], ["风花雪夜人家书车门。"]]
+    assert bleu(chinese, right) == pytest.approx(78.848, abs=1e-3)
+    late, met, bought = "The boat was late.", "Mira met Jonas at the market.", "They bought a lamp."
+    found = rouge(["\n".join((late, met, bought))], [["\n".join((bought, late, met))]])
+    assert found["rougeLsum"] == 100.0 > found["rougeL"]

@@ -98,9 +98,17 @@ def test_test_searches_as_set_and_gives_the_signature(trained, capsys):
         "--model.generation.length_more=1")  # fmt: skip
     out, err = capsys.readouterr()
     metrics = json.loads(out.splitlines()[-1])
-    assert {"test/rouge1", "test/rouge2", "test/rougeL", "test/loss", "test/perplexity"} <= metrics.keys()
+    assert {
+        "test/rouge1",
+        "test/rouge2",
+        "test/rougeL",
+        "test/rougeLsum",
+        "test/loss",
+        "test/perplexity",
+    } <= metrics.keys()
     assert 0.0 < metrics["test/rouge1"] < 90.0  # outputs of one token
     assert "sacreBLEU" not in err
+    assert "ROUGE is rouge-score's, without stemming, tokens: auto" in err
 
 
 def test_a_copying_run_stops_goes_on_and_answers(tmp_path, capsys):
@@ -162,7 +170,10 @@ def test_a_run_resumed_within_an_epoch_has_the_same_losses(tmp_path):
             {"validation_sources": -1},
             r"^model\.validation_sources: -1 is out of range\. Give a whole number, 0 or more\.$",
         ),
-        ({"generation": GenerationConfig(beams=0)}, r"^model\.generation\.beams: 0 is too small\. Set at least 1$"),
+        (
+            {"generation": GenerationConfig(beams=0)},
+            r"^model\.generation\.beams: 0 is out of range\. Give a whole number from 1 to 1000\.$",
+        ),
     ],
 )
 def test_bad_settings(settings, message):

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from leanbert import signals
 from leanbert.callbacks.averaging import KeptWeights, validate_with
 from leanbert.callbacks.progress import log_values
-from leanbert.checkpoints import AVERAGE, BEST, step_name, step_of
+from leanbert.checkpoints import AVERAGE, BEST, remove, step_name, step_of
 from leanbert.errors import UserError
 from leanbert.messages import say
 from leanbert.ranges import COUNT, POSITIVE, Range, check_ranges
@@ -173,7 +173,7 @@ class RunCheckpoint(Checkpoint):
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
         if trainer.is_global_zero:
             for old in sorted(path.parent.glob("step-*.ckpt"))[: -self.keep]:
-                old.unlink()
+                remove(old)
 
     @staticmethod
     def _write(trainer: Trainer, path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from leanbert import strict_json
+from leanbert import signals, strict_json
 from leanbert.errors import UserError
 
 
@@ -24,6 +24,7 @@ class PredictionWriter(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any
     ) -> None:
         """Write the batch's answers."""
-        for answer in outputs:
-            sys.stdout.write(strict_json.dumps(answer, ensure_ascii=False) + "\n")
-        sys.stdout.flush()
+        with signals.held():  # no line is cut in half
+            for answer in outputs:
+                sys.stdout.write(strict_json.dumps(answer, ensure_ascii=False) + "\n")
+            sys.stdout.flush()

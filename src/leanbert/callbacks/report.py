@@ -17,11 +17,15 @@ from leanbert.callbacks.interrupt import Interrupted
 from leanbert.callbacks.memory_monitor import MemoryMonitor
 from leanbert.callbacks.monitor import StepMonitor
 from leanbert.callbacks.plan import PlanReport
+from leanbert.data.module import knows_more
 from leanbert.data.storage import write_text_atomically
 from leanbert.memory.measure import device_bytes, peak_rss_bytes
 from leanbert.memory.precision import has_16_bit_products
 from leanbert.messages import say
 from leanbert.units import format_duration
+
+MUCH_UNKNOWN = 0.01
+"""A larger share of unknown tokens is told with what to do."""
 
 BACKWARD_TO_FORWARD = 3.0  # a training step costs about three forward passes: one forward, two in backward
 
@@ -60,7 +64,9 @@ def start_report(trainer: Trainer, module: Any, seconds_per_token: float | None)
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     config, rows, length = module.model.config, data.hparams["batch_size"], data.hparams["max_length"]
     steps = int(trainer.estimated_stepping_batches) - trainer.global_step
-    lines = [f"{name:<11} {_describe_corpus(statistics, length)}" for name, statistics in data.statistics.items()]
+    corpora = data.statistics.items()
+    lines = [f"{name:<11} {_describe_corpus(statistics, data.unit, length)}" for name, statistics in corpora]
+    lines += _warn_of_unknown(data)
     vocabulary = " and ".join(f"{tokens:,}" for _, tokens in module.model.token_tables)
     lines.append(
         f"{'model':<11} {config.preset}, {config.num_layers} x {config.hidden_size}, "
@@ -79,11 +85,21 @@ def start_report(trainer: Trainer, module: Any, seconds_per_token: float | None)
     return lines
 
 
-def _describe_corpus(statistics: Any, length: int) -> str:
+def _describe_corpus(statistics: Any, unit: str, length: int) -> str:
     return (
-        f"{statistics.documents:,} documents, {statistics.tokens:,} tokens ({statistics.unknown_share:.2%} unknown), "
+        f"{statistics.documents:,} {unit}, {statistics.tokens:,} tokens ({statistics.unknown_share:.2%} unknown), "
         f"{statistics.rows:,} rows of {length} ({statistics.tokens_per_row / length:.1%} real tokens)"
     )
+
+
+def _warn_of_unknown(data: Any) -> list[str]:
+    """Return what to do where the tokenizer does not know the text."""
+    name, share = max(((name, part.unknown_share) for name, part in data.statistics.items()), key=lambda item: item[1])
+    if share <= MUCH_UNKNOWN:
+        return []
+    return [
+        f"{'':<11} {share:.0%} of the tokens of {name} are unknown and cannot be learnt: set {knows_more(data.hparams)}"
+    ]
 
 
 class ConfigFile(SaveConfigCallback):

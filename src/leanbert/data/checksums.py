@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import stat
 import time
 from pathlib import Path
 from typing import Any
 
-from leanbert.data.storage import locked, write_text_atomically
-from leanbert.errors import UserError
+from leanbert.data.storage import locked, temporary
 
 _SETTLED_NS = 2 * 10**9
 """A file changed more recently than this could change again unseen: file systems tick coarsely."""
@@ -44,8 +44,9 @@ class DigestMemory:
     def save(self) -> None:
         """Keep what is new, where that is possible: without it, files are only read once more."""
         if self._changed:
-            with contextlib.suppress(OSError, UserError), locked(self._path):
-                write_text_atomically(self._path, with_digest(self._known))
+            with contextlib.suppress(OSError), locked(self._path), temporary(self._path) as building:
+                building.write_text(with_digest(self._known), encoding="utf-8")
+                os.replace(building, self._path)  # also where there is a pipe, or a link to somewhere
 
 
 def file_stamp(path: Path) -> list[int]:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from leanbert.data.readers import open_binary, read_lines, whole_lines
+from leanbert.data.readers import open_binary, whole_lines
 from leanbert.data.sources import Corpus, no_report
 from leanbert.errors import UserError
 
@@ -46,7 +46,7 @@ def read_sentences(files: Sequence[str]) -> Iterator[tuple[str, list[list[str]]]
     for path in Corpus(tuple(files), setting="data.train_files", suffixes=("",)).files if files else ():
         with open_binary(path, no_report) as stream:
             lines: list[Line] = []
-            for number, line in whole_lines(read_lines(stream, str(path))):
+            for number, line in whole_lines(stream, str(path)):
                 if line.isspace() or _DOCUMENT.match(line):
                     yield from _sentence(path, lines)
                     lines = []

@@ -11,7 +11,7 @@ import numpy as np
 
 from leanbert.data.digests import corpus_digest
 from leanbert.data.examples import Example, ExampleCache, build_examples
-from leanbert.data.module import RANGES, CorpusStatistics, RowData, as_list
+from leanbert.data.module import RANGES, CorpusStatistics, RowData, as_list, check_accents, count_ids, count_unknown
 from leanbert.data.packing import Packing, pack_examples
 from leanbert.data.prepare import cache_folder, trained_tokenizer
 from leanbert.data.sources import Corpus, besides
@@ -38,8 +38,9 @@ class ExampleData(RowData):
         val_share: Share of the training examples that is held out for validation where `val_files` is not given.
         tokenizer: tokenizer.json, vocab.txt, a folder with one, or a checkpoint. Default: that of model.init_from, or
             one is trained on the training examples.
-        tokenizer_kind: Kind of tokenizer that is trained.
-        lowercase: Whether a trained tokenizer lowers case.
+        tokenizer_kind: Kind of tokenizer to train; auto: WordPiece, or byte-level BPE for text without spaces.
+        lowercase: Whether a trained tokenizer lowercases.
+        strip_accents: Whether a trained tokenizer strips accents. Default: WordPiece does where it lowercases.
         vocab_size: Entries of a trained tokenizer, at most.
         max_length: Tokens in a row.
         too_long: What to do with an example that is longer than a row: truncate it (they are counted and told), or
@@ -52,6 +53,7 @@ class ExampleData(RowData):
 
     """
 
+    unit: ClassVar[str] = "examples"
     dtypes: ClassVar[Mapping[str, str]]
     """Columns of the cache and their types."""
     lengths: ClassVar[tuple[str, ...]] = ("ids",)
@@ -65,8 +67,9 @@ class ExampleData(RowData):
         predict_files: str | list[str] | None = None,
         val_share: float = 0.05,
         tokenizer: str | None = None,
-        tokenizer_kind: Kind = "wordpiece",
+        tokenizer_kind: Kind = "auto",
         lowercase: bool = True,
+        strip_accents: bool | None = None,
         vocab_size: int = 8192,
         max_length: int = 128,
         too_long: TooLong = "truncate",
@@ -82,6 +85,7 @@ class ExampleData(RowData):
             {name: value for name, value in locals().items() if name in _COMMON} | own, logger=False
         )
         check_ranges("data", self.hparams, RANGES)
+        check_accents(self.hparams)
         self.caches: dict[str, ExampleCache] = {}
         self._packings: dict[Part, tuple[Any, Packing]] = {}
 
@@ -238,44 +242,44 @@ class ExampleData(RowData):
 
     def trained(self, texts: Callable[[], Iterator[str]], vocab_size: int, *which: str) -> TextTokenizer:
         """Return a tokenizer trained on texts of the training files; `which` tells those that are not all of them."""
-        names = ("tokenizer_kind", "lowercase", "vocab_size", "val_share", "val_files")
+        names = ("val_share", "val_files")
         facts = [
             type(self).__name__,
-            self._digest(self.files("train")),
+            self._digest(self.files("train"), "data.train_files"),
             *(str(self.hparams[name]) for name in names),
             self.key("train"),
             *which,
         ]
-        kind, lowercase = self.hparams["tokenizer_kind"], self.hparams["lowercase"]
-        return trained_tokenizer(self.cache_folder, facts, texts, kind, vocab_size, lowercase)
+        settings = {**self.hparams, "vocab_size": vocab_size}
+        return trained_tokenizer(self.cache_folder, facts, texts, settings)
 
     def _build(self, part: Part) -> ExampleCache:
         files = self.files(part)
         tokenizers = "".join(tokenizer.to_json() for tokenizer in self.tokenizers.values())
         tokenizer = hashlib.blake2b(tokenizers.encode(), digest_size=16).hexdigest()
         settings = [self.hparams["max_length"], self.hparams["too_long"], self.held_out(part)]
-        key = [type(self).__name__, self._digest(files), tokenizer, settings, self.key(part)]
         setting = f"data.{part}_files"
+        key = [type(self).__name__, self._digest(files, setting), tokenizer, settings, self.key(part)]
         cache = build_examples(
             key, self.dtypes, lambda facts: self.encode(files, part, facts), self.cache_folder, setting
         )
         self.tell(part, cache.facts)
         return cache
 
-    def _digest(self, files: list[str]) -> str:
-        return corpus_digest(Corpus(tuple(files), setting="data.train_files", suffixes=("",)), self.cache_folder)
+    def _digest(self, files: list[str], setting: str) -> str:
+        return corpus_digest(Corpus(tuple(files), setting=setting, suffixes=("",)), self.cache_folder)
 
     def _statistics(self, part: Part) -> CorpusStatistics:
         cache, length = self.cache(part), self.hparams["max_length"]
         tokens = int(sum(cache.lengths(column).sum() for column in self.lengths))
         rows = self.packing(part).rows
-        unknown = sum(
-            int((cache.values(column) == unk_id).sum())
-            for column in self.lengths
-            if (unk_id := self.tokenizer_of(column).unk_id) is not None
-        )
+        unknown = real = 0
+        for column in self.lengths:
+            tokenizer = self.tokenizer_of(column)
+            counted = count_unknown(count_ids(cache.values(column), tokenizer.vocab_size), tokenizer)
+            unknown, real = unknown + counted[0], real + counted[1]
         per_row = tokens / rows / len(self.lengths)
-        return CorpusStatistics(cache.count, tokens, unknown / max(1, tokens), rows, min(per_row, length))
+        return CorpusStatistics(cache.count, tokens, unknown / max(1, real), rows, min(per_row, length))
 
 
 _COMMON = frozenset(ExampleData.__init__.__annotations__) - {"return", "own"}

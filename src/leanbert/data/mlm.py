@@ -12,11 +12,12 @@ from leanbert.data.batch import MLMBatch
 from leanbert.data.cache import TokenCache
 from leanbert.data.loading import PredictionInputs, RowDataset, encode_lines
 from leanbert.data.masking import MaskingRule, target_slots
-from leanbert.data.module import RANGES, CorpusStatistics, RowData, as_list
+from leanbert.data.module import RANGES, CorpusStatistics, RowData, as_list, check_accents, count_unknown, knows_more
 from leanbert.data.packing import row_count
 from leanbert.data.prepare import CorpusSettings, Prepared
 from leanbert.data.records import prediction_texts
 from leanbert.data.sources import Separator
+from leanbert.data.tokenizer import TextTokenizer
 from leanbert.data.tokenizer_training import Kind
 from leanbert.errors import UserError
 from leanbert.ranges import PART, SHARE, check_ranges
@@ -40,8 +41,9 @@ class MaskedLMData(RowData):
         document_separator: What separates documents in text files: a blank line, or the line's end.
         val_share: Share of documents held out where there are no `val_files`, chosen by their hash.
         tokenizer: tokenizer.json, vocab.txt, a folder with one, or a .ckpt. Default: trained on the corpus.
-        tokenizer_kind: Kind of tokenizer to train.
-        lowercase: Whether a trained tokenizer lowercases (WordPiece: and strips accents).
+        tokenizer_kind: Kind of tokenizer to train; auto: WordPiece, or byte-level BPE for text without spaces.
+        lowercase: Whether a trained tokenizer lowercases.
+        strip_accents: Whether a trained tokenizer strips accents. Default: WordPiece does where it lowercases.
         vocab_size: Entries of a trained tokenizer.
         max_length: Tokens in a row.
         batch_size: Rows in one optimizer step, over all devices.
@@ -64,8 +66,9 @@ class MaskedLMData(RowData):
         document_separator: Separator = "blank_line",
         val_share: float = 0.02,
         tokenizer: str | None = None,
-        tokenizer_kind: Kind = "wordpiece",
+        tokenizer_kind: Kind = "auto",
         lowercase: bool = True,
+        strip_accents: bool | None = None,
         vocab_size: int = 8192,
         max_length: int = 128,
         batch_size: int = 32,
@@ -117,9 +120,12 @@ class MaskedLMData(RowData):
         self.tokenizer = prepared.tokenizer
         self.unigram_counts = prepared.train.unigram_counts
         self.statistics = {
-            name: _statistics(cache, self.tokenizer.unk_id, self.hparams["max_length"])
+            name: _statistics(cache, self.tokenizer, self.hparams["max_length"])
             for name, cache in (("train", prepared.train), ("val", prepared.val))
         }
+        for name, statistics in self.statistics.items():
+            if statistics.unknown_share == 1.0:
+                raise UserError(f"data.{name}_files: every token is unknown. Set {knows_more(self.hparams)}")
 
     def training_rows(self) -> RowDataset:
         """Return rows whose masks change with each epoch."""
@@ -159,12 +165,13 @@ class MaskedLMData(RowData):
 def _check(settings: Any) -> None:
     """Raise `UserError` for a setting that cannot work, before anything is read."""
     check_ranges("data", settings, {**RANGES, "mask_rate": PART, "val_mask_rate": PART, "mask_split": SHARE})
+    check_accents(settings)
     split = tuple(settings["mask_split"])
     if len(split) != 3 or abs(sum(split) - 1) > 1e-6:
         raise UserError(f"data.mask_split: {list(split)} are not three shares that add up to 1. Set [0.8, 0.1, 0.1]")
 
 
-def _statistics(cache: TokenCache, unk_id: int | None, length: int) -> CorpusStatistics:
+def _statistics(cache: TokenCache, tokenizer: TextTokenizer, length: int) -> CorpusStatistics:
     rows = row_count(cache.tokens, length)
-    unknown = 0 if unk_id is None else int(cache.unigram_counts[unk_id])
-    return CorpusStatistics(cache.documents, cache.tokens, unknown / cache.tokens, rows, cache.tokens / rows)
+    unknown, real = count_unknown(cache.unigram_counts, tokenizer)
+    return CorpusStatistics(cache.documents, cache.tokens, unknown / max(1, real), rows, cache.tokens / rows)

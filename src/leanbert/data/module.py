@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
@@ -31,9 +32,15 @@ RANGES = {
 """Ranges of the settings that all data modules have."""
 
 
+_COUNTED = 1 << 20  # ids at a time: numpy counts a copy of eight bytes each
+
+
 @dataclass(frozen=True)
 class CorpusStatistics:
-    """Size of a prepared corpus; `tokens_per_row` is the mean of real tokens in a row of `max_length`."""
+    """Size of a prepared corpus; `tokens_per_row` is the mean of real tokens in a row of `max_length`.
+
+    `unknown_share` is of the tokens that stand for text: those of the template are none.
+    """
 
     documents: int
     tokens: int
@@ -51,6 +58,9 @@ class RowData(LightningDataModule):
 
     fixed: ClassVar[tuple[str, ...]] = ("max_length",)
     """Settings that decide how text is encoded for the model: those of its checkpoint hold wherever it is used."""
+
+    unit: ClassVar[str] = "documents"
+    """What a corpus is counted in."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,6 +211,35 @@ class RowData(LightningDataModule):
         if self.trainer is None:
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
+
+
+def check_accents(settings: Any) -> None:
+    """Raise `UserError` for a setting of trained tokenizers where none is trained."""
+    if settings["strip_accents"] is not None and settings["tokenizer"] and settings.get("target_tokenizer") != "train":
+        raise UserError(
+            "data.strip_accents: it is of tokenizers that are trained, and one is given (data.tokenizer, or "
+            "model.init_from). Leave it out"
+        )
+
+
+def count_ids(ids: np.ndarray, size: int) -> np.ndarray:
+    """Return how often each id below `size` occurs in mapped `ids`: int64 [size]."""
+    parts = (ids[start : start + _COUNTED] for start in range(0, len(ids), _COUNTED))
+    return sum((np.bincount(part, minlength=size) for part in parts), start=np.zeros(size, dtype=np.int64))
+
+
+def count_unknown(counts: np.ndarray, tokenizer: TextTokenizer) -> tuple[int, int]:
+    """Return how many tokens are unknown, and how many stand for text, by `counts` of each id, int64 [V]."""
+    text = int(counts.sum() - counts[tokenizer.special_ids].sum())
+    unknown = 0 if tokenizer.unk_id is None else int(counts[tokenizer.unk_id])
+    return unknown, text + unknown
+
+
+def knows_more(settings: Any) -> str:
+    """Return what to set for a tokenizer that knows text which the one at hand does not."""
+    if settings["tokenizer"] is not None:
+        return "another data.tokenizer, one that knows these characters"
+    return "data.tokenizer_kind bpe (byte-level, it knows all text) or unigram, or a larger data.vocab_size"
 
 
 def as_list(files: str | list[str] | None) -> list[str] | None:

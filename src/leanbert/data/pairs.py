@@ -21,7 +21,7 @@ from leanbert.data.examples import Example, ExampleCache
 from leanbert.data.loading import PredictionInputs, encode_lines, in_batches, locate
 from leanbert.data.module import LENGTH, VOCABULARY, as_list
 from leanbert.data.packing import PADDING_DOCUMENT, Packing
-from leanbert.data.readers import open_binary, read_lines, whole_lines
+from leanbert.data.readers import open_binary, whole_lines
 from leanbert.data.records import has_field, items_of, prediction_texts, read_records, text_of
 from leanbert.data.sources import Corpus, Skipped, document_hash, no_report
 from leanbert.data.tokenizer import TextTokenizer
@@ -252,7 +252,8 @@ class PairData(ExampleData):
         targets = self.target_files(part)
         names = ("source_field", "target_field", *(() if part == "train" else ("references_field",)))
         # one by one: their order says which belong together
-        digests = [self._digest([pattern]) for pattern in (*self.files(part), *targets)] if targets else None
+        sides = {"files": self.files(part), "target_files": targets} if targets else {}
+        digests = [self._digest([p], f"data.{part}_{side}") for side, patterns in sides.items() for p in patterns]
         return [digests, self.room, *(self.hparams[name] for name in names)]
 
     def target_files(self, part: Part) -> list[str] | None:
@@ -379,7 +380,7 @@ def _lines(sources: list[str], targets: list[str], part: Part) -> Iterator[Pair]
     here, there = _in_order(sources, f"data.{part}_files"), _in_order(targets, f"data.{part}_target_files")
     if len(here) != len(there):
         raise UserError(f"data.{part}_target_files: {len(there)} files for {len(here)} of sources. Give one for each")
-    skipped = Skipped(f"data.{part}_files")
+    skipped = Skipped()
     for source, target in zip(here, there, strict=True):
         for one, other in zip_longest(_read(source), _read(target)):
             if one is None or other is None:
@@ -400,5 +401,5 @@ def _in_order(patterns: list[str], setting: str) -> list[Path]:
 
 def _read(path: Path) -> Iterator[tuple[int, str]]:
     with open_binary(path, no_report) as stream:
-        for number, line in whole_lines(read_lines(stream, str(path))):
+        for number, line in whole_lines(stream, str(path)):
             yield number, line.rstrip("\n")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -50,8 +50,9 @@ class CorpusSettings:
     document_separator: Separator = "blank_line"
     val_share: float = 0.02
     tokenizer: str | None = None
-    tokenizer_kind: Kind = "wordpiece"
+    tokenizer_kind: Kind = "auto"
     lowercase: bool = True
+    strip_accents: bool | None = None
     vocab_size: int = 8192
     cache_dir: str | None = None
 
@@ -105,7 +106,7 @@ class CorpusSettings:
                 yield from sample_evenly((piece.text for piece in train.pieces(bar.update)), share)
 
         facts = [content, self.text_field, self.document_separator, train.low]
-        return trained_tokenizer(self.cache_folder, facts, texts, self.tokenizer_kind, self.vocab_size, self.lowercase)
+        return trained_tokenizer(self.cache_folder, facts, texts, asdict(self))
 
 
 def cache_folder(given: str | None) -> Path:
@@ -116,15 +117,19 @@ def cache_folder(given: str | None) -> Path:
 
 
 def trained_tokenizer(
-    folder: Path, facts: list[Any], texts: Callable[[], Iterable[str]], kind: Kind, vocab_size: int, lowercase: bool
+    folder: Path, facts: list[Any], texts: Callable[[], Iterable[str]], settings: Mapping[str, Any]
 ) -> TextTokenizer:
-    """Return the tokenizer trained on `texts()`, from below `folder` if it is there; `facts` tell which texts."""
-    key = [TRAINING_FORMAT, version("tokenizers"), *facts, kind, lowercase, vocab_size]
-    kept = folder / "tokenizers" / digest_of(key)
+    """Return the tokenizer trained on `texts()` by the data's `settings`, from below `folder` if it is there.
+
+    `facts` tell which texts.
+    """
+    chosen = {name: settings[name] for name in ("vocab_size", "lowercase", "strip_accents")}
+    chosen["kind"] = settings["tokenizer_kind"]
+    kept = folder / "tokenizers" / digest_of([TRAINING_FORMAT, version("tokenizers"), *facts, chosen])
 
     def make(building: Path) -> dict[str, Any]:
-        tokenizer = TextTokenizer.train(texts, kind=kind, vocab_size=vocab_size, lowercase=lowercase)
-        (building / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8", newline="\n")
+        text = TextTokenizer.train(texts, **chosen).to_json()
+        (building / "tokenizer.json").write_text(text, encoding="utf-8", newline="\n")
         return {}
 
     made_once(kept, make)

@@ -20,6 +20,9 @@ Report = Callable[[int], object]
 PART_BYTES = 1 << 20
 """A longer line of a text file is read in parts of this size, so that one endless line needs no memory."""
 
+LINE_CHARACTERS = 1 << 27
+"""No record is longer than this: what is would fill the memory, such as an array of all records in one line."""
+
 FOREIGN = {
     b"version https://git-lfs.github.com/spec/": "a pointer of Git LFS, not the file itself. Run: git lfs pull",
     codecs.BOM_UTF16_LE: "UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8",
@@ -51,12 +54,17 @@ def open_binary(path: Path, report: Report) -> BinaryIO:
         head = plain.peek()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Check the path and its rights") from error
-    if path.suffix != ".gz":
+    if not path.name.lower().endswith(".gz"):
         return plain
     if not head.startswith(b"\x1f\x8b"):
         plain.close()
         raise UserError(f"{path}: {what_it_is(head) or 'not compressed with gzip. Give it a name without .gz'}")
     return cast(BinaryIO, gzip.GzipFile(fileobj=plain))
+
+
+def kind_of(path: Path) -> str:
+    """Return the ending of a file's name that says its format, such as ".csv", without that of compression."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def what_it_is(head: bytes) -> str | None:
@@ -120,15 +128,20 @@ def _first_chunk(stream: BinaryIO, name: str) -> bytes:
     return chunk.removeprefix(codecs.BOM_UTF8)
 
 
-def whole_lines(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
-    """Join the parts of long lines that `read_lines` yields."""
+def whole_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
+    """Yield what `read_lines` does, but each line in one part. Raises `UserError` for one above `LINE_CHARACTERS`."""
     parts: list[str] = []
-    number = 0
-    for number, part in lines:
+    size = number = 0
+    for number, part in read_lines(stream, name):
         parts.append(part)
+        size += len(part)
+        if size > LINE_CHARACTERS:
+            raise UserError(
+                f"{name}:{number}: a line of more than {LINE_CHARACTERS:,} characters. Write one record a line"
+            )
         if part.endswith("\n"):
             yield number, "".join(parts)
-            parts.clear()
+            parts, size = [], 0
     if parts:
         yield number, "".join(parts)
 

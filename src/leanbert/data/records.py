@@ -8,8 +8,8 @@ from typing import BinaryIO
 
 from leanbert.data.columns import dataset_records
 from leanbert.data.fields import Record, has_field, items_of, text_of, value_of
-from leanbert.data.readers import open_binary, read_lines, whole_lines
-from leanbert.data.sources import FIELDS, Corpus, EmptyCorpusError, Skipped, file_records, no_report
+from leanbert.data.readers import kind_of, open_binary, whole_lines
+from leanbert.data.sources import FIELDS, Corpus, Skipped, file_records, no_report
 from leanbert.errors import UserError
 
 __all__ = [
@@ -32,20 +32,16 @@ def read_records(
 
     Raises:
         UserError: A pattern matches no file; a file has no such fields, or cannot be read. Names file and line.
-        EmptyCorpusError: There is no record.
 
     """
-    skipped, empty = Skipped(setting), True
+    skipped = Skipped()
     for place, record in Corpus(tuple(files), setting=setting).records((*texts, *wanted), optional):
-        empty = False
         for field in wanted:
             record[field] = value_of(place, record, field)
             if record[field] is None:
                 raise UserError(f'{place}: no field "{field}" but null. Set the name of the field, or fill it')
         if not skipped.lacks(place, *(text_of(place, record, field) for field in texts)):
             yield place, record
-    if empty:
-        raise EmptyCorpusError(f"{setting}: there is no example in it. Give files with examples")
     skipped.tell()
 
 
@@ -62,7 +58,7 @@ def prediction_inputs(
             continue
         corpus = Corpus((pattern,), setting="data.predict_files", suffixes=("",))
         for path in corpus.files:
-            if path.name.endswith(FIELDS):
+            if kind_of(path) in FIELDS:
                 yield from file_records(path, wanted, optional)
                 continue
             with open_binary(path, no_report) as stream:
@@ -81,5 +77,5 @@ def prediction_texts(files: Sequence[str], fields: Sequence[str]) -> Iterator[li
 
 
 def _lines(stream: BinaryIO, name: str) -> Iterator[tuple[str, str]]:
-    for number, line in whole_lines(read_lines(stream, name)):
+    for number, line in whole_lines(stream, name):
         yield f"{name}:{number}", line.removesuffix("\n")

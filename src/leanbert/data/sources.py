@@ -13,8 +13,7 @@ from typing import Literal, NamedTuple
 
 from leanbert.data.columns import dataset_records, parquet_records
 from leanbert.data.fields import Record, text_of
-from leanbert.data.readers import Report, json_records, open_binary, read_lines, whole_lines
-from leanbert.data.storage import expand
+from leanbert.data.readers import Report, json_records, kind_of, open_binary, read_lines, whole_lines
 from leanbert.data.tables import table_records
 from leanbert.errors import UserError
 from leanbert.messages import say_once
@@ -24,10 +23,22 @@ Separator = Literal["blank_line", "line"]
 PIECE_CHARACTERS = 1 << 20
 """A longer document comes in pieces of about this size."""
 
-FIELDS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
-"""Names of files that hold records of named fields."""
+FIELDS = (".jsonl", ".csv", ".tsv", ".parquet")
+"""Endings of files that hold records of named fields; those of text may be compressed (.gz)."""
 
-SUFFIXES = (".txt", ".txt.gz", ".conll", ".conll.gz", *FIELDS)
+SUFFIXES = (
+    ".txt",
+    ".txt.gz",
+    ".conll",
+    ".conll.gz",
+    ".jsonl",
+    ".jsonl.gz",
+    ".csv",
+    ".csv.gz",
+    ".tsv",
+    ".tsv.gz",
+    ".parquet",
+)
 
 
 class EmptyCorpusError(UserError):
@@ -48,8 +59,8 @@ class Piece(NamedTuple):
 class Skipped:
     """Counts the records without a text, which nothing can be learned from, and says how many they were."""
 
-    def __init__(self, setting: str) -> None:
-        self.setting, self.count, self.first = setting, 0, ""
+    def __init__(self) -> None:
+        self.count, self.first = 0, ""
 
     def lacks(self, place: str, *texts: str) -> bool:
         """Return whether one of the texts of a record is blank, and count it."""
@@ -61,7 +72,7 @@ class Skipped:
     def tell(self) -> None:
         """Say how many there were, once."""
         if self.count:
-            say_once(f"{self.setting}: {self.count:,} records without text are left out, the first is {self.first}")
+            say_once(f"{self.count:,} records without text are left out, the first is {self.first}")
 
 
 def no_report(_: int) -> None:
@@ -101,9 +112,9 @@ class Corpus:
 
     def pieces(self, report: Report = no_report) -> Iterator[Piece]:
         """Yield all documents in the order of the sorted paths, long ones in pieces; none is blank."""
-        skipped = Skipped(self.setting)
+        skipped = Skipped()
         for path in self.files:
-            if path.name.endswith(FIELDS):
+            if kind_of(path) in FIELDS:
                 records = file_records(path, (self.text_field,), report=report)
                 yield from _with_begins(self._texts(records, skipped))
                 continue
@@ -123,7 +134,7 @@ class Corpus:
 
         """
         for path in self.files:
-            if not path.name.endswith(FIELDS):
+            if kind_of(path) not in FIELDS:
                 raise UserError(
                     f"{path}: has no fields. {self.setting} takes .jsonl .csv .tsv, each also with .gz, .parquet "
                     "and hf: names"
@@ -133,17 +144,15 @@ class Corpus:
             yield from dataset_records(spec, wanted, optional)
 
     def _match(self, pattern: str) -> list[Path]:
-        literal = str(expand(pattern, self.setting))
-        if os.path.isdir(literal):
+        if os.path.isdir(os.path.expanduser(pattern)):
             raise UserError(f'{self.setting}: "{pattern}" is a folder. Write "{pattern}/**/*.txt"')
-        names = [literal] if os.path.exists(literal) else glob.glob(literal, recursive=True)
-        paths = [Path(name) for name in names if not os.path.isdir(name)]
+        paths = [Path(name) for name in _names(pattern) if not os.path.isdir(name)]
         if not paths:
             raise UserError(f'{self.setting}: no file matches "{pattern}". Check the path, from {Path.cwd()}')
         for path in paths:
             if not path.is_file():
                 raise UserError(f"{path}: no file, or a link to none. Correct it, or leave it out of {self.setting}")
-            if not path.name.endswith(self.suffixes):
+            if not path.name.lower().endswith(self.suffixes):
                 raise UserError(f"{path}: unknown format. {self.setting} takes {' '.join(self.suffixes)}")
         return paths
 
@@ -159,13 +168,13 @@ def file_records(
 ) -> Iterator[tuple[str, Record]]:
     """Yield ("file:line", record) of a file with fields; of columns those that are `wanted` or `optional`."""
     name = str(path)
-    kind = Path(name.removesuffix(".gz")).suffix
+    kind = kind_of(path)
     if kind == ".parquet":
         yield from parquet_records(path, wanted, optional, report)
         return
     with open_binary(path, report) as stream:
-        lines = whole_lines(read_lines(stream, name))
-        yield from json_records(lines, name) if kind == ".jsonl" else table_records(lines, name, wanted)
+        lines = whole_lines(stream, name)
+        yield from json_records(lines, name) if kind == ".jsonl" else table_records(lines, name, kind, wanted)
 
 
 def besides(patterns: Sequence[str], setting: str, others: Mapping[str, Sequence[str]]) -> list[str]:
@@ -178,9 +187,11 @@ def besides(patterns: Sequence[str], setting: str, others: Mapping[str, Sequence
 
     """
     owners = {
-        _identity(path): other
+        _identity(Path(name)): other
         for other, some in others.items()
-        for path in Corpus(tuple(some), setting=other, suffixes=("",)).files
+        for pattern in some
+        for name in _names(pattern)
+        if os.path.isfile(name)
     }
     kept: list[str] = []
     found = 0
@@ -189,7 +200,7 @@ def besides(patterns: Sequence[str], setting: str, others: Mapping[str, Sequence
         found += len(corpus.files) + len(corpus.datasets)
         kept += corpus.datasets
         for path in corpus.files:
-            owner, named = owners.get(_identity(path)), path == Path(pattern).expanduser()
+            owner, named = owners.get(_identity(path)), path == Path(os.path.expanduser(pattern))
             if owner is not None:
                 fate = "trained on all the same" if named else "left out of training"
                 say_once(f"{setting}: {path} is in {owner} too, and is {fate}")
@@ -198,6 +209,11 @@ def besides(patterns: Sequence[str], setting: str, others: Mapping[str, Sequence
     if not kept:
         raise UserError(f"{setting}: all that matches is in {' and '.join(others)} too. Give other files to train on")
     return kept if len(kept) < found else list(patterns)
+
+
+def _names(pattern: str) -> list[str]:
+    literal = os.path.expanduser(pattern)  # a file may be called ~x
+    return [literal] if os.path.exists(literal) else glob.glob(literal, recursive=True)
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -246,11 +262,10 @@ def text_hash(text: str) -> float:
 def split_documents(lines: Iterable[str], separator: Separator) -> Iterator[tuple[str, bool]]:
     r"""Yield (text, ends) of the documents in `lines` (with their "\n"), long ones in several pieces."""
     parts: list[str] = []
-    size, open_document, at_line_start = 0, False, True
+    size, open_document, blank = 0, False, True
     for line in lines:
-        blank = at_line_start and line.isspace() and line.endswith("\n")
-        at_line_start = line.endswith("\n")
-        if not blank:
+        blank, complete = blank and (line.isspace() or not line), line.endswith("\n")
+        if not (blank and complete):
             parts.append(line)
             size += len(line)
         if size > PIECE_CHARACTERS:
@@ -258,11 +273,12 @@ def split_documents(lines: Iterable[str], separator: Separator) -> Iterator[tupl
             cut = _border(text)
             yield text[:cut], False
             parts, size, open_document = [text[cut:]], len(text) - cut, True
-        if (blank if separator == "blank_line" else at_line_start) and parts:
+        if complete and (blank or separator == "line") and parts:
             text, parts, size = "".join(parts).rstrip(), [], 0
             if text or open_document:
                 yield text, True
             open_document = False
+        blank = blank or complete
     text = "".join(parts).rstrip()
     if text or open_document:
         yield text, True

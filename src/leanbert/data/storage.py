@@ -31,12 +31,16 @@ _TEMPORARY = re.compile(r"\.(.+)\.tmp-[0-9a-f]{8}")
 
 def expand(path: str | Path, setting: str) -> Path:
     """Return the path with `~` and `~user` replaced. Raises `UserError` if it is empty or there is no such user."""
-    if not str(path) or "\0" in str(path):
-        raise UserError(f"{setting}: {str(path)!r} is not a path. Give one, or leave the setting out")
+    if not str(path):
+        raise UserError(f"{setting}: is empty. Give a path, or leave it out")
+    if "\0" in str(path):
+        raise UserError(f"{setting}: {str(path)!r} is not a path. Give one without a zero byte")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise UserError(f"{setting}: {path}: there is no such home folder. Write the path in full") from error
+        if os.path.lexists(path):  # a name may begin so
+            return Path(path)
+        raise UserError(f"{setting}: {path}: there is no such user. Give the path in full") from error
 
 
 @contextmanager

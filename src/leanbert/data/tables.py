@@ -23,15 +23,15 @@ Lines = Iterable[tuple[int, str]]
 Rows = Iterator[tuple[int, list[str]]]
 
 
-def table_records(lines: Lines, name: str, wanted: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield ("file:line", cells by column) of a .csv or .tsv file; `lines` are whole ones, blank ones are skipped.
+def table_records(lines: Lines, name: str, kind: str, wanted: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield ("file:line", cells by column) of a file whose `kind` is .csv or .tsv; blank lines are skipped.
 
     Raises:
         UserError: A column of a `wanted` field is not in the header, or two have one name; a row has other cells than
             the header; a quote is not closed. Names file and line, of a row its first.
 
     """
-    rows = _tab_rows(lines) if name.removesuffix(".gz").endswith(".tsv") else _quoted_rows(lines, name, wanted)
+    rows = _tab_rows(lines) if kind == ".tsv" else _quoted_rows(lines, name, wanted)
     header: list[str] = []
     for number, cells in rows:
         place = f"{name}:{number}"

@@ -73,9 +73,10 @@ class TextTokenizer:
         Raises `UserError` if there is none, or it cannot be read, or its ids could be other than transformers'.
         """
         path = expand(path, f"data.{name}")
-        if name != "tokenizer" and (path / name).is_dir():
+        # os.path says "no" where a name is too long, which pathlib raises.
+        if name != "tokenizer" and os.path.isdir(path / name):
             path = path / name
-        if not path.is_dir() and not path.is_file():
+        if not os.path.isdir(path) and not os.path.isfile(path):
             raise UserError(f"data.{name}: {path} does not exist. Give a tokenizer.json or vocab.txt")
         if path.suffix == ".ckpt" and path.is_file():
             return cls.from_json(_checkpoint_json(path, name), source=str(path))
@@ -227,16 +228,15 @@ class TextTokenizer:
 
         With `segments` it says there which of two texts each token is of, for a model that takes this in.
         """
-        named = {
-            "pad_token": self.pad_token,
-            "unk_token": self.unk_token,
-            "cls_token": self.cls_token,
-            "sep_token": self.sep_token,
-            "mask_token": self.mask_token,
+        added = self._tokenizer.get_added_tokens_decoder()
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            # With this entry transformers looks into no older file that may lie in the folder.
+            "added_tokens_decoder": {index: _flags(token) for index, token in sorted(added.items())},
         }
-        # transformers recognises in text what it finds named: a token that is none here must stay none there.
-        known = {role: token for role, token in named.items() if token in self._added}
-        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **known}
+        # It recognises in text what it finds named: a token that is not recognised here must not be there.
+        found = {f"{role}_token": self._find(role) for role in _ROLES}
+        config.update({role: token for role, token in found.items() if token in self._added})
         if segments:
             config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
         write_text_atomically(Path(folder) / "tokenizer.json", str(self._tokenizer.to_str(pretty=True)))
@@ -274,6 +274,11 @@ class TextTokenizer:
             frame = [*self.template[0], *self.template[1]]
         if any(index >= self.vocab_size for index in frame):
             raise UserError(f"{self._source}: its template writes ids that no token has. Copy or make it again")
+
+
+def _flags(token: AddedToken) -> dict[str, Any]:
+    names = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
+    return {name: getattr(token, name) for name in names}
 
 
 def _checkpoint_json(path: Path, name: str) -> str:

@@ -28,7 +28,7 @@ def add_bert_template(tokenizer: Tokenizer, cls: str = "[CLS]", sep: str = "[SEP
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{cls}:0 $A:0 {sep}:0",
         pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (cls, sep)],
+        special_tokens=[_numbered(tokenizer, token) for token in (cls, sep)],
     )
 
 
@@ -63,9 +63,13 @@ def _build_byte_level(source: dict[str, Any], config: dict[str, Any]) -> Tokeniz
 
 
 def _frame_roberta(tokenizer: Tokenizer, source: dict[str, Any], config: dict[str, Any]) -> None:
-    frame = [(str(config[role]), tokenizer.token_to_id(str(config[role]))) for role in ("sep_token", "cls_token")]
     flags = config.get("trim_offsets", True), config.get("add_prefix_space", False)
-    tokenizer.post_processor = processors.RobertaProcessing(*frame, *flags)
+    frame: list[Any] = [_numbered(tokenizer, str(config[role])) for role in ("sep_token", "cls_token")]
+    tokenizer.post_processor = processors.RobertaProcessing(frame[0], frame[1], *flags)
+
+
+def _numbered(tokenizer: Tokenizer, token: str) -> tuple[str, int | None]:
+    return token, tokenizer.token_to_id(token)
 
 
 def _frame_gpt2(tokenizer: Tokenizer, source: dict[str, Any], config: dict[str, Any]) -> None:
@@ -77,7 +81,7 @@ def _frame_gpt2(tokenizer: Tokenizer, source: dict[str, Any], config: dict[str, 
     )
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[*before, "$A", *after],
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (*before, *after)],
+        special_tokens=[_numbered(tokenizer, token) for token in (*before, *after)],
     )
 
 

@@ -122,49 +122,71 @@ def _way_out(folder: Path) -> str:
 def _settings(folder: Path) -> dict[str, Any]:
     """Return tokenizer_config.json with what the older files beside it add, as transformers puts them together.
 
-    "added" holds the added tokens by the ids that files give them: their order counts, and not the number.
+    "added" holds the added tokens by the ids that files give them (their order counts, and not the number), "own" the
+    special tokens that have a name but no role, "further" those without a name.
     """
     config = _object(folder / "tokenizer_config.json")
-    added: dict[int, AddedToken] = {}
     with explained(str(folder)):
+        if "additional_special_tokens" in config and not config.get("extra_special_tokens"):
+            config["extra_special_tokens"] = config.pop("additional_special_tokens")
+        own = _named_extras(config)
         if "added_tokens_decoder" in config:
             added = {int(index): _added(token) for index, token in config["added_tokens_decoder"].items()}
         else:
-            special = _object(folder / "special_tokens_map.json")
-            config.update({key: _special(value) for key, value in special.items()})
-            names = {str(token) for token in _special_tokens(config)}
-            for token, index in _object(folder / "added_tokens.json").items():
-                added[int(index)] = AddedToken(token, normalized=token not in names, special=token in names)
-            for entry in _object(folder / "tokenizer.json").get("added_tokens", []):
-                index = int(entry.pop("id"))
-                added[index] = AddedToken(**entry)
+            config.update(_special_tokens_map(folder, config))
+            own.update(_named_extras(config))
+            added = _added_tokens(folder, config)
+        further = config.get("extra_special_tokens", config.get("additional_special_tokens")) or []
+        config = {key: _token(value) if key.endswith("_token") else value for key, value in config.items()}
+        own.update({key: value for key, value in config.items() if key.endswith("_token") and key not in NAMED})
+        config |= {"added": added, "own": list(map(_token, own.values())), "further": list(map(_token, further))}
         by_name = {str(token): token for token in added.values()}
-        for key, value in config.items():
-            if key.endswith("_token") and isinstance(value, (str, dict, AddedToken)):
-                token = _added(value) if isinstance(value, dict) else value
-                config[key] = by_name.get(str(token), token) if key in NAMED else token
-    return {**config, "added": added}
+        config.update({role: by_name.get(str(config[role]), config[role]) for role in NAMED if config.get(role)})
+    return config
+
+
+def _named_extras(config: dict[str, Any]) -> dict[str, Any]:
+    """Take special tokens that have a name out of the further ones."""
+    extra = config.get("extra_special_tokens")
+    return config.pop("extra_special_tokens") if isinstance(extra, dict) else {}
+
+
+def _special_tokens_map(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    special = _object(folder / "special_tokens_map.json")
+    found = {key: _token(value, special=True) for key, value in special.items() if key != "extra_special_tokens"}
+    extra = special.get("extra_special_tokens")
+    if isinstance(extra, list):
+        given = list(config.get("extra_special_tokens") or [])
+        extra = given + [token for token in (_token(item, special=True) for item in extra) if token not in given]
+    return found if extra is None else {**found, "extra_special_tokens": extra}
+
+
+def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, AddedToken]:
+    # An entry that is spelled out in tokenizer_config.json is not yet a token where transformers looks for these.
+    roles = (config.get(role) for role in NAMED)
+    special = {str(token) for token in (*roles, *(config.get("extra_special_tokens") or []))}
+    added: dict[int, AddedToken] = {}
+    for name, index in _object(folder / "added_tokens.json").items():
+        added[int(index)] = AddedToken(name, normalized=name not in special, special=name in special)
+    for entry in _object(folder / "tokenizer.json").get("added_tokens", []):
+        index = int(entry.pop("id"))
+        added[index] = AddedToken(**entry)
+    return added
 
 
 def _added(value: Any) -> AddedToken:
-    fields = {key: field for key, field in value.items() if key != "__type"}
-    return AddedToken(**fields)
+    return AddedToken(**{key: field for key, field in value.items() if key != "__type"})
 
 
-def _special(value: Any) -> Any:
-    if isinstance(value, dict) and "content" in value:
-        return _added({**value, "special": True})
-    return [_special(item) for item in value] if isinstance(value, list) else value
+def _token(value: Any, **flags: bool) -> Any:
+    """Return an entry of a file as a token if it is one; tokens by name alone stay as they are."""
+    return _added({**value, **flags}) if isinstance(value, dict) and "content" in value else value
 
 
 def _special_tokens(config: Mapping[str, Any]) -> list[Any]:
     """Return the special tokens in the order in which transformers adds them: by role, of the model, further ones."""
-    roles = [config[role] for role in NAMED if config.get(role) is not None]
-    own = [token for key, token in config.items() if key.endswith("_token") and key not in NAMED]
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    for token in extra.values() if isinstance(extra, dict) else extra:
-        own.append(_added(token) if isinstance(token, dict) else token)
-    return [token for token in (*roles, *own) if isinstance(token, (str, AddedToken))]
+    tokens = [*(config.get(role) for role in NAMED), *config["own"], *config["further"]]
+    return [token for token in tokens if isinstance(token, (str, AddedToken))]
 
 
 def _rebuilt(family: Family | None, folder: Path, files: tuple[Path, ...], config: dict[str, Any]) -> Files:
@@ -206,13 +228,13 @@ def _named(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _complete(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
     """Add the tokens that the files name and the tokenizer lacks, and give those it has the files' flags."""
-    tokens = [token for _, token in sorted(config["added"].items())]
-    roles = set(_named(config).values())
-    have = {str(token) for token in (*tokens, *(t.content for t in tokenizer.get_added_tokens_decoder().values()))}
+    tokens: list[Any] = [token for _, token in sorted(config["added"].items())]
+    have = {*map(str, tokens), *(token.content for token in tokenizer.get_added_tokens_decoder().values())}
     for token in _special_tokens(config):
-        if str(token) not in have:
-            have.add(str(token))
-            tokens.append(AddedToken(token, special=True) if isinstance(token, str) else token)
+        if str(token) not in have and token not in tokens:
+            tokens.append(token)
+    roles = set(_named(config).values())
+    tokens = [AddedToken(token, special=True) if isinstance(token, str) else token for token in tokens]
     for token in tokens:
         token.special = token.special or str(token) in roles
     tokenizer.add_tokens(tokens)

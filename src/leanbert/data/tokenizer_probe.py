@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -100,12 +100,17 @@ def _written(template: dict[str, Any]) -> Iterator[str]:
 
 
 def _probe(text: str, source: str) -> None:
-    reason = _failure(text)
-    if reason:
-        raise UserError(f"{source}: a tokenizer that {reason}. Copy or make it again, or choose another one")
+    key = hashlib.blake2b(text.encode(errors="surrogatepass")).digest()
+    if key not in _OUTCOMES:
+        _OUTCOMES[key] = _failure(text)
+    if _OUTCOMES[key]:
+        raise UserError(f"{source}: a tokenizer that {_OUTCOMES[key]}. Copy or make it again, or choose another one")
 
 
-@lru_cache(maxsize=16)
+_OUTCOMES: dict[bytes, str] = {}
+"""What is known of tokenizers by their digest: a process reads the same one several times."""
+
+
 def _failure(text: str) -> str:
     """Return how a process ends that reads the tokenizer and encodes a few texts; "" if it ends well."""
     command = [sys.executable, "-I", "-c", _PROGRAM, str(PROBE_BYTES)]

@@ -165,7 +165,7 @@ class WordData(LabelledData):
         return PredictionInputs(lambda: self._to_label(files), encode, batch_size, length)
 
     def _to_label(self, files: list[str]) -> Iterator[Sentence]:
-        skipped = Skipped("data.predict_files")
+        skipped = Skipped()
         for file in _each("data.predict_files", files):
             if is_columns(file):
                 for _, rows in read_columns([file], [self.hparams["word_column"]]):

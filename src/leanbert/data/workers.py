@@ -14,6 +14,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from types import ModuleType
 
+from leanbert import signals
+
 MOST_WORKERS = 8
 """Each takes some 40 MiB of memory."""
 
@@ -31,6 +33,8 @@ def process_pool() -> Iterator[ProcessPoolExecutor]:
     context = multiprocessing.get_context("spawn")
     workers = min(available_cpus(), MOST_WORKERS)
     with _without_main_module(), ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as pool:
+        with signals.deaf_children():
+            pool.submit(int)  # starts them
         yield pool
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from leanbert.errors import UserError
+from leanbert.ranges import POSITIVE, RATE, Range
 
 Preset = Literal["bert", "modern"]
 Position = Literal["learned", "sinusoidal", "rotary"]
@@ -46,6 +48,24 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "norm_eps": 1e-5,
     },
 }
+
+CHOICES = {
+    "position": ("learned", "sinusoidal", "rotary"),
+    "norm_position": ("post", "pre"),
+    "activation": ("gelu", "geglu", "swiglu"),
+}
+# Bounds above are far beyond any encoder there is; without them a slip of the pen is hours of building blocks.
+_WIDTH, _LONG = Range(least=1, most=2**17, whole=True), Range(least=1, most=2**24, whole=True)
+RANGES = {
+    "num_layers": Range(least=1, most=1000, whole=True),
+    **dict.fromkeys(("hidden_size", "num_heads", "head_size"), _WIDTH),
+    **dict.fromkeys(("intermediate_size", "max_positions", "global_every", "vocab_size"), _LONG),
+    **dict.fromkeys(("type_vocab_size", "local_window"), Range(least=0, most=2**24, whole=True)),
+    **dict.fromkeys(("dropout", "attention_dropout"), RATE),
+    **dict.fromkeys(("norm_eps", "rotary_theta", "local_rotary_theta"), POSITIVE),
+}
+MOST_WEIGHTS = 10**11
+"""Of a model: hundreds of gigabytes."""
 
 
 @dataclass
@@ -101,12 +121,15 @@ class EncoderConfig:
 
         Raises `UserError`, naming the setting below `model.encoder`, where they do not.
         """
-        if self.preset not in PRESETS:
+        if not isinstance(self.preset, str) or self.preset not in PRESETS:
             raise UserError(f"{SETTING}.preset: {self.preset!r} is unknown. Choose from {', '.join(PRESETS)}")
         values = asdict(self)
         for name, value in PRESETS[self.preset].items():
             if values[name] is None:
                 values[name] = value
+        _check_choices(values)
+        for name in ("hidden_size", "num_heads"):  # which others are computed from
+            _check_range(name, values[name])
         if values["intermediate_size"] is None:
             values["intermediate_size"] = _default_intermediate(self.hidden_size, values["activation"])
         if values["head_size"] is None:
@@ -163,8 +186,6 @@ def _default_intermediate(hidden_size: int, activation: Activation) -> int:
 
 
 def _default_head_size(hidden_size: int, num_heads: int) -> int:
-    if num_heads < 1:
-        return 1  # refused with the other sizes
     if hidden_size % num_heads:
         raise UserError(
             f"{SETTING}.hidden_size: {hidden_size} is not divisible by num_heads {num_heads}. "
@@ -174,7 +195,6 @@ def _default_head_size(hidden_size: int, num_heads: int) -> int:
 
 
 def _check(config: ResolvedConfig) -> None:
-    _check_choices(config)
     _check_ranges(config)
     if config.head_size > config.hidden_size:
         raise UserError(
@@ -190,26 +210,29 @@ def _check(config: ResolvedConfig) -> None:
         raise UserError(f"{SETTING}.hidden_size: {config.hidden_size} is odd. Sines need pairs")
 
 
-def _check_choices(config: ResolvedConfig) -> None:
-    choices = {
-        "position": ("learned", "sinusoidal", "rotary"),
-        "norm_position": ("post", "pre"),
-        "activation": ("gelu", "geglu", "swiglu"),
-    }
-    for name, known in choices.items():
-        if getattr(config, name) not in known:
-            raise UserError(f"{SETTING}.{name}: {getattr(config, name)!r} is unknown. Choose from {', '.join(known)}")
+def _check_choices(values: Mapping[str, Any]) -> None:
+    for name, known in CHOICES.items():
+        if not isinstance(values[name], str) or values[name] not in known:
+            raise UserError(f"{SETTING}.{name}: {values[name]!r} is unknown. Choose from {', '.join(known)}")
+    if not isinstance(values["bias"], bool):
+        raise UserError(f"{SETTING}.bias: {values['bias']!r} is unknown. Choose from true, false")
+
+
+def _check_range(name: str, value: Any) -> None:
+    if value not in RANGES[name]:
+        raise UserError(f"{SETTING}.{name}: {value!r} is out of range. Give {RANGES[name]}.")
 
 
 def _check_ranges(config: ResolvedConfig) -> None:
-    least = {"type_vocab_size": 0, "local_window": 0}
-    widths = ("hidden_size", "num_heads", "head_size", "intermediate_size")
-    for name, lowest in (least | dict.fromkeys((*widths, "num_layers", "max_positions", "global_every"), 1)).items():
-        if getattr(config, name) < lowest:
-            raise UserError(f"{SETTING}.{name}: {getattr(config, name)} is too small. At least {lowest}")
-    for name in ("dropout", "attention_dropout"):
-        if not 0.0 <= getattr(config, name) < 1.0:
-            raise UserError(f"{SETTING}.{name}: {getattr(config, name)} is no rate. Choose from 0 to below 1")
-    for name in ("norm_eps", "rotary_theta", "local_rotary_theta"):
-        if getattr(config, name) <= 0.0:
-            raise UserError(f"{SETTING}.{name}: {getattr(config, name)} is not positive")
+    for name in RANGES:
+        if (value := getattr(config, name)) is not None or name != "vocab_size":
+            _check_range(name, value)
+    width, inner = config.hidden_size, config.num_heads * config.head_size
+    block = width * (4 * inner + (3 if config.gated else 2) * config.intermediate_size)
+    positions = 0 if config.position == "rotary" else config.max_positions
+    tables = width * ((config.vocab_size or 0) + positions + config.type_vocab_size)
+    if (weights := config.num_layers * block + tables) > MOST_WEIGHTS:
+        raise UserError(
+            f"{SETTING}: these sizes make a model of {weights:.1e} weights. At most {MOST_WEIGHTS:.0e} are built: "
+            "lower num_layers or hidden_size"
+        )

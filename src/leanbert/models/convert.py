@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,16 @@ from leanbert.errors import UserError
 from leanbert.models.base import EncoderModel
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.embeddings import padded_rows
-from leanbert.models.huggingface_classes import POOLER, Layout, read_layout, write_layout
+from leanbert.models.huggingface_classes import ADD_MODEL_TYPE, POOLER, Layout, read_layout, write_layout
 from leanbert.models.kinds import make_model
-from leanbert.models.naming import DECODER_TOKENS, OF_VOCABULARY, TARGET_EMBEDDING, TOKEN_EMBEDDING, Names
+from leanbert.models.naming import DECODER_TOKENS, HEAD_BIAS, OF_VOCABULARY, TARGET_EMBEDDING, TOKEN_EMBEDDING, Names
 from leanbert.models.seq2seq import Seq2SeqModel
 from leanbert.models.weights import StateDict, Stored, read_folder, read_json
 
 log = logging.getLogger(__name__)
+
+WRAPPERS = ("module.", "model.")
+"""What DistributedDataParallel, and modules that hold a model, put before the names of weights."""
 
 
 def read_huggingface(folder: str | Path) -> Stored:
@@ -68,22 +71,69 @@ def write_huggingface(
 
 
 def _normalised(state: StateDict, layout: Layout, folder: Path) -> StateDict:
-    """Bring old and headless files to the names of today, and leave out what is not ours."""
-    prefix = layout.prefix
+    """Bring old, wrapped and headless files to the names of today, and leave out what is not ours."""
+    state = _renamed(state, lambda name: name.replace("_orig_mod.", ""), folder)
+    (tokens,), prefix = layout.names[TOKEN_EMBEDDING], layout.prefix
+    while not state.keys() & {tokens, tokens.removeprefix(prefix)} and (
+        wrapper := next((each for each in WRAPPERS if any(name.startswith(each) for name in state)), None)
+    ):
+        state = _renamed(state, lambda name, wrapper=wrapper: name.removeprefix(wrapper), folder)  # type: ignore[misc]
     headless = not any(name.startswith(prefix) for name in state)
-    renamed = {
-        (prefix if headless else "") + name.replace(".gamma", ".weight").replace(".beta", ".bias"): tensor
-        for name, tensor in state.items()
-    }
-    if TARGET_EMBEDDING not in layout.names and (copy := renamed.pop(DECODER_TOKENS, None)) is not None:
-        (tokens,) = layout.names[TOKEN_EMBEDDING]
-        if tokens not in renamed or not torch.equal(copy, renamed[tokens]):
-            raise UserError(
-                f"{folder}: encoder and decoder have different token embeddings, which is not supported. "
-                "Take a model in which they are tied"
-            )
+    if headless and layout.guessed:
+        raise UserError(f"{folder}: config.json names no model_type, and nothing else tells it. {ADD_MODEL_TYPE}")
+    state = _renamed(state, lambda name: (prefix if headless else "") + _of_today(name), folder)
+    _check_tied(state, layout, folder)
+    copy = None if TARGET_EMBEDDING in layout.names else state.pop(DECODER_TOKENS, None)
+    if copy is not None and not (tokens in state and _equal(copy, state[tokens])):
+        raise UserError(
+            f"{folder}: encoder and decoder have different token embeddings, which is not supported. "
+            "Take a model in which they are tied"
+        )
     wanted = {part for parts in layout.names.values() for part in parts}
-    return {name: tensor for name, tensor in renamed.items() if name in wanted or not name.startswith(layout.ignored)}
+    return {name: tensor for name, tensor in state.items() if name in wanted or not name.startswith(layout.ignored)}
+
+
+def _renamed(state: StateDict, rename: Callable[[str], str], folder: Path) -> StateDict:
+    renamed = {rename(name): tensor for name, tensor in state.items()}
+    if len(renamed) < len(state):
+        raise UserError(f"{folder}: two weights differ only in old and new ways of naming. Save the model again")
+    return renamed
+
+
+def _of_today(name: str) -> str:
+    for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
+
+
+def _check_tied(state: StateDict, layout: Layout, folder: Path) -> None:
+    """Take the output's bias by any of its names, in place; raise `UserError` if its matrix is not the embedding.
+
+    transformers ties both only where a file does not have them.
+    """
+    if HEAD_BIAS not in layout.names:
+        return
+    (bias,) = layout.names[HEAD_BIAS]
+    (table,) = layout.names.get(TARGET_EMBEDDING, layout.names[TOKEN_EMBEDDING])
+    head = bias.removesuffix("bias").removesuffix("decoder.") + "decoder."
+    if (other := state.pop(f"{head}bias", None)) is not None:
+        state[bias] = other
+    matrix = state.get(f"{head}weight")
+    if not layout.tied and bias in state and (matrix is None or other is None):
+        raise UserError(
+            f"{folder}: tie_word_embeddings is false in config.json, but the weights lack {head}weight or {head}bias. "
+            "Set it to true if the output is the token embedding"
+        )
+    if matrix is not None and table in state and not _equal(matrix, state[table]):
+        raise UserError(
+            f"{folder}: {head}weight, the output, is another matrix than the token embedding, which is not supported. "
+            "Take a model in which they are tied"
+        )
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.float(), other.float())
 
 
 def _translate(theirs: StateDict, names: Names, layout: Layout, folder: Path) -> StateDict:
@@ -91,15 +141,26 @@ def _translate(theirs: StateDict, names: Names, layout: Layout, folder: Path) ->
     shapes = _expected_shapes(layout)
     state: StateDict = {}
     for ours, parts in names.items():
-        tensor = torch.cat([theirs[part] for part in parts]) if len(parts) > 1 else theirs[parts[0]]
+        tensor = _stacked([theirs[part] for part in parts], " + ".join(parts), folder)
         found = list(tensor.shape)
-        if found != shapes[ours]:
+        if found != shapes.get(ours):
             raise UserError(
-                f"{folder}: {' + '.join(parts)} has shape {found}, config.json asks for {shapes[ours]}. "
+                f"{folder}: {' + '.join(parts)} has shape {found}, config.json asks for {shapes.get(ours)}. "
                 "Take both files from one model"
             )
+        if not bool(tensor.isfinite().all()):
+            raise UserError(f"{folder}: {' + '.join(parts)} holds numbers that are not finite. Copy the file again")
         state[ours] = _pad(ours, tensor.float())
     return state
+
+
+def _stacked(tensors: list[Tensor], names: str, folder: Path) -> Tensor:
+    if len(tensors) == 1:
+        return tensors[0]
+    if any(tensor.shape != tensors[0].shape or tensor.dim() == 0 for tensor in tensors):
+        shapes = " and ".join(str(list(tensor.shape)) for tensor in tensors)
+        raise UserError(f"{folder}: {names} have shapes {shapes}, which do not fit. Copy the file again")
+    return torch.cat([tensor.float() for tensor in tensors])
 
 
 def _check_keys(theirs: StateDict, names: Names, folder: Path) -> None:

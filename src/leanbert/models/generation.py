@@ -14,9 +14,21 @@ from torch import Tensor
 from leanbert.errors import UserError
 from leanbert.models.decoding_cache import Cache
 from leanbert.models.seq2seq import Seq2SeqModel
+from leanbert.ranges import POSITIVE, WHOLE, Range
 
 DROPPED_TOGETHER = 8
 """Sentences that have ended are dropped once they are one in so many."""
+
+RANGES = {
+    "beams": Range(least=1, most=1000, whole=True),
+    "length_penalty": Range(least=-100, most=100),
+    "no_repeat_ngram": WHOLE,
+    "length_ratio": Range(least=0, most=1e6),
+    "length_more": Range(least=1, most=10**9, whole=True),
+    "temperature": POSITIVE,
+    "top_k": WHOLE,
+    "top_p": Range(above=0, most=1),
+}
 
 
 @dataclass
@@ -47,14 +59,14 @@ class GenerationConfig:
 
     def check(self) -> GenerationConfig:
         """Return itself. Raises UserError for what cannot work, naming the setting."""
-        least = {"beams": 1, "no_repeat_ngram": 0, "length_more": 1, "top_k": 0}
-        for name, lowest in least.items():
-            if getattr(self, name) < lowest:
-                raise UserError(f"model.generation.{name}: {getattr(self, name)} is too small. Set at least {lowest}")
+        for name, allowed in RANGES.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise UserError(f"model.generation.{name}: {value!r} is out of range. Give {allowed}.")
+        for name in ("early", "sample"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise UserError(f"model.generation.{name}: {value!r} is neither true nor false. Give one of them.")
         if self.sample and self.beams > 1:
             raise UserError("model.generation.sample: draws one output. Set beams to 1")
-        if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.length_ratio < 0:
-            raise UserError("model.generation: temperature is above 0, top_p in (0, 1], length_ratio not negative")
         return self
 
 

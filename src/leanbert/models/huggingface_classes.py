@@ -25,6 +25,7 @@ from leanbert.models.naming import Kind, Names, bert_names, encoder_decoder_name
 from leanbert.models.seq2seq import Seq2SeqModel
 
 ENCODER_DECODER = "EncoderDecoderModel"
+ADD_MODEL_TYPE = 'If it is a BERT, add "model_type": "bert"'
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 
 
@@ -33,6 +34,7 @@ class Family(NamedTuple):
 
     classes: Mapping[Kind, str]
     bare: tuple[str, ...]  # further classes that are read as masked language models
+    known_by: frozenset[str]  # settings that tell it where config.json does not name its model_type
     prefix: str  # of the encoder's weights, absent where it was saved without a head
     names: Callable[[ResolvedConfig, Kind], Names]
     read_settings: Callable[[dict[str, Any], Path], ResolvedConfig]
@@ -48,6 +50,7 @@ FAMILIES = {
             "word": "BertForTokenClassification",
         },
         ("BertModel", "BertForPreTraining"),
+        frozenset({"hidden_size", "num_hidden_layers", "hidden_dropout_prob", "type_vocab_size"}),
         "bert.",
         bert_names,
         read_bert,
@@ -61,6 +64,7 @@ FAMILIES = {
             "word": "ModernBertForTokenClassification",
         },
         ("ModernBertModel",),
+        frozenset({"hidden_size", "num_hidden_layers", "norm_eps", "local_attention"}),
         "model.",
         modernbert_names,
         read_modernbert,
@@ -79,7 +83,9 @@ IGNORED_BESIDE_DECODER = (
 class Layout(NamedTuple):
     """What a folder holds: a model of `task` with `config` and `facts`, its weights by `names`.
 
-    Weights that begin with `ignored` and have no name play no part. `prefix` is that of the encoder's weights.
+    Weights that begin with `ignored` and have no name play no part. `prefix` is that of the encoder's weights. `tied`:
+    whether the output matrix is the token embedding where no weights say otherwise; `guessed`: whether config.json
+    does not name what it is.
     """
 
     config: ResolvedConfig
@@ -88,25 +94,30 @@ class Layout(NamedTuple):
     names: Names
     ignored: tuple[str, ...]
     prefix: str
+    tied: bool
+    guessed: bool
 
 
 def read_layout(settings: dict[str, Any], path: Path) -> Layout:
     """Return what `config.json` at `path` describes; raises `UserError` for a class that we do not have."""
-    if settings.get("model_type") == "encoder-decoder":
+    kind_of_model, guessed = _model_type(settings, path), settings.get("model_type") is None
+    if kind_of_model == "encoder-decoder":
         config, layers, tokens = read_decoder(settings, path)
-        task, facts = read_own(settings, "seq2seq")
+        task, facts = read_own(settings, "seq2seq", path)
         facts["decoder_layers"] = layers
         if separate := "target_vocab_size" in facts or tokens != config.vocab_size:
             facts["target_vocab_size"] = tokens
         names = encoder_decoder_names(config, layers, separate)
-        return Layout(config, task, facts, names, IGNORED_BESIDE_DECODER, "encoder.")
-    family = _family(settings, path)
+        tied = _tied(settings, path) and _tied(settings["decoder"], path)
+        return Layout(config, task, facts, names, IGNORED_BESIDE_DECODER, "encoder.", tied, guessed)
+    family = FAMILIES[kind_of_model]
     kind = _kind(settings, family, path)
     config = family.read_settings(settings, path)
-    task, facts = read_own(settings, kind)
+    task, facts = read_own(settings, kind, path)
     if kind != "mlm":
         facts |= read_labels(settings, kind, path)
-    return Layout(config, task, facts, family.names(config, kind), family.ignored, family.prefix)
+    names = family.names(config, kind)
+    return Layout(config, task, facts, names, family.ignored, family.prefix, _tied(settings, path), guessed)
 
 
 def write_layout(
@@ -151,16 +162,37 @@ def write_layout(
     return settings, family.names(config, kind)
 
 
-def _family(settings: dict[str, Any], path: Path) -> Family:
-    family = FAMILIES.get(settings.get("model_type", ""))
-    if family is None:
-        kind = settings.get("model_type")
+def _tied(settings: dict[str, Any], path: Path) -> bool:
+    tied = settings.get("tie_word_embeddings", True)
+    if not isinstance(tied, bool):
+        raise UserError(f"{path}: tie_word_embeddings {tied!r} is neither true nor false. Copy the file again")
+    return tied
+
+
+def _model_type(settings: dict[str, Any], path: Path) -> str:
+    """Return the `model_type`, which Google's BERT and old conversions of others do not name."""
+    kind, named = settings.get("model_type"), _architectures(settings, path)
+    if kind in ("encoder-decoder", *FAMILIES):
+        return kind
+    if kind is not None:
         raise UserError(f"{path}: model_type {kind!r} is not supported. Take one of {', '.join(_known())}")
-    return family
+    if ENCODER_DECODER in named:
+        return "encoder-decoder"
+    for name, family in FAMILIES.items():
+        if {*family.classes.values(), *family.bare} & set(named) or (not named and family.known_by <= settings.keys()):
+            return name
+    raise UserError(f"{path}: no model_type says what it is. {ADD_MODEL_TYPE}")
+
+
+def _architectures(settings: dict[str, Any], path: Path) -> list[str]:
+    named = settings.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise UserError(f"{path}: architectures {named!r} is no list of names of classes. Copy the file again")
+    return named
 
 
 def _kind(settings: dict[str, Any], family: Family, path: Path) -> Kind:
-    named = settings.get("architectures") or [family.classes["mlm"]]
+    named = _architectures(settings, path) or [family.classes["mlm"]]
     for kind, name in family.classes.items():
         if name in named or (kind == "mlm" and set(named) & set(family.bare)):
             return kind

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from leanbert.errors import UserError
-from leanbert.models.config import EncoderConfig, ResolvedConfig
+from leanbert.models.config import RANGES, EncoderConfig, ResolvedConfig
+from leanbert.ranges import POSITIVE, Range
 
+WINDOW = Range(least=2, most=2**24, whole=True)
 GATES = {"gelu": "geglu", "silu": "swiglu"}
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
 
@@ -64,11 +66,10 @@ def read_bert(settings: dict[str, Any], path: Path) -> ResolvedConfig:
         ("hidden_act", "gelu", "gelu"),
         ("position_embedding_type", "absolute", "absolute"),
         ("is_decoder", False, False),
-        ("tie_word_embeddings", True, True),
     ):
         _require(settings, name, ours, default, path)
     values = BERT_DEFAULTS | settings
-    return _resolve({ours: values[theirs] for ours, theirs in BERT_FIELDS.items()} | {"preset": "bert"}, path)
+    return _resolve(_sizes(values, BERT_FIELDS, path) | {"preset": "bert"}, path)
 
 
 def bert_settings(config: ResolvedConfig) -> dict[str, Any]:
@@ -80,18 +81,20 @@ def bert_settings(config: ResolvedConfig) -> dict[str, Any]:
 def read_modernbert(settings: dict[str, Any], path: Path) -> ResolvedConfig:
     """Read `ModernBertConfig`, old and new style; raises `UserError` for what our encoder cannot do."""
     values = MODERNBERT_DEFAULTS | settings
-    bias = bool(values["norm_bias"])
+    bias = values["norm_bias"]
     for name in ("attention_bias", "mlp_bias", "classifier_bias"):
         _require(settings, name, bias, False, path)
     _require(settings, "decoder_bias", True, True, path)
     _require(settings, "classifier_activation", "gelu", "gelu", path)
-    _require(settings, "tie_word_embeddings", True, True, path)
     gate = settings.get("hidden_activation", "gelu")
-    if gate not in GATES:
+    if gate not in list(GATES):
         raise UserError(f"{path}: hidden_activation {gate!r} is not supported. Only {' and '.join(GATES)} are")
-    local_every = _global_every(_layer_types(settings, values["num_hidden_layers"]), path)
+    sizes = _sizes(values, MODERNBERT_FIELDS, path)
+    local_every = _global_every(_layer_types(settings, sizes["num_layers"], path), path)
+    if local_every and values["local_attention"] not in WINDOW:
+        raise UserError(f"{path}: local_attention {values['local_attention']!r} is out of range. Give {WINDOW}.")
     return _resolve(
-        {ours: values[theirs] for ours, theirs in MODERNBERT_FIELDS.items()}
+        sizes
         | {
             "preset": "modern",
             "activation": GATES[gate],
@@ -129,8 +132,14 @@ def _resolve(values: dict[str, Any], path: Path) -> ResolvedConfig:
         return EncoderConfig(**values).resolved()
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except TypeError:
-        raise UserError(f"{path}: a size is not a number. Copy the file again") from None
+
+
+def _sizes(values: dict[str, Any], fields: dict[str, str], path: Path) -> dict[str, Any]:
+    """Return the numbers of `config.json` by our names, each of them in its range."""
+    for ours, theirs in fields.items():
+        if values[theirs] not in RANGES[ours]:
+            raise UserError(f"{path}: {theirs} {values[theirs]!r} is out of range. Give {RANGES[ours]}.")
+    return {ours: values[theirs] for ours, theirs in fields.items()}
 
 
 def _require(settings: dict[str, Any], name: str, ours: Any, default: Any, path: Path) -> None:
@@ -138,14 +147,19 @@ def _require(settings: dict[str, Any], name: str, ours: Any, default: Any, path:
         raise UserError(f"{path}: {name} {value!r} is not supported. Only {ours!r} is")
 
 
-def _layer_types(settings: dict[str, Any], layers: int) -> list[str]:
-    every = settings.get("global_attn_every_n_layers", 3)
-    return settings.get("layer_types") or [LOCAL if layer % every else GLOBAL for layer in range(layers)]
+def _layer_types(settings: dict[str, Any], layers: int, path: Path) -> list[str]:
+    if (kinds := settings.get("layer_types")) is not None:
+        if not isinstance(kinds, list) or len(kinds) != layers:
+            raise UserError(f"{path}: layer_types is no list of {layers} kinds, one for each of num_hidden_layers")
+        return kinds
+    if (every := settings.get("global_attn_every_n_layers", 3)) not in RANGES["global_every"]:
+        raise UserError(f"{path}: global_attn_every_n_layers {every!r} is out of range. Give {RANGES['global_every']}.")
+    return [LOCAL if layer % every else GLOBAL for layer in range(layers)]
 
 
 def _global_every(kinds: list[str], path: Path) -> int | None:
     """Smallest n with global attention in layers 0, n, 2n, ... and local in others; None: all are global."""
-    if set(kinds) == {GLOBAL}:
+    if all(kind == GLOBAL for kind in kinds):
         return None
     for every in range(2, len(kinds) + 1):
         if kinds == [LOCAL if layer % every else GLOBAL for layer in range(len(kinds))]:
@@ -154,7 +168,13 @@ def _global_every(kinds: list[str], path: Path) -> int | None:
 
 
 def _theta(settings: dict[str, Any], kind: str, old_name: str, default: float, path: Path) -> float:
-    rope = (settings.get("rope_parameters") or {}).get(kind) or {}
+    every = settings.get("rope_parameters") or {}
+    rope = every.get(kind) or {} if isinstance(every, dict) and every.keys() <= {GLOBAL, LOCAL} else None
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters are not those of {GLOBAL} and {LOCAL}. Give each its rope_theta")
     if settings.get("rope_scaling") or rope.get("rope_type", "default") != "default":
         raise UserError(f"{path}: scaled rotary positions are not supported. Only rope_type 'default' is")
-    return float(rope.get("rope_theta", settings.get(old_name, default)))
+    theta = rope.get("rope_theta", settings.get(old_name, default))
+    if theta not in POSITIVE:
+        raise UserError(f"{path}: rope_theta {theta!r} is out of range. Give {POSITIVE}.")
+    return float(theta)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from leanbert.errors import UserError
 from leanbert.models.classifier import Classifier
-from leanbert.models.config import ResolvedConfig
+from leanbert.models.config import RANGES, ResolvedConfig
 from leanbert.models.huggingface_config import bert_settings, read_bert
 from leanbert.models.kinds import TASKS
 from leanbert.models.naming import Kind
+from leanbert.ranges import SHARE, Range
 
 OWN = "leanbert"
 """Key of what no class of transformers asks for: the task, and how it is answered."""
@@ -25,6 +26,16 @@ PROBLEMS = {
     "multi": "multi_label_classification",
     "regression": "regression",
 }
+LABELS = Range(least=1, most=10**6, whole=True)
+FACTS: dict[str, Callable[[Any], bool]] = {
+    "max_length": lambda value: value in RANGES["max_positions"],
+    "target_vocab_size": lambda value: value in RANGES["vocab_size"],
+    "threshold": lambda value: value in SHARE,
+    "copy": lambda value: value is False,  # no class of transformers copies
+    "mark": lambda value: value in ("tokens", "segments"),
+    "generation": lambda value: isinstance(value, dict),
+}
+"""What facts can be, by name."""
 GENERATION = {
     "beams": "num_beams",
     "length_penalty": "length_penalty",
@@ -39,12 +50,19 @@ def own_settings(task: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     return {} if task == "mlm" else {OWN: {"task": task, **kept}}
 
 
-def read_own(settings: dict[str, Any], kind: Kind) -> tuple[str, dict[str, Any]]:
-    """Return the task and its facts; those of a folder that we have not written are what its class says."""
+def read_own(settings: dict[str, Any], kind: Kind, path: Path) -> tuple[str, dict[str, Any]]:
+    """Return the task and its facts; those of a folder that we have not written are what its class says.
+
+    Raises `UserError` for a fact that cannot be one.
+    """
     kept = settings.get(OWN)
     if not isinstance(kept, dict) or kept.get("task") not in TASKS[kind]:
         return TASKS[kind][0], {}
-    return kept["task"], {name: value for name, value in kept.items() if name not in ("task", *ELSEWHERE)}
+    facts = {name: value for name, value in kept.items() if name not in ("task", *ELSEWHERE)}
+    for name, value in facts.items():
+        if not FACTS.get(name, lambda _: True)(value):
+            raise UserError(f"{path}: {OWN}.{name} {value!r} is no such value. Export the model again")
+    return kept["task"], facts
 
 
 def label_settings(model: Classifier, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,7 +77,11 @@ def label_settings(model: Classifier, facts: Mapping[str, Any]) -> dict[str, Any
 
 def read_labels(settings: dict[str, Any], kind: Kind, path: Path) -> dict[str, Any]:
     """Return the facts "labels" and, of texts, "problem"; where config.json is silent as transformers has it."""
-    named = settings.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    if (count := settings.get("num_labels", 2)) not in LABELS:
+        raise UserError(f"{path}: num_labels {count!r} is out of range. Give {LABELS}.")
+    named = settings.get("id2label") or {str(number): f"LABEL_{number}" for number in range(count)}
+    if not isinstance(named, dict):
+        raise UserError(f"{path}: id2label {named!r} is no object. Give each number a label")
     try:
         labels = [str(named[str(number)]) for number in range(len(named))]
     except (KeyError, TypeError):
@@ -70,7 +92,10 @@ def read_labels(settings: dict[str, Any], kind: Kind, path: Path) -> dict[str, A
         raise UserError(f"{path}: classifier_pooling {pooling!r} is not supported. Only 'cls' is")
     problems = {theirs: ours for ours, theirs in PROBLEMS.items()}
     guess = "single" if len(labels) > 1 else "regression"
-    return {"labels": labels, "problem": problems.get(settings.get("problem_type") or "", guess)}
+    problem = settings.get("problem_type")
+    if problem is not None and problem not in list(problems):
+        raise UserError(f"{path}: problem_type {problem!r} is not supported. Take one of {', '.join(problems)}")
+    return {"labels": labels, "problem": guess if problem is None else problems[problem]}
 
 
 def decoder_settings(
@@ -94,9 +119,9 @@ def decoder_settings(
 
 def read_decoder(settings: dict[str, Any], path: Path) -> tuple[ResolvedConfig, int, int]:
     """Return the encoder's configuration, and the decoder's blocks and tokens, in which alone they may differ."""
-    parts: list[dict[str, Any]] = [settings.get(name) or {} for name in ("encoder", "decoder")]
+    parts: list[Any] = [settings.get(name) or {} for name in ("encoder", "decoder")]
     for name, part in zip(("encoder", "decoder"), parts, strict=True):
-        if part.get("model_type") != "bert":
+        if not isinstance(part, dict) or part.get("model_type") != "bert":
             raise UserError(f"{path}: {name} is no BERT, which is not supported. Take one with model_type 'bert'")
     first, second = parts
     if not (second.get("is_decoder") and second.get("add_cross_attention")):

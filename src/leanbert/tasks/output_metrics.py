@@ -10,24 +10,31 @@ from typing import Any, Literal
 import torch
 import torchmetrics
 from torchmetrics.text import SacreBLEUScore
-from torchmetrics.text.rouge import ROUGEScore
+
+from leanbert.tasks.output_tokens import BleuTokens, RougeTokens, bleu_kind, bleu_tokenizer
+from leanbert.tasks.rouge import rouge
 
 Quality = Literal["bleu", "rouge"]
 
 CHARACTER_ORDER, RECALL_WEIGHT = 6, 2.0
 """chrF's longest n-gram, and how many times recall counts as much as precision."""
-ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
 class OutputMetrics:
     """BLEU and chrF, or ROUGE, of the outputs of all ranks, from 0 to 100.
 
-    BLEU is sacreBLEU's (Post 2018, arXiv 1804.08771), cased, tokenised by 13a; chrF that of Popović 2015 as sacreBLEU
-    counts it (chrF2); ROUGE-1, 2 and L those of Lin 2004 as rouge-score counts them, of several references the best.
+    BLEU is sacreBLEU's (Post 2018, arXiv 1804.08771), cased; chrF that of Popović 2015 as sacreBLEU counts it (chrF2);
+    ROUGE-1, 2, L and Lsum those of Lin 2004 as rouge-score counts them, of several references the best.
+
+    Args:
+        quality: Which.
+        bleu_tokens: Tokens of BLEU, see `bleu_tokenizer` and `bleu_kind`.
+        rouge_tokens: Tokens of ROUGE, see `rouge_tokens`.
+
     """
 
-    def __init__(self, quality: Quality) -> None:
-        self.quality = quality
+    def __init__(self, quality: Quality, bleu_tokens: BleuTokens = "auto", rouge_tokens: RougeTokens = "auto") -> None:
+        self.quality, self.bleu_tokens, self.rouge_tokens = quality, bleu_tokens, rouge_tokens
         self._outputs: list[str] = []
         self._references: list[list[str]] = []
 
@@ -43,26 +50,28 @@ class OutputMetrics:
         if not outputs:
             raise ValueError("no output was added")
         if self.quality == "rouge":
-            return rouge(outputs, references)
-        return {"bleu": bleu(outputs, references), "chrf": chrf(outputs, references)}
+            return rouge(outputs, references, self.rouge_tokens)
+        return {"bleu": bleu(outputs, references, self.bleu_tokens), "chrf": chrf(outputs, references)}
 
 
-def bleu_signature(references: Sequence[Sequence[str]]) -> str:
+def bleu_signature(references: Sequence[Sequence[str]], tokens: BleuTokens = "auto") -> str:
     """Return how `bleu` counts, in sacreBLEU's terms."""
+    kind = bleu_kind(tokens, (text for own in references for text in own))
     counts = {len(own) for own in references}
     number = counts.pop() if len(counts) == 1 else "var"
-    return f"nrefs:{number}|case:mixed|eff:no|tok:13a|smooth:exp|version:torchmetrics-{torchmetrics.__version__}"
+    return f"nrefs:{number}|case:mixed|eff:no|tok:{kind}|smooth:exp|version:torchmetrics-{torchmetrics.__version__}"
 
 
-def bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+def bleu(outputs: Sequence[str], references: Sequence[Sequence[str]], tokens: BleuTokens = "auto") -> float:
     """Return the BLEU of a whole set.
 
     The n-grams are counted by torchmetrics, whose score is 0 as soon as no 4-gram is right, and whose reference length
     is, of two equally near ones, the first: sacreBLEU smooths exponentially (Lin and Och 2004) and takes the shorter.
     """
-    metric = SacreBLEUScore()
-    tokens = metric.tokenizer
-    metric.update(list(outputs), [sorted(own, key=lambda text: len(tokens(text))) for own in references])
+    cut = bleu_tokenizer(bleu_kind(tokens, (text for own in references for text in own)))
+    metric = SacreBLEUScore(tokenize="none")  # which divides at spaces
+    right_ones = [[" ".join(tokens) for tokens in sorted(map(cut, own), key=len)] for own in references]
+    metric.update([" ".join(cut(text)) for text in outputs], right_ones)
     length, wanted = float(metric.preds_len), float(metric.target_len)
     right, total = metric.numerator.tolist(), metric.denominator.tolist()
     if not any(right) or not all(total):
@@ -87,14 +96,6 @@ def chrf(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
         best = max((_matches(grams, _character_grams(text)) for text in own), key=_combined)
         sums = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, best, strict=True)]
     return 100.0 * _combined(sums)
-
-
-def rouge(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return the mean F-scores of ROUGE-1, 2 and L, by name."""
-    metric = ROUGEScore(rouge_keys=ROUGE, accumulate="best", sync_on_compute=False)  # the texts of all ranks are here
-    metric.update(list(outputs), [list(own) for own in references])
-    scores = metric.compute()
-    return {name: 100.0 * float(scores[f"{name}_fmeasure"]) for name in ROUGE}
 
 
 def _character_grams(text: str) -> list[Counter[str]]:

@@ -25,6 +25,7 @@ from leanbert.ranges import COUNT, RATE, WHOLE
 from leanbert.tasks.base import Task
 from leanbert.tasks.metrics import MeanLoss
 from leanbert.tasks.output_metrics import OutputMetrics, Quality, bleu_signature
+from leanbert.tasks.output_tokens import BleuTokens, RougeTokens, bleu_tokenizer
 from leanbert.tasks.tables import markdown_table
 
 GENERATED_TOGETHER = 64
@@ -51,6 +52,11 @@ class Seq2Seq(Task):
             outputs that take over words, as in summarization. It goes with one tokenizer and without label smoothing.
         label_smoothing: Share of each target that is spread over the vocabulary. Default: 0.1, with copy 0.
         quality: What generated outputs are measured by: bleu (and chrF), or rouge.
+        bleu_tokenize: Tokens of BLEU, by sacreBLEU's names; ja-mecab, ko-mecab, flores101 and flores200 need sacrebleu
+            and what it asks for. auto: zh where the references are Chinese, char in other scripts without spaces
+            between words, else 13a.
+        rouge_tokenize: Tokens of ROUGE: auto, words of any script, or single characters where words have no spaces
+            between them; ascii, as rouge-score has them, which throws all but a-z and 0-9 away; characters.
         generation: How `test` and `predict` search for outputs.
         validation_sources: Generate for so many validation sources, greedily, at each validation. Default: for all; 0:
             for none.
@@ -73,6 +79,8 @@ class Seq2Seq(Task):
         copy: bool = False,
         label_smoothing: float | None = None,
         quality: Quality = "bleu",
+        bleu_tokenize: BleuTokens = "auto",
+        rouge_tokenize: RougeTokens = "auto",
         generation: GenerationConfig | None = None,
         validation_sources: int | None = None,
     ) -> None:
@@ -89,6 +97,7 @@ class Seq2Seq(Task):
         WHOLE.check("model.validation_sources", validation_sources)
         self.decoder_layers, self.decoder_start, self.copy = decoder_layers, decoder_start, copy
         self.label_smoothing, self.quality = label_smoothing, quality
+        self.bleu_tokenize, self.rouge_tokenize = bleu_tokenize, rouge_tokenize
         self.generation = (generation or GenerationConfig()).check()
         self.validation_sources = validation_sources
         self._stored_targets = 0  # tokens that a stored decoder knows, which may be more than its tokenizer has
@@ -156,7 +165,7 @@ class Seq2Seq(Task):
     def build_metrics(self) -> None:
         """Make the mean loss, and the measures of generated outputs."""
         self.mean_loss = MeanLoss()
-        self.outputs = OutputMetrics(self.quality)
+        self.outputs = OutputMetrics(self.quality, self.bleu_tokenize, self.rouge_tokenize)
         self._shown: list[tuple[str, str, str]] = []
 
     def forward(self, batch: PairBatch) -> Tensor:
@@ -203,6 +212,8 @@ class Seq2Seq(Task):
 
     def generate_part(self, part: Any, config: GenerationConfig, most: int | None) -> None:
         """Add the outputs for a part's sources (None: all), each rank for its share of the batches."""
+        if self.quality == "bleu" and self.bleu_tokenize != "auto":
+            bleu_tokenizer(self.bleu_tokenize)  # what it lacks is said before anything is generated
         batches = self._data.sources(part, GENERATED_TOGETHER, most)
         self._shown, counted = [], []
         bar = tqdm(batches, desc="Generating", unit="batch", disable=None, leave=False)
@@ -214,7 +225,9 @@ class Seq2Seq(Task):
                 shown = zip(batch.texts, (own[0] for own in references), texts, strict=True)
                 self._shown += list(shown)[: 12 - len(self._shown)]
         if part == "test" and self.quality == "bleu":
-            say(f"BLEU is sacreBLEU's: {bleu_signature(counted)}")
+            say(f"BLEU is sacreBLEU's: {bleu_signature(counted, self.bleu_tokenize)}")
+        elif part == "test":
+            say(f"ROUGE is rouge-score's, without stemming, tokens: {self.rouge_tokenize}")
 
     def samples(self, batch: PairBatch) -> dict[str, str]:
         """Return a table of the first generated outputs; of long sources it has the beginning."""

@@ -1,0 +1,120 @@
+r"""Faults on purpose: kills, damaged inputs, two processes at once, signals; and numbers computed again.
+
+    python benchmarks/faults.py kills --count 500 --output faults.jsonl
+    python benchmarks/faults.py mutations --count 5000 --output faults.jsonl
+
+Each experiment is one line of the output; what is there for the same code, seed and number is not repeated, so that a
+part that was stopped goes on. Processes are forked from one that has imported everything, which is why a training
+command takes less than a second. Prints a table and ends with 1 if an experiment went wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import multiprocessing
+import sys
+import tempfile
+import traceback
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from faults import forks
+from report import table
+
+PARTS = {"kills": 500, "mutations": 5000, "concurrent": 500, "signals": 700}
+"""How many experiments the issue of each part asks for."""
+SHOWN = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--count", type=int, help="experiments")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2, help="experiments at a time, one thread each")
+    parser.add_argument("--kind", help="only experiments of this kind")
+    parser.add_argument("--number", type=int, help="only the experiment of this number")
+    parser.add_argument("--output", type=Path, default=Path("faults.jsonl"), help="file to append results to")
+    parser.add_argument("--work", type=Path, help="folder that keeps what went wrong; default: one that is deleted")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        results = carry_out(options, (options.work or Path(folder)).resolve())
+    print(summary(results))
+    sys.exit(any(result.get("wrong") for result in results))
+
+
+def carry_out(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    """Return the results of the chosen experiments, those that the output has and those that are done now."""
+    work.mkdir(parents=True, exist_ok=True)
+    part = importlib.import_module(f"faults.{options.part}")
+    run = {"part": options.part, "seed": options.seed, "code": code_digest()}
+    chosen = [
+        {**experiment, "number": number}
+        for number, experiment in enumerate(part.experiments(options.count or PARTS[options.part], options.seed))
+        if options.kind in (None, experiment["kind"]) and options.number in (None, number)
+    ]
+    done = {result["number"]: result for result in read_results(options.output) if result.items() >= run.items()}
+    left = [experiment for experiment in chosen if experiment["number"] not in done]
+    forks.import_all()
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(options.jobs, fork) as pool, options.output.open("a", encoding="utf-8") as file:
+        waiting = [pool.submit(one, options.part, experiment, work) for experiment in left]
+        for finished in tqdm(as_completed(waiting), options.part, len(waiting)):
+            result = {**run, **finished.result()}
+            done[result["number"]] = result
+            file.write(json.dumps(result) + "\n")
+            file.flush()
+    return [done[experiment["number"]] for experiment in chosen]
+
+
+def one(part: str, experiment: dict[str, Any], work: Path) -> dict[str, Any]:
+    """Return an experiment with what came out of it; a fault of the experiment itself is one that went wrong."""
+    try:
+        return {**experiment, **importlib.import_module(f"faults.{part}").run(experiment, work)}
+    except Exception:
+        return {**experiment, "wrong": f"the experiment failed: {traceback.format_exc()[-600:]}"}
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Return the results of a file, which may end with half a line."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def code_digest() -> str:
+    """Return a digest of the code and the configurations that the experiments are about."""
+    digest = hashlib.blake2b(digest_size=8)
+    for folder in ("src", "configs", "benchmarks/faults"):
+        for path in sorted((forks.ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".yaml"):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    """Return a table of counts by kind, and the first that went wrong of each."""
+    kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for result in results:
+        kinds[result["kind"]].append(result)
+    rows, named = [], []
+    for kind, found in sorted(kinds.items()):
+        wrong = [result for result in found if result.get("wrong")]
+        skipped = sum("skipped" in result for result in found)
+        kills = sum(result.get("kills", 0) for result in found)
+        right = len(found) - len(wrong) - skipped
+        rows.append([kind, *(f"{value:,}" for value in (len(found), kills, right, len(wrong), skipped))])
+        named += [f"{kind} {result['number']}: {result['wrong']}" for result in wrong[:SHOWN]]
+    return "\n".join([table(["kind", "experiments", "kills", "right", "wrong", "not possible"], rows), "", *named])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Experiments that damage, kill and interrupt; see `benchmarks/faults.py`."""
