@@ -404,6 +404,19 @@ def test_two_processes_train_as_one(corpus):
         assert two[tag] == pytest.approx(one[tag], rel=1e-5), tag
 
 
+def test_a_process_without_a_validation_row_waits_for_nothing(corpus):
+    record = {"tokens": ["Ada", "left"], "predicate": 1, "labels": ["B-A0", "B-V"]}
+    for part, count in (("train", 8), ("val", 1)):
+        (corpus / f"{part}.jsonl").write_text(f"{json.dumps(record)}\n" * count)
+    files = [f"--data.{part}_files={part}.jsonl" for part in ("train", "val")]
+    result = run(
+        corpus, "fit", "--config=configs/srl.yaml", *TINY, *files, "--trainer.default_root_dir=few",
+        "--trainer.max_steps=1", "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp",
+    )  # fmt: skip
+    assert "before the ``update``" not in result.stderr  # torchmetrics, of a rank without a batch
+    assert set(scalars(corpus / "few" / "srl" / "version_0")["val/f1"]) == {0, 1}
+
+
 def test_compiled_blocks_train(corpus):
     run(
         corpus, "fit", *TINY, "--data.train_files=train.txt", "--model.compile=true", "--trainer.max_steps=3",

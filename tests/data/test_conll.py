@@ -122,3 +122,10 @@ def test_names_of_column_files():
     names = "a.conll a.conll.gz aa_0001.v4_gold_conll aa.gold_conll x_auto_conll eng.train eng.testa a.conllu b.iob2"
     assert all(map(is_columns, names.split()))
     assert not any(map(is_columns, ("a.jsonl", "a.txt", "a.csv", "conll", "train")))
+
+
+def test_sentences_without_a_predicate_are_counted(tmp_path, capsys):
+    path = tmp_path / "a.conll"
+    path.write_text("Yes UH -\n\nGo VB go (V*)\n\nNo UH -\n")
+    assert len(list(read_roles([str(path)], word=0, first=3, last=True))) == 1
+    assert capsys.readouterr().err == "data.role_columns: 2 sentences have no predicate, and are left out\n"

@@ -12,6 +12,7 @@ from pathlib import Path
 from leanbert.data.readers import open_binary, whole_lines
 from leanbert.data.sources import Corpus, no_report
 from leanbert.errors import UserError
+from leanbert.messages import say_once
 
 Row = tuple[str, ...]
 Line = tuple[int, str]
@@ -103,11 +104,16 @@ def read_roles(files: Sequence[str], word: int, first: int, last: bool) -> Itera
         last: Whether the last column is one of them.
 
     """
+    without = 0
     for place, rows in read_sentences(files):
         if len(rows[0]) <= max(word, first - 1):
             raise UserError(f"{place}: {len(rows[0])} columns. Set data.word_column and data.role_columns")
-        for column in range(first, len(rows[0]) - (not last)):
+        columns = range(first, len(rows[0]) - (not last))
+        without += not columns
+        for column in columns:
             yield place, [row[word] for row in rows], bio_of_brackets(place, [row[column] for row in rows])
+    if without:
+        say_once(f"data.role_columns: {without:,} sentences have no predicate, and are left out")
 
 
 def bio_of_brackets(place: str, cells: Sequence[str]) -> list[str]:

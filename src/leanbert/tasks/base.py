@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from leanbert.errors import UserError
 from leanbert.memory.finite import StepCheck
@@ -143,6 +144,9 @@ class Task(LightningModule):
             self.model.config.check_length(self._data.hparams["max_length"])
             techniques = replace(self.techniques, structured=None) if self.resumes else self.techniques
             apply(techniques, self.model, compile_blocks=self.compile_blocks)
+            # alike on all ranks: to exchange them in each forward pass would leave a rank waiting that has one more
+            buffers = [name for name, _ in self.named_buffers()]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, buffers)
 
     @property
     def shards(self) -> bool:
