@@ -372,6 +372,7 @@ def refused(name: str, **files: Any) -> Any:
             "code", tokenizer_config={"tokenizer_class": "A", "auto_map": {"AutoTokenizer": ["a.A", None]}}, says="code"
         ),
         refused("null", tokenizer_config={"tokenizer_class": "BertTokenizer", "cls_token": None}, says="cls_token is"),
+        refused("split", tokenizer_config={"split_special_tokens": True}, says="no text holds a mask"),
         refused("number", tokenizer_config={"tokenizer_class": "BertTokenizer", "do_lower_case": "yes"}, says="bool"),
         refused("list", tokenizer_config=[1], says="holds no JSON object"),
         refused("entry", tokenizer_config={"added_tokens_decoder": {"a": 1}}, says="not a tokenizer that can be read"),

@@ -94,6 +94,8 @@ def _nothing_to_read(folder: Path, setting: str, files: list[str]) -> UserError:
 
 def _family(folder: Path, setting: str, config: Mapping[str, Any]) -> Family | None:
     """Return the class that transformers would take; None: tokenizer.json as it is, or BERT's if there is none."""
+    if config.get("split_special_tokens"):
+        raise UserError(f"data.{setting}: {folder} has split_special_tokens, with which no text holds a mask. Unset it")
     model = _object(folder / "config.json")
     inner = model.get("encoder")
     if model.get("model_type") == "encoder-decoder" and isinstance(inner, dict):

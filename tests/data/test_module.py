@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from leanbert.data import module
+from leanbert.data.module import count_ids, count_unknown
+
+
+def test_ids_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_COUNTED", 4)
+    ids = np.array([1, 2, 2, 5, 5, 5, 0, 1, 2], dtype=np.uint16)
+    assert count_ids(ids, 7).tolist() == [1, 2, 3, 0, 0, 3, 0]
+    assert count_ids(ids[:0], 3).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("unk_id", "expected"), [(1, (30, 39)), (None, (0, 9))])
+def test_unknown_tokens_are_counted_among_those_of_text(unk_id: int | None, expected: tuple[int, int]) -> None:
+    tokenizer: Any = SimpleNamespace(special_ids=[0, 1, 2, 3], unk_id=unk_id)
+    assert count_unknown(np.array([100, 30, 7, 7, 4, 5]), tokenizer) == expected
