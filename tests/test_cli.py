@@ -255,7 +255,7 @@ def test_help_and_mistakes_name_all_subcommands(tmp_path):
 
 RESUME = [
     *TINY, "--data.train_files=train.txt", "--trainer.max_steps=24", "--trainer.val_check_interval=6",
-    "--checkpoint.every_n_steps=3", "--trainer.precision=32-true", "--model.encoder.dropout=0.1",
+    "--checkpoint.every_n_steps=3", "--model.encoder.dropout=0.1",
     "--model.encoder.attention_dropout=0.1",
 ]  # fmt: skip
 
@@ -393,7 +393,7 @@ def test_an_average_answers_like_other_checkpoints(corpus):
 
 
 def test_two_processes_train_as_one(corpus):
-    settings = [*TINY, "--data.train_files=train.txt", "--trainer.max_steps=6", "--trainer.precision=32-true"]
+    settings = [*TINY, "--data.train_files=train.txt", "--trainer.max_steps=6"]
     run(corpus, "fit", *settings, "--trainer.default_root_dir=one")
     run(
         corpus, "fit", *settings, "--trainer.default_root_dir=two", "--trainer.accelerator=cpu",

@@ -7,6 +7,7 @@ import pytest
 from lightning.pytorch.callbacks import Callback
 
 import leanbert
+from leanbert.callbacks.bad_steps import StopOnBadSteps
 from leanbert.callbacks.plan import PlanReport
 from leanbert.data.module import RowData
 from leanbert.errors import UserError
@@ -48,13 +49,15 @@ def test_the_setting_and_its_range_are_named():
 
 
 def _classes_with_settings():
-    """Yield all classes that users configure; PlanReport is made by the command line."""
+    """Yield all classes that users configure; others are made by command line and trainer."""
     for module in pkgutil.walk_packages(leanbert.__path__, "leanbert."):
         if "__main__" not in module.name:
             importlib.import_module(module.name)
     kinds = (Callback, Task, RowData)
     found = {cls for kind in kinds for cls in _subclasses(kind) if cls.__module__.startswith("leanbert.")}
-    yield from sorted({*found, OptimizerConfig, ScheduleConfig} - {PlanReport}, key=lambda cls: cls.__name__)
+    yield from sorted(
+        {*found, OptimizerConfig, ScheduleConfig} - {PlanReport, StopOnBadSteps}, key=lambda cls: cls.__name__
+    )
 
 
 def _subclasses(cls):

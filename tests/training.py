@@ -17,6 +17,7 @@ TINY = [
     "--data.batch_size=8",
     "--data.vocab_size=300",
     "--trainer.log_every_n_steps=1",
+    "--trainer.precision=32-true",  # by default it is the processor's
 ]
 
 PLAIN = "trainer: {precision: 32-true}\nmodel: {init_args: {optimizer: {name: adamw, lr: 0.001}}}\n"
