@@ -17,7 +17,7 @@ from leanbert.models.build import read_facts, rebuild
 from tests.models.test_convert import bert, inputs, modernbert
 from tests.models.test_convert_tasks import seq2seq
 
-COUNT = 150
+COUNT = 60
 """Mutated folders of each kind."""
 ODD = (
     None, True, False, 0, -1, 1, 2, 3, 2.0, 2.5, 1e300, math.nan, math.inf, 10**9, 10**40, "", "3", "bert", "gelu",
