@@ -4,7 +4,8 @@ import torch
 
 from leanbert.errors import UserError
 from leanbert.models import EncoderConfig, build_model
-from leanbert.models.build import load_weights
+from leanbert.models.build import load_weights, rebuild
+from leanbert.models.weights import Stored
 
 SIZES = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_positions": 64}
 
@@ -158,3 +159,11 @@ def test_missing_and_unexpected_weights_are_named():
         load_weights(model, lost, "x")
     with pytest.raises(UserError, match=r"^x: the weights have unexpected pooler"):
         load_weights(model, state | {"pooler": torch.ones(1)}, "x")
+
+
+def test_checkpoints_of_unknown_tasks_or_without_labels_are_refused(tmp_path):
+    config = EncoderConfig(**SIZES).resolved().with_vocabulary(99)
+    reasons = {"parsing": "task 'parsing', which is unknown", "tagging": "task tagging without its labels"}
+    for task, message in reasons.items():
+        with pytest.raises(UserError, match=f"^a model of {message}"):
+            rebuild(Stored(config, {}, task, {}), 99, tmp_path)

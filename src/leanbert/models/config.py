@@ -116,6 +116,12 @@ class EncoderConfig:
     vocab_size: int | None = None
     """Rows of the vocabulary; follows the tokenizer, leave it out."""
 
+    def __post_init__(self) -> None:
+        """Raise `UserError` for a number that is out of its range: at once, not after the corpus is prepared."""
+        for name in RANGES:
+            if (value := getattr(self, name)) is not None:
+                _check_range(name, value)
+
     def resolved(self) -> ResolvedConfig:
         """Fill every `None` (except `vocab_size`) and check that the parts fit together.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from leanbert.errors import UserError
 from leanbert.models.base import EncoderModel
 from leanbert.models.classifier import Classifier
 from leanbert.models.config import ResolvedConfig
@@ -21,8 +22,11 @@ TASKS: dict[Kind, tuple[str, ...]] = {
 
 
 def kind_of(task: str) -> Kind:
-    """Return the kind of a task's model."""
-    return next(kind for kind, tasks in TASKS.items() if task in tasks)
+    """Return the kind of a task's model. Raises `UserError` for a task that there is not."""
+    for kind, tasks in TASKS.items():
+        if task in tasks:
+            return kind
+    raise UserError(f"a model of task {task!r}, which is unknown here. Use the LeanBERT that has trained it")
 
 
 def make_model(config: ResolvedConfig, task: str, facts: dict[str, Any]) -> EncoderModel:
@@ -35,4 +39,6 @@ def make_model(config: ResolvedConfig, task: str, facts: dict[str, Any]) -> Enco
         return Seq2SeqModel(
             config, facts.get("decoder_layers"), start, task, facts.get("target_vocab_size"), facts.get("copy", False)
         )
-    return Classifier(config, facts["labels"], kind, task)
+    if not isinstance(labels := facts.get("labels"), list) or not labels:
+        raise UserError(f"a model of task {task} without its labels. Use another checkpoint")
+    return Classifier(config, labels, kind, task)
