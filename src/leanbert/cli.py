@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 import json
 import logging
@@ -38,6 +39,7 @@ from leanbert.callbacks.pruning import StructuredPruning
 from leanbert.callbacks.report import ConfigFile, RunSummary, StartReport, tagged
 from leanbert.callbacks.samples import Samples
 from leanbert.callbacks.validation import ValidateAtEnds
+from leanbert.data.module import RowData
 from leanbert.data.pairs import TRAIN
 from leanbert.data.storage import DISK_FULL, scratch_folder
 from leanbert.data.workers import available_cpus
@@ -156,12 +158,18 @@ class CLI(LightningCLI):
     @cached_property
     def runs(self) -> TaskRuns:
         """The runs of this task below `trainer.default_root_dir`."""
-        path = self._settings["model"]["class_path"]
+        return TaskRuns(str(self._settings["trainer"]["default_root_dir"]), self._class_of("model", Task).name)
+
+    def _class_of(self, part: str, base: type) -> Any:
+        """Return the class of a part of the configuration. Raises UserError unless it is derived from `base`."""
+        path = self._settings[part]["class_path"]
         module, _, name = path.rpartition(".")
-        task = getattr(__import__(module, fromlist=[name]), name)
-        if not (isinstance(task, type) and issubclass(task, Task)):
-            raise UserError(f"model.class_path: {path} is no task of LeanBERT. Derive it from {Task.__module__}.Task.")
-        return TaskRuns(str(self._settings["trainer"]["default_root_dir"]), task.name)
+        found = getattr(importlib.import_module(module), name)
+        if not (isinstance(found, type) and issubclass(found, base)):
+            raise UserError(
+                f"{part}.class_path: {path} is none of LeanBERT. Derive it from {base.__module__}.{base.__name__}."
+            )
+        return found
 
     @property
     def _leads(self) -> bool:
@@ -171,6 +179,8 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check and complete the settings."""
         settings, trainer = self._settings, self._settings["trainer"]
+        for part, base in (("model", Task), ("data", RowData)):
+            self._class_of(part, base)
         if trainer["accumulate_grad_batches"] != 1:
             raise UserError(
                 "trainer.accumulate_grad_batches: would change the batch. data.batch_size is the batch of one "
