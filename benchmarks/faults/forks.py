@@ -27,7 +27,7 @@ from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "train.py"
-TIMEOUT_SECONDS = 120.0
+TIMEOUT_SECONDS = 300.0
 POLL_SECONDS = 0.004
 
 
