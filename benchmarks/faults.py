@@ -28,7 +28,7 @@ from tqdm import tqdm
 from faults import forks
 from report import table
 
-PARTS = {"kills": 500, "mutations": 5000, "concurrent": 500, "signals": 700}
+PARTS = {"kills": 500, "mutations": 5000, "concurrent": 500, "signals": 700, "recompute": 36}
 """How many experiments the issue of each part asks for."""
 SHOWN = 3
 
@@ -113,7 +113,11 @@ def summary(results: list[dict[str, Any]]) -> str:
         right = len(found) - len(wrong) - skipped
         rows.append([kind, *(f"{value:,}" for value in (len(found), kills, right, len(wrong), skipped))])
         named += [f"{kind} {result['number']}: {result['wrong']}" for result in wrong[:SHOWN]]
-    return "\n".join([table(["kind", "experiments", "kills", "right", "wrong", "not possible"], rows), "", *named])
+    parts = [table(["kind", "experiments", "kills", "right", "wrong", "not possible"], rows), "", *named]
+    if any("ours" in result for result in results):
+        names = ("kind", "name", "ours", "theirs")
+        parts += ["", table(names, [[str(result.get(name, "")) for name in names] for result in results])]
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":
