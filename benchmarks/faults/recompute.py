@@ -15,7 +15,7 @@ from .samples import TASKS, command_of, write_samples
 VOCABULARY = (
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
     *"abcdefghijklmnopqrstuvwxyz", *(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"),
-    *("the", "The", "boat", "lamp", "über", "uber", "Über", "grün", "grun", "東", "京", "東京", ".", ",", "-", "é", "e\u0301"),
+    *("the", "The", "boat", "lamp", "über", "uber", "Über", "grün", "grun", "東", "京", "東京"), *".,-é", "e\u0301",
 )  # fmt: skip
 TEXTS = (
     "the boat", "The Boats, the lamp.", "Über grün uber", "東京 the 東", "the [MASK] boat[MASK]", "zorblax the-zorblax",
@@ -25,9 +25,9 @@ MIXED = {"tokenizer_class": "BertTokenizer"}
 LATIN = ["the old boat is green", "a lamp near the river", "the cook sold a fine old boat today"]
 SCRIPTS = {  # outputs and references; the tokenisation of BLEU, in which sacrebleu counts them
     "Latin": (LATIN, ["the old boat was green", "one lamp by the river", "the cook sold the fine boat today"], "13a"),
-    "Cyrillic": (["тихий рынок прячет письмо", "река и лодка зима"], ["тихий рынок хранит письмо", "река и лодка лето"], "13a"),
+    "Cyrillic": (["тихий рынок прячет дом", "река и зима"], ["тихий рынок хранит дом", "река и лето"], "13a"),
     "Devanagari": (["नदी बहती है और नाव", "घर में दीपक है"], ["नदी बहती है पर नाव", "घर में दीपक था"], "13a"),
-    "Chinese": (["山水月日风花雪夜人。", "家书车门马鱼鸟山水。"], ["山水月日风花雪夜人家。", "家书车门马鱼鸟山水月。"], "zh"),
+    "Chinese": (["山水月日风花雪夜。", "家书车门马鱼鸟。"], ["山水月日风花雪家。", "家书车门马鱼鸟山。"], "zh"),
     "umlauts": (["die brücke ist grün und schön"], ["die brücke ist kühn und schön"], "char"),
 }  # fmt: skip
 PLANNED = {"mlm": 0.02, "classification": 0.02}
@@ -68,8 +68,9 @@ def _json(
     """Write and return a tokenizer of the library `tokenizers`."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+    places = {word: place for place, word in enumerate((*special, *VOCABULARY[5:]))}
     kinds: dict[str, Callable[[], Tokenizer]] = {
-        "WordPiece": lambda: Tokenizer(models.WordPiece({w: n for n, w in enumerate((*special, *VOCABULARY[5:]))}, unk_token=special[1])),
+        "WordPiece": lambda: Tokenizer(models.WordPiece(places, unk_token=special[1])),
         "BPE": lambda: Tokenizer(models.BPE(unk_token=special[1])),
         "Unigram": lambda: Tokenizer(models.Unigram()),
     }  # fmt: skip
