@@ -503,7 +503,7 @@ def digest_of_batches(module: Any) -> str:
         batch = rows[np.arange(rows.rows)]
         values = [getattr(batch, field.name) for field in fields(batch)] if is_dataclass(batch) else list(batch)
         for value in values:
-            digest.update(value.numpy().tobytes())
+            digest.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())
     return digest.hexdigest()
 
 
@@ -537,11 +537,12 @@ def answers_of(task: str, asked: str, answered: str) -> str | None:
         return None  # an answer for each predicate; a tab stands between two texts
     field = {"mlm": "text", "tagging": "tokens"}.get(task, "source")
     given = [text for (text,) in references.plain((answer[field],) for answer in answers)]
-    lines = asked.removeprefix("\ufeff").removesuffix("\n").split("\n")
-    expected = [text for (text,) in references.plain((line,) for line in lines)]
-    if task == "tagging":
-        expected = [text for text in expected if text]
-    return None if given == expected else f"answers {str(given)[:200]} for {str(expected)[:200]}"
+    asked = asked.removeprefix("\ufeff").removesuffix("\n")
+    for text in (asked.replace("\r\n", "\n").replace("\r", "\n"), asked):  # a lone carriage return may end a line
+        expected = [line for (line,) in references.plain((line,) for line in text.split("\n"))]
+        if given == [line for line in expected if line or task != "tagging"]:
+            return None
+    return f"answers {str(given)[:200]} for {str(expected)[:200]}"
 
 
 KINDS: dict[str, Callable[..., tuple[str | None, str]]] = {
