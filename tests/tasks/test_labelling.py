@@ -52,7 +52,7 @@ def roles(folder, steps, *arguments, **more):
     return run(folder, "fit", "srl", *files, f"--trainer.max_steps={steps}", "--data.batch_size=8", *arguments, **more)
 
 
-def texts(folder, steps, *arguments, **more):
+def texts(folder, steps, *arguments, subcommand="fit", **more):
     for part, words in (("train", ("good", "fine", "bad", "poor")), ("val", ("good", "poor"))):
         records = [
             {"text": f"{word} film number {n}", "label": "pos" if word in ("good", "fine") else "neg"}
@@ -61,16 +61,8 @@ def texts(folder, steps, *arguments, **more):
         ]
         (folder / f"{part}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     files = [f"--data.{part}_files={folder / part}.jsonl" for part in ("train", "val")]
-    return run(
-        folder,
-        "fit",
-        "classification",
-        *files,
-        f"--trainer.max_steps={steps}",
-        "--data.batch_size=4",
-        *arguments,
-        **more,
-    )
+    steps = f"--trainer.max_steps={steps}"
+    return run(folder, subcommand, "classification", *files, steps, "--data.batch_size=4", *arguments, **more)
 
 
 def test_texts_are_learnt_and_answers_come_in_order(tmp_path, capsys):
@@ -81,6 +73,14 @@ def test_texts_are_learnt_and_answers_come_in_order(tmp_path, capsys):
     run(tmp_path, "predict", "classification", "--ckpt_path=best", f"--data.predict_files={tmp_path / 'in.txt'}")
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [(answer["text"], answer["label"]) for answer in answers] == [("a bad film", "neg"), ("a fine film", "pos")]
+
+
+def test_texts_are_planned_validation_included(tmp_path, capsys):
+    trained = texts(tmp_path, 1)
+    texts(tmp_path, 1, f"--json={tmp_path / 'plan.json'}", subcommand="plan")
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["parameters"] == trained.model.model.num_parameters
+    assert plan["by_phase"]["validation"] > 0
 
 
 def test_roles_are_learnt_and_predicates_found(tmp_path, capsys):

@@ -100,15 +100,14 @@ class TextClassification(Labelling):
         return scores.float().sigmoid() if self.problem == "multi" else scores.float()
 
     def kept(self, scores: Tensor, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
-        """Return predictions and targets of the texts, [N] or [N, L]."""
-        truths = batch.targets
-        used = (truths != IGNORED) if self.problem == "single" else ~truths.isnan()[..., 0]
-        return self.predictions(scores, batch)[used].cpu(), truths[used].cpu()
+        """Return predictions and targets of the texts, and of places without one, [B * M] or [B * M, L]."""
+        return self.predictions(scores, batch).flatten(0, 1).cpu(), batch.targets.flatten(0, 1).cpu()
 
     def evaluate(self, part: Any, kept: list[Any]) -> dict[str, float]:
         """Return accuracy, F1, Matthews correlation; with several labels F1s and exact match; Spearman of numbers."""
         guesses, truths = (torch.cat(values) for values in zip(*self.gather_over_ranks(kept), strict=True))
-        labels = len(self.model.labels)
+        used = (truths != IGNORED) if self.problem == "single" else ~truths.isnan()[:, 0]
+        guesses, truths, labels = guesses[used], truths[used], len(self.model.labels)
         if self.problem == "single":
             given = (guesses, truths, labels)
             found = {
