@@ -495,6 +495,15 @@ def test_yaml_that_does_not_parse_and_unknown_keys(tmp_path):
     refused(tmp_path, "fit", "--config=overlay.yaml", "--config=overlay.yaml", says=["LearningRateMonitor", "2 times"])
 
 
+def test_yaml_that_grows_without_bound(tmp_path):
+    laughs = ["a0: &a0 [1, 2, 3]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 10))]
+    texts = {"deep": f"trainer: {'[' * 3000}{']' * 3000}\n", "round": "trainer: &a [*a]\n", "laughs": "\n".join(laughs)}
+    for name, reason in ("deep", "nested too deeply"), ("round", "nested too deeply"), ("laughs", "aliases"):
+        (tmp_path / f"{name}.yaml").write_text(texts[name])
+        refused(tmp_path, "fit", f"--config={name}.yaml", says=[f"{name}.yaml", reason])
+    refused(tmp_path, "fit", f"--data.train_files={'[' * 3000}{']' * 3000}", says=["nested too deeply"])
+
+
 def test_bad_checkpoints(trained, corpus):
     checkpoint = trained[0] / "checkpoints" / "step-00000030.ckpt"
     fit = ["fit", *TINY, "--data.train_files=train.txt", "--trainer.max_steps=40"]

@@ -126,6 +126,13 @@ class CLI(LightningCLI):
 
     # ---- before anything is built
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and refuse a value nested more deeply than the parser can follow."""
+        try:
+            super().parse_arguments(parser, args)
+        except RecursionError as error:
+            raise UserError("a setting is nested too deeply. Give settings as --print_config shows them.") from error
+
     def _parse_ckpt_path(self) -> None:
         """Find and read the checkpoint; Lightning's own version would look for hyper-parameters in it."""
         config = self._settings

@@ -22,6 +22,10 @@ STRATEGIES = ("auto", "ddp", "lightning.pytorch.strategies.DDPStrategy")
 """Strategies that are tested: losses and weights of several processes are those of one."""
 
 
+MOST_VALUES = 100_000
+"""Values of a configuration file: aliases of aliases can stand for more than any memory holds."""
+
+
 class Parser(LightningArgumentParser):
     """Lightning's parser, whose errors are one line."""
 
@@ -89,12 +93,26 @@ def _locate(path: str) -> str:
 def _check_yaml(path: Path) -> None:
     """Parse once to name file and line; the parser's own error has neither."""
     try:
-        yaml.safe_load(path.read_text(encoding="utf-8"))
+        size = _size(yaml.safe_load(path.read_text(encoding="utf-8")), {})
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: not YAML: {error.problem}. Mend this line.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML: {one_line(str(error))}. Give a text file in UTF-8.") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: nested too deeply. Give settings as --print_config shows them.") from error
+    if size > MOST_VALUES:
+        raise UserError(f"{path}: its aliases stand for more than {MOST_VALUES:,} values. Write them out.")
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """Return how many values there are with all aliases written out."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        inner = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(part, known) for part in inner)
+    return known[id(value)]
 
 
 def refuse_duplicates(callbacks: list[Any]) -> None:

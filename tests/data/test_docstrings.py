@@ -129,3 +129,8 @@ def test_harvesting_is_deterministic() -> None:
         first, second = harvest(libraries), harvest(libraries)
     assert first == second
     assert len(first) > 300
+
+
+def test_paragraphs_with_control_characters_are_left_out():
+    text = "A text that ends with zero bytes \x00 as C has it.\n\nA text of the usual kind is kept here."
+    assert prose_paragraphs(text) == ["A text of the usual kind is kept here."]

@@ -75,4 +75,5 @@ def _plain(line: str) -> str:
 def _is_prose(paragraph: str) -> bool:
     solid = paragraph.replace(" ", "")
     letters = sum(map(str.isalpha, solid))
-    return paragraph.count(" ") + 1 >= SMALLEST_WORDS and letters >= SMALLEST_LETTER_SHARE * len(solid)
+    words = paragraph.count(" ") + 1 if paragraph.isprintable() else 0  # control characters are no text
+    return words >= SMALLEST_WORDS and letters >= SMALLEST_LETTER_SHARE * len(solid)

@@ -23,7 +23,7 @@ from leanbert.data.docstring_text import prose_paragraphs
 from leanbert.data.store import made_once
 from leanbert.data.workers import process_pool
 
-FORMAT = 1
+FORMAT = 2
 """Part of the corpus' name: raise it when harvesting or cleaning change."""
 
 FILE = "docstrings.txt"
