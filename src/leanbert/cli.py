@@ -68,6 +68,8 @@ from leanbert.trainer import Trainer
 
 OWN_SUBCOMMANDS = ("prepare", "plan", "export")
 """What Lightning does not have; they need no device."""
+LONGEST_MESSAGE = 1000
+"""Characters of an error: what was given may be very long."""
 READER_HAS_GONE = 141
 """Exit code where nobody reads standard output any longer, as behind `| head`: what a shell gives for SIGPIPE."""
 FLAGS = ("--measure", "--prepare")
@@ -519,7 +521,8 @@ def fail(message: str, error: BaseException, code: int = 2) -> None:
     """Print the one line and leave with an exit code; LEANBERT_DEBUG=1 shows the traceback instead."""
     if os.environ.get("LEANBERT_DEBUG") == "1":
         raise error
-    say(f"error: {message}")
+    half = LONGEST_MESSAGE // 2
+    say(f"error: {message if len(message) <= LONGEST_MESSAGE else f'{message[:half]} ... {message[-half:]}'}")
     sys.exit(code)
 
 

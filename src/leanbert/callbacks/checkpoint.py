@@ -96,6 +96,7 @@ class RunCheckpoint(Checkpoint):
         folder, path = self._folder(trainer), self._folder(trainer) / step_name(trainer.global_step)
         if trainer.is_global_zero and folder.is_dir():
             clear_for(folder, trainer.global_step)
+            self._drop_old(folder)  # unless a kill has come between
             if self.average is not None:
                 self.average.clear(folder)
         has_best, is_saved = trainer.strategy.broadcast(((folder / BEST).is_file(), path.is_file()))
@@ -144,12 +145,8 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last state, and validate the mean."""
-        path = None
-        try:  # the mean comes first: a run whose last state is saved is finished
-            if self.average is not None:
-                path = self.average.write_mean(trainer, self._folder(trainer))
-        finally:
-            self.save(trainer)
+        self.save(trainer)
+        path = None if self.average is None else self.average.write_mean(trainer, self._folder(trainer))
         if path is not None:
             self.average_path = str(path)
             self._validate_mean(trainer, pl_module, path)
@@ -172,8 +169,11 @@ class RunCheckpoint(Checkpoint):
         self.last_path = str(path)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
         if trainer.is_global_zero:
-            for old in sorted(path.parent.glob("step-*.ckpt"))[: -self.keep]:
-                remove(old)
+            self._drop_old(path.parent)
+
+    def _drop_old(self, folder: Path) -> None:
+        for old in sorted(folder.glob("step-*.ckpt"))[: -self.keep]:
+            remove(old)
 
     @staticmethod
     def _write(trainer: Trainer, path: Path) -> None:
