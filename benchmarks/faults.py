@@ -1,11 +1,15 @@
 r"""Faults on purpose: kills, damaged inputs, two processes at once, signals; and numbers computed again.
 
-    python benchmarks/faults.py kills --count 500 --output faults.jsonl
-    python benchmarks/faults.py mutations --count 5000 --output faults.jsonl
+    python benchmarks/faults.py kills --output faults.jsonl         # 25 minutes on two cores
+    python benchmarks/faults.py mutations --output faults.jsonl     # 12
+    python benchmarks/faults.py concurrent --output faults.jsonl    # 10
+    python benchmarks/faults.py signals --output faults.jsonl       # 15
+    python benchmarks/faults.py recompute --output faults.jsonl     # 1
 
 Each experiment is one line of the output; what is there for the same code, seed and number is not repeated, so that a
 part that was stopped goes on. Processes are forked from one that has imported everything, which is why a training
-command takes less than a second. Prints a table and ends with 1 if an experiment went wrong.
+command takes less than a second. Prints a table and ends with 1 if an experiment went wrong. One alone, with what it
+leaves: --number 17 --work FOLDER.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from faults import forks
 from report import table
 
 PARTS = {"kills": 500, "mutations": 5000, "concurrent": 500, "signals": 700, "recompute": 36}
-"""How many experiments the issue of each part asks for."""
+"""How many experiments a part does by default."""
 SHOWN = 3
 
 
