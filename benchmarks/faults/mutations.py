@@ -8,7 +8,7 @@ import random
 import re
 import resource
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from itertools import zip_longest
@@ -20,8 +20,10 @@ import torch
 import yaml
 
 from . import mutators, references
-from .forks import Outcome, Process, command, fresh, once
-from .samples import TASKS, command_of, write_json_lines, write_samples
+from .forks import Outcome, Process, command, fresh
+from .records import data_module, expected_records, records_read, write_format
+from .samples import TASKS, command_of, write_samples
+from .trained import base_of, done_well
 
 MOST_CPU_SECONDS = 20.0
 MOST_SECONDS = 90.0
@@ -31,16 +33,7 @@ ADDRESS_SPACE = 3 << 30
 """More than this cannot be allocated above what the forked process has: the machine is to survive."""
 COUNTED = re.compile(r"\d[\d,]* (rows?|records?|lines?|texts?|documents?|sentences?|pairs?|examples?|cells?)", re.I)
 ENDLESS = ("max_steps", "max_epochs", "min_steps", "min_epochs", "limit_val_batches", "max_new")
-TRAIN = ("--trainer.max_steps=4", "--trainer.val_check_interval=2", "--checkpoint.every_n_steps=2")
 
-FIELDS = {
-    "mlm": ("text",),
-    "classification": ("text", "label"),
-    "tagging": ("tokens", "labels"),
-    "srl": ("tokens", "predicate", "labels"),
-    "translation": ("source", "target"),
-    "summarization": ("source", "target"),
-}
 FORMATS = {
     "mlm": ("txt", "jsonl", "csv", "tsv", "parquet", "txt.gz", "csv.gz"),
     "classification": ("jsonl", "csv", "tsv", "csv.gz", "jsonl.gz"),
@@ -131,53 +124,6 @@ def _refuse(error: Exception) -> int:
 # ---- data
 
 
-def data_module(task: str, **settings: Any) -> Any:
-    """Return the data module of a task with small settings."""
-    from leanbert.data.classification import ClassificationData
-    from leanbert.data.mlm import MaskedLMData
-    from leanbert.data.pairs import PairData
-    from leanbert.data.words import SemanticRoleData, TokenLabelData
-
-    own: dict[str, tuple[type, dict[str, Any]]] = {
-        "mlm": (MaskedLMData, {}),
-        "classification": (ClassificationData, {}),
-        "tagging": (TokenLabelData, {}),
-        "srl": (SemanticRoleData, {"find_predicates": False}),
-    }
-    kind, more = own.get(task, (PairData, {}))
-    return kind(**{"cache_dir": "cache", "max_length": 16, "batch_size": 4, "vocab_size": 300, **more, **settings})
-
-
-def write_format(path: Path, task: str) -> None:
-    """Write the sample records of a task in the format that the name of the file asks for."""
-    records = sample_records(path.parent, task)
-    kind = path.name.removesuffix(".gz").rpartition(".")[2]
-    names = FIELDS[task]
-    if kind == "jsonl":
-        write_json_lines(path, records)
-    elif kind == "parquet":
-        import pyarrow
-        from pyarrow import parquet
-
-        parquet.write_table(pyarrow.table({name: [record[name] for record in records] for name in names}), path)
-    elif kind in ("csv", "tsv"):
-        rows = [names, *([str(record[name]) for name in names] for record in records)]
-        path.write_text("".join(("," if kind == "csv" else "\t").join(row) + "\n" for row in rows))
-    else:
-        source = {"mlm": "train.txt", "tagging": "train.conll", "translation": "source.en"}[task]
-        shutil.copy(path.parent / source, path)
-
-
-def sample_records(folder: Path, task: str) -> list[dict[str, Any]]:
-    """Return the records of a task."""
-    if task == "srl":
-        return [json.loads(line) for line in (folder / "roles.jsonl").read_text().splitlines()]
-    sentences = (folder / "source.en").read_text().splitlines()
-    if task == "tagging":
-        return [{"tokens": text.split(), "labels": ["O"] * len(text.split())} for text in sentences]
-    return [{"text": t, "label": t.split()[0], "source": t, "target": t[::-1]} for t in sentences]
-
-
 def damaged_data(case: Case, about: str) -> tuple[str | None, str]:
     """Read a damaged file of a task through the data module, and compare what it has read."""
     task, form = about.split()
@@ -218,30 +164,6 @@ def _changed(data: bytes, form: str, chance: random.Random) -> bytes:
     return mutators.encode(mutators.change_text(text, chance), chance)
 
 
-def records_read(task: str, module: Any, path: str) -> list[references.Record]:
-    """Return what the data module has read of a file, in the form of the independent readers."""
-    from leanbert.data.sources import Corpus
-
-    if task == "mlm":
-        texts: list[str] = []
-        for piece in Corpus((path,)).pieces():
-            texts = [*texts, piece.text] if piece.begins else [*texts[:-1], texts[-1] + piece.text]
-        return references.plain((text,) for text in texts)
-    if task == "classification":
-        return references.plain((texts[0], label) for _, texts, label in module._read([path], 0.0, 1.0))
-    if task in ("tagging", "srl"):
-        found = module.read([path], 0.0, 1.0)
-        if task == "srl":
-            return references.plain((s.tokens, s.predicate, _types(labels)) for _, s, labels in found)
-        return references.plain((s.tokens, _types(labels)) for _, s, labels in found)
-    return references.plain((pair.source, pair.target) for pair in module.pairs("train"))
-
-
-def _types(labels: Sequence[str]) -> list[str]:
-    """Return the types of tags: how a span begins depends on the scheme, which readers may exchange."""
-    return [label.removeprefix("B-").removeprefix("I-") for label in labels]
-
-
 def compared(case: Case, task: str, path: Path, done: Outcome) -> str | None:
     """Return in what the records that were read differ from those of an independent reader."""
     read = [tuple(record) for record in json.loads((case.folder / "records.json").read_text())]
@@ -259,59 +181,7 @@ def compared(case: Case, task: str, path: Path, done: Outcome) -> str | None:
     return None
 
 
-def expected_records(task: str, path: Path, lone_return: str) -> list[references.Record]:
-    """Return what a task has to read of a file."""
-    data = path.read_bytes()
-    expected = references.read(path, FIELDS[task], "\n" if b"\n" not in data else lone_return)
-    if path.suffix == ".lines":
-        targets = references.read(path.with_name("target.xx"), ("target",))
-        expected = [(source, target) for (source,), (target,) in zip(expected, targets, strict=True)]
-    if task in ("tagging", "srl"):
-        expected = [(*record[:-1], " ".join(_types(record[-1].split()))) for record in expected]
-    return [record for record in expected if record[0] or task != "mlm"]
-
-
-# ---- trained models, made once
-
-
-@dataclass(frozen=True)
-class Base:
-    """A trained model of a task: its folder with samples, caches and runs, the export, and what validation says."""
-
-    folder: Path
-    answers: tuple[str, ...]
-
-    @property
-    def run(self) -> Path:
-        """The folder of the run."""
-        return next((self.folder / "runs").glob("*/version_0"))
-
-    @property
-    def tokenizer(self) -> Path:
-        """The tokenizer of the run."""
-        return self.run / "tokenizer" / "tokenizer.json"
-
-
-def base_of(task: str, work: Path) -> Base:
-    """Return the trained model of a task."""
-    folder = work / f"base-{task}"
-
-    def make() -> tuple[str, ...]:
-        write_samples(fresh(folder))
-        done_well(folder, command_of(task, "fit", *TRAIN))
-        if task in ("mlm", "classification", "tagging"):
-            done_well(folder, command_of(task, "export", "--ckpt_path=last", "--output=export"))
-        steps = [f"runs/{TASKS[task].runs}/version_0/checkpoints/step-{step:08d}.ckpt" for step in (2, 4)]
-        return tuple(done_well(folder, command_of(task, "validate", f"--ckpt_path={path}")).stdout for path in steps)
-
-    return Base(folder, once(folder.with_suffix(".made"), make))
-
-
-def done_well(folder: Path, arguments: list[str]) -> Outcome:
-    done = Process(command(arguments), folder).wait()
-    if done.code:
-        raise RuntimeError(f"{arguments}: {done.stderr}")
-    return done
+# ---- settings and configurations
 
 
 def copied(case: Case, *tasks: str) -> str:
@@ -319,9 +189,6 @@ def copied(case: Case, *tasks: str) -> str:
     task = case.chance.choice(tasks)
     shutil.copytree(base_of(task, case.work).folder, case.folder)
     return task
-
-
-# ---- settings and configurations
 
 
 @cache

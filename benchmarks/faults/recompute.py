@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .forks import Process, fresh
-from .mutations import base_of, done_well, guarded
+from .mutations import guarded
 from .samples import TASKS, command_of, write_samples
+from .trained import base_of, done_well
 
 VOCABULARY = (
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),

@@ -17,8 +17,8 @@ from typing import Any
 
 from .forks import PROGRAM, Outcome, Process, command, fresh, kill_group, once
 from .kills import Configuration, Reference, difference, nothing_there, reference_of, result_of, run_folder
-from .mutations import base_of
 from .samples import TASKS, command_of, write_samples
+from .trained import base_of
 
 SIGNALS = {"SIGINT": 130, "SIGTERM": 143}
 SUBCOMMANDS = {
