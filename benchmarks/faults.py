@@ -29,7 +29,7 @@ from typing import Any
 from tqdm import tqdm
 
 from faults import forks
-from report import table
+from report import table, write_section
 
 PARTS = {"kills": 500, "mutations": 5000, "concurrent": 500, "signals": 700, "recompute": 36}
 """How many experiments a part does by default."""
@@ -46,13 +46,17 @@ def main() -> None:
     parser.add_argument("--number", type=int, help="only the experiment of this number")
     parser.add_argument("--output", type=Path, default=Path("faults.jsonl"), help="file to append results to")
     parser.add_argument("--work", type=Path, help="folder that keeps what went wrong; default: one that is deleted")
+    parser.add_argument("--docs", action="store_true", help="write the table into docs/benchmarks.md")
     options = parser.parse_args()
     forks.import_all()
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for part, count in zip_longest(options.parts, options.count or ()):
             results += carry_out(part, count or PARTS[part], options, (options.work or Path(folder)).resolve())
-    print(summary(results))
+    if options.docs:
+        write_section("faults", "Faults on purpose", summary(results))
+    else:
+        print(summary(results))
     sys.exit(any(result.get("wrong") for result in results))
 
 

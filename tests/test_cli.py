@@ -199,6 +199,18 @@ def test_export_loads_in_transformers_with_equal_logits(trained, corpus):
     assert (actual - expected).abs().max() <= 1e-4
 
 
+def test_an_export_onto_a_full_disk_is_one_line_and_leaves_the_older_one(trained, corpus):
+    command_line = ["export", "--ckpt_path=last", "--output=full"]
+    run(corpus, *command_line)
+    before = {path: path.read_bytes() for path in (corpus / "full").rglob("*") if path.is_file()}
+    words = shlex.join(command(launcher.PROGRAM, *command_line))
+    shell = ["bash", "-c", f"trap '' XFSZ; ulimit -f 20; {words}"]
+    done = subprocess.run(shell, cwd=corpus, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "model.safetensors: cannot be written" in done.stderr.splitlines()[-1]
+    assert {path: path.read_bytes() for path in (corpus / "full").rglob("*") if path.is_file()} == before
+
+
 def test_training_goes_on_from_an_exported_folder(trained, corpus):
     run(corpus, "export", "--ckpt_path=last", "--output=start")
     run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
+from leanbert.data.storage import explain_disk_errors, temporary, write_text_atomically
 from leanbert.errors import UserError
 from leanbert.models.base import EncoderModel
 from leanbert.models.config import ResolvedConfig
@@ -60,14 +63,25 @@ def write_huggingface(
     `special_ids` are further integer settings, such as `pad_token_id`; `source_ids` are the encoder's where sources and
     targets have different tokenizers; `facts` are those of `Stored`. Weights keep their dtype, and have exactly V rows.
     Heads that were removed leave as heads whose weights are 0: these classes have as many as fill the hidden size.
-    Raises `UserError`, naming the setting, if no Hugging Face class expresses the model.
+    Weights are written beside what is there and renamed; while they are new and `config.json` is old, it is away.
+    Raises `UserError`, naming the setting, if no Hugging Face class expresses the model, or the disk is full.
     """
     settings, names = write_layout(model, facts or {}, special_ids or {}, source_ids)
     settings["dtype"] = str(model.encoder.embeddings.token.weight.dtype).removeprefix("torch.")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(_their_state(model, names), folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    with explain_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with temporary(weights) as building:
+            try:
+                safetensors.torch.save_file(_their_state(model, names), building, metadata={"format": "pt"})
+            except SafetensorError as error:  # what the system says is in its text
+                raise UserError(
+                    f"{weights}: cannot be written ({error}). Free space, or choose another folder"
+                ) from None
+            config.unlink(missing_ok=True)
+            os.replace(building, weights)
+    write_text_atomically(config, json.dumps(settings, indent=2) + "\n")
 
 
 def _normalised(state: StateDict, layout: Layout, folder: Path) -> StateDict:
