@@ -17,6 +17,7 @@ import hashlib
 import importlib
 import json
 import multiprocessing
+import shutil
 import sys
 import tempfile
 import traceback
@@ -50,9 +51,12 @@ def main() -> None:
     options = parser.parse_args()
     forks.import_all()
     results = []
-    with tempfile.TemporaryDirectory() as folder:
+    folder = Path(tempfile.mkdtemp())  # a TemporaryDirectory would go when the first of the forked processes ends
+    try:
         for part, count in zip_longest(options.parts, options.count or ()):
-            results += carry_out(part, count or PARTS[part], options, (options.work or Path(folder)).resolve())
+            results += carry_out(part, count or PARTS[part], options, (options.work or folder).resolve())
+    finally:
+        shutil.rmtree(folder)
     if options.docs:
         write_section("faults", "Faults on purpose", summary(results))
     else:
