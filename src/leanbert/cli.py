@@ -61,6 +61,7 @@ from leanbert.settings import (
     find_shipped,
     one_line,
     refuse_duplicates,
+    refuse_empty,
     user_error_within,
 )
 from leanbert.tasks.base import Task
@@ -138,9 +139,9 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Find and read the checkpoint; Lightning's own version would look for hyper-parameters in it."""
         config = self._settings
-        which = config.get("ckpt_path")
-        if which is None:
+        if config.get("ckpt_path") is None:
             return
+        which = str(config["ckpt_path"])  # a file may be called 7
         fits = self.config["subcommand"] == "fit"
         found: Found | None = None
         if which not in NAMES:
@@ -189,7 +190,7 @@ class CLI(LightningCLI):
         """Check and complete the settings."""
         settings, trainer = self._settings, self._settings["trainer"]
         for part, base in (("model", Task), ("data", RowData)):
-            self._class_of(part, base)
+            refuse_empty(part, self._class_of(part, base), settings[part].get("init_args"))
         if trainer["accumulate_grad_batches"] != 1:
             raise UserError(
                 "trainer.accumulate_grad_batches: would change the batch. data.batch_size is the batch of one "

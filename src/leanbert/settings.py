@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import Counter
 from pathlib import Path
@@ -113,6 +114,17 @@ def _size(value: Any, known: dict[int, int]) -> int:
         inner = value.values() if isinstance(value, dict) else value
         known[id(value)] = 1 + sum(_size(part, known) for part in inner)
     return known[id(value)]
+
+
+def refuse_empty(part: str, made: type, settings: Any) -> None:
+    """Raise UserError if a value of `settings`, by name, is null and must not be: of classes the parser lets it pass.
+
+    `part` of the configuration, such as `model`, is what `made` is made for.
+    """
+    parameters = inspect.signature(made).parameters
+    for name, value in vars(settings).items() if isinstance(settings, Namespace) else ():
+        if value is None and name in parameters and parameters[name].default is not None:
+            raise UserError(f"{part}.{name}: is null. Give a value, or leave it out.")
 
 
 def refuse_duplicates(callbacks: list[Any]) -> None:

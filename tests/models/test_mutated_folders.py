@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from leanbert.errors import UserError
 from leanbert.models import read_huggingface, write_huggingface
-from leanbert.models.build import read_facts, rebuild
+from leanbert.models.build import read_architecture, rebuild
 from tests.models.test_convert import bert, inputs, modernbert
 from tests.models.test_convert_tasks import seq2seq
 
@@ -119,7 +119,7 @@ def read(folder):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             stored = read_huggingface(folder)
-            read_facts(folder)
+            read_architecture(folder)
             return logits(rebuild(stored, 99, folder).eval(), ours=True)
     except UserError as error:
         return str(error)
