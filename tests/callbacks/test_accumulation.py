@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,3 +188,11 @@ def test_two_ranks_agree_when_one_runs_out_of_memory(folder, tmp_path):
     assert [event.value for event in events.Scalars(MICRO)] == [2.0]
     assert "replayed with a micro-batch of 2 instead of 4" in done.stderr
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(("step", "rows"), [(0, 2), (1, 2), (2, 4), (3, 4)])
+def test_the_micro_batch_is_known_also_where_no_step_is_left(step, rows):
+    trainer = SimpleNamespace(global_step=step, max_steps=3, current_epoch=0, loggers=[])
+    module = SimpleNamespace(wanted_micro_batch=None, micro_batch=rows)
+    GradientAccumulation({0: 2, 2: 4}).on_train_start(trainer, module)
+    assert module.wanted_micro_batch == rows

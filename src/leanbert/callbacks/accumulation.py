@@ -46,9 +46,17 @@ class GradientAccumulation(Callback):
             )
         pl_module.techniques.micro_batches = True
 
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Set the micro-batch also where no step is left: the summary tells it."""
+        step, most = trainer.global_step, trainer.max_steps
+        self._set(trainer, pl_module, most - 1 if step == most else step)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Set the micro-batch, a function of the step (or epoch) alone, so a resumed run has it from the start."""
-        now = trainer.global_step if self.by == "step" else trainer.current_epoch
+        self._set(trainer, pl_module, trainer.global_step)
+
+    def _set(self, trainer: Trainer, pl_module: Any, step: int) -> None:
+        now = step if self.by == "step" else trainer.current_epoch
         wanted = self.schedule[max(start for start in self.schedule if start <= now)]
         if wanted != pl_module.wanted_micro_batch:
             pl_module.wanted_micro_batch = wanted
