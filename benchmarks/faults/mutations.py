@@ -32,7 +32,8 @@ MOST_BYTES = 2 << 30
 ADDRESS_SPACE = 3 << 30
 """More than this cannot be allocated above what the forked process has: the machine is to survive."""
 COUNTED = re.compile(r"\d[\d,]* (rows?|records?|lines?|texts?|documents?|sentences?|pairs?|examples?|cells?)", re.I)
-ENDLESS = ("max_steps", "max_epochs", "min_steps", "min_epochs", "limit_val_batches", "max_new")
+ENDLESS = ("max_steps", "max_epochs", "min_steps", "min_epochs", "limit_val_batches", "max_new", "num_nodes")
+"""Settings whose large values take long, or wait for machines that do not come."""
 
 FORMATS = {
     "mlm": ("txt", "jsonl", "csv", "tsv", "parquet", "txt.gz", "csv.gz"),

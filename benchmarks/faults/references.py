@@ -40,7 +40,7 @@ def read(path: Path, fields: tuple[str, ...], lone_return: str = "\n") -> list[R
     if kind == ".jsonl":
         return _objects(text, fields)
     if kind == ".conll":
-        return [(" ".join(words), " ".join(tags)) for words, tags in _sentences(text)]
+        return plain(_sentences(text))
     if kind == ".txt":
         return plain((block,) for block in _blocks(text))
     return plain((line,) for line in text.removesuffix("\n").split("\n"))
