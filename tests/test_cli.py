@@ -469,6 +469,7 @@ SETTINGS = [
     (["--ckpt_path=last"], ["--ckpt_path last"]),
     (["--checkpoint.keep=0"], ["checkpoint.keep"]),
     (["--data.mask_rate=null"], ["data.mask_rate", "null"]),
+    (["--config=configs/srl.yaml", "--data.init_args.vocab_size=null"], ["data.vocab_size", "null"]),
     (["--model.encoder.num_layers=null"], ["model.encoder.num_layers", "None"]),
     (["--ckpt_path=2"], ["2: no such checkpoint"]),
     (["--model.optimizer.lr=-1"], ["model.optimizer.lr", "-1"]),

@@ -121,7 +121,8 @@ def refuse_empty(part: str, made: type, settings: Any) -> None:
 
     `part` of the configuration, such as `model`, is what `made` is made for.
     """
-    parameters = inspect.signature(made).parameters
+    own = [vars(kind)["__init__"] for kind in reversed(made.__mro__) if "__init__" in vars(kind)]  # **kwargs hand on
+    parameters = {name: taken for init in own for name, taken in inspect.signature(init).parameters.items()}
     for name, value in vars(settings).items() if isinstance(settings, Namespace) else ():
         if value is None and name in parameters and parameters[name].default is not None:
             raise UserError(f"{part}.{name}: is null. Give a value, or leave it out.")
