@@ -24,7 +24,6 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from leanbert import checkpoints, signals, strict_json
@@ -49,7 +48,7 @@ from leanbert.memory.precision import default_precision
 from leanbert.memory.rehearsal import RunSettings
 from leanbert.memory.targets import target_of
 from leanbert.memory.timing import RunLength, count_validations, limited
-from leanbert.messages import say
+from leanbert.messages import leads, say
 from leanbert.models.build import read_architecture, starting_config
 from leanbert.models.config import EncoderConfig
 from leanbert.runs import NAMES, Found, Run, TaskRuns
@@ -147,10 +146,10 @@ class CLI(LightningCLI):
         if which not in NAMES:
             found = Found(Path(which), checkpoints.load(which))
             self.run = self.runs.owner(found.path) if fits else None
-            if self.run is not None and self._leads:
+            if self.run is not None and leads():
                 self.run.lock()
         elif fits:
-            self.run, found = self.runs.find_to_train(which, lock=self._leads)
+            self.run, found = self.runs.find_to_train(which, lock=leads())
         else:
             found = self.runs.find(which)
         config["ckpt_path"], self.checkpoint = (None, None) if found is None else (str(found.path), found.checkpoint)
@@ -180,11 +179,6 @@ class CLI(LightningCLI):
                 f"{part}.class_path: {path} is none of LeanBERT. Derive it from {base.__module__}.{base.__name__}."
             )
         return found
-
-    @property
-    def _leads(self) -> bool:
-        """Whether this is the first rank, which alone makes and locks run folders."""
-        return getattr(rank_zero_only, "rank", 0) == 0
 
     def before_instantiate_classes(self) -> None:
         """Check and complete the settings."""
@@ -347,7 +341,7 @@ class CLI(LightningCLI):
             say(f"Finished: step {self.resumed_step:,} of trainer.max_steps {most:,}. Raise it to go on.")
             return
         is_new = self.run is None
-        if self._leads:
+        if leads():
             self._open_run()
         signals.hint(f"To go on:\n  {resume_command(self.arguments)}")
         try:

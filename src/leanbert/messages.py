@@ -9,9 +9,14 @@ from lightning_utilities.core.rank_zero import rank_zero_only  # Lightning's own
 from tqdm import tqdm
 
 
+def leads() -> bool:
+    """Return whether this is the first rank, which alone speaks, and makes and locks run folders."""
+    return getattr(rank_zero_only, "rank", 0) == 0  # Lightning sets it, which reading files does not pay for
+
+
 def say(line: str) -> None:
     """Write a line for the reader to standard error, above a progress bar, on the first rank only."""
-    if getattr(rank_zero_only, "rank", 0) == 0:  # Lightning sets it, which reading files does not pay for
+    if leads():
         tqdm.write(line, file=sys.stderr)
 
 
