@@ -29,18 +29,17 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from leanbert.callbacks.memory_monitor import MemoryMonitor
-from leanbert.cli import CLI, quiet_libraries
-from leanbert.data.batch import MLMBatch
+from leanbert.callbacks.reporting.memory_monitor import MemoryMonitor
+from leanbert.cli.app import CLI, quiet_libraries
+from leanbert.data.batches.batch import IGNORED, MLMBatch
 from leanbert.errors import UserError
-from leanbert.memory.optimizers import OptimizerConfig, build_optimizer
+from leanbert.measure.trace import LiveBytes
 from leanbert.memory.precision import has_16_bit_products
 from leanbert.memory.step import optimizer_step
-from leanbert.memory.trace import LiveBytes
-from leanbert.models.build import build_model
 from leanbert.models.config import EncoderConfig
-from leanbert.models.loss import IGNORED
 from leanbert.models.mlm import MaskedLanguageModel
+from leanbert.optim.build import OptimizerConfig, build_optimizer
+from leanbert.pretrained.build import build_model
 from leanbert.units import MIB
 from plan import SIXTEEN_BITS, Predicting
 from report import table, write_section

@@ -27,10 +27,10 @@ from lightning.pytorch.callbacks import Callback
 from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 
-from leanbert.cli import CLI, quiet_libraries
-from leanbert.memory.planner import Prediction, predict
+from leanbert.cli.app import CLI, quiet_libraries
+from leanbert.measure.trace import live_tensors
 from leanbert.memory.precision import has_16_bit_products
-from leanbert.memory.trace import live_tensors
+from leanbert.planning.predict import Prediction, predict
 from leanbert.units import MIB
 from plan_runs import budget_section, search_section, time_section
 from report import table, write_section

@@ -26,7 +26,7 @@ from report import table, write_section
 
 PREPARE = """
 import sys
-from leanbert.data.prepare import CorpusSettings
+from leanbert.data.store.prepare import CorpusSettings
 if len(sys.argv) > 1:
     settings = dict(tokenizer=sys.argv[3]) if len(sys.argv) > 3 else {}
     CorpusSettings(train_files=[sys.argv[1]], cache_dir=sys.argv[2], vocab_size=16384, **settings).prepare()
@@ -151,7 +151,7 @@ def kill_after(seconds: float, corpus: Path, folder: Path) -> None:
 
 
 def save_tokenizer(cache_dir: Path, folder: Path) -> Path:
-    from leanbert.data.tokenizer import TextTokenizer
+    from leanbert.data.tokenizers.tokenizer import TextTokenizer
 
     trained = next((cache_dir / "tokenizers").glob("*/tokenizer.json"))
     TextTokenizer.from_file(trained).save(folder)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from leanbert.data.docstrings import embedded_corpus
+from leanbert.data.samples.docstrings import embedded_corpus
 from leanbert.units import format_size
 from report import table, write_section
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from leanbert.data.storage import write_text_atomically
 from leanbert.errors import UserError
+from leanbert.files import write_text_atomically
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 60

@@ -26,8 +26,8 @@ import conversion
 from conversion import Downloads
 from download import Source, fetch
 
-from leanbert.data.storage import expand, explain_disk_errors, locked, replaced_folder
 from leanbert.errors import UserError
+from leanbert.files import expand, explain_disk_errors, locked, replaced_folder
 
 
 @dataclass(frozen=True)

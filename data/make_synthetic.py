@@ -14,9 +14,9 @@ import json
 import sys
 from pathlib import Path
 
-from leanbert.data.storage import write_text_atomically
-from leanbert.data.synthetic import SPLITS, synthetic_roles, synthetic_translation
+from leanbert.data.samples.synthetic import SPLITS, synthetic_roles, synthetic_translation
 from leanbert.errors import UserError
+from leanbert.files import write_text_atomically
 
 GENERATORS = {"translation": synthetic_translation, "srl": synthetic_roles}
 SIZES = {

@@ -51,7 +51,7 @@ def serving(path: Path, environment: dict[str, str]) -> Iterator[None]:
 
 def serve(path: str) -> list[str] | None:
     """Answer callers until standard input ends. In the process of a command return its arguments."""
-    importlib.import_module("leanbert.cli")  # what all commands share
+    importlib.import_module("leanbert.cli.app")  # what all commands share
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
     with socket.socket(socket.AF_UNIX) as server:
@@ -90,7 +90,7 @@ if __name__ == "__main__":
         sys.exit(pass_on(sys.argv[1:]))
     arguments = serve(sys.argv[2])
     if arguments is not None:
-        from leanbert.cli import main
+        from leanbert.cli.app import main
 
         sys.argv = [str(PROGRAM), *arguments]
         main()

@@ -9,12 +9,12 @@ import yaml
 
 import leanbert
 from leanbert.api import Pretrained
-from leanbert.cli import CLI, quiet_libraries
-from leanbert.data.tokenizer import TextTokenizer
+from leanbert.cli.app import CLI, quiet_libraries
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
-from leanbert.models.build import build_model
 from leanbert.models.classifier import Classifier
 from leanbert.models.config import EncoderConfig
+from leanbert.pretrained.build import build_model
 from tests.training import read_scalars as scalars
 
 WORDS = ["the", "a", "cook", "guest", "cake", "gives", "eats", "red", "old", "in", "of", "house", "dog", "cat"]

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import leanbert
-from leanbert.data.tokenizer import TextTokenizer
-from leanbert.data.words import SemanticRoleData, TokenLabelData
+from leanbert.data.token_labels import SemanticRoleData, TokenLabelData
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.tasks.output_metrics import bleu, rouge
 from tests import launcher
 

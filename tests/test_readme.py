@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from tests import launcher
+from tests.cli.test_app import ROOT, environment
 from tests.corpus import write_corpus
-from tests.test_cli import ROOT, environment
 from tests.training import TINY
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

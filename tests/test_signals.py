@@ -59,7 +59,7 @@ def test_the_message_says_how_to_go_on():
 def test_nothing_half_written_stays(tmp_path):
     program = """
     from pathlib import Path
-    from leanbert.data.storage import replaced_folder, scratch_folder, temporary
+    from leanbert.files import replaced_folder, scratch_folder, temporary
     with temporary(Path(sys.argv[1], "file")) as path, replaced_folder(Path(sys.argv[1], "folder")) as folder:
         with scratch_folder() as scratch:
             Path(sys.argv[1], "scratch").write_text(str(scratch))

@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from leanbert.callbacks.bad_steps import StopOnBadSteps
-from leanbert.callbacks.samples import Samples
+from leanbert.callbacks.loop.bad_steps import StopOnBadSteps
+from leanbert.callbacks.reporting.samples import Samples
 from leanbert.errors import UserError
 from leanbert.trainer import Trainer
 

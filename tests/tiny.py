@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from leanbert.data.batch import MLMBatch
-from leanbert.models.build import build_model
+from leanbert.data.batches.batch import MLMBatch
 from leanbert.models.config import EncoderConfig
+from leanbert.pretrained.build import build_model
 
 VOCABULARY = 100
 

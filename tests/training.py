@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from leanbert.cli import CLI, quiet_libraries
+from leanbert.cli.app import CLI, quiet_libraries
 
 TINY = [
     "--model.encoder.num_layers=2",

@@ -107,7 +107,7 @@ def command(arguments: Sequence[str], before: Callable[[], object] | None = None
     """Return the call of `train.py` with `arguments`, after `before` has armed a fault in its process."""
 
     def run() -> None:
-        from leanbert.cli import main
+        from leanbert.cli.app import main
 
         sys.argv = [str(PROGRAM), *arguments]
         if before is not None:
@@ -165,8 +165,8 @@ def import_all() -> None:
     import torch
 
     import leanbert.api
-    import leanbert.cli
-    import leanbert.plan
+    import leanbert.cli.app
+    import leanbert.planning.command
     from leanbert.callbacks import memory_monitor  # noqa: F401
     from leanbert.tasks import classification, mlm, seq2seq, tagging  # noqa: F401
 
@@ -177,7 +177,7 @@ def import_all() -> None:
     docstring_parser.parse_from_object = functools.cache(docstring_parser.parse_from_object)
     for config in ("mlm", "classification", "srl", "translation"):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-            leanbert.cli.main(["fit", "--config", str(ROOT / "configs" / f"{config}.yaml"), "--print_config"])
+            leanbert.cli.app.main(["fit", "--config", str(ROOT / "configs" / f"{config}.yaml"), "--print_config"])
 
 
 def _text(stream: BinaryIO) -> str:

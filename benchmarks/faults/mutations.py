@@ -325,7 +325,7 @@ def damaged_tokenizer(case: Case) -> tuple[str | None, str]:
     name = mutators.change_folder(target, case.chance)
 
     def ours() -> None:
-        from leanbert.data.tokenizer import TextTokenizer
+        from leanbert.data.tokenizers.tokenizer import TextTokenizer
 
         print(json.dumps([list(ids) for ids in TextTokenizer.from_file("tok").encode_batch(list(TEXTS))]))
 

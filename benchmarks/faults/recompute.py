@@ -143,7 +143,7 @@ def ids(name: str, folder: Path, work: Path) -> tuple[Any, Any, float]:
     FOLDERS[name](folder)
 
     def ours() -> None:
-        from leanbert.data.tokenizer import TextTokenizer
+        from leanbert.data.tokenizers.tokenizer import TextTokenizer
 
         print(json.dumps([list(found) for found in TextTokenizer.from_file(".").encode_batch(list(TEXTS))]))
 
@@ -254,7 +254,9 @@ def planned(task: str, folder: Path, work: Path) -> tuple[float, float, float]:
     more = ["--model.init_from=export", *larger, "--trainer.default_root_dir=started"]
     done_well(folder, command_of(task, "plan", *more, "--json=plan.json"))
     monitor = folder / "monitor.yaml"
-    monitor.write_text("trainer: {callbacks+: [{class_path: leanbert.callbacks.memory_monitor.MemoryMonitor}]}\n")
+    monitor.write_text(
+        "trainer: {callbacks+: [{class_path: leanbert.callbacks.reporting.memory_monitor.MemoryMonitor}]}\n"
+    )
     done_well(folder, command_of(task, "fit", *more, "--trainer.max_steps=3", f"--config={monitor}"))
     measured = json.loads(next(folder.glob("started/*/version_0/summary.json")).read_text())["peak_bytes"]
     foretold = json.loads((folder / "plan.json").read_text())["predicted_peak_bytes"]

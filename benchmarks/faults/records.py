@@ -26,7 +26,7 @@ def data_module(task: str, **settings: Any) -> Any:
     from leanbert.data.classification import ClassificationData
     from leanbert.data.mlm import MaskedLMData
     from leanbert.data.pairs import PairData
-    from leanbert.data.words import SemanticRoleData, TokenLabelData
+    from leanbert.data.token_labels import SemanticRoleData, TokenLabelData
 
     own: dict[str, tuple[type, dict[str, Any]]] = {
         "mlm": (MaskedLMData, {}),
@@ -70,7 +70,7 @@ def sample_records(folder: Path, task: str) -> list[dict[str, Any]]:
 
 def records_read(task: str, module: Any, path: str) -> list[references.Record]:
     """Return what the data module has read of a file, in the form of the independent readers."""
-    from leanbert.data.sources import Corpus
+    from leanbert.data.formats.corpora import Corpus
 
     if task == "mlm":
         texts: list[str] = []

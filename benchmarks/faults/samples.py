@@ -37,7 +37,7 @@ TAGGING = """\
 model:
   class_path: leanbert.tasks.tagging.TokenClassification
   init_args: {encoder: {preset: modern}}
-data: {class_path: leanbert.data.words.TokenLabelData}
+data: {class_path: leanbert.data.token_labels.TokenLabelData}
 trainer: {check_val_every_n_epoch: null}
 checkpoint: {monitor: val/f1, mode: max}
 """

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 from leanbert import checkpoints
-from leanbert.data.batch import PredictBatch
+from leanbert.data.batches.batch import PredictBatch
+from leanbert.data.batches.loading import encode_lines
 from leanbert.data.classification import group_batch
-from leanbert.data.loading import encode_lines
 from leanbert.data.pairs import TARGET
-from leanbert.data.storage import expand, write_text_atomically
-from leanbert.data.tokenizer import TextTokenizer
-from leanbert.data.words import Sentence, predicate_place, word_batch
+from leanbert.data.token_labels import Sentence, predicate_place, word_batch
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
+from leanbert.files import expand, write_text_atomically
 from leanbert.models.base import EncoderModel
-from leanbert.models.build import rebuild
-from leanbert.models.convert import read_huggingface, write_huggingface
 from leanbert.models.generation import GenerationConfig
-from leanbert.models.huggingface_tasks import generation_settings
-from leanbert.models.weights import unpack
+from leanbert.pretrained.build import rebuild
+from leanbert.pretrained.huggingface.convert import read_huggingface, write_huggingface
+from leanbert.pretrained.huggingface.tasks import generation_settings
+from leanbert.pretrained.weights import unpack
 from leanbert.runs import Run, find_last
 from leanbert.tasks.classification import classify
 from leanbert.tasks.mlm import fill_masks

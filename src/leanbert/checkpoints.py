@@ -13,9 +13,9 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 
 from leanbert import signals
-from leanbert.data.storage import DISK_FULL, temporary
 from leanbert.errors import UserError
-from leanbert.models.weights import check_sums, load_pickled
+from leanbert.files import DISK_FULL, temporary
+from leanbert.untrusted import check_sums, load_pickled
 
 if sys.platform == "win32":  # an open file cannot be deleted there
     fcntl: Any = None

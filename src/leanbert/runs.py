@@ -14,8 +14,8 @@ from filelock import FileLock, Timeout
 
 from leanbert import checkpoints
 from leanbert.checkpoints import AVERAGE, BEST, TRAINING_STATE
-from leanbert.data.storage import DISK_FULL, expand, remove_leftovers
 from leanbert.errors import UserError
+from leanbert.files import DISK_FULL, expand, remove_leftovers
 from leanbert.messages import say
 
 NAMES = ("last", "best", "average", "auto")

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
+from leanbert.class_paths import with_whole_paths
 from leanbert.errors import UserError
 
 SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parents[2] / "configs")  # in the wheel; in a checkout
@@ -25,6 +26,16 @@ STRATEGIES = ("auto", "ddp", "lightning.pytorch.strategies.DDPStrategy")
 
 MOST_VALUES = 100_000
 """Values of a configuration file: aliases of aliases can stand for more than any memory holds."""
+
+
+def load_settings(text: str) -> Any:
+    """Parse YAML, in which classes may have short names or those of older code."""
+    return with_whole_paths(parse_yaml(text))
+
+
+parse_yaml = get_loader("yaml")
+"""The parser's own YAML, to which 1e-3 is a number."""
+set_loader("yaml", load_settings, exceptions=(yaml.YAMLError,))
 
 
 class Parser(LightningArgumentParser):
@@ -142,7 +153,7 @@ def add_overlay(settings: Any, overlay: dict[str, Any]) -> None:
             own = settings[part]["init_args"]
             group = vars(own[name]) if isinstance(own[name], Namespace) else {}  # nothing: its defaults count
             own[name] = Namespace(**{**group, **value}) if isinstance(value, dict) else value
-    added = overlay.get("trainer", {}).get("callbacks+", [])
+    added = with_whole_paths(overlay.get("trainer", {}).get("callbacks+", []))
     kinds = {entry["class_path"] for entry in added}
     settings["trainer"]["callbacks"] = [
         *(entry for entry in settings["trainer"]["callbacks"] or [] if entry["class_path"] not in kinds),

@@ -12,7 +12,7 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from leanbert import signals
-from leanbert.callbacks.bad_steps import StopOnBadSteps
+from leanbert.callbacks.loop.bad_steps import StopOnBadSteps
 from leanbert.errors import UserError
 from leanbert.ranges import COUNT, NOT_NEGATIVE, SHARE, WHOLE, Range
 
@@ -161,7 +161,7 @@ class Trainer(pl.Trainer):
             ckpt_path: Checkpoint whose architecture counts.
             weights_only: Not used; `fit` saves it in the configuration.
         """
-        raise NotImplementedError("the command line plans, see leanbert.plan")
+        raise NotImplementedError("the command line plans, see leanbert.planning.command")
 
     def export(
         self,

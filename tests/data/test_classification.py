@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from leanbert.data.classification import ClassificationData, encode_texts
-from leanbert.data.tokenizer import TextTokenizer
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 
 RECORDS = [

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from leanbert.data.sources import Corpus, file_records
+from leanbert.data.formats.corpora import Corpus, file_records
 from leanbert.errors import UserError
 
 VARIANTS = 200

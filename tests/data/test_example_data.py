@@ -10,14 +10,14 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from leanbert.data import storage
+from leanbert import files as storage
 from leanbert.data.classification import ClassificationData
 from leanbert.data.example_data import ExampleData
 from leanbert.data.mlm import MaskedLMData
 from leanbert.data.module import RowData
 from leanbert.data.pairs import PairData
-from leanbert.data.tokenizer import TextTokenizer
-from leanbert.data.words import SemanticRoleData, TokenLabelData
+from leanbert.data.token_labels import SemanticRoleData, TokenLabelData
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from tests.data.corpora import ENGLISH, sentences, write_corpus
 

@@ -13,7 +13,7 @@ import urllib.request
 
 import pytest
 
-from leanbert.data.bio import TagReader
+from leanbert.data.formats.span_labels import TagReader
 from leanbert.errors import UserError
 from tests.data.scripts import load_script
 

@@ -14,7 +14,7 @@ import pytest
 from leanbert.data.classification import ClassificationData
 from leanbert.data.mlm import MaskedLMData
 from leanbert.data.pairs import PairData
-from leanbert.data.words import SemanticRoleData, Sentence, TokenLabelData
+from leanbert.data.token_labels import SemanticRoleData, Sentence, TokenLabelData
 from leanbert.errors import UserError
 
 datasets = pytest.importorskip("datasets")

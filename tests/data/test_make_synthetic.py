@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from leanbert.data.synthetic import synthetic_roles, synthetic_translation
+from leanbert.data.samples.synthetic import synthetic_roles, synthetic_translation
 from tests.data.scripts import load_script
 
 script = load_script("make_synthetic")

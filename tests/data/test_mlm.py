@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from leanbert.data.batch import MLMBatch, PredictBatch
+from leanbert.data.batches.batch import MLMBatch, PredictBatch
 from leanbert.data.mlm import MaskedLMData
 from leanbert.errors import UserError
 from tests.data.corpora import CHINESE, ENGLISH, MULTILINGUAL, sentences, write_corpus

@@ -4,10 +4,10 @@ import json
 import numpy as np
 import pytest
 
-from leanbert.data.packing import pack_examples
+from leanbert.data.batches.batch import IGNORED
+from leanbert.data.batches.packing import pack_examples
 from leanbert.data.pairs import PairData
 from leanbert.errors import UserError
-from leanbert.models.loss import IGNORED
 
 RECORDS = [
     {"source": "a b", "target": "c"},

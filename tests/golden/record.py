@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from leanbert.cli.app.app import CLI, quiet_libraries
 from tqdm import tqdm
 
-from leanbert.cli import CLI, quiet_libraries
-from leanbert.data.synthetic import synthetic_roles
+from leanbert.data.samples.synthetic import synthetic_roles
 from leanbert.errors import UserError
-from leanbert.memory.planner import predict
+from leanbert.planning.predict import predict
 from tests.corpus import write_corpus
 from tests.training import scalars
 

@@ -30,7 +30,7 @@ def test_freed_pages_are_used_again():
 RETURNED = """
 import sys, torch
 from leanbert.memory.allocator import keep_freed_pages, return_freed_pages
-from leanbert.memory.measure import rss_bytes
+from leanbert.measure.counters import rss_bytes
 assert (return_freed_pages if sys.argv[1] == "return" else keep_freed_pages)()
 before = rss_bytes()
 blocks = [torch.ones(2**20) for _ in range(64)]  # 4 MiB each

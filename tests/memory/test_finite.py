@@ -6,9 +6,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leanbert.memory.finite import StepCheck
-from leanbert.memory.in_backward import accumulate_in_backward, update_in_backward
-from leanbert.memory.optimizers import OptimizerConfig, build_optimizer
 from leanbert.memory.step import backpropagate_all_but_last, optimizer_step
+from leanbert.optim.build import OptimizerConfig, build_optimizer
+from leanbert.optim.in_backward import accumulate_in_backward, update_in_backward
 from tests.tiny import PlainTask, tiny_model, unequal_batch
 
 

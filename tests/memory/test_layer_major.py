@@ -5,7 +5,7 @@ from leanbert.memory.checkpointing import run_block
 from leanbert.memory.layer_major import run_in_slices
 from leanbert.tasks.seq2seq import places
 from tests.memory.test_checkpointing import block_flops, flops, gradients, saved_bytes
-from tests.models.pairs import packed_batch, tiny_seq2seq
+from tests.pretrained.pairs import packed_batch, tiny_seq2seq
 from tests.tiny import tiny_model, unequal_batch
 
 

@@ -3,10 +3,10 @@ import torch
 
 from leanbert.memory.checkpointing import set_checkpointing
 from leanbert.memory.offload import DiskStorage
-from leanbert.memory.techniques import Techniques, apply
 from leanbert.tasks.seq2seq import places
+from leanbert.tasks.techniques import Techniques, apply
 from tests.memory.test_checkpointing import gradients
-from tests.models.pairs import packed_batch, tiny_seq2seq
+from tests.pretrained.pairs import packed_batch, tiny_seq2seq
 from tests.tiny import tiny_model, unequal_batch
 
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from leanbert.compression.pruning import apply_masks, magnitude_masks, prunable
 from leanbert.errors import UserError
-from leanbert.memory.in_backward import accumulate_in_backward, update_in_backward
-from leanbert.memory.optimizers import OptimizerConfig, build_optimizer
-from leanbert.memory.pruning import apply_masks, magnitude_masks, prunable
 from leanbert.memory.recovery import retry_smaller
 from leanbert.memory.step import optimizer_step
-from leanbert.memory.techniques import Surroundings, Techniques, apply, refuse
 from leanbert.models.seq2seq import Seq2SeqModel
+from leanbert.optim.build import OptimizerConfig, build_optimizer
+from leanbert.optim.in_backward import accumulate_in_backward, update_in_backward
 from leanbert.tasks.seq2seq import places
-from tests.models.pairs import packed_batch, tiny_seq2seq
+from leanbert.tasks.techniques import Surroundings, Techniques, apply, refuse
+from tests.pretrained.pairs import packed_batch, tiny_seq2seq
 from tests.tiny import PlainTask, tiny_model, unequal_batch
 
 

@@ -10,7 +10,7 @@ from leanbert.models import generation
 from leanbert.models.decoding_cache import Cache
 from leanbert.models.generation import RANGES, GenerationConfig, Tokens, draw, generate, likeliest, repeated
 from leanbert.tasks.seq2seq import places
-from tests.models.pairs import BEGIN, END, pack, some_pairs, source_batch, tiny_seq2seq
+from tests.pretrained.pairs import BEGIN, END, pack, some_pairs, source_batch, tiny_seq2seq
 
 PRESETS = pytest.mark.parametrize("preset", ["bert", "modern"])
 COPY = pytest.mark.parametrize("copy", [False, True])

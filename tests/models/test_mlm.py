@@ -5,9 +5,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leanbert.errors import UserError
-from leanbert.models import EncoderConfig, build_model
+from leanbert.models.config import EncoderConfig
 from leanbert.models.embeddings import sinusoidal_table
-from leanbert.models.loss import cross_entropy_sum
+from leanbert.models.kernels.loss import cross_entropy_sum
+from leanbert.pretrained.build import build_model
 
 VOCABULARY = 99
 SIZES = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_positions": 64}

@@ -4,10 +4,10 @@ from torch.nn import functional as F
 
 from leanbert.errors import UserError
 from leanbert.memory.checkpointing import run_block, set_checkpointing
-from leanbert.models.build import build_model, initialise, load_weights
 from leanbert.models.seq2seq import Seq2SeqModel
+from leanbert.pretrained.build import build_model, initialise, load_weights
 from leanbert.tasks.seq2seq import places
-from tests.models.pairs import pack, packed_batch, some_pairs, tiny_seq2seq
+from tests.pretrained.pairs import pack, packed_batch, some_pairs, tiny_seq2seq
 from tests.tiny import VOCABULARY, tiny_config
 
 PRESETS = pytest.mark.parametrize("preset", ["bert", "modern"])
@@ -210,7 +210,7 @@ def test_a_vocabulary_of_targets(preset):
 @PRESETS
 @pytest.mark.parametrize("start", ["encoder", "shared", "random"])
 def test_a_vocabulary_of_targets_starts_from_an_encoder_without_its_embedding_and_head(tmp_path, preset, start):
-    from leanbert.models.convert import write_huggingface
+    from leanbert.pretrained.huggingface.convert import write_huggingface
     from tests.tiny import tiny_model
 
     source = tiny_model(torch.float32, preset=preset)
@@ -355,7 +355,7 @@ def test_every_weight_is_trained_cross_attention_too(preset, copy, start):
 
 
 def test_weights_of_a_masked_language_model_start_encoder_decoder_and_head(tmp_path):
-    from leanbert.models.convert import write_huggingface
+    from leanbert.pretrained.huggingface.convert import write_huggingface
     from tests.tiny import tiny_model
 
     source = tiny_model(torch.float32, preset="bert")

@@ -1,7 +1,7 @@
 import torch
 
-from leanbert.data.batch import MLMBatch
-from leanbert.data.tokenizer import TextTokenizer
+from leanbert.data.batches.batch import MLMBatch
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.tasks.mlm import filled_masks_table
 
 

@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_f1_score, multilabel_exact_match, multilabel_f1_score
 
-from leanbert.cli import CLI, quiet_libraries
-from leanbert.data.synthetic import synthetic_roles
-from leanbert.data.words import SemanticRoleData, TokenLabelData
+from leanbert.cli.app import CLI, quiet_libraries
+from leanbert.data.samples.synthetic import synthetic_roles
+from leanbert.data.token_labels import SemanticRoleData, TokenLabelData
 from leanbert.errors import UserError
 from leanbert.tasks.classification import TextClassification, multilabel_scores
 from leanbert.tasks.labelling import Labelling

@@ -3,9 +3,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from leanbert.data.loading import encode_lines
-from leanbert.data.tokenizer import TextTokenizer
-from leanbert.models.build import build_model
+from leanbert.data.batches.loading import encode_lines
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
+from leanbert.pretrained.build import build_model
 from leanbert.tasks.mlm import fill_masks
 from tests.tiny import tiny_config
 

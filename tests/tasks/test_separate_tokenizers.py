@@ -8,10 +8,10 @@ import transformers
 import yaml
 
 import leanbert
-from leanbert.cli import CLI, quiet_libraries
-from leanbert.data.tokenizer import TextTokenizer
+from leanbert.cli.app import CLI, quiet_libraries
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
-from leanbert.memory.rehearsal import rehearse
+from leanbert.planning.dry_run import rehearse
 from tests.training import read_scalars as scalars
 
 WORDS = ["the", "cook", "guest", "cake", "gives", "eats", "red", "old", "house", "dog", "cat"]
@@ -219,7 +219,9 @@ def test_an_encoder_of_one_language_learns_to_write_another(run, folder, tmp_pat
 
 def test_the_plan_knows_both_vocabularies(run, folder, monkeypatch):
     planned = []
-    monkeypatch.setattr("leanbert.plan.run_plan", lambda settings, *_: planned.append(rehearse(settings, 2)))
+    monkeypatch.setattr(
+        "leanbert.planning.command.run_plan", lambda settings, *_: planned.append(rehearse(settings, 2))
+    )
     for data in (SEPARATE, {}):
         model = {"decoder_layers": 1, "encoder": ENCODER}
         command(folder, "plan", model=model, data={"val_share": 0.2, **data})

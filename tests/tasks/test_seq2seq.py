@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from leanbert.cli import CLI, quiet_libraries
+from leanbert.cli.app import CLI, quiet_libraries
 from leanbert.errors import UserError
 from leanbert.models.config import EncoderConfig
 from leanbert.models.generation import GenerationConfig

@@ -9,7 +9,7 @@ import torch
 from seqeval.metrics.v1 import precision_recall_fscore_support
 from seqeval.scheme import IOB2
 
-from leanbert.data.bio import Argument, Span, arguments, spans
+from leanbert.data.formats.span_labels import Argument, Span, arguments, spans
 from leanbert.tasks.spans import OTHER_ROLES, BioDecoder, SpanCounts, SpanScore
 
 LABELS = ["I-B", "O", "B-A", "B-B", "I-A", "B-C", "I-D"]  # no I-C, and an I-D that nothing can begin

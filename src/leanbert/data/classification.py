@@ -8,16 +8,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from leanbert.data.batch import PredictBatch
-from leanbert.data.embedded import embedded_files
+from leanbert.data.batches.batch import PredictBatch
+from leanbert.data.batches.loading import PredictionInputs, in_batches, pad_rows
 from leanbert.data.example_data import Part
-from leanbert.data.examples import Example
+from leanbert.data.formats.corpora import document_hash
+from leanbert.data.formats.examples import prediction_texts, read_records, text_of
 from leanbert.data.labelled import LabelledData
 from leanbert.data.labels import LabelReader, Problem
-from leanbert.data.loading import PredictionInputs, in_batches, pad_rows
-from leanbert.data.records import prediction_texts, read_records, text_of
-from leanbert.data.sources import document_hash
-from leanbert.data.tokenizer import TextTokenizer
+from leanbert.data.samples.embedded import embedded_files
+from leanbert.data.store.example_store import Example
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
 
 ENCODED_TOGETHER = 1024
 """Texts that are given to the tokenizer at a time."""

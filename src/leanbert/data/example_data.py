@@ -9,14 +9,14 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from leanbert.data.digests import corpus_digest
-from leanbert.data.examples import Example, ExampleCache, build_examples
+from leanbert.data.batches.packing import Packing, pack_examples
+from leanbert.data.formats.corpora import Corpus, besides
 from leanbert.data.module import RANGES, CorpusStatistics, RowData, as_list, check_accents, count_ids, count_unknown
-from leanbert.data.packing import Packing, pack_examples
-from leanbert.data.prepare import cache_folder, trained_tokenizer
-from leanbert.data.sources import Corpus, besides
-from leanbert.data.tokenizer import TextTokenizer
-from leanbert.data.tokenizer_training import Kind
+from leanbert.data.store.corpus_digest import corpus_digest
+from leanbert.data.store.example_store import Example, ExampleCache, build_examples
+from leanbert.data.store.prepare import cache_folder, trained_tokenizer
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
+from leanbert.data.tokenizers.training import Kind
 from leanbert.errors import UserError
 from leanbert.messages import say
 from leanbert.ranges import check_ranges

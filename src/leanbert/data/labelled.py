@@ -12,15 +12,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from leanbert.data.batch import LabelledBatch
+from leanbert.data.batches.batch import IGNORED, LabelledBatch
+from leanbert.data.batches.loading import locate
+from leanbert.data.batches.packing import PADDING_DOCUMENT, Packing
 from leanbert.data.example_data import ExampleData, Part
-from leanbert.data.examples import ExampleCache
 from leanbert.data.labels import Problem
-from leanbert.data.loading import locate
-from leanbert.data.packing import PADDING_DOCUMENT, Packing
+from leanbert.data.store.example_store import ExampleCache
 from leanbert.errors import UserError
 from leanbert.messages import say
-from leanbert.models.loss import IGNORED
 
 NAMED_IN_ERRORS = 8
 """Labels that a message lists, at most."""

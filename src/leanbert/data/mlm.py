@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from leanbert.data.batch import MLMBatch
-from leanbert.data.cache import TokenCache
-from leanbert.data.loading import PredictionInputs, RowDataset, encode_lines
-from leanbert.data.masking import MaskingRule, target_slots
+from leanbert.data.batches.batch import MLMBatch
+from leanbert.data.batches.loading import PredictionInputs, RowDataset, encode_lines
+from leanbert.data.batches.masking import MaskingRule, target_slots
+from leanbert.data.batches.packing import row_count
+from leanbert.data.formats.corpora import Separator
+from leanbert.data.formats.examples import prediction_texts
 from leanbert.data.module import RANGES, CorpusStatistics, RowData, as_list, check_accents, count_unknown, knows_more
-from leanbert.data.packing import row_count
-from leanbert.data.prepare import CorpusSettings, Prepared
-from leanbert.data.records import prediction_texts
-from leanbert.data.sources import Separator
-from leanbert.data.tokenizer import TextTokenizer
-from leanbert.data.tokenizer_training import Kind
+from leanbert.data.store.prepare import CorpusSettings, Prepared
+from leanbert.data.store.token_cache import TokenCache
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
+from leanbert.data.tokenizers.training import Kind
 from leanbert.errors import UserError
 from leanbert.ranges import PART, SHARE, check_ranges
 

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from leanbert.data.loading import PositionSampler
-from leanbert.data.tokenizer import TextTokenizer
+from leanbert.data.batches.loading import PositionSampler
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.messages import say
 from leanbert.ranges import COUNT, PART, SEED, Range

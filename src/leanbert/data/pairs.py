@@ -14,19 +14,18 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from leanbert.data.batch import PairBatch, PredictBatch
-from leanbert.data.embedded import embedded_files
+from leanbert.data.batches.batch import IGNORED, PairBatch, PredictBatch
+from leanbert.data.batches.loading import PredictionInputs, encode_lines, in_batches, locate
+from leanbert.data.batches.packing import PADDING_DOCUMENT, Packing
 from leanbert.data.example_data import ExampleData, Part
-from leanbert.data.examples import Example, ExampleCache
-from leanbert.data.loading import PredictionInputs, encode_lines, in_batches, locate
+from leanbert.data.formats.corpora import Corpus, Skipped, document_hash, no_report
+from leanbert.data.formats.examples import has_field, items_of, prediction_texts, read_records, text_of
+from leanbert.data.formats.readers import open_binary, whole_lines
 from leanbert.data.module import LENGTH, VOCABULARY, as_list
-from leanbert.data.packing import PADDING_DOCUMENT, Packing
-from leanbert.data.readers import open_binary, whole_lines
-from leanbert.data.records import has_field, items_of, prediction_texts, read_records, text_of
-from leanbert.data.sources import Corpus, Skipped, document_hash, no_report
-from leanbert.data.tokenizer import TextTokenizer
+from leanbert.data.samples.embedded import embedded_files
+from leanbert.data.store.example_store import Example, ExampleCache
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
-from leanbert.models.loss import IGNORED
 
 ENCODED_TOGETHER = 1024
 """Pairs whose texts are given to the tokenizer at a time."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from leanbert.memory.rounds import parts, rounds
 from leanbert.memory.step import seed_position
+from leanbert.slices import parts, rounds
 
 
 def run_in_slices(block: nn.Module, hidden: Tensor, context: Any, rows: int, *more: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.decoder import Decoder, DecoderBlock
 from leanbert.models.encoder import Block, Encoder
-from leanbert.models.weights import Stored
+from leanbert.models.stored import Stored
 
 ENCODER = "encoder."
 """Prefix of the encoder's weights."""

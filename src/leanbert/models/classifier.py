@@ -18,7 +18,7 @@ from leanbert.models.config import ResolvedConfig
 from leanbert.models.dropout import dropout
 from leanbert.models.encoder import make_norm
 from leanbert.models.heads import Output
-from leanbert.models.weights import Stored
+from leanbert.models.stored import Stored
 
 Of = Literal["text", "word"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from leanbert.models.base import EncoderModel, gather_rows
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.heads import MaskedLMHead
-from leanbert.models.loss import cross_entropy_sum, linear_cross_entropy_sum
+from leanbert.models.kernels.loss import cross_entropy_sum, linear_cross_entropy_sum
 
 
 class MaskedLanguageModel(EncoderModel):

@@ -17,9 +17,9 @@ from leanbert.models.config import ResolvedConfig
 from leanbert.models.decoder import CrossAttention, Decoder, DecoderBlock
 from leanbert.models.encoder import Block, Encoder
 from leanbert.models.heads import MaskedLMHead
-from leanbert.models.loss import Mixture, cross_entropy_sum, linear_cross_entropy_sum
+from leanbert.models.kernels.loss import Mixture, cross_entropy_sum, linear_cross_entropy_sum
 from leanbert.models.pointer import Copied, Pointer, add_copied, copied_logarithm
-from leanbert.models.weights import Stored
+from leanbert.models.stored import Stored
 
 Start = Literal["encoder", "shared", "random"]
 """Where the decoder's weights come from: copies of the encoder's, the encoder's own (trained together), or chance."""

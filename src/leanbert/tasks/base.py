@@ -20,8 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from leanbert.errors import UserError
 from leanbert.memory.finite import StepCheck
-from leanbert.memory.in_backward import accumulate_in_backward, update_in_backward
-from leanbert.memory.optimizers import (
+from leanbert.memory.recovery import agree, retry_smaller
+from leanbert.memory.step import backpropagate_all_but_last, seed_position
+from leanbert.models.config import EncoderConfig
+from leanbert.optim.build import (
     OptimizerConfig,
     ScheduleConfig,
     build_optimizer,
@@ -29,11 +31,9 @@ from leanbert.memory.optimizers import (
     learning_rate_factor,
     trainable,
 )
-from leanbert.memory.recovery import agree, retry_smaller
-from leanbert.memory.step import backpropagate_all_but_last, seed_position
-from leanbert.memory.techniques import Surroundings, Techniques, apply, refuse
-from leanbert.models.config import EncoderConfig
+from leanbert.optim.in_backward import accumulate_in_backward, update_in_backward
 from leanbert.ranges import SEED
+from leanbert.tasks.techniques import Surroundings, Techniques, apply, refuse
 
 SHRINKING = ("num_heads", "intermediate_size")
 """Sizes of the encoder that structured pruning makes smaller."""

@@ -13,12 +13,11 @@ from torchmetrics.functional.classification import (
     multiclass_matthews_corrcoef,
 )
 
-from leanbert.data.batch import LabelledBatch, PredictBatch
+from leanbert.data.batches.batch import IGNORED, LabelledBatch, PredictBatch
 from leanbert.data.labels import Problem
 from leanbert.errors import UserError
-from leanbert.memory.optimizers import OptimizerConfig, ScheduleConfig
 from leanbert.models.config import EncoderConfig
-from leanbert.models.loss import IGNORED
+from leanbert.optim.build import OptimizerConfig, ScheduleConfig
 from leanbert.ranges import NOT_NEGATIVE, PART
 from leanbert.tasks.labelling import Labelling
 from leanbert.tasks.tables import markdown_table

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanbert.data.batch import LabelledBatch
+from leanbert.data.batches.batch import IGNORED, LabelledBatch
 from leanbert.data.labels import Problem
-from leanbert.models.build import build_model
 from leanbert.models.classifier import Classifier, Of
-from leanbert.models.loss import IGNORED, cross_entropy_sum
+from leanbert.models.kernels.loss import cross_entropy_sum
+from leanbert.pretrained.build import build_model
 from leanbert.tasks.base import Task
 from leanbert.tasks.metrics import MeanLoss
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import SumMetric
 
-from leanbert.models.loss import IGNORED, cross_entropy_sum
+from leanbert.data.batches.batch import IGNORED
+from leanbert.models.kernels.loss import cross_entropy_sum
 
 
 class ExactSums(nn.Module):

@@ -7,11 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from leanbert.data.batch import MLMBatch, PredictBatch
-from leanbert.memory.optimizers import OptimizerConfig, ScheduleConfig
-from leanbert.models.build import build_model
+from leanbert.data.batches.batch import IGNORED, MLMBatch, PredictBatch
 from leanbert.models.config import EncoderConfig
-from leanbert.models.loss import IGNORED
+from leanbert.optim.build import OptimizerConfig, ScheduleConfig
+from leanbert.pretrained.build import build_model
 from leanbert.ranges import COUNT
 from leanbert.tasks.base import Task
 from leanbert.tasks.metrics import MaskedLMMetrics

@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from leanbert.data.batch import PairBatch, PredictBatch
+from leanbert.data.batches.batch import IGNORED, PairBatch, PredictBatch
 from leanbert.data.pairs import output_frame
 from leanbert.errors import UserError
-from leanbert.memory.optimizers import OptimizerConfig, ScheduleConfig
 from leanbert.messages import say
-from leanbert.models.build import build_model, read_architecture
 from leanbert.models.config import EncoderConfig
 from leanbert.models.generation import GenerationConfig, Tokens, generate
-from leanbert.models.loss import IGNORED
 from leanbert.models.seq2seq import Seq2SeqModel, Start
+from leanbert.optim.build import OptimizerConfig, ScheduleConfig
+from leanbert.pretrained.build import build_model, read_architecture
 from leanbert.ranges import COUNT, RATE, WHOLE
 from leanbert.tasks.base import Task
 from leanbert.tasks.metrics import MeanLoss

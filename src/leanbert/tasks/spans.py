@@ -13,8 +13,17 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from leanbert.data.bio import CONTINUATION, OUTSIDE, PREDICATE, Argument, Span, arguments, role_of, spans
-from leanbert.models.loss import IGNORED
+from leanbert.data.batches.batch import IGNORED
+from leanbert.data.formats.span_labels import (
+    CONTINUATION,
+    OUTSIDE,
+    PREDICATE,
+    Argument,
+    Span,
+    arguments,
+    role_of,
+    spans,
+)
 
 OTHER_ROLES = "(other roles)"
 """Where roles are counted that the labels of the model do not know."""

@@ -1,0 +1,1 @@
+"""Thin toggles over the memory techniques."""

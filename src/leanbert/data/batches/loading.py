@@ -1,0 +1,161 @@
+"""Positions of a stream to batches: the sampler, the rows to train and evaluate on, what to predict.
+
+Letters: B rows, S row length, M targets per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, DistributedSampler, IterableDataset
+
+from leanbert.data.batches.batch import MLMBatch, PredictBatch
+from leanbert.data.batches.masking import MaskingRule, mask_rows
+from leanbert.data.batches.packing import PADDING_DOCUMENT, PackedRows, read_rows, row_count
+from leanbert.data.store.token_cache import TokenCache
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
+from leanbert.messages import say
+from leanbert.randomness import mix, permute
+
+Item = TypeVar("Item")
+
+MASK_PLACEHOLDER = "[MASK]"
+"""What users write, whatever the tokenizer's own mask token is."""
+
+_EVALUATION = 0x5EED
+
+
+class RowDataset(Dataset[MLMBatch]):
+    """Masked rows of a token cache; the index is an array of stream positions, the item a whole batch.
+
+    Position p of the training stream is row `permutation(seed, p // rows)[p % rows]`. Without a `seed`, for
+    evaluation, it is row p, and its mask depends on nothing else.
+    """
+
+    def __init__(self, cache: TokenCache, length: int, pad_id: int, rule: MaskingRule, seed: int | None = None) -> None:
+        self.cache, self.length, self.pad_id, self.rule, self.seed = cache, length, pad_id, rule, seed
+        self.rows = row_count(cache.tokens, length)
+
+    def __getitem__(self, positions: np.ndarray) -> MLMBatch:
+        """Return the batch of the rows at `positions`, int64 [B]."""
+        rows, key = locate(positions, self.rows, self.seed)
+        packed = read_rows(self.cache, rows, self.length, self.pad_id)
+        return _to_batch(packed, key, self.rule)
+
+
+def locate(positions: np.ndarray, rows: int, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows at places of the stream, int64 [B], and a key for what is random in each, uint64 [B].
+
+    Position p is row `permutation(seed, p // rows)[p % rows]`; without a seed, for evaluation, it is row p.
+    """
+    if seed is None:
+        return positions, mix(_EVALUATION, positions)
+    epochs, indices = np.divmod(positions, rows)
+    numbers = permute(indices, rows, seed, epochs)
+    return numbers, mix(seed, epochs, numbers)
+
+
+class PositionSampler(DistributedSampler[np.ndarray]):
+    """Yields `batches` arrays of stream positions, from `start()` on; a rank takes every `world_size`-th one.
+
+    It is a `DistributedSampler` in name, so that Lightning leaves it in place on several devices.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        batches: int,
+        *,
+        start: Callable[[], int] = int,
+        end: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.batch_size, self.batches, self.start, self.end = batch_size, batches, start, end
+        self.rank, self.world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        first = self.start()
+        for begin in range(first, first + self.batches * self.batch_size, self.batch_size):
+            stop = begin + self.batch_size if self.end is None else min(begin + self.batch_size, self.end)
+            positions = np.arange(begin + self.rank, stop, self.world_size)
+            if len(positions):
+                yield positions
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def set_epoch(self, epoch: int) -> None:
+        """Do nothing: the epoch follows from the position."""
+
+
+def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yield lists of `size` items as these come, the last maybe shorter."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+class PredictionInputs(IterableDataset[Any]):
+    """Batches of what `predict` is to answer, as it comes.
+
+    Args:
+        inputs: Yields it, for each pass.
+        encode: Makes a batch of some, and says how many were cut.
+        batch_size: Inputs of a batch.
+        length: Tokens to which `encode` cuts.
+
+    """
+
+    def __init__(
+        self,
+        inputs: Callable[[], Iterable[Item]],
+        encode: Callable[[list[Item]], tuple[Any, int]],
+        batch_size: int,
+        length: int,
+    ) -> None:
+        self.inputs, self.encode, self.batch_size, self.length = inputs, encode, batch_size, length
+
+    def __iter__(self) -> Iterator[Any]:
+        cut = 0
+        for some in in_batches(self.inputs(), self.batch_size):
+            batch, truncated = self.encode(some)
+            cut += truncated
+            yield batch
+        if cut:
+            say(f"{cut:,} inputs were longer than data.max_length ({self.length} tokens) and were cut")
+
+
+def encode_lines(
+    texts: list[str], tokenizer: TextTokenizer, length: int, masks: bool = True
+) -> tuple[PredictBatch, int]:
+    """Return texts as a padded batch [B, S <= length], and how many were cut to fit; with `masks`, [MASK] is read."""
+    before, after = tokenizer.template
+    room = length - len(before) - len(after)
+    own = [text.replace(MASK_PLACEHOLDER, tokenizer.mask_token) if masks else text for text in texts]
+    encoded = tokenizer.encode_bare(own, literal=not masks)
+    rows = [before + ids[:room] + after for ids in encoded]
+    ids, positions, documents = pad_rows(rows, tokenizer.pad_id)
+    batch = PredictBatch(texts, *map(torch.from_numpy, (ids, positions, documents, np.zeros_like(ids))))
+    return batch, sum(len(ids) > room for ids in encoded)
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return ids, positions and document ids (0, on padding -1) of rows padded to the longest: int64 [B, S]."""
+    width = max(map(len, rows), default=1) or 1
+    ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    documents = np.full_like(ids, PADDING_DOCUMENT)
+    for row, values in enumerate(rows):
+        ids[row, : len(values)] = values
+        documents[row, : len(values)] = 0
+    return ids, np.where(documents == 0, np.arange(width), 0), documents
+
+
+def _to_batch(packed: PackedRows, key: np.ndarray, rule: MaskingRule) -> MLMBatch:
+    masked = mask_rows(packed, key, rule)
+    arrays = (masked.ids, packed.positions, packed.documents, masked.index, masked.targets)
+    return MLMBatch(*map(torch.from_numpy, arrays))

@@ -1,0 +1,308 @@
+"""Documents out of files, globs and data sets, streamed: memory does not grow with the corpus."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from leanbert.data.formats.columns import dataset_records, parquet_records
+from leanbert.data.formats.fields import Record, text_of
+from leanbert.data.formats.readers import Report, json_records, kind_of, open_binary, read_lines, whole_lines
+from leanbert.data.formats.tables import table_records
+from leanbert.errors import UserError
+from leanbert.messages import say_once
+
+Separator = Literal["blank_line", "line"]
+
+PIECE_CHARACTERS = 1 << 20
+"""A longer document comes in pieces of about this size."""
+
+FIELDS = (".jsonl", ".csv", ".tsv", ".parquet")
+"""Endings of files that hold records of named fields; those of text may be compressed (.gz)."""
+
+SUFFIXES = (
+    ".txt",
+    ".txt.gz",
+    ".conll",
+    ".conll.gz",
+    ".jsonl",
+    ".jsonl.gz",
+    ".csv",
+    ".csv.gz",
+    ".tsv",
+    ".tsv.gz",
+    ".parquet",
+)
+
+
+class EmptyCorpusError(UserError):
+    """There is no document in the corpus, or in the part of it that was asked for."""
+
+
+class Piece(NamedTuple):
+    """A document or, of a long one, a part, with whether the document begins with it, and ends with it.
+
+    Parts are cut before white space where there is any, so that tokens are the same as of the whole.
+    """
+
+    text: str
+    begins: bool
+    ends: bool
+
+
+class Skipped:
+    """Counts the records without a text, which nothing can be learned from, and says how many they were."""
+
+    def __init__(self) -> None:
+        self.count, self.first = 0, ""
+
+    def lacks(self, place: str, *texts: str) -> bool:
+        """Return whether one of the texts of a record is blank, and count it."""
+        if all(text and not text.isspace() for text in texts):
+            return False
+        self.count, self.first = self.count + 1, self.first or place
+        return True
+
+    def tell(self) -> None:
+        """Say how many there were, once."""
+        if self.count:
+            say_once(f"{self.count:,} records without text are left out, the first is {self.first}")
+
+
+def no_report(_: int) -> None:
+    """Report progress to nobody."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Files and data sets, and how their text is cut into documents.
+
+    `patterns` are paths, globs (`**` too) or `hf:` names of data sets; `text_field` names the field of records;
+    `separator` is what stands between documents of text files; `setting` is named in errors; `suffixes` are the
+    formats that are taken.
+    """
+
+    patterns: tuple[str, ...]
+    text_field: str = "text"
+    separator: Separator = "blank_line"
+    setting: str = "data.train_files"
+    suffixes: tuple[str, ...] = SUFFIXES
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """The files that match, sorted. Raises `UserError` if a pattern matches none, or an unknown format."""
+        found = {path for pattern in self.patterns if not _is_dataset(pattern) for path in self._match(pattern)}
+        return tuple(sorted(found, key=str))
+
+    @cached_property
+    def datasets(self) -> tuple[str, ...]:
+        """The `hf:` patterns, as given."""
+        return tuple(pattern for pattern in self.patterns if _is_dataset(pattern))
+
+    @cached_property
+    def size_bytes(self) -> int:
+        """Bytes of the files on disk, compressed where they are."""
+        return sum(path.stat().st_size for path in self.files)
+
+    def pieces(self, report: Report = no_report) -> Iterator[Piece]:
+        """Yield all documents in the order of the sorted paths, long ones in pieces; none is blank."""
+        skipped = Skipped()
+        for path in self.files:
+            if kind_of(path) in FIELDS:
+                records = file_records(path, (self.text_field,), report=report)
+                yield from _with_begins(self._texts(records, skipped))
+                continue
+            with open_binary(path, report) as stream:
+                lines = (line for _, line in read_lines(stream, str(path)))
+                yield from _with_begins(split_documents(lines, self.separator))
+        for spec in self.datasets:
+            yield from _with_begins(self._texts(dataset_records(spec, (self.text_field,)), skipped))
+        skipped.tell()
+
+    def records(self, wanted: Sequence[str], optional: Sequence[str] = ()) -> Iterator[tuple[str, Record]]:
+        """Yield ("file:line", record) of all files and data sets, in the same order.
+
+        Raises:
+            UserError: A file is of a format without fields, lacks those `wanted`, or cannot be read. Names file and
+                line.
+
+        """
+        for path in self.files:
+            if kind_of(path) not in FIELDS:
+                raise UserError(
+                    f"{path}: has no fields. {self.setting} takes .jsonl .csv .tsv, each also with .gz, .parquet "
+                    "and hf: names"
+                )
+            yield from file_records(path, wanted, optional)
+        for spec in self.datasets:
+            yield from dataset_records(spec, wanted, optional)
+
+    def _match(self, pattern: str) -> list[Path]:
+        if os.path.isdir(os.path.expanduser(pattern)):
+            raise UserError(f'{self.setting}: "{pattern}" is a folder. Write "{pattern}/**/*.txt"')
+        paths = [Path(name) for name in _names(pattern) if not os.path.isdir(name)]
+        if not paths:
+            raise UserError(f'{self.setting}: no file matches "{pattern}". Check the path, from {Path.cwd()}')
+        for path in paths:
+            if not path.is_file():
+                raise UserError(f"{path}: no file, or a link to none. Correct it, or leave it out of {self.setting}")
+            if not path.name.lower().endswith(self.suffixes):
+                raise UserError(f"{path}: unknown format. {self.setting} takes {' '.join(self.suffixes)}")
+        return paths
+
+    def _texts(self, records: Iterable[tuple[str, Record]], skipped: Skipped) -> Iterator[tuple[str, bool]]:
+        for place, record in records:
+            text = text_of(place, record, self.text_field)
+            if not skipped.lacks(place, text):
+                yield from _in_pieces(text)
+
+
+def file_records(
+    path: Path, wanted: Sequence[str], optional: Sequence[str] = (), report: Report = no_report
+) -> Iterator[tuple[str, Record]]:
+    """Yield ("file:line", record) of a file with fields; of columns those that are `wanted` or `optional`."""
+    name = str(path)
+    kind = kind_of(path)
+    if kind == ".parquet":
+        yield from parquet_records(path, wanted, optional, report)
+        return
+    with open_binary(path, report) as stream:
+        lines = whole_lines(stream, name)
+        yield from json_records(lines, name) if kind == ".jsonl" else table_records(lines, name, kind, wanted)
+
+
+def besides(patterns: Sequence[str], setting: str, others: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the patterns of training files without the files of evaluation, of `others` by setting, among them.
+
+    A file that is named itself, not found by a glob, stays: it is meant to be learned by heart. Both are said.
+
+    Raises:
+        UserError: There is no other file.
+
+    """
+    owners: dict[Any, str] = {}
+    for other, some in others.items():
+        for pattern in some:
+            paths = [Path(name) for name in _names(pattern) if os.path.isfile(name)]
+            owners |= dict.fromkeys([pattern, *map(_identity, paths)], other)
+    kept: list[str] = []
+    found = 0
+    for pattern in patterns:
+        corpus = Corpus((pattern,), setting=setting, suffixes=("",))
+        for item in (*corpus.files, *corpus.datasets):
+            owner = owners.get(_identity(item) if isinstance(item, Path) else item)
+            named = str(item) in (pattern, str(Path(os.path.expanduser(pattern))))
+            if owner is not None:
+                fate = "trained on all the same" if named else "left out of training"
+                say_once(f"{setting}: {item} is in {owner} too, and is {fate}")
+            found += 1
+            if owner is None or named:
+                kept.append(str(item))
+    if not kept:
+        raise UserError(f"{setting}: all that matches is in {' and '.join(others)} too. Give other files to train on")
+    return kept if len(kept) < found else list(patterns)
+
+
+def _names(pattern: str) -> list[str]:
+    literal = os.path.expanduser(pattern)  # a file may be called ~x
+    return [literal] if os.path.exists(literal) else glob.glob(literal, recursive=True)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+@dataclass(frozen=True)
+class Split:
+    """The part of a corpus whose documents' hash, a number in [0, 1), lies in [low, high).
+
+    The hash is that of the text (of a long document's first piece), so that the share held out for
+    validation depends neither on order nor on file names, and equal texts are on one side.
+    """
+
+    corpus: Corpus
+    low: float = 0.0
+    high: float = 1.0
+
+    def pieces(self, report: Report = no_report) -> Iterator[Piece]:
+        """Yield the pieces of the documents that belong to this part."""
+        chosen = False
+        for piece in self.corpus.pieces(report):
+            if piece.begins:
+                chosen = self.low <= document_hash(piece.text) < self.high
+            if chosen:
+                yield piece
+
+    @property
+    def whole(self) -> bool:
+        """Whether every document belongs to it."""
+        return self.low <= 0 and self.high >= 1
+
+
+def document_hash(text: str) -> float:
+    """Return a number in [0, 1) that depends on the text only, not on its case and white space."""
+    return text_hash(" ".join(text.casefold().split()))
+
+
+def text_hash(text: str) -> float:
+    """Return a number in [0, 1) that depends on each character."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def split_documents(lines: Iterable[str], separator: Separator) -> Iterator[tuple[str, bool]]:
+    r"""Yield (text, ends) of the documents in `lines` (with their "\n"), long ones in several pieces."""
+    parts: list[str] = []
+    size, open_document, blank = 0, False, True
+    for line in lines:
+        blank, complete = blank and (line.isspace() or not line), line.endswith("\n")
+        if not (blank and complete):
+            parts.append(line)
+            size += len(line)
+        if size > PIECE_CHARACTERS:
+            text = "".join(parts)
+            cut = _border(text)
+            yield text[:cut], False
+            parts, size, open_document = [text[cut:]], len(text) - cut, True
+        if complete and (blank or separator == "line") and parts:
+            text, parts, size = "".join(parts).rstrip(), [], 0
+            if text or open_document:
+                yield text, True
+            open_document = False
+        blank = blank or complete
+    text = "".join(parts).rstrip()
+    if text or open_document:
+        yield text, True
+
+
+def _in_pieces(text: str) -> Iterator[tuple[str, bool]]:
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        cut = start + _border(text[start : start + PIECE_CHARACTERS])
+        yield text[start:cut], False
+        start = cut
+    yield text[start:], True
+
+
+def _with_begins(parts: Iterable[tuple[str, bool]]) -> Iterator[Piece]:
+    begins = True
+    for text, ends in parts:
+        yield Piece(text, begins, ends)
+        begins = ends
+
+
+def _border(text: str) -> int:
+    """Return where to cut: before the last white space, or at the end if there is none (Chinese)."""
+    space = max(text.rfind(" "), text.rfind("\n", 0, -1))
+    return len(text[: max(space, 0)].rstrip()) or len(text)
+
+
+def _is_dataset(pattern: str) -> bool:
+    return pattern.startswith("hf:")

@@ -1,0 +1,1 @@
+"""Texts to begin with, where no files are given."""

@@ -1,0 +1,1 @@
+"""Tokenizers, read from folders or trained."""

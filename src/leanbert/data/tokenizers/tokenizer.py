@@ -1,0 +1,291 @@
+"""Text to token ids and back, around one `tokenizers.Tokenizer`; training one is in `tokenizer_training`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, models
+
+from leanbert.data.tokenizers.files import read_files
+from leanbert.data.tokenizers.probe import explained, parse_tokenizer
+from leanbert.errors import UserError
+from leanbert.files import expand, write_text_atomically
+
+_NAMED_KEY = "leanbert_special_tokens"
+"""Where `to_json` keeps special tokens whose names are not the usual ones."""
+
+_LARGEST_GAP = 100_000
+"""Ids may leave as many numbers unused as there are tokens, and these: rows of the embedding would be wasted."""
+
+_STRANGE_TEXT = "Az 9 é\u0301 \u6771 \u0e44 \U0001f600 \U00013080 \x07"
+"""What a tokenizer without an unknown token fails on, if it fails on anything."""
+
+_ROLES = {
+    "pad": ("[PAD]", "<pad>", "<|pad|>", "<|padding|>"),
+    "unk": ("[UNK]", "<unk>", "<|unk|>"),
+    "cls": ("[CLS]", "<s>", "<cls>", "<|cls|>"),
+    "sep": ("[SEP]", "</s>", "<sep>", "<eos>", "<|sep|>"),
+    "mask": ("[MASK]", "<mask>", "<|mask|>"),
+}
+
+_WORD_MARKS = ("Ġ", "Ċ", "ĉ", "č")
+"""How byte-level BPE spells space, line feed, tab and carriage return."""
+
+
+class TextTokenizer:
+    """A tokenizer with its special tokens found and its own template (such as `[CLS] ... [SEP]`) respected.
+
+    `named` are the special tokens that its files name, by role such as "mask_token"; the others are looked for under
+    their usual names. `source` is named in errors. Raises `UserError` if it has no mask token, which this project
+    needs, if it cannot encode text, or if its ids leave most of the numbers up to the largest one unused.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, source: str = "data.tokenizer", named: Mapping[str, str] | None = None
+    ) -> None:
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self._tokenizer, self._source, self._named = tokenizer, source, dict(named or {})
+        self.pad_token = self._find("pad")
+        self.unk_token = getattr(tokenizer.model, "unk_token", None) or self._find("unk")
+        self.cls_token = self._find("cls")
+        self.sep_token = self._find("sep")
+        mask_token = self._find("mask")
+        if mask_token is None:
+            raise UserError(f"{source}: the tokenizer has no mask token ([MASK] or <mask>). Choose another one")
+        self.mask_token: str = mask_token
+        if mask_token not in self._added:  # a mask that text cannot spell would be none
+            tokenizer.add_special_tokens([AddedToken(mask_token, special=True, normalized=False)])
+        self._check()
+
+    @classmethod
+    def from_file(cls, path: str | Path, name: str = "tokenizer") -> TextTokenizer:
+        """Read a Hugging Face folder, a tokenizer.json, a vocab.txt (WordPiece with BERT's template), or a .ckpt.
+
+        A folder gives the ids that `AutoTokenizer` of transformers gives. `name` is that of the setting: with
+        "target_tokenizer" it is that of targets if folder or .ckpt has such a one.
+        Raises `UserError` if there is none, or it cannot be read, or its ids could be other than transformers'.
+        """
+        path = expand(path, f"data.{name}")
+        # os.path says "no" where a name is too long, which pathlib raises.
+        if name != "tokenizer" and os.path.isdir(path / name):
+            path = path / name
+        if not os.path.isdir(path) and not os.path.isfile(path):
+            raise UserError(f"data.{name}: {path} does not exist. Give a tokenizer.json or vocab.txt")
+        if path.suffix == ".ckpt" and path.is_file():
+            return cls.from_json(_checkpoint_json(path, name), source=str(path))
+        tokenizer, named = read_files(path, name)
+        return cls(tokenizer, str(path), named)
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "tokenizer") -> TextTokenizer:
+        """Make a tokenizer of the text of a tokenizer.json, or of `to_json`."""
+        named: dict[str, str] = {}
+        if _NAMED_KEY in text:
+            with explained(source):
+                parsed = json.loads(text)
+                named = dict(parsed.pop(_NAMED_KEY, {}))
+                text = json.dumps(parsed)
+        return cls(parse_tokenizer(text, source), source, named)
+
+    @classmethod
+    def train(cls, texts: Any, **settings: Any) -> TextTokenizer:
+        """Train a tokenizer: see `tokenizer_training.train_tokenizer`, which this calls."""
+        from leanbert.data.tokenizers.training import train_tokenizer
+
+        return cls(train_tokenizer(texts, **settings))
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills padding; 0 if the tokenizer has no pad token (padding is never looked at)."""
+        index = self._id(self.pad_token)
+        return 0 if index is None else index
+
+    @property
+    def unk_id(self) -> int | None:
+        """Id of unknown text; None where there is none, as in byte-level BPE."""
+        return self._id(self.unk_token)
+
+    @property
+    def cls_id(self) -> int | None:
+        """Id of the token before a document, if any."""
+        return self._id(self.cls_token)
+
+    @property
+    def sep_id(self) -> int | None:
+        """Id of the token after a document, if any."""
+        return self._id(self.sep_token)
+
+    @property
+    def mask_id(self) -> int:
+        """Id of the mask token."""
+        index = self._id(self.mask_token)
+        assert index is not None
+        return index
+
+    @cached_property
+    def special_ids(self) -> list[int]:
+        """Ids that are never chosen for prediction, ascending."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        named = (self._id(token) for token in (self.pad_token, self.unk_token, self.cls_token, self.sep_token))
+        special = {i for i, token in added.items() if token.special} | {i for i in named if i is not None}
+        return sorted(special | {self.mask_id})
+
+    @cached_property
+    def template(self) -> tuple[list[int], list[int]]:
+        """Ids that the tokenizer itself puts before and after a text."""
+        texts = ("a", *sorted(self._tokenizer.get_vocab())[:_LARGEST_GAP])
+        probe = next((text for text in texts if self.encode_bare([text])[0]), None)
+        if probe is None:
+            raise UserError(f"{self._source}: the tokenizer makes no tokens of any text. Choose another one")
+        encoding = self._tokenizer.encode(probe, add_special_tokens=True)
+        start = encoding.special_tokens_mask.index(0)
+        return encoding.ids[:start], encoding.ids[start + len(self.encode_bare([probe])[0]) :]
+
+    def continuation_table(self) -> np.ndarray:
+        """Return bool [V], for whole-word masking: whether the token continues the word before it.
+
+        It does nowhere if the tokens do not tell, as with whole words or where a mark ends a word.
+        """
+        model = self._tokenizer.model
+        continues = np.zeros(self.vocab_size, dtype=bool)
+        prefix = getattr(model, "continuing_subword_prefix", None)
+        pipeline = f"{self._tokenizer.normalizer} {self._tokenizer.pre_tokenizer}"
+        marks: tuple[str, ...] = ()
+        if isinstance(model, models.Unigram) or "▁" in pipeline:
+            marks = ("▁",)
+        elif "ByteLevel" in pipeline:
+            marks = _WORD_MARKS
+        if not prefix and not marks:
+            return continues
+        for token, index in self._tokenizer.get_vocab(with_added_tokens=False).items():
+            continues[index] = token.startswith(prefix) if prefix else not token.startswith(marks)
+        continues[list(self._tokenizer.get_added_tokens_decoder())] = False
+        continues[self.special_ids] = False
+        return continues
+
+    def encode_batch(self, texts: Sequence[str], literal: bool = False) -> list[list[int]]:
+        """Return the ids of each text, in the tokenizer's template.
+
+        `literal` reads "[MASK]" and the like in the text as text, not as special tokens: a corpus may hold them.
+        """
+        before, after = self.template
+        return [before + ids + after for ids in self.encode_bare(texts, literal)]
+
+    def encode_bare(self, texts: Sequence[str], literal: bool = True) -> list[list[int]]:
+        """Return the ids of each text without the template; runs on all cores, outside Python's lock."""
+        # Said explicitly, the library neither warns nor changes its mind when data workers are forked later.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        self._tokenizer.encode_special_tokens = literal
+        with explained(self._source, "the tokenizer fails on a text"):
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def encode_words(self, words: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each word as inside a sentence; at least one: the unknown token's, or padding."""
+        spaced = not isinstance(self._tokenizer.model, models.WordPiece | models.WordLevel)
+        found = self.encode_bare([f" {word}" if spaced else word for word in words])
+        nothing = [self.pad_id if self.unk_id is None else self.unk_id]
+        return [ids or nothing for ids in found]
+
+    @property
+    def separator_id(self) -> int:
+        """Id of a token that stands in no text: that after a document, else the mask's."""
+        return self.mask_id if self.sep_id is None else self.sep_id
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Return the text of `ids`."""
+        with explained(self._source, "the tokenizer fails on ids"):
+            return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
+
+    def token(self, index: int) -> str:
+        """Return the token with this id, as the vocabulary spells it ("" for an id that no token has)."""
+        return self._tokenizer.id_to_token(int(index)) or ""
+
+    def to_json(self) -> str:
+        """Return the text of tokenizer.json: the same for the same tokenizer, in any process.
+
+        Special tokens that cannot be found by their usual names stand in an entry of its own, for `from_json`.
+        """
+        text = str(self._tokenizer.to_str(pretty=True))
+        if not self._renamed:
+            return text
+        return f"{text[:-1].rstrip()},\n  {json.dumps(_NAMED_KEY)}: {json.dumps(self._renamed, sort_keys=True)}\n}}"
+
+    def save(self, folder: str | Path, segments: bool = False) -> None:
+        """Write tokenizer.json and the tokenizer_config.json that `AutoTokenizer` of transformers reads.
+
+        With `segments` it says there which of two texts each token is of, for a model that takes this in.
+        """
+        added = self._tokenizer.get_added_tokens_decoder()
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            # With this entry transformers looks into no older file that may lie in the folder.
+            "added_tokens_decoder": {index: _flags(token) for index, token in sorted(added.items())},
+        }
+        # It recognises in text what it finds named: a token that is not recognised here must not be there.
+        found = {f"{role}_token": self._find(role) for role in _ROLES}
+        config.update({role: token for role, token in found.items() if token in self._added})
+        if segments:
+            config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+        write_text_atomically(Path(folder) / "tokenizer.json", str(self._tokenizer.to_str(pretty=True)))
+        write_text_atomically(Path(folder) / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+
+    def _find(self, role: str) -> str | None:
+        named = self._named.get(f"{role}_token")
+        return named if named and self._id(named) is not None else self._usual(role)
+
+    def _usual(self, role: str) -> str | None:
+        return next((token for token in _ROLES[role] if self._id(token) is not None), None)
+
+    def _id(self, token: str | None) -> int | None:
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    @property
+    def _renamed(self) -> dict[str, str]:
+        found = {role: self._find(role) for role in _ROLES}
+        return {f"{role}_token": token for role, token in found.items() if token and token != self._usual(role)}
+
+    @property
+    def _added(self) -> set[str]:
+        return {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+
+    def _check(self) -> None:
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        tokens = len(vocabulary)
+        shared = [token for token, index in vocabulary.items() if index == self.mask_id and token != self.mask_token]
+        if shared:
+            raise UserError(f"{self._source}: {self.mask_token} has the id of {min(shared)!r}. Number the tokens anew")
+        if self.vocab_size > 2 * tokens + _LARGEST_GAP:
+            raise UserError(f"{self._source}: ids up to {self.vocab_size - 1:,} for {tokens:,} tokens. Renumber them")
+        with explained(self._source):
+            self.encode_bare([_STRANGE_TEXT])
+            frame = [*self.template[0], *self.template[1]]
+        if any(index >= self.vocab_size for index in frame):
+            raise UserError(f"{self._source}: its template writes ids that no token has. Copy or make it again")
+
+
+def _flags(token: AddedToken) -> dict[str, Any]:
+    names = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
+    return {name: getattr(token, name) for name in names}
+
+
+def _checkpoint_json(path: Path, name: str) -> str:
+    from leanbert.untrusted import load_pickled  # only here: tokenising must not pay for torch
+
+    try:
+        kept = load_pickled(path, "Give another one.")["leanbert"]
+        return str(kept[name] if name in kept else kept["tokenizer"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: no tokenizer in this checkpoint. Give the tokenizer with data.{name}") from error

@@ -1,0 +1,83 @@
+"""FSDP2 over the blocks of a model, what it exchanges, and a group of devices that are not there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from leanbert.errors import UserError
+from leanbert.measure.trace import LiveBytes, wraps_tensors
+
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+"""Collectives that are counted."""
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard parameters, gradients and optimizer state over `mesh` [N] in place: each block, then what remains.
+
+    A block is gathered before it runs and freed after, forward and backward; what is outside of blocks (embeddings
+    and head) stays from the forward to the end of the backward pass (the defaults of `fully_shard`, FSDP2).
+    """
+    for block in model.blocks:  # type: ignore[union-attr]
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "loss_sum")  # tasks train by it, not by `forward`
+
+
+@contextmanager
+def pretend_group(devices: int) -> Iterator[DeviceMesh]:
+    """Give a mesh [devices] whose collectives do nothing, seen from rank 0, which has the largest shards.
+
+    Raises:
+        UserError: This process is in a process group already.
+
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+    if dist.is_initialized():
+        raise UserError("plan: this process is part of a distributed run already. Plan in a process of its own.")
+    dist.init_process_group("fake", rank=0, world_size=devices, store=FakeStore())
+    try:
+        yield init_device_mesh("cpu", (devices,))
+    finally:
+        dist.destroy_process_group()
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the bytes of the whole tensors that collectives gather, reduce or scatter.
+
+    Args:
+        trace: Knows when the update runs.
+
+    Attributes:
+        passes: Bytes by kind, of forward and backward passes: there are as many for each micro-batch.
+        update: Bytes by kind, of the update and of the gradients' norm: once per step.
+
+    """
+
+    def __init__(self, trace: LiveBytes) -> None:
+        super().__init__()
+        self._trace = trace
+        self.passes: Counter[str] = Counter()
+        self.update: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if wraps_tensors(types):
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional"):
+            name = func._opname.replace("_", "")
+            for kind in (kind for kind in KINDS if kind.replace("_", "") in name):
+                once = kind == "all_reduce" or self._trace.explicit_phase == "optimizer"
+                sizes = (leaf.nbytes for leaf in tree_iter((args, kwargs, result)) if isinstance(leaf, Tensor))
+                (self.update if once else self.passes)[kind] += max(sizes)  # a shard is smaller than the whole
+        return result

@@ -1,0 +1,1 @@
+"""Computations that a device may have a faster way for."""

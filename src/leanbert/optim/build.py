@@ -1,0 +1,285 @@
+"""Optimizers by name, parameter groups and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from leanbert.errors import UserError
+from leanbert.measure.trace import phase
+from leanbert.models.heads import Output
+from leanbert.optim.adamw import SlicedAdamW
+from leanbert.optim.muon import Muon
+from leanbert.optim.quantized_state import draw_int16, write_bfloat16
+from leanbert.ranges import NOT_NEGATIVE, RATE, SHARE, WHOLE, check_ranges
+
+OptimizerName = Literal["sgd", "momentum", "adam", "adamw", "adamw8bit", "adamw4bit", "adafactor", "muon"]
+STATE_BITS = {"adamw8bit": 8, "adamw4bit": 4}
+"""Bits of an element of each moment in the optimizers that quantize them."""
+ScheduleName = Literal["constant", "linear", "cosine", "wsd"]
+
+
+@dataclass
+class OptimizerConfig:
+    """Which optimizer, and its settings."""
+
+    name: OptimizerName = "muon"
+    """sgd, momentum (SGD with momentum), adam, adamw, adamw8bit, adamw4bit, adafactor, or muon (on hidden matrices;
+    AdamW on the rest)."""
+    lr: float = 3e-3
+    """Peak learning rate; with muon that of embeddings, norms and biases."""
+    matrix_lr: float = 0.02
+    """Peak learning rate of the hidden matrices; muon only."""
+    weight_decay: float = 0.01
+    """Decay of matrices and embeddings, never of norms and biases; an L2 term in sgd, momentum and adam."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay rates of Adam's moments (adam, adamw, muon)."""
+    eps: float = 1e-8
+    """Adam's denominator offset (adam, adamw, muon)."""
+    momentum: float = 0.95
+    """Momentum of momentum (SGD) and muon."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a value that no optimizer takes."""
+        sizes = dict.fromkeys(("lr", "matrix_lr", "weight_decay", "eps"), NOT_NEGATIVE)
+        check_ranges("model.optimizer", vars(self), {**sizes, "betas": RATE, "momentum": RATE})
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate as a function of the step."""
+
+    name: ScheduleName = "wsd"
+    """constant, linear, cosine, or wsd (warm-up, stable, linear decay)."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up; shortened with a notice if the run is shorter."""
+    decay_share: float = 0.5
+    """Share of all steps in which wsd decays."""
+    final_share: float = 0.0
+    """Learning rate at the end, as a share of the peak (linear, cosine, wsd)."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a value that makes no schedule."""
+        ranges = {"warmup_steps": WHOLE, "decay_share": SHARE, "final_share": SHARE}
+        check_ranges("model.schedule", vars(self), ranges)
+
+
+class CombinedOptimizer(Optimizer):
+    """Optimizers over disjoint parameters as one: one `step`, one state, one schedule, one parameter at a time.
+
+    Parameter groups are shared with the inner optimizers, in order, so a schedule that sets a group's `lr` is seen.
+    Parameters in bfloat16 are updated in float32 and written back with stochastic rounding, by `SlicedAdamW` itself
+    or through a float32 copy of one parameter at a time: no master copy of the weights exists.
+
+    Args:
+        optimizers: The inner optimizers.
+        seed: Decides, with step and parameter, how bfloat16 parameters are rounded.
+
+    """
+
+    def __init__(self, optimizers: list[Optimizer], seed: int = 0) -> None:
+        self.optimizers, self.seed = optimizers, seed
+        self.steps = 0
+        super().__init__([group for inner in optimizers for group in inner.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        self.param_groups = [group for inner in self.optimizers for group in inner.param_groups]
+        self._owner = {id(p): inner for inner in self.optimizers for p in _parameters(inner)}
+        self._index = {id(p): index for index, p in enumerate(_parameters(self))}
+        self.state.clear()
+        for inner in self.optimizers:
+            self.state.update(inner.state)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Run the closure once, then update every parameter that has a gradient; return the closure's result."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        with phase("optimizer"):
+            for inner in self.optimizers:
+                if isinstance(inner, SlicedAdamW) or not _in_bfloat16(inner):
+                    inner.step()
+                else:
+                    for parameter in _parameters(inner):
+                        if parameter.grad is not None:
+                            self._update(inner, parameter)
+        self.steps += 1
+        self._share()  # the first step creates the state
+        return result
+
+    def update(self, parameter: Tensor) -> None:
+        """Update one parameter from its gradient, as `step` does for all."""
+        with phase("optimizer"):
+            self._update(self.owner(parameter), parameter)
+
+    def accumulate(self, parameter: Tensor, *, first: bool, last: bool) -> None:
+        """Fold the gradient of one micro-batch into the moments of its `SlicedAdamW`; after the last one update."""
+        inner = self.owner(parameter)
+        assert isinstance(inner, SlicedAdamW)
+        with phase("optimizer"):
+            inner.accumulate(parameter, first=first)
+            if last:
+                inner.apply(parameter)
+
+    def owner(self, parameter: Tensor) -> Optimizer:
+        """Return the inner optimizer of a parameter."""
+        return self._owner[id(parameter)]
+
+    def _update(self, inner: Optimizer, parameter: Tensor) -> None:
+        if isinstance(inner, SlicedAdamW):
+            inner.update(parameter)
+            return
+        wide = parameter
+        if parameter.dtype == torch.bfloat16:
+            wide = nn.Parameter(parameter.detach().float())
+            assert parameter.grad is not None
+            wide.grad = parameter.grad.float()
+            if parameter in inner.state:
+                inner.state[wide] = inner.state.pop(parameter)
+        groups = [group["params"] for group in inner.param_groups]
+        try:  # a step of the inner optimizer that sees this parameter only
+            for group, parameters in zip(inner.param_groups, groups, strict=True):
+                group["params"] = [wide] if any(parameter is p for p in parameters) else []
+            inner.step()
+        finally:
+            for group, parameters in zip(inner.param_groups, groups, strict=True):
+                group["params"] = parameters
+        if wide is not parameter:
+            inner.state[parameter] = inner.state.pop(wide)
+            draws = draw_int16(wide.numel(), wide.device, self.seed, self.steps, self._index[id(parameter)])
+            write_bfloat16(wide.detach().view(-1), draws, parameter.detach().view(-1))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return state and groups, as torch's optimizers do, and the number of steps."""
+        self._share()
+        return {**super().state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, each inner optimizer its own groups, in the dtypes that were saved.
+
+        Raises:
+            UserError: The state is that of another optimizer or of other parameters.
+
+        """
+        groups, offset = list(state_dict["param_groups"]), 0
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
+            raise UserError(
+                "model.optimizer: the checkpoint's optimizer has other parameter groups. Resume with the optimizer "
+                "that wrote it, or start from its weights with --model.init_from."
+            )
+        for inner in self.optimizers:
+            own, groups = groups[: len(inner.param_groups)], groups[len(inner.param_groups) :]
+            ids = [index for group in own for index in group["params"]]
+            state = {index: state_dict["state"][index] for index in ids if index in state_dict["state"]}
+            # inner optimizers number their parameters from 0
+            local = [{**group, "params": [index - offset for index in group["params"]]} for group in own]
+            inner.load_state_dict({"state": {i - offset: s for i, s in state.items()}, "param_groups": local})
+            for index, parameter in zip(ids, _parameters(inner), strict=True):
+                _restore_dtypes(inner.state.get(parameter, {}), state.get(index, {}), parameter.device)
+            offset += len(ids)
+        self.steps = state_dict.get("steps", 0)
+        self._share()
+
+
+def _restore_dtypes(loaded: dict[str, Any], saved: dict[str, Any], device: torch.device) -> None:
+    """Undo what torch's `load_state_dict` does: it casts all state to the dtype of the parameter."""
+    for name, value in saved.items():
+        if isinstance(value, Tensor) and loaded[name].dtype != value.dtype:
+            loaded[name] = value.to(device, copy=True)
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _in_bfloat16(optimizer: Optimizer) -> bool:
+    return any(parameter.dtype == torch.bfloat16 for parameter in _parameters(optimizer))
+
+
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, *, seed: int = 0, sliced: bool = False
+) -> CombinedOptimizer:
+    """Return the optimizer named by `config` over the trainable parameters of `model`.
+
+    Sources: torch.optim; Muon (Jordan et al. 2024), on the two-dimensional weights inside
+    the network, with AdamW on embeddings, norms, biases and the output layer. AdamW with 8 or 4 bits of state, on
+    bfloat16 parameters, or where `sliced` asks for it, is `SlicedAdamW`, which draws from `seed`.
+    """
+    decayed, plain, matrices = _split_parameters(model, muon=config.name == "muon")
+    groups = [
+        {"params": parameters, "weight_decay": weight_decay}
+        for parameters, weight_decay in ((decayed, config.weight_decay), (plain, 0.0))
+        if parameters
+    ]
+    first: list[Optimizer] = []
+    if config.name == "muon":
+        first = [Muon(matrices, lr=config.matrix_lr, momentum=config.momentum, weight_decay=config.weight_decay)]
+    return CombinedOptimizer([*first, _inner_optimizer(groups, config, seed, sliced)], seed)
+
+
+def _inner_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, seed: int, sliced: bool) -> Optimizer:
+    adam: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if config.name in ("adamw", "muon", *STATE_BITS):
+        bits = STATE_BITS.get(config.name, 32)
+        if bits < 32 or sliced or any(p.dtype == torch.bfloat16 for group in groups for p in group["params"]):
+            return SlicedAdamW(groups, state_bits=bits, seed=seed, **adam)
+        return torch.optim.AdamW(groups, fused=True, **adam)
+    if config.name == "adam":
+        return torch.optim.Adam(groups, fused=True, **adam)
+    if config.name == "adafactor":
+        return torch.optim.Adafactor(groups, lr=config.lr)
+    momentum = config.momentum if config.name == "momentum" else 0.0
+    return torch.optim.SGD(groups, lr=config.lr, momentum=momentum)
+
+
+def _split_parameters(model: nn.Module, *, muon: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Return (decayed, not decayed, for Muon); a parameter shared by two modules is counted once."""
+    outer = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding | Output)}
+    decayed: list[Tensor] = []
+    plain: list[Tensor] = []
+    matrices: list[Tensor] = []
+    for parameter in trainable(model.parameters()):
+        if parameter.ndim < 2:
+            plain.append(parameter)
+        elif muon and parameter.ndim == 2 and id(parameter) not in outer:
+            matrices.append(parameter)
+        else:
+            decayed.append(parameter)
+    return decayed, plain, matrices
+
+
+def trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Return the parameters that require a gradient."""
+    return [parameter for parameter in parameters if parameter.requires_grad]
+
+
+def learning_rate_factor(config: ScheduleConfig, step: int, total_steps: int) -> float:
+    """Return the share of the peak learning rate used by update number `step` (from 0) of `total_steps`.
+
+    A pure function of both: a finished run that is extended goes on where the longer schedule stands at that step.
+    wsd is the warm-up-stable-decay schedule of Hu et al. 2024 (MiniCPM), with a linear decay.
+    """
+    warmup = effective_warmup(config, total_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.name == "constant":
+        return 1.0
+    start = warmup if config.name != "wsd" else max(warmup, round(total_steps * (1 - config.decay_share)))
+    progress = min(1.0, max(0.0, (step - start) / max(1, total_steps - start)))
+    share = 0.5 * (1 + math.cos(math.pi * progress)) if config.name == "cosine" else 1 - progress
+    return config.final_share + (1 - config.final_share) * share
+
+
+def effective_warmup(config: ScheduleConfig, total_steps: int) -> int:
+    """Return the warm-up steps, at most a tenth of the run when the setting does not fit into it."""
+    if total_steps <= 0 or config.warmup_steps < total_steps:
+        return config.warmup_steps
+    return total_steps // 10

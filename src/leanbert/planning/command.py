@@ -1,0 +1,322 @@
+"""The `plan` command: what a configuration needs, and which techniques fit it into a budget."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+import yaml
+from tqdm import tqdm
+
+from leanbert.callbacks.reporting.report import write_json
+from leanbert.errors import UserError
+from leanbert.files import write_text_atomically
+from leanbert.measure.timeline import CATEGORIES
+from leanbert.planning.device import DeviceType, Target
+from leanbert.planning.distributed import DistributedPrediction, predict_distributed
+from leanbert.planning.dry_run import RunSettings
+from leanbert.planning.figures import sweep_figure
+from leanbert.planning.overlays import apply
+from leanbert.planning.search import COSTS, Candidate, Plan, search
+from leanbert.planning.sweep import SIZES, Cell, parse_sweep, sweep, with_size
+from leanbert.planning.timing import RunLength, estimate, measure, peak_flops, run_seconds
+from leanbert.settings import device_type as device_type_of
+from leanbert.units import MIB, format_duration, format_size, parse_size
+
+MARGIN = 0.1
+"""Share of what the device has free that `--budget auto` leaves to others."""
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What the user asks of `plan`, by the names of its options; see `Trainer.plan`."""
+
+    budget: str | None = None
+    json: Path | None = None
+    save: Path | None = None
+    figure: Path | None = None
+    sweep: Sequence[str] | None = None
+    measure: bool = False
+    device: str | None = None
+    share: float = 0.3
+
+
+def run_plan(
+    settings: RunSettings,
+    target: Target,
+    request: PlanRequest,
+    length: Callable[[], RunLength] | None = None,
+) -> Plan:
+    """Print the plan, and write what was asked for.
+
+    Raises UserError if nothing fits the budget, after the JSON is written, or for a budget that is no size.
+    """
+    started, device_type = time.time() - psutil.Process().create_time(), target.device_type
+    budget = budget_bytes(request.budget, device_type)
+    peak = peak_flops(request.device, str(settings.precision)) if request.device is not None else None
+    if length is not None and device_type != here():
+        raise UserError(f"measure: times this machine's {here()}, not {device_type}. Give --device for an estimate.")
+    plan = search(settings, target, budget, progress)
+    print("\n".join(describe(plan, target)))
+    shared = share_out(settings, plan)
+    if shared:
+        print("\n".join(describe_sharing(shared, settings.devices)))
+    answer = {**as_json(plan, target), **sharing_json(shared, settings.devices)}
+    shown, tokens = plan.chosen or plan.given, settings.rows_per_step * settings.data.hparams["max_length"]
+    if settings.vocab_size is None:
+        vocabulary = f"{settings.data.hparams['vocab_size']:,} tokens, as data.vocab_size says"
+        print(f"\nVocabulary   {vocabulary}. A small corpus yields fewer: --prepare counts them.")
+    print(f"\nA step       {shown.prediction.flops / 1e12:,.3f} TFLOP, {tokens:,} tokens on each device")
+    if length is not None:
+        answer["time"] = foretell(apply(settings, shown.overlay), length(), started)
+        print("Time, measured here: " + describe_time(answer["time"]))
+    if peak is not None:
+        seconds = estimate(shown.prediction.flops, peak_flops=peak, share=request.share)
+        answer["estimate"] = {"device": request.device, "share_of_peak": request.share, "seconds_per_step": seconds}
+        speed = f"{seconds:.3g} s a step, {tokens / seconds:,.0f} tokens/s"
+        print(f"Time, estimated for {request.device} at {100 * request.share:.0f} % of its peak: {speed}")
+    if request.json is not None:
+        write_json(request.json, answer)
+    if plan.chosen is None:
+        raise UserError(nothing_fits(plan, settings, target))
+    if request.save is not None:
+        overlay = yaml.safe_dump(plan.chosen.overlay, sort_keys=False) if plan.chosen.overlay else "{}\n"
+        write_text_atomically(request.save, f"# {', '.join(plan.chosen.techniques) or 'nothing to add'}\n{overlay}")
+    return plan
+
+
+def here() -> str:
+    """Return the kind of device of this machine."""
+    return device_type_of("auto")
+
+
+def foretell(settings: RunSettings, length: RunLength, start_seconds: float) -> dict[str, Any]:
+    """Return how long the run will take from steps timed here, in seconds; `start_seconds` is that of a process."""
+    times = measure(settings)
+    validation = {"validations": length.validations, "batches_per_validation": length.batches_per_validation}
+    tokens = settings.rows_per_step * settings.devices * settings.data.hparams["max_length"]
+    return {
+        "steps": length.steps,
+        "tokens": length.steps * tokens,
+        **validation,
+        "seconds_per_step": times.step,
+        "seconds_per_validation_batch": times.validation_batch,
+        "start_seconds": start_seconds,
+        "seconds": start_seconds + run_seconds(times, steps=length.steps, **validation),
+    }
+
+
+def describe_time(time: dict[str, Any]) -> str:
+    """Return what `foretell` found as a sentence."""
+    return (
+        f"{time['steps']:,} steps of {time['seconds_per_step']:.3g} s, {time['validations']} validations of "
+        f"{time['batches_per_validation']} x {time['seconds_per_validation_batch']:.3g} s, start "
+        f"{time['start_seconds']:.0f} s: about {format_duration(time['seconds'])}, {time['tokens']:,} tokens"
+    )
+
+
+def run_sweep(settings: RunSettings, target: Target, request: PlanRequest) -> list[Cell]:
+    """Print the largest micro-batches that fit, by model size and sequence length, and write what was asked for.
+
+    Raises UserError without a budget, or for axes that are unknown.
+    """
+    budget = budget_bytes(request.budget, target.device_type)
+    if budget is None:
+        raise UserError("sweep: into which budget? Give --budget 8GiB, or --budget auto.")
+    sizes, lengths = parse_sweep(list(request.sweep or ()), settings)
+    cells = sweep(settings, target, budget, sizes, lengths, progress)
+    print(f"Largest micro-batch (sequences) that fits into {format_size(budget)} on {target.device_type}")
+    print(f"{'':<8}" + "".join(f"{length:>10,}" for length in lengths) + "  tokens a sequence")
+    for size in sizes:
+        row = [cell for cell in cells if cell.size == size]
+        print(f"{size:<8}" + "".join(f"{cell.micro_batch or '-':>10}" for cell in row))
+    if request.json is not None:
+        write_json(request.json, sweep_json(cells, target, budget))
+    if request.figure is not None:
+        request.figure.parent.mkdir(parents=True, exist_ok=True)
+        sweep_figure(cells, f"Largest micro-batch in {format_size(budget)}").savefig(request.figure, dpi=120)
+    return cells
+
+
+def sweep_json(cells: list[Cell], target: Target, budget: int) -> dict[str, Any]:
+    """Return the grid for programs; `micro_batch_sequences` is 0 where a single sequence does not fit."""
+    return {
+        "target": target.device_type,
+        "budget_bytes": budget,
+        "cells": [
+            {
+                "size": cell.size,
+                "max_length": cell.max_length,
+                "micro_batch_sequences": cell.micro_batch,
+                "predicted_peak_bytes": cell.prediction.peak_bytes,
+                "predicted_needs_bytes": cell.needs_bytes,
+                "parameters": cell.prediction.parameters,
+            }
+            for cell in cells
+        ],
+    }
+
+
+def progress(items: list[Any]) -> Iterator[Any]:
+    """Yield what is worked through with a bar on standard error."""
+    yield from tqdm(items, desc="Planning", file=sys.stderr, leave=False, disable=not sys.stderr.isatty())
+
+
+def budget_bytes(text: str | None, device_type: DeviceType) -> int | None:
+    """Return the budget: of `auto` what the device has free less a tenth.
+
+    Raises UserError for a text that is no size, or for auto where there is no such device.
+    """
+    if text is None:
+        return None
+    if text != "auto":
+        return parse_size(text, "budget")
+    if device_type == "cpu":
+        return round(psutil.virtual_memory().available * (1 - MARGIN))
+    if device_type == "cuda" and torch.cuda.is_available():
+        return round(torch.cuda.mem_get_info()[0] * (1 - MARGIN))
+    raise UserError(f"budget: auto asks the device, and there is no {device_type} here. Give a size such as 8GiB.")
+
+
+def describe(plan: Plan, target: Target) -> list[str]:
+    """Return the plan as lines: the given configuration by phase and category, the candidates, the choice."""
+    given = plan.given
+    lines = [f"{'As given, MiB':<14}{'peak':>10}" + "".join(f"{name:>12}" for name in CATEGORIES)]
+    for phase, categories in given.prediction.phases.items():
+        sizes = [categories[name] / MIB for name in CATEGORIES]
+        lines.append(f"{phase:<14}{sum(sizes):>10,.1f}" + "".join(f"{size:>12,.1f}" for size in sizes))
+    beyond = "process and allocator" if target.device_type == "cpu" else "context and allocator"
+    lines += [f"On {target.device_type} with {beyond}: {format_size(given.needs_bytes)}", ""]
+    lines.append(f"{'needs':>10}{'live':>12}{'micro-batch':>13}{'compute':>9}{'fits':>6}  techniques")
+    for candidate in plan.candidates:
+        fits = "" if plan.budget_bytes is None else "yes" if plan.fits(candidate) else "no"
+        mark = "*" if candidate is plan.chosen and plan.budget_bytes is not None else " "
+        names = " + ".join(candidate.techniques) or "as given"
+        lines.append(
+            f"{mark}{format_size(candidate.needs_bytes):>9}{format_size(candidate.prediction.peak_bytes):>12}"
+            f"{candidate.micro_batch:>13,}{candidate.added_compute:>+9.0%}{fits:>6}  {names}"
+        )
+    used = dict.fromkeys(name for candidate in plan.candidates for name in candidate.techniques)
+    lines += ["", "Besides compute they cost"]
+    lines += [f"  {name:<24}{COSTS[name]}" for name in used if COSTS[name]]
+    if plan.budget_bytes is not None and plan.chosen is not None:
+        lines += ["", f"Budget {format_size(plan.budget_bytes)}: {chosen_text(plan.chosen)}"]
+    return lines
+
+
+Shared = dict[Literal["ddp", "fsdp2"], DistributedPrediction | UserError]
+
+
+def share_out(settings: RunSettings, plan: Plan) -> Shared:
+    """Return what each of several devices needs and sends under DDP and FSDP2, or why it cannot; {} for one device."""
+    found: Shared = {}
+    chosen = apply(settings, (plan.chosen or plan.given).overlay)
+    for strategy in ("ddp", "fsdp2") if settings.devices > 1 else ():
+        try:
+            found[strategy] = predict_distributed(chosen, settings.devices, strategy)
+        except UserError as error:
+            found[strategy] = error
+    return found
+
+
+def describe_sharing(shared: Shared, devices: int) -> list[str]:
+    """Return the balance of memory and communication as lines."""
+    lines = ["", f"{f'On {devices} devices':<14}{'live on each':>14}{'sent a step':>14}"]
+    for strategy, found in shared.items():
+        if isinstance(found, UserError):
+            lines.append(f"{strategy:<14}  {found}")
+        else:
+            sizes = (found.prediction.peak_bytes, found.sent_bytes)
+            lines.append(f"{strategy:<14}" + "".join(f"{format_size(size):>14}" for size in sizes))
+    return lines
+
+
+def sharing_json(shared: Shared, devices: int) -> dict[str, Any]:
+    """Return the same for programs; bytes are of each device."""
+    if not shared:
+        return {}
+    answers = {
+        strategy: {"refused": str(found)}
+        if isinstance(found, UserError)
+        else {"predicted_peak_bytes": found.prediction.peak_bytes, "sent_bytes_per_step": found.sent_bytes}
+        for strategy, found in shared.items()
+    }
+    return {"devices": {"count": devices, **answers}}
+
+
+def chosen_text(chosen: Candidate) -> str:
+    """Return the choice as a sentence."""
+    if not chosen.techniques:
+        return "fits as given."
+    return f"{', '.join(chosen.techniques)}, micro-batch {chosen.micro_batch}: {format_size(chosen.needs_bytes)}."
+
+
+def nothing_fits(plan: Plan, settings: RunSettings, target: Target) -> str:
+    """Return by how much nothing fits, what the smallest is, and which size of model would fit."""
+    assert plan.budget_bytes is not None
+    least = min(plan.candidates, key=lambda candidate: candidate.needs_bytes)
+    short = format_size(least.needs_bytes - plan.budget_bytes)
+    fix = f"Give {format_size(least.needs_bytes)}"
+    for size in _smaller_sizes(settings):
+        try:
+            found = search(with_size(settings, size), target, plan.budget_bytes)
+        except UserError:
+            continue
+        if found.chosen is not None:
+            fix += f", or a smaller model: --config configs/size/{size}.yaml fits"
+            break
+    else:
+        fix += ", a shorter --data.max_length or a smaller model"
+    return (
+        f"budget: nothing fits into {format_size(plan.budget_bytes)}; the smallest, {', '.join(least.techniques)}, "
+        f"needs {short} more. {fix}."
+    )
+
+
+def _smaller_sizes(settings: RunSettings) -> list[str]:
+    """Return the shipped sizes that are smaller than the model, the largest first."""
+
+    def volume(run: RunSettings) -> int:
+        encoder = run.task.encoder_config
+        return int(encoder.num_layers * encoder.hidden_size**2)
+
+    return [size for size in reversed(SIZES) if volume(with_size(settings, size)) < volume(settings)]
+
+
+def as_json(plan: Plan, target: Target) -> dict[str, Any]:
+    """Return the machine-readable answer; bytes are the peak of live tensors unless the name says otherwise."""
+    shown = plan.chosen or plan.given
+    resident = {"predicted_rss_bytes": shown.needs_bytes} if target.device_type == "cpu" else {}
+    return {
+        "target": target.device_type,
+        "budget_bytes": plan.budget_bytes,
+        "fits": plan.chosen is not None,
+        "predicted_peak_bytes": shown.prediction.peak_bytes,
+        "predicted_needs_bytes": shown.needs_bytes,
+        **resident,
+        "by_phase": shown.prediction.by_phase,
+        "by_category": shown.prediction.by_category,
+        "chosen": list(shown.techniques),
+        "micro_batch_sequences": shown.micro_batch,
+        "candidates": [
+            {
+                "techniques": list(candidate.techniques),
+                "micro_batch_sequences": candidate.micro_batch,
+                "predicted_peak_bytes": candidate.prediction.peak_bytes,
+                "predicted_needs_bytes": candidate.needs_bytes,
+                "added_compute": candidate.added_compute,
+                "fits": plan.fits(candidate),
+                "overlay": candidate.overlay,
+            }
+            for candidate in plan.candidates
+        ],
+        "process_base_bytes": target.base_bytes,
+        "parameters": shown.prediction.parameters,
+        "flops_per_step": shown.prediction.flops,
+    }

@@ -1,0 +1,47 @@
+"""What a device needs beyond live tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from leanbert.measure.counters import rss_bytes
+from leanbert.units import MIB
+
+DeviceType = Literal["cpu", "cuda", "mps"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device that a plan is made for.
+
+    Args:
+        device_type: cpu, cuda or mps.
+        base_bytes: What is there without a single tensor: the process, or the device's context.
+        slack: Share of live bytes that the allocator holds on top, when freed memory is kept.
+        slack_returned: The same when freed pages go back to the system (`ReturnFreedPages`, CPU only).
+
+    """
+
+    device_type: DeviceType
+    base_bytes: int
+    slack: float
+    slack_returned: float
+
+    def needs(self, live_bytes: int, callbacks: Iterable[object]) -> int:
+        """Return the bytes that a run with this peak of live tensors needs of the device."""
+        returns = any(type(callback).__name__ == "ReturnFreedPages" for callback in callbacks)
+        return self.base_bytes + round(live_bytes * (1 + (self.slack_returned if returns else self.slack)))
+
+
+GROWTH_BYTES = 70 * MIB
+"""What a process grows by after its imports: loader, loggers, kernels' buffers."""
+
+
+def target_of(device_type: DeviceType, process_bytes: int | None = None) -> Target:
+    """Return the profile of a kind of device; `process_bytes` is this process's resident memory after its imports."""
+    if device_type == "cpu":
+        base = (rss_bytes() if process_bytes is None else process_bytes) + GROWTH_BYTES
+        return Target("cpu", base, slack=0.25, slack_returned=0.05)
+    return Target(device_type, 700 * MIB, slack=0.1, slack_returned=0.1)

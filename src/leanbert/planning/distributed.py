@@ -1,0 +1,92 @@
+"""What a run on several devices will need on each, and what each will send: the balance of DDP and FSDP2.
+
+DDP (Li et al. 2020, VLDB) has the whole model on each device and sums gradients once per step. FSDP2 (ZeRO's stage 3,
+Rajbhandari et al. 2020) has 1/n of parameters, gradients and optimizer state on each, and gathers the parameters of a
+block before each of its passes: 1.5 times as much is sent if there is one micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from leanbert.distributed.sharding import pretend_group
+from leanbert.errors import UserError
+from leanbert.planning.dry_run import RunSettings
+from leanbert.planning.predict import Prediction, predict
+
+
+@dataclass(frozen=True)
+class DistributedPrediction:
+    """Memory of each device, and the bytes it sends in an optimizer step, by collective.
+
+    Left out are the number of targets and the loss, which ranks add up in each step: a few bytes.
+    """
+
+    prediction: Prediction
+    sent_by_collective: dict[str, int]
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that each device sends in an optimizer step."""
+        return sum(self.sent_by_collective.values())
+
+
+def predict_distributed(
+    settings: RunSettings, devices: int, strategy: Literal["ddp", "fsdp2"], *, exact: bool = False
+) -> DistributedPrediction:
+    """Return what a run on `devices` devices will need and send on each.
+
+    The step of FSDP2 is rehearsed as rank 0 of a process group that is not there, with blocks and model sharded as in
+    `shard`; its collectives are those of the trace. The step of DDP is that of one device, for DDP's reducer reads
+    tensors that have no values in a rehearsal; `predict` adds its buckets, which are reduced once per step, however
+    many micro-batches there are (`no_sync`).
+
+    Args:
+        settings: The run; its batch is shared, unless `settings.rows` says what each device takes.
+        devices: All devices, of all nodes.
+        strategy: `ddp`, or `fsdp2` as in Lightning's `ModelParallelStrategy`, whose micro-batches gather parameters
+            and reduce gradients each.
+        exact: As in `predict`.
+
+    Raises:
+        UserError: The batch cannot be shared, techniques cannot combine with each other or with the strategy, or this
+            process is part of a distributed run.
+
+    """
+    if devices == 1:
+        return DistributedPrediction(predict(settings, exact=exact), {})
+    shared = replace(settings, rows=settings.rows or _share(settings, devices), devices=devices)
+    if strategy == "fsdp2":
+        with pretend_group(devices) as mesh:
+            prediction = predict(replace(shared, mesh=mesh), exact=exact)
+    else:
+        prediction = predict(shared, exact=exact)
+    sent = {kind: ring_bytes(kind, size, devices) for kind, size in prediction.collectives.items()}
+    return DistributedPrediction(prediction, sent)
+
+
+def ring_bytes(collective: str, size_bytes: int, devices: int) -> int:
+    """Return the bytes that each device sends in a ring.
+
+    A device sends n - 1 of the n parts of a tensor to its neighbour; an all-reduce does so twice, to reduce and to
+    gather (Thakur et al. 2005, section 4; the bus bandwidth of NCCL's tests is defined by the same factors).
+
+    Args:
+        collective: One of `sharding.KINDS`.
+        size_bytes: The whole tensor: what a device has after a gather, or before a reduction.
+        devices: n.
+
+    """
+    rounds = 2 if collective == "all_reduce" else 1
+    return round(rounds * (devices - 1) * size_bytes / devices)
+
+
+def _share(settings: RunSettings, devices: int) -> int:
+    batch = settings.rows_per_step
+    if devices < 1 or batch % devices:
+        raise UserError(
+            f"data.batch_size: {batch} is the batch over all devices and not divisible by their number ({devices}). "
+            f"Set a multiple of {devices}."
+        )
+    return batch // devices

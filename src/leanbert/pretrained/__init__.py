@@ -1,0 +1,1 @@
+"""Models from disk, and new ones."""

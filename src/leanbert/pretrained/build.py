@@ -1,0 +1,218 @@
+"""One function that makes a model with its initial weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from leanbert.errors import UserError
+from leanbert.models.attention import SelfAttention
+from leanbert.models.base import ENCODER, EncoderModel
+from leanbert.models.config import EncoderConfig, ResolvedConfig
+from leanbert.models.embeddings import INIT_STD
+from leanbert.models.encoder import FeedForward
+from leanbert.models.mlm import MaskedLanguageModel
+from leanbert.models.stored import StateDict, Stored
+from leanbert.pretrained.architectures import make_model
+from leanbert.pretrained.huggingface.classes import read_layout
+from leanbert.pretrained.huggingface.convert import read_huggingface
+from leanbert.pretrained.weights import read_checkpoint
+from leanbert.untrusted import read_json
+
+OFFSETS = (-1, 1, -2, 2)
+"""Neighbours at which the first heads of a model with learned positions look at first."""
+POSITION_RMS = 0.1
+"""Size of their positions at first: five times that of tokens, which grow."""
+NEIGHBOUR_GAIN = 0.8
+"""Size of their query and key weights: enough for most of the attention to fall on the neighbour."""
+
+
+def build_model(
+    config: EncoderConfig,
+    vocab_size: int,
+    make: Callable[[ResolvedConfig], Any] = MaskedLanguageModel,
+    *,
+    init_from: str | Path | None = None,
+    unigram_counts: np.ndarray | None = None,
+) -> Any:
+    """Build, then load or initialise; in torch's default dtype and device.
+
+    Args:
+        config: Architecture of a new model.
+        vocab_size: Tokens of the tokenizer, V.
+        make: Makes an `EncoderModel` of a whole configuration.
+        init_from: Hugging Face folder or LeanBERT checkpoint: its architecture and weights replace those of `config`,
+            of which only `dropout` and `attention_dropout`, where set, count. Of a model of another task the encoder is
+            taken, and what its head has in common (`EncoderModel.inherits`).
+        unigram_counts: Integers [V]: a new masked language model's output bias begins at the log frequencies.
+
+    Raises:
+        UserError: Settings or weights that do not fit, or weights for another vocabulary.
+
+    """
+    if init_from is None:
+        rows = max(config.vocab_size or 0, vocab_size)  # an imported model may have more rows than its tokenizer
+        model = make(config.resolved().with_vocabulary(rows))
+        initialise(model)
+        if unigram_counts is not None:
+            set_unigram_bias(model, unigram_counts)
+    else:
+        model = _load(config, vocab_size, make, read_stored(Path(init_from)), Path(init_from))
+    return model
+
+
+@torch.no_grad()
+def initialise(model: EncoderModel) -> None:
+    """Draw new weights: normal with standard deviation 0.02, biases 0, norms 1; stored padding rows 0.
+
+    With pre-norm the output projections of both branches are 0, so that each block begins as the identity
+    (Bachlechner et al. 2020, arXiv 2003.04887, gate the branches to the same end).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            module.weight.normal_(std=INIT_STD)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            module.bias.zero_()
+    for table, tokens in model.token_tables:
+        table[tokens:].zero_()
+    if model.config.norm_position == "pre":
+        for module in model.modules():
+            if isinstance(module, SelfAttention | FeedForward):
+                module.output.weight.zero_()
+    if model.config.position == "learned":
+        look_at_neighbours(model)
+
+
+@torch.no_grad()
+def look_at_neighbours(model: EncoderModel) -> None:
+    """Let heads of the first block begin by looking at the token before, after, two before and two after.
+
+    With a learned table nothing says at first what is next to what, and training stays at the loss of word counts
+    for thousands of steps until such heads have formed (Clark et al. 2019, arXiv 1906.04341, find them in trained
+    BERTs). Here positions begin as sines and cosines in the first `head_size` dimensions, which tokens leave free, and
+    queries and keys as that part of the input, the query turned by the offset: Trockman and Kolter 2023,
+    arXiv 2305.09828, likewise begin attention as trained models have it. All of it is trained like any weight.
+    """
+    embeddings, size = model.encoder.embeddings, model.config.head_size
+    if embeddings.position is None or size < 2:
+        return
+    pairs = size // 2
+    # in float32, for bfloat16 has no whole numbers between 256 and 258;
+    # the power leaves no distance at which all waves agree again, as equal steps would
+    frequency = math.pi * ((torch.arange(pairs, dtype=torch.float32) + 0.5) / pairs) ** 1.5  # [pairs], radians
+    angle = torch.arange(model.config.max_positions)[:, None] * frequency  # [positions, pairs]
+    embeddings.position.weight[:, : 2 * pairs] = torch.cat((angle.cos(), angle.sin()), 1) * (POSITION_RMS * 2**0.5)
+    embeddings.token.weight[:, : 2 * pairs] = 0.0
+    attention: Any = model.encoder.blocks[0].attention
+    projections = attention.qkv.weight.view(3, attention.num_heads, size, -1)
+    query, key = projections[0, : len(OFFSETS)], projections[1, : len(OFFSETS)]  # [heads, d, D]
+    projections[:2, : len(OFFSETS)] = 0.0
+    cosine, sine = torch.arange(pairs), torch.arange(pairs) + pairs
+    for offset, head_query, head_key in zip(OFFSETS, query, key, strict=False):
+        turn = frequency * offset
+        along, across = ((NEIGHBOUR_GAIN * part).to(head_key.dtype) for part in (turn.cos(), turn.sin()))
+        head_key[cosine, cosine] = head_key[sine, sine] = NEIGHBOUR_GAIN
+        head_query[cosine, cosine] = head_query[sine, sine] = along
+        head_query[sine, cosine] = across
+        head_query[cosine, sine] = -across
+
+
+@torch.no_grad()
+def set_unigram_bias(model: MaskedLanguageModel, counts: np.ndarray) -> None:
+    """Let the head begin at the log unigram frequencies, with one added to each count.
+
+    `counts` are integers [<= V], occurrences per token id. Raises `ValueError` if there are more than rows.
+    """
+    size = model.head.vocab_size
+    if counts.ndim != 1 or len(counts) > size:
+        raise ValueError(f"unigram counts have shape {counts.shape}, the vocabulary has {size} tokens")
+    smoothed = np.pad(counts, (0, size - len(counts))).astype(np.float64) + 1.0
+    model.head.bias[:size] = torch.tensor(np.log(smoothed / smoothed.sum()), dtype=model.head.bias.dtype)
+
+
+def read_stored(source: Path) -> Stored:
+    """Read a Hugging Face folder or a LeanBERT checkpoint."""
+    return read_huggingface(source) if source.is_dir() else read_checkpoint(source)
+
+
+def read_architecture(source: Path) -> Stored:
+    """Read what a Hugging Face folder or a LeanBERT checkpoint says of its model, without the weights."""
+    if not source.is_dir():
+        return read_checkpoint(source)._replace(state={})
+    path = source / "config.json"
+    layout = read_layout(read_json(path), path)
+    return Stored(layout.config, {}, layout.task, layout.facts)
+
+
+def starting_config(config: EncoderConfig, stored: Stored) -> ResolvedConfig:
+    """Return the architecture of a stored model, with the dropout that `config` sets."""
+    rates = {"dropout": config.dropout, "attention_dropout": config.attention_dropout}
+    changed: dict[str, Any] = {name: rate for name, rate in rates.items() if rate is not None}
+    return replace(stored.config, **changed).resolved()
+
+
+def rebuild(stored: Stored, vocab_size: int, source: Path, target_vocab_size: int | None = None) -> Any:
+    """Return the model that was stored at `source`, of its own task.
+
+    Raises:
+        UserError: It knows fewer than `vocab_size` tokens (its decoder: than `target_vocab_size`, if they are its own),
+            or its weights do not fit.
+
+    """
+    if target_vocab_size is not None and (known := stored.facts["target_vocab_size"]) < target_vocab_size:
+        raise UserError(
+            f"{source}: the decoder knows {known} tokens, the tokenizer of targets has {target_vocab_size}. "
+            "Use the tokenizer that belongs to the model"
+        )
+
+    def make(config: ResolvedConfig) -> Any:
+        return make_model(config, stored.task, stored.facts)
+
+    return _load(EncoderConfig(), vocab_size, make, stored, source)
+
+
+def _load(
+    config: EncoderConfig, vocab_size: int, make: Callable[[ResolvedConfig], Any], stored: Stored, source: Path
+) -> Any:
+    known = stored.config.vocab_size
+    if known is None or known < vocab_size:
+        raise UserError(
+            f"{source}: the model knows {known} tokens, the tokenizer has {vocab_size}. "
+            "Use the tokenizer that belongs to the model (data.tokenizer)"
+        )
+    model = make(starting_config(config, stored))
+    if stored.task == model.task:
+        model.check_stored(stored, source)
+    initialise(model)
+    state = {name: tensor for name, tensor in stored.state.items() if model.inherits(name, stored)}
+    load_weights(model, state, source, partial=stored.task != model.task or len(state) < len(stored.state))
+    if stored.task != model.task:
+        model.warm_start()
+    return model
+
+
+def load_weights(model: EncoderModel, state: StateDict, source: Path, partial: bool = False) -> None:
+    """Copy `state` into `model`; a `partial` one, or one of an encoder alone, leaves the rest as it is.
+
+    Raises `UserError`, naming `source`, if a key is missing, unexpected or of another shape.
+    """
+    wanted = model.state_dict()
+    partial |= all(name.startswith(ENCODER) for name in state)
+    missing = [name for name in wanted if name not in state and (not partial or name.startswith(ENCODER))]
+    unknown = [name for name in state if name not in wanted]
+    for problem, names in (("lack", missing), ("have unexpected", unknown)):
+        if names:
+            raise UserError(f"{source}: the weights {problem} {names[0]} ({len(names)} in all). Save it again")
+    for name, tensor in state.items():
+        if (found := list(tensor.shape)) != (shape := list(wanted[name].shape)):
+            raise UserError(
+                f"{source}: {name} has shape {found}, the model asks for {shape}. Take weights of the same architecture"
+            )
+    model.load_state_dict(state, strict=False)

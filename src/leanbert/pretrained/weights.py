@@ -1,0 +1,110 @@
+"""Weights from disk, read so that no file can run code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from leanbert.errors import UserError
+from leanbert.models.config import EncoderConfig
+from leanbert.models.stored import StateDict, Stored
+from leanbert.untrusted import check_sums, first_line, load_pickled, read_json, refuse_pointer
+
+POSITION_IDS = "position_ids"
+"""Of old files: integers that say that positions are 0, 1, 2 and so on."""
+
+MODEL_PREFIX = "model."
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def read_folder(folder: Path) -> StateDict:
+    """Read all weights of a Hugging Face folder, one file or sharded, on the CPU in their stored dtype.
+
+    Raises `UserError` if there is none, or one is damaged or carries code, or a tensor is not one of numbers.
+    """
+    for name in FOLDER_FILES:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return _checked(_read_file(folder / name), folder / name)
+        if index.is_file():
+            return _checked(_read_shards(index), index)
+    raise UserError(f"{folder}: no {' or '.join(FOLDER_FILES)} in it. Save the model there first")
+
+
+def read_checkpoint(path: Path) -> Stored:
+    """Read a LeanBERT checkpoint; tensors stay mapped to the file.
+
+    Raises `UserError` if it is missing, damaged, carries code, or is not of LeanBERT.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint or folder. Correct model.init_from")
+    fix = "Use another checkpoint of the run."
+    stored = unpack(load_pickled(path, fix), path)
+    check_sums(path, fix)
+    return stored
+
+
+def unpack(checkpoint: Any, path: Path) -> Stored:
+    """Return the model in a checkpoint read from `path`. Raises `UserError` if it is not of LeanBERT."""
+    try:
+        kept = checkpoint["leanbert"]
+        config = EncoderConfig(**kept["encoder"]).resolved()
+        weights = checkpoint["state_dict"]
+        length = {"max_length": kept["max_length"]} if "max_length" in kept else {}
+        facts = {**length, **kept.get("data", {}), **kept.get("model", {})}
+        prefix = MODEL_PREFIX
+        state = {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not a LeanBERT checkpoint. Name a .ckpt of a run, or a folder") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return Stored(config, state, kept.get("task", "mlm"), facts)
+
+
+def _read_file(path: Path) -> StateDict:
+    if path.suffix != ".safetensors":
+        state = load_pickled(path, "Ask for a .safetensors file.")
+        if not isinstance(state, dict) or not all(
+            isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+        ):
+            raise UserError(f"{path}: not a table of tensors. Save it with save_pretrained")
+        return state
+    refuse_pointer(path)
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)}). Copy the file again") from None
+
+
+def _read_shards(index: Path) -> StateDict:
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) and Path(name).name for name in shards.values()):
+        raise UserError(f"{index}:1: no weight_map from weights to names of files. Save the model again")
+    # Only the last part of the name counts: an index must not reach out of its folder.
+    files = {weight: index.parent / Path(name).name for weight, name in shards.items()}
+    state: StateDict = {}
+    for path in sorted(set(files.values())):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file, though {index.name} lists it. Copy it too")
+        found = _read_file(path)
+        if lost := min({weight for weight, file in files.items() if file == path} - found.keys(), default=None):
+            raise UserError(f"{path}: lacks {lost}, which {index.name} says is in it. Take all files from one model")
+        state |= {weight: tensor for weight, tensor in found.items() if files.get(weight, path) == path}
+    return state
+
+
+def _checked(state: StateDict, path: Path) -> StateDict:
+    for name, tensor in state.items():
+        problem = None
+        if not tensor.is_floating_point() and not name.endswith(POSITION_IDS):
+            problem = f"is of {str(tensor.dtype).removeprefix('torch.')}, not of a floating type"
+        elif tensor.layout != torch.strided or tensor.device.type != "cpu":
+            problem = "has no values that could be read"
+        if problem:
+            raise UserError(f"{path}: {name} {problem}. Save the model again with save_pretrained")
+    return state

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+
+from leanbert.data.formats.fields import columns_of, has_field, items_of, text_of, value_of
+from leanbert.errors import UserError
+
+RECORD = {"a": {"b": 1, "c.d": {"e": None}, "f": {"g": "deep"}}, "a.b": 2, "a.f": "flat", "text": "t", "none": None}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("a.b", 2), ("a.c.d.e", None), ("a.f.g", "deep"), ("a.f", "flat"), ("text", "t"), ("a.c.d", {"e": None})],
+)
+def test_a_field_inside_a_field_is_named_with_a_dot(field: str, value: object) -> None:
+    assert value_of("x:1", RECORD, field) == value
+    assert has_field(RECORD, field)
+
+
+@pytest.mark.parametrize("field", ["b", "a.x", "text.x", "a.b.c", "", "a.", ".a"])
+def test_what_is_not_there(field: str) -> None:
+    assert not has_field(RECORD, field)
+    with pytest.raises(UserError) as caught:
+        value_of("x:1", RECORD, field)
+    assert str(caught.value) == (
+        f'x:1: no field "{field}". Set the name of the field (data.text_field, or its like); '
+        "here is 'a', 'a.b', 'a.f', 'text', 'none'"
+    )
+
+
+def test_texts() -> None:
+    assert text_of("x:1", RECORD, "a.f.g") == "deep"
+    assert text_of("x:1", RECORD, "none") == ""
+    assert text_of("x:1", {"t": "\U0001f600\0\u2028"}, "t") == "\U0001f600\0\u2028"
+    for value, name in ((3, "int"), (1.5, "float"), (True, "bool"), (["a"], "list"), ({"a": "b"}, "dict")):
+        with pytest.raises(UserError, match=rf'^x:1: no text in field "t" \({name}\)\. Set the name of the field'):
+            text_of("x:1", {"t": value}, "t")
+
+
+def test_half_characters_are_refused() -> None:
+    message = r'^x:1: the text in field "t" holds half a character \(\'\\ud83d\'\), which no UTF-8 can spell\.'
+    with pytest.raises(UserError, match=message):
+        text_of("x:1", {"t": "a \ud83d b"}, "t")
+    with pytest.raises(UserError, match=message):
+        items_of("x:1", {"t": ["a", "\ud83d"]}, "t", str)
+
+
+def test_lists() -> None:
+    assert items_of("x:1", {"a": {"b": ["c", "d"]}}, "a.b", str) == ["c", "d"]
+    for value in (None, "c", ["c", 1], [None]):
+        with pytest.raises(UserError, match=r'^x:1: field "t" is no list of str\.'):
+            items_of("x:1", {"t": value}, "t", str)
+
+
+def test_columns() -> None:
+    names = ["id", "a", "a.b", "in", "in"]
+    assert columns_of("x", names, ["a.b"], ["id", "other"]) == ["id", "a", "a.b"]
+    with pytest.raises(UserError, match=r'^x: 2 columns are called "in"\. Rename all but one$'):
+        columns_of("x", names, ["in.c"])
+    with pytest.raises(UserError, match=r'^x: no field "b"\.'):
+        columns_of("x", names, ["b"])

@@ -1,0 +1,183 @@
+"""Memory and communication of several devices, against numbers that follow from the sizes of a tiny model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from leanbert.callbacks.techniques.accumulation import GradientAccumulation
+from leanbert.callbacks.techniques.activations import ActivationCheckpointing, LayerMajor
+from leanbert.callbacks.techniques.pruning import MagnitudePruning
+from leanbert.data.mlm import MaskedLMData
+from leanbert.distributed.sharding import pretend_group
+from leanbert.errors import UserError
+from leanbert.models.config import EncoderConfig
+from leanbert.optim.build import OptimizerConfig
+from leanbert.planning import distributed
+from leanbert.planning.distributed import predict_distributed, ring_bytes
+from leanbert.planning.dry_run import RunSettings
+from leanbert.planning.predict import predict
+from leanbert.pretrained.build import build_model
+from leanbert.tasks.mlm import MaskedLM
+
+VOCABULARY = 256
+DEVICES = 4
+
+
+def encoder(layers=3):  # each first dimension is divisible by 4, but for the 2 segments
+    return EncoderConfig(
+        preset="bert", num_layers=layers, hidden_size=32, num_heads=2, intermediate_size=64, max_positions=32
+    )
+
+
+def settings(*callbacks, layers=3, optimizer="adamw", precision="32-true", batch_size=16) -> RunSettings:
+    task = MaskedLM(encoder(layers), OptimizerConfig(name=optimizer))
+    data = MaskedLMData(vocab_size=VOCABULARY, max_length=32, batch_size=batch_size)
+    return RunSettings(task, data, tuple(callbacks), precision, vocab_size=VOCABULARY)
+
+
+def parameter_bytes(multiple=1) -> tuple[int, int]:
+    """Return float32 bytes in blocks and outside of them, with first dimensions rounded up as equal shards need it."""
+    model: nn.Module = build_model(encoder(), VOCABULARY)
+
+    def count(module):
+        return sum(-(-p.shape[0] // multiple) * multiple * p[0].numel() * 4 for p in module.parameters())
+
+    return count(model.encoder.blocks), count(model) - count(model.encoder.blocks)
+
+
+def test_ring_sends_all_parts_but_one():
+    assert ring_bytes("all_reduce", 4000, 4) == 6000
+    assert ring_bytes("all_gather", 4000, 4) == ring_bytes("reduce_scatter", 4000, 4) == 3000
+    assert ring_bytes("all_reduce", 1000, 2) == 1000
+
+
+def test_one_device_is_the_plain_prediction():
+    for strategy in ("ddp", "fsdp2"):
+        result = predict_distributed(settings(), 1, strategy)
+        assert result.prediction == predict(settings())
+        assert result.sent_bytes == 0
+
+
+def test_ddp_adds_a_copy_of_the_gradients_and_reduces_it_once():
+    gradients = sum(parameter_bytes())
+    alone = predict(replace(settings(), rows=4))
+    for callbacks in ([], [GradientAccumulation(2)]):
+        result = predict_distributed(settings(*callbacks), DEVICES, "ddp")
+        assert result.sent_by_collective == {"all_reduce": 2 * 3 * gradients // 4}
+        assert result.sent_bytes == 2 * 3 * gradients // 4
+    plain = predict_distributed(settings(), DEVICES, "ddp").prediction
+    assert plain.by_phase == {phase: size + gradients for phase, size in alone.by_phase.items()}
+    assert plain.phases["optimizer"]["gradients"] == 2 * gradients
+    assert plain.flops == alone.flops
+
+
+def test_ddp_gradients_in_bfloat16_are_half_as_much():
+    result = predict_distributed(settings(precision="bf16-true"), DEVICES, "ddp")
+    assert result.sent_bytes == 3 * sum(parameter_bytes()) // 4
+
+
+def test_fsdp2_shards_what_stays():
+    whole, padded = sum(parameter_bytes()), sum(parameter_bytes(DEVICES))
+    assert padded - whole == 2 * 32 * 4  # two rows of segments
+    update = predict_distributed(settings(), DEVICES, "fsdp2").prediction.phases["optimizer"]
+    assert update["parameters"] == update["gradients"] == padded // 4
+    alone = predict(replace(settings(), rows=4)).phases["optimizer"]
+    counters = alone["optimizer"] - 2 * whole  # of steps, which each device has
+    assert 0 < counters < 400
+    assert update["optimizer"] == 2 * padded // 4 + counters
+
+
+def test_fsdp2_gathers_blocks_twice_and_the_rest_once():
+    blocks, rest = parameter_bytes(DEVICES)
+    result = predict_distributed(settings(), DEVICES, "fsdp2")
+    assert result.sent_by_collective == {
+        "all_gather": 3 * (2 * blocks + rest) // 4,
+        "reduce_scatter": 3 * (blocks + rest) // 4,
+    }
+    forward = result.prediction.phases["forward"]
+    assert forward["parameters"] == (blocks + rest) // 4 + rest + 2 * blocks // 3  # a block in use, and as it came
+
+
+def test_fsdp2_gathers_and_reduces_for_each_micro_batch():
+    once = predict_distributed(settings(batch_size=32), DEVICES, "fsdp2")
+    result = predict_distributed(settings(GradientAccumulation(2), batch_size=32), DEVICES, "fsdp2")
+    assert result.sent_by_collective == {kind: 4 * size for kind, size in once.sent_by_collective.items()}
+
+
+def test_fsdp2_reduces_the_norm_once_per_step():
+    clipped = replace(settings(GradientAccumulation(1)), clip=1.0)
+    more, fewer = (predict_distributed(replace(clipped, rows=rows), DEVICES, "fsdp2") for rows in (4, 2))
+    norms = fewer.sent_by_collective["all_reduce"]
+    assert more.sent_by_collective["all_reduce"] == norms > 0
+    assert more.sent_by_collective["all_gather"] == 2 * fewer.sent_by_collective["all_gather"]
+
+
+def test_muon_gathers_in_the_update():
+    plain, muon = (predict_distributed(settings(optimizer=name), DEVICES, "fsdp2") for name in ("adamw", "muon"))
+    assert muon.sent_by_collective["all_gather"] > plain.sent_by_collective["all_gather"]
+    assert muon.sent_by_collective["reduce_scatter"] == plain.sent_by_collective["reduce_scatter"]
+
+
+def test_small_stacks_tell_of_large_ones():
+    run = settings(ActivationCheckpointing(), layers=7)
+    extrapolated, exact = (predict_distributed(run, DEVICES, "fsdp2", exact=exact) for exact in (False, True))
+    assert extrapolated == exact
+
+
+def test_validation_batch_is_shared():
+    run = settings()
+    run.data.hparams["val_batch_size"] = 32
+    shared = predict_distributed(run, DEVICES, "ddp").prediction.phases["validation"]["activations"]
+    run.data.hparams["val_batch_size"] = 8
+    assert shared == predict(run).phases["validation"]["activations"]
+
+
+def test_batch_that_cannot_be_shared():
+    with pytest.raises(UserError, match=r"data\.batch_size: 16 .* \(10\)"):
+        predict_distributed(settings(), 10, "ddp")
+
+
+@pytest.mark.parametrize(
+    ("run", "strategy", "reason"),
+    [
+        (settings(LayerMajor(2)), "fsdp2", "LayerMajor: runs blocks inside an autograd function"),
+        (settings(MagnitudePruning()), "fsdp2", "MagnitudePruning has to see them whole"),
+        (settings(optimizer="adamw8bit"), "fsdp2", "updates in slices"),
+        (settings(precision="bf16-true"), "fsdp2", "updates in slices"),
+        (settings(optimizer="adafactor"), "fsdp2", "adafactor cannot update sharded"),
+    ],
+)
+def test_refused_as_in_a_run(run, strategy, reason):
+    with pytest.raises(UserError, match=reason):
+        predict_distributed(run, DEVICES, strategy)
+    assert not dist.is_initialized()
+
+
+def test_group_is_gone_after_an_error(monkeypatch):
+    def fail(*_, **__):
+        assert dist.get_world_size() == DEVICES
+        raise RuntimeError("in the middle")
+
+    monkeypatch.setattr(distributed, "predict", fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        predict_distributed(settings(), DEVICES, "fsdp2")
+    assert not dist.is_initialized()
+
+
+def test_refuses_inside_a_distributed_run():
+    with pretend_group(2):
+        with pytest.raises(UserError, match="process of its own"):
+            predict_distributed(settings(), DEVICES, "fsdp2")
+        assert dist.get_world_size() == 2  # the run's group is still there
+    assert not dist.is_initialized()
+
+
+def test_storages_are_resized_as_before():
+    resize = torch.UntypedStorage.resize_
+    predict_distributed(settings(), DEVICES, "fsdp2")
+    assert torch.UntypedStorage.resize_ is resize

@@ -1,0 +1,77 @@
+"""A tiny sequence to sequence model, and batches of pairs for it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from leanbert.data.batches.batch import PairBatch, PredictBatch
+from leanbert.data.batches.loading import pad_rows
+from leanbert.data.pairs import blank_pairs
+from leanbert.models.seq2seq import Seq2SeqModel
+from leanbert.pretrained.build import build_model
+from tests.tiny import VOCABULARY, tiny_config
+
+BEGIN, END = 2, 3
+
+
+def tiny_seq2seq(
+    dtype=torch.float64, seed=0, layers=None, start="random", vocabulary=VOCABULARY, noise=0.05, targets=None,
+    copy=False, **changes
+):  # fmt: skip
+    """`targets`: tokens of targets where they have a vocabulary of their own; `copy`: with a pointer."""
+    torch.manual_seed(seed)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = build_model(
+            tiny_config(**changes),
+            vocabulary,
+            lambda config: Seq2SeqModel(config, layers, start, target_vocab_size=targets, copy=copy),
+        )
+    finally:
+        torch.set_default_dtype(default)
+    with torch.no_grad():  # zero output projections would hide what blocks do
+        for parameter in model.parameters():
+            parameter.add_(noise * torch.randn_like(parameter))
+    return model
+
+
+def some_pairs(count=9, seed=0, vocabulary=VOCABULARY, longest=8, targets=None):
+    """Sources and targets (below `targets`, else as sources) of 1 to `longest` tokens between begin and end."""
+    chance = np.random.default_rng(seed)
+
+    def text(below):
+        return [BEGIN, *chance.integers(5, below, chance.integers(1, longest + 1)).tolist(), END]
+
+    return [(text(vocabulary), text(targets or vocabulary)) for _ in range(count)]
+
+
+def pack(rows, source_length, target_length) -> PairBatch:
+    """Rows of pairs as a batch."""
+    blank = blank_pairs(len(rows), source_length, target_length, 0, 0)
+    for place, row in enumerate(rows):
+        start = begin = 0
+        for document, (source, target) in enumerate(row):
+            here, there = slice(start, start + len(source)), slice(begin, begin + len(target) - 1)
+            blank["input_ids"][place, here], blank["position_ids"][place, here] = source, np.arange(len(source))
+            blank["document_ids"][place, here] = document
+            blank["decoder_ids"][place, there] = target[:-1]
+            blank["decoder_position_ids"][place, there] = np.arange(len(target) - 1)
+            blank["decoder_document_ids"][place, there] = document
+            blank["targets"][place, there] = target[1:]
+            start, begin = here.stop, there.stop
+    return PairBatch(**{name: torch.from_numpy(array) for name, array in blank.items()})
+
+
+def packed_batch(seed=0, targets=None) -> PairBatch:
+    """Four rows of 1 to 3 pairs, with padding."""
+    pairs = some_pairs(9, seed, targets=targets)
+    return pack([pairs[:3], pairs[3:6], pairs[6:8], pairs[8:]], 32, 30)
+
+
+def source_batch(sources, extra=0) -> PredictBatch:
+    """Sources as a batch to generate from, with `extra` places of padding more than needed."""
+    ids, positions, documents = pad_rows([*sources, [0] * (max(map(len, sources)) + extra)], 0)
+    tensors = [torch.from_numpy(array[:-1].copy()) for array in (ids, positions, documents)]
+    return PredictBatch(["" for _ in sources], *tensors, torch.zeros_like(tensors[0]))

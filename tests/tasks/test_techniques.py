@@ -1,0 +1,150 @@
+"""Every technique alone and in pairs, through the command line's code, on a tiny model."""
+
+from pathlib import Path
+
+import pytest
+
+from leanbert.errors import UserError
+from leanbert.memory.offload import DiskStorage
+from leanbert.tasks.techniques import Surroundings, Techniques, apply, refuse
+from tests.corpus import write_corpus
+from tests.tiny import tiny_model
+from tests.training import fit, scalars
+
+ROOT = Path(__file__).parents[2]
+SMALL = ("--data.batch_size=16",)  # so that the micro-batches of the overlays cut it
+
+EXACT = {
+    "accumulation": 1e-5,
+    "oom_recovery": 0.0,
+    "checkpointing": 1e-5,
+    "selective_checkpointing": 1e-5,
+    "offload": 1e-5,
+    "chunked_head": 1e-5,
+    "layer_major": 1e-5,
+    "optimizer_in_backward": 1e-5,
+    "return_pages": 0.0,
+}
+"""Techniques that do not change training, and how far float32 sums in another order move the loss of 4 steps."""
+APPROXIMATE = {
+    "bf16_mixed": 0.02,
+    "fp16_mixed": 0.02,
+    "bf16_true": 0.05,
+    "adamw_8bit": 0.02,
+    "adamw_4bit": 0.05,
+    "adama": 0.05,
+    "adafactor": 0.5,
+    "lean": 0.05,
+    "pruning": 0.1,
+    "pruning_2_4": 0.1,
+    "structured_pruning": 0.1,
+}
+"""The others, and how far they may move it."""
+NOT_ON_CPU = {"offload_host"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("techniques")
+    write_corpus(folder / "train.txt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    return losses(fit(folder, *SMALL))
+
+
+def losses(cli):
+    return scalars(cli)["train/loss"]
+
+
+def shipped():
+    return {path.stem for path in (ROOT / "configs" / "memory").glob("*.yaml")}
+
+
+def test_every_overlay_is_in_a_table():
+    assert shipped() == set(EXACT) | set(APPROXIMATE) | NOT_ON_CPU
+
+
+@pytest.mark.parametrize("name", [*EXACT, *APPROXIMATE])
+def test_alone_and_resumed(folder, plain, name):
+    cli = fit(folder, *SMALL, "--checkpoint.every_n_steps=2", overlays=(name,))
+    whole, allowed = losses(cli), {**EXACT, **APPROXIMATE}[name]
+    assert whole.keys() == plain.keys()
+    for step, value in whole.items():
+        assert value == pytest.approx(plain[step], rel=allowed, abs=0), step
+    if name in APPROXIMATE:
+        assert whole != plain, "the technique has done nothing"
+    middle = Path(cli.trainer.log_dir) / "checkpoints" / "step-00000002.ckpt"
+    assert middle.is_file()
+    other = folder / "elsewhere.ckpt"
+    other.write_bytes(middle.read_bytes())
+    resumed = losses(fit(folder, *SMALL, f"--ckpt_path={other}", overlays=(name,)))
+    assert resumed == {step: whole[step] for step in (3, 4)}
+
+
+@pytest.mark.parametrize("importance", ["weight", "taylor"])
+def test_a_run_pruned_in_the_middle_resumes_before_and_after(folder, importance):
+    overlay = folder / "structured.yaml"
+    overlay.write_text(
+        "trainer:\n  callbacks+:\n    - class_path: leanbert.callbacks.techniques.pruning.StructuredPruning\n"
+        f"      init_args: {{at_step: 3, importance: {importance}, importance_steps: 2}}\n"
+    )
+    arguments = (*SMALL, f"--config={overlay}", "--checkpoint.every_n_steps=2", "--checkpoint.keep=9")
+    cli = fit(folder, *arguments, steps=6)
+    whole, model = losses(cli), cli.model.model
+    assert (model.config.num_heads, model.config.head_size, model.config.intermediate_size) == (1, 16, 42)
+    for step in (2, 4):
+        kept = folder / f"{importance}-{step}.ckpt"
+        kept.write_bytes((Path(cli.trainer.log_dir) / "checkpoints" / f"step-0000000{step}.ckpt").read_bytes())
+        resumed = fit(folder, *arguments, f"--ckpt_path={kept}", steps=6)
+        assert losses(resumed) == {later: whole[later] for later in range(step + 1, 7)}
+        assert resumed.model.model.num_parameters == model.num_parameters
+
+
+def test_offload_to_the_host_is_refused_on_a_cpu(folder):
+    with pytest.raises(UserError, match="in host memory already"):
+        fit(folder, overlays=("offload_host",))
+
+
+@pytest.mark.parametrize(
+    ("overlay", "arguments", "reason"),
+    [
+        ("checkpointing", ["--config=configs/memory/selective_checkpointing.yaml"], "is given 2 times"),
+        ("lean", ["--config=configs/memory/accumulation.yaml"], "gradient accumulation"),
+        ("optimizer_in_backward", ["--trainer.gradient_clip_val=1.0"], "gradient_clip_val"),
+        ("selective_checkpointing", ["--model.compile=true"], "keep=input"),
+        ("accumulation", ["--data.batch_size=8"], "does not cut"),
+        ("adama", ["--model.optimizer.name=sgd"], "moments"),
+    ],
+)
+def test_refused_surroundings(folder, overlay, arguments, reason):
+    with pytest.raises(UserError, match=reason):
+        fit(folder, *SMALL, *arguments, overlays=(overlay,))
+
+
+@pytest.mark.parametrize(
+    ("techniques", "around", "reason"),
+    [
+        ({"in_backward": "update"}, {"world_size": 2}, "one device"),
+        ({"in_backward": "accumulate"}, {}, "no effect without GradientAccumulation"),
+        ({"slice_rows": 2}, {"shards": True}, "not gathered"),
+        ({"recovery": True}, {"shards": True}, "smaller micro-batch before the run"),
+        ({"storage": "host"}, {}, "to=disk"),
+    ],
+)
+def test_refusals_that_need_other_devices(techniques, around, reason):
+    with pytest.raises(UserError, match=reason):
+        refuse(Techniques(**techniques), Surroundings("adamw", "32-true", **around))
+    refuse(Techniques(), Surroundings("adamw", "32-true", **around))
+
+
+def test_techniques_are_applied_to_the_model(tmp_path):
+    model = tiny_model(num_layers=3)
+    apply(Techniques(keep="input", keep_every=2, head_chunk=5, storage=tmp_path), model, compile_blocks=True)
+    assert [block.keep for block in model.encoder.blocks] == ["input", "all", "input"]
+    assert model.head_chunk == 5
+    assert isinstance(model.encoder.storage, DiskStorage)
+    assert all(block._compiled_call_impl is not None for block in model.encoder.blocks)
+    assert list(model.state_dict()) == list(tiny_model(num_layers=3).state_dict())
