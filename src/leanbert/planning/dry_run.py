@@ -270,9 +270,9 @@ def _forgo_values(task: Any, trainer: Trainer) -> None:
 
 
 def _store_nowhere(task: Any) -> None:
-    encoder = task.model.encoder
-    if encoder.storage is to_host or isinstance(encoder.storage, DiskStorage):
-        encoder.storage = _Nowhere()
+    for stack in task.model.stacks:
+        if stack.storage is to_host or isinstance(stack.storage, DiskStorage):
+            stack.storage = _Nowhere()
 
 
 def begin(task: Any, trainer: Trainer, batch: Any) -> None:
