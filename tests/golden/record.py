@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from leanbert.cli.app.app import CLI, quiet_libraries
+from leanbert.cli.app import CLI, quiet_libraries
 from tqdm import tqdm
 
 from leanbert.data.samples.synthetic import synthetic_roles
