@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -85,11 +86,6 @@ class RunSettings:
         return int(self.rows or self.data.hparams["batch_size"])
 
     @property
-    def targets_per_row(self) -> int:
-        """Targets of one sequence."""
-        return int(self.data.blank_batch(1).targets.numel())  # type: ignore[attr-defined]
-
-    @property
     def validation_rows(self) -> int:
         """Sequences of a validation batch on each device."""
         shared = self.data.hparams["val_batch_size"]
@@ -103,28 +99,21 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
-class Totals:
-    """What a step adds up to: floating-point operations of its passes and of its update, and bytes.
+class DryRun:
+    """Traces of a step and of a validation batch, and what the step adds up to.
 
-    `gradient_bytes` are those of all gradients of the whole model. The bytes of collectives (`Collectives`) are of
-    each micro-batch together, and of the update.
+    `flops` are those of its passes, `update_flops` those of its update. `gradient_bytes` are those of all gradients of
+    the whole model. The bytes of collectives (`Collectives`) are of each micro-batch together, and of the update.
     """
 
+    step: Timeline
+    validation: Timeline
     flops: int
     update_flops: int
     parameters: int
     gradient_bytes: int
     passes_bytes: dict[str, int]
     update_bytes: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Rehearsal:
-    """Traces of a step and of a validation batch, and the step's totals."""
-
-    step: Timeline
-    validation: Timeline
-    totals: Totals
 
 
 class _Nowhere(DiskStorage):
@@ -145,7 +134,27 @@ class _Nowhere(DiskStorage):
 
 
 class _Fake(FakeTensorMode):
-    """Tensors without values, of which a value that is read back is 1."""
+    """Tensors without values, of which a value that is read back is 1; loops over slices of them are shortened.
+
+    Attributes:
+        flops: Counts the operations by phase of what runs now.
+
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.flops: Counter[str] = Counter()
+
+    def shorten(self, slices: list[slice]) -> Iterator[slice]:
+        """Yield the first slice, the second, which stands for all others of its length, and a shorter last one."""
+        alike = [part for part in slices[1:] if part.stop - part.start == slices[0].stop - slices[0].start]
+        yield from slices[:1]
+        if alike:
+            before = self.flops.copy()
+            yield alike[0]
+            for name, count in self.flops.items():
+                self.flops[name] += (len(alike) - 1) * (count - before[name])
+        yield from slices[1 + len(alike) :]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -159,49 +168,52 @@ class _Place:
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
 
 
-def rehearse(settings: RunSettings, rows: int, *, layers: int | None = None) -> Rehearsal:
+def dry_run(settings: RunSettings, rows: int) -> DryRun:
     """Trace a step of `rows` sequences, with the optimizer's state there before, and a validation batch.
 
     Args:
         settings: The run.
         rows: Sequences of the step on one device.
-        layers: Blocks of the model instead of those of the settings.
 
     Raises:
         UserError: Techniques that cannot combine, or match nothing.
 
     """
-    task, data, trainer = stage(settings, rows, layers)
-    with warnings.catch_warnings(), _Fake(allow_non_fake_inputs=True):
+    task, data, trainer = stage(settings, rows)
+    blank: Any = data.blank_batch  # type: ignore[attr-defined]
+    with warnings.catch_warnings(), _Fake() as mode:
         warnings.simplefilter("ignore")
         set_up(task, trainer)
         _forgo_values(task, trainer)
         build(task, trainer, settings.mesh)
         _store_nowhere(task)
-        batch = data.blank_batch(rows)  # type: ignore[attr-defined]
+        batch = blank(rows)
         begin(task, trainer, batch)
         if settings.mesh is not None:  # sharding allocates in the first step what later ones find
-            take_step(task, trainer, data.blank_batch(1))  # type: ignore[attr-defined]
+            take_step(task, trainer, blank(1))
         existing = [*_tensors_of(task), *_tensors_of(batch)]
-        optimizers = trainer.strategy.optimizers
-        with LiveBytes(task.model, optimizers, existing=existing) as trace:
+        with LiveBytes(task.model, trainer.strategy.optimizers, existing=existing) as trace:
+            mode.flops = trace.flops
             collectives = Collectives(trace)
             with collectives if settings.mesh is not None else nullcontext():  # another mode takes time
                 take_step(task, trainer, batch)
         step = trace.timeline().with_state_before()
-        blank = data.blank_batch(settings.validation_rows, validation=True)  # type: ignore[attr-defined]
-        validation = _validate(task, trainer, blank)
+        validation = _validate(task, trainer, blank(settings.validation_rows, validation=True))
     update = trace.flops["optimizer"]
-    gradient_bytes = sum(parameter.numel() * parameter.itemsize for parameter in trainable(task.model.parameters()))
-    totals = Totals(
-        trace.flops.total() - update, update, task.model.num_parameters,
-        gradient_bytes, dict(collectives.passes), dict(collectives.update),
-    )  # fmt: skip
-    return Rehearsal(step, validation, totals)
+    return DryRun(
+        step,
+        validation,
+        flops=trace.flops.total() - update,
+        update_flops=update,
+        parameters=task.model.num_parameters,
+        gradient_bytes=sum(weight.numel() * weight.itemsize for weight in trainable(task.model.parameters())),
+        passes_bytes=dict(collectives.passes),
+        update_bytes=dict(collectives.update),
+    )
 
 
 def stage(
-    settings: RunSettings, rows: int, layers: int | None, *, real: bool = False
+    settings: RunSettings, rows: int, layers: int | None = None, *, real: bool = False
 ) -> tuple[Any, LightningDataModule, Trainer]:
     """Return copies of task and data, and a trainer with the run's precision and callbacks; no weights yet.
 
@@ -270,9 +282,9 @@ def _forgo_values(task: Any, trainer: Trainer) -> None:
 
 
 def _store_nowhere(task: Any) -> None:
-    encoder = task.model.encoder
-    if encoder.storage is to_host or isinstance(encoder.storage, DiskStorage):
-        encoder.storage = _Nowhere()
+    for stack in task.model.stacks:
+        if stack.storage is to_host or isinstance(stack.storage, DiskStorage):
+            stack.storage = _Nowhere()
 
 
 def begin(task: Any, trainer: Trainer, batch: Any) -> None:

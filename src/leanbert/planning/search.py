@@ -7,6 +7,7 @@ never changes.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from leanbert.optim.build import STATE_BITS
 from leanbert.planning import overlays
 from leanbert.planning.device import Target
 from leanbert.planning.dry_run import RunSettings
-from leanbert.planning.predict import MicroBatches, Prediction, predict
+from leanbert.planning.predict import Prediction, predict
 
 STATEFUL = ("adam", "adamw", "muon")
 """Optimizers whose state low-bit AdamW can take the place of."""
@@ -154,13 +155,10 @@ def _with_micro_batch(
     if chosen is not None and chosen.micro_batch in sizes:
         return trials.candidate(names, chosen.micro_batch)
     smallest = trials.candidate(names, sizes[0])
-    if budget_bytes is None or chosen is not None:
+    if budget_bytes is None or chosen is not None or smallest.needs_bytes > budget_bytes:
         return smallest
-    for size in reversed(sizes):
-        found = trials.candidate(names, size)
-        if found.needs_bytes <= budget_bytes:
-            return found
-    return smallest
+    fitting = bisect_right(sizes, budget_bytes, key=lambda size: trials.candidate(names, size).needs_bytes)
+    return trials.candidate(names, sizes[fitting - 1])
 
 
 def micro_batches(rows: int) -> list[int]:
@@ -173,26 +171,21 @@ def micro_batches(rows: int) -> list[int]:
 
 
 class _Trials:
-    """Candidates of one given configuration; what differs in nothing that tensors see is rehearsed once."""
+    """Candidates of one given configuration; what differs in nothing that tensors see has one dry run."""
 
     def __init__(self, settings: RunSettings, target: Target) -> None:
         self.settings, self.target = settings, target
-        self._whole: dict[tuple[str, ...], Prediction] = {(): predict(settings)}
-        self._cut: dict[tuple[str, ...], MicroBatches] = {}
-        needs = target.needs(self._whole[()].peak_bytes, settings.callbacks)
-        self.given = Candidate((), settings.micro_batch, self._whole[()], needs, 0.0, {})
+        prediction = predict(settings)
+        self._predictions: dict[tuple[tuple[str, ...], int | None], Prediction] = {((), None): prediction}
+        needs = target.needs(prediction.peak_bytes, settings.callbacks)
+        self.given = Candidate((), settings.micro_batch, prediction, needs, 0.0, {})
 
     def candidate(self, names: tuple[str, ...], micro_batch: int | None) -> Candidate:
         """Return a set of techniques, with its micro-batch if it has one."""
         seen = tuple(name for name in names if name != "return_pages")
-        if micro_batch is None:
-            if seen not in self._whole:
-                self._whole[seen] = predict(self._changed(seen, None))
-            prediction = self._whole[seen]
-        else:
-            if seen not in self._cut:
-                self._cut[seen] = MicroBatches(lambda size: self._changed(seen, size))
-            prediction = self._cut[seen].predict(micro_batch)
+        if (seen, micro_batch) not in self._predictions:
+            self._predictions[seen, micro_batch] = predict(self._changed(seen, micro_batch))
+        prediction = self._predictions[seen, micro_batch]
         needs = self.target.needs(prediction.peak_bytes, self._changed(names, micro_batch).callbacks)
         added = prediction.flops / self.given.prediction.flops - 1
         overlay = self._overlay(names, micro_batch)
