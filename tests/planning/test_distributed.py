@@ -19,8 +19,8 @@ from leanbert.models.config import EncoderConfig
 from leanbert.optim.build import OptimizerConfig
 from leanbert.planning import distributed
 from leanbert.planning.distributed import predict_distributed, ring_bytes
-from leanbert.planning.dry_run import RunSettings
 from leanbert.planning.predict import predict
+from leanbert.planning.run_settings import RunSettings
 from leanbert.pretrained.build import build_model
 from leanbert.tasks.mlm import MaskedLM
 

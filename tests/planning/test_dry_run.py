@@ -1,18 +1,22 @@
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leanbert.callbacks.techniques.activations import ActivationOffload
+from leanbert.callbacks.techniques.base import TechniqueCallback
 from leanbert.data.pairs import PairData
 from leanbert.measure.trace import LiveBytes
 from leanbert.memory.layer_major import run_in_slices
 from leanbert.models.config import EncoderConfig
 from leanbert.models.kernels.loss import linear_cross_entropy_sum
-from leanbert.planning.dry_run import RunSettings, _Fake, dry_run
+from leanbert.planning.dry_run import _Fake, dry_run
+from leanbert.planning.run_settings import RunSettings
 from leanbert.slices import parts
 from leanbert.tasks.seq2seq import Seq2Seq
 from tests.planning.test_predict import settings
@@ -105,6 +109,7 @@ def test_a_step_with_shortened_loops_needs_what_the_whole_one_needs(names, monke
 def test_encoder_and_decoder_offload_nowhere(tmp_path):
     config = EncoderConfig(num_layers=2, hidden_size=32, num_heads=2)
     data = PairData(vocab_size=300, max_length=32, batch_size=8)
+    data.tokenizer = SimpleNamespace(vocab_size=300, pad_id=0)
     plain = RunSettings(Seq2Seq(config), data, (), "32-true")
     stored = replace(plain, callbacks=(ActivationOffload(folder=str(tmp_path)),))
     activations = [dry_run(run, 8).step.by_category["activations"] for run in (stored, plain)]
@@ -118,3 +123,20 @@ def test_the_users_objects_stay_as_they_are():
     assert run.data.hparams["batch_size"] == 16
     assert not hasattr(run.data, "tokenizer")
     assert run.callbacks[0].schedule == {0: 8}
+
+
+def test_techniques_take_part_those_of_a_user_too_and_other_callbacks_do_not():
+    class Watches(Callback):
+        def setup(self, *_):
+            raise AssertionError("asked")
+
+    class KeepsInputs(TechniqueCallback):
+        def register(self, techniques):
+            techniques.keep = "input"
+
+    plain = settings(encoder={"num_layers": 3})
+    less, all_of_them = (
+        dry_run(replace(plain, callbacks=callbacks), 16).step.by_category["activations"]
+        for callbacks in ((Watches(), KeepsInputs()), (Watches(),))
+    )
+    assert less < all_of_them

@@ -7,8 +7,9 @@ from leanbert.errors import UserError
 from leanbert.models.config import EncoderConfig
 from leanbert.optim.build import OptimizerConfig
 from leanbert.planning import overlays
-from leanbert.planning.dry_run import RunSettings, dry_run
+from leanbert.planning.dry_run import dry_run
 from leanbert.planning.predict import predict
+from leanbert.planning.run_settings import RunSettings
 from leanbert.tasks.mlm import MaskedLM
 from tests.corpus import write_corpus
 from tests.training import fit

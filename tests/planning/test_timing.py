@@ -19,7 +19,8 @@ from leanbert.data.mlm import MaskedLMData
 from leanbert.data.pairs import blank_pairs
 from leanbert.errors import UserError
 from leanbert.planning import dry_run, timing
-from leanbert.planning.dry_run import RunSettings, take_step
+from leanbert.planning.dry_run import take_step
+from leanbert.planning.run_settings import RunSettings
 from leanbert.planning.timing import (
     PEAK_FLOPS,
     StepTimes,

@@ -219,9 +219,7 @@ def test_an_encoder_of_one_language_learns_to_write_another(run, folder, tmp_pat
 
 def test_the_plan_knows_both_vocabularies(run, folder, monkeypatch):
     planned = []
-    monkeypatch.setattr(
-        "leanbert.planning.command.run_plan", lambda settings, *_: planned.append(dry_run(settings, 2))
-    )
+    monkeypatch.setattr("leanbert.planning.command.run_plan", lambda settings, *_: planned.append(dry_run(settings, 2)))
     for data in (SEPARATE, {}):
         model = {"decoder_layers": 1, "encoder": ENCODER}
         command(folder, "plan", model=model, data={"val_share": 0.2, **data})

@@ -20,9 +20,9 @@ from leanbert.files import write_text_atomically
 from leanbert.measure.timeline import CATEGORIES
 from leanbert.planning.device import DeviceType, Target
 from leanbert.planning.distributed import DistributedPrediction, predict_distributed
-from leanbert.planning.dry_run import RunSettings
 from leanbert.planning.figures import sweep_figure
 from leanbert.planning.overlays import apply
+from leanbert.planning.run_settings import RunSettings
 from leanbert.planning.search import COSTS, Candidate, Plan, search
 from leanbert.planning.sweep import SIZES, Cell, parse_sweep, sweep, with_size
 from leanbert.planning.timing import RunLength, estimate, measure, peak_flops, run_seconds

@@ -12,8 +12,8 @@ from typing import Literal
 
 from leanbert.distributed.sharding import pretend_group
 from leanbert.errors import UserError
-from leanbert.planning.dry_run import RunSettings
 from leanbert.planning.predict import Prediction, predict
+from leanbert.planning.run_settings import RunSettings
 
 
 @dataclass(frozen=True)

@@ -23,79 +23,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from leanbert.distributed.sharding import Collectives, shard
+from leanbert.errors import UserError
 from leanbert.measure.timeline import Timeline
 from leanbert.measure.trace import LiveBytes
 from leanbert.memory.offload import DiskStorage, to_host
 from leanbert.optim.build import trainable
-
-OBSERVERS = ("MemoryMonitor",)
-"""Callbacks of LeanBERT that only look on."""
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """What decides the memory of a run: objects as the command line makes them, none of which holds weights or data."""
-
-    task: Any
-    data: LightningDataModule
-    callbacks: tuple[Callback, ...]
-    precision: Any
-    clip: float | None = None
-    vocab_size: int | None = None
-    """Of the tokenizer; None: `data.vocab_size`, which a trained one does not exceed."""
-    device_type: str = "cpu"
-    """The device that is planned for."""
-    rows: int | None = None
-    """Sequences of a step on each device; None: `data.batch_size`."""
-    devices: int = 1
-    """Devices of the run: they share the validation batch, and techniques may disapprove of their number."""
-    mesh: Any = None
-    """`DeviceMesh` of a process group, over which FSDP2 shards the model; None: it is whole on each device."""
-
-    def callback(self, kind: str) -> Any:
-        """Return the callback of the class named `kind`, or None."""
-        return next((callback for callback in self.callbacks if type(callback).__name__ == kind), None)
-
-    def with_encoder(self, **dimensions: Any) -> RunSettings:
-        """Return the settings with other dimensions of the encoder."""
-        task = copy.deepcopy(self.task)
-        task.encoder_config = replace(task.encoder_config, **dimensions)
-        return replace(self, task=task)
-
-    @property
-    def accumulated_rows(self) -> int | None:
-        """The largest micro-batch of gradient accumulation on each device; None without it."""
-        accumulation = self.callback("GradientAccumulation")
-        return None if accumulation is None else max(accumulation.schedule.values())
-
-    @property
-    def slice_rows(self) -> int | None:
-        """Sequences of a slice of layer-major execution; None without it."""
-        layer_major = self.callback("LayerMajor")
-        return None if layer_major is None else layer_major.micro_batch
-
-    @property
-    def micro_batch(self) -> int:
-        """Sequences of one forward pass on each device."""
-        bounds = (self.rows_per_step, self.accumulated_rows, self.slice_rows)
-        return min(rows for rows in bounds if rows is not None)
-
-    @property
-    def rows_per_step(self) -> int:
-        """Sequences of a step on each device."""
-        return int(self.rows or self.data.hparams["batch_size"])
-
-    @property
-    def validation_rows(self) -> int:
-        """Sequences of a validation batch on each device."""
-        shared = self.data.hparams["val_batch_size"]
-        return -(-shared // self.devices) if shared else self.rows_per_step
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one sequence in a batch."""
-        batch = self.data.blank_batch(1)  # type: ignore[attr-defined]
-        return sum(int(tensor.nbytes) for tensor in _tensors_of(batch))
+from leanbert.planning.run_settings import RunSettings, technique_callbacks, tensors_of
 
 
 @dataclass(frozen=True)
@@ -191,8 +124,7 @@ def dry_run(settings: RunSettings, rows: int) -> DryRun:
         begin(task, trainer, batch)
         if settings.mesh is not None:  # sharding allocates in the first step what later ones find
             take_step(task, trainer, blank(1))
-        existing = [*_tensors_of(task), *_tensors_of(batch)]
-        with LiveBytes(task.model, trainer.strategy.optimizers, existing=existing) as trace:
+        with LiveBytes(task.model, trainer.strategy.optimizers, existing=_existing(task, batch)) as trace:
             mode.flops = trace.flops
             collectives = Collectives(trace)
             with collectives if settings.mesh is not None else nullcontext():  # another mode takes time
@@ -234,7 +166,7 @@ def stage(
     task.planned_sharding = settings.mesh is not None
     data.hparams["batch_size"] = rows
     data.pretend_prepared(settings.vocab_size)  # type: ignore[attr-defined]
-    callbacks = [copy.deepcopy(c) for c in settings.callbacks if _takes_part(c)]
+    callbacks = copy.deepcopy(technique_callbacks(settings.callbacks))
     trainer = _trainer(settings, callbacks, settings.device_type if real else "cpu")
     trainer.strategy.connect(task)
     task.trainer = data.trainer = trainer
@@ -242,23 +174,22 @@ def stage(
     return task, data, trainer
 
 
-def _takes_part(callback: Callback) -> bool:
-    kind = type(callback)
-    return kind.__module__.startswith("leanbert.") and kind.__name__ not in OBSERVERS
-
-
-def _trainer(settings: RunSettings, callbacks: list[Callback], device_type: str) -> Trainer:
+def _trainer(settings: RunSettings, callbacks: Sequence[Callback], device_type: str) -> Trainer:
     return Trainer(
-        accelerator=device_type, devices=1, logger=False, callbacks=callbacks, precision=settings.precision,
+        accelerator=device_type, devices=1, logger=False, callbacks=list(callbacks), precision=settings.precision,
         gradient_clip_val=settings.clip, max_steps=2**31, max_epochs=-1, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
     )  # fmt: skip
 
 
 def set_up(task: Any, trainer: Trainer) -> None:
-    """Let the callbacks register what they ask for."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    """Let the callbacks register what they ask for. Raises UserError for what they refuse, or cannot be planned."""
+    for callback in technique_callbacks(trainer.callbacks):  # type: ignore[attr-defined]
         callback.setup(trainer, task, "fit")
+    if (task.techniques.micro_batch or 0) >= trainer.datamodule.hparams["batch_size"]:  # type: ignore[attr-defined]
+        raise UserError(
+            "plan: a micro-batch schedule that begins or ends with the whole batch. Plan its largest alone."
+        )
 
 
 def build(task: Any, trainer: Trainer, mesh: Any = None) -> None:
@@ -289,21 +220,11 @@ def _store_nowhere(task: Any) -> None:
 
 def begin(task: Any, trainer: Trainer, batch: Any) -> None:
     """Do what comes before the first step."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        _pretend_it_has_begun(callback)
+    for callback in technique_callbacks(trainer.callbacks):  # type: ignore[attr-defined]
+        callback.reach_peak()
         callback.on_train_start(trainer, task)
         callback.on_train_batch_start(trainer, task, batch, 0)
     task.train()
-
-
-def _pretend_it_has_begun(callback: Callback) -> None:
-    """Bring a callback that comes in later to its end: masks are there, micro-batches are the largest."""
-    state = callback.state_dict()
-    if "sparsity" in state:
-        callback.load_state_dict({"sparsity": getattr(callback, "final_sparsity", 0.5)})
-    schedule = getattr(callback, "schedule", None)
-    if isinstance(schedule, dict):
-        callback.schedule = {0: max(schedule.values())}  # type: ignore[attr-defined]
 
 
 def take_step(task: Any, trainer: Trainer, batch: Any, after_backward: Callable[[], object] = lambda: None) -> None:
@@ -322,17 +243,14 @@ def take_step(task: Any, trainer: Trainer, batch: Any, after_backward: Callable[
 
 def _validate(task: Any, trainer: Trainer, batch: Any) -> Timeline:
     task.eval()
-    existing = [*_tensors_of(task), *_tensors_of(batch)]
-    trace = LiveBytes(task.model, trainer.strategy.optimizers, existing=existing, first_phase="validation")
-    with torch.no_grad(), trace:
+    optimizers, existing = trainer.strategy.optimizers, _existing(task, batch)
+    with torch.no_grad(), LiveBytes(task.model, optimizers, existing=existing, first_phase="validation") as trace:
         trainer.strategy.validation_step(batch, 0)
     return trace.timeline()
 
 
-def _tensors_of(holder: Any) -> Sequence[Tensor]:
-    """Return the tensors of a batch, or those of a task that are not its model's (metrics)."""
-    if isinstance(holder, torch.nn.Module):
-        model = {id(tensor) for tensor in (*holder.model.parameters(), *holder.model.buffers())}  # type: ignore[union-attr]
-        own = [t for module in holder.modules() for t in vars(module).values() if isinstance(t, Tensor)]
-        return [t for t in (*own, *holder.buffers()) if id(t) not in model]
-    return [value for value in vars(holder).values() if isinstance(value, Tensor)]
+def _existing(task: Any, batch: Any) -> list[Tensor]:
+    """Return the tensors of a batch, and those of a task that are not its model's (metrics)."""
+    model = {id(tensor) for tensor in (*task.model.parameters(), *task.model.buffers())}
+    own = [t for module in task.modules() for t in vars(module).values() if isinstance(t, Tensor)]
+    return [*(t for t in (*own, *task.buffers()) if id(t) not in model), *tensors_of(batch)]

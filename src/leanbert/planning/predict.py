@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from leanbert.errors import UserError
-from leanbert.planning.dry_run import RunSettings, dry_run
+from leanbert.planning.dry_run import dry_run
+from leanbert.planning.run_settings import RunSettings
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,11 @@ def predict(settings: RunSettings) -> Prediction:
 
 def rows_of_dry_run(settings: RunSettings) -> int:
     """Return the sequences of two micro-batches: the second finds gradients of the first, as do all that follow."""
-    whole, largest = settings.rows_per_step, settings.accumulated_rows
-    if largest is None or settings.slice_rows is not None:  # which cannot combine: the dry run says so
-        return whole
-    if min(settings.callback("GradientAccumulation").schedule.values()) < whole <= largest:
-        raise UserError(
-            "plan: a micro-batch schedule that begins or ends with the whole batch. Plan its largest alone."
-        )
-    return min(whole, 2 * largest)
+    micro_batch = settings.techniques.micro_batch
+    return settings.rows_per_step if micro_batch is None else min(settings.rows_per_step, 2 * micro_batch)
 
 
 def _micro_batches(settings: RunSettings, rows: int) -> int:
     """Return how many micro-batches `rows` sequences make."""
-    size = settings.accumulated_rows
+    size = settings.techniques.micro_batch
     return 1 if size is None else -(-rows // size)

@@ -18,8 +18,8 @@ from leanbert.memory.precision import has_16_bit_products
 from leanbert.optim.build import STATE_BITS
 from leanbert.planning import overlays
 from leanbert.planning.device import Target
-from leanbert.planning.dry_run import RunSettings
 from leanbert.planning.predict import Prediction, predict
+from leanbert.planning.run_settings import RunSettings
 
 STATEFUL = ("adam", "adamw", "muon")
 """Optimizers whose state low-bit AdamW can take the place of."""
@@ -85,12 +85,12 @@ def ladder(settings: RunSettings, target: Target) -> list[tuple[str, ...]]:
     For a CPU without 16-bit matrix products (a CPU target is this machine) 16 bits come last: they take longer than
     all else.
     """
-    kinds = {type(callback).__name__ for callback in settings.callbacks}
+    own = settings.techniques.precision
     optimizer = settings.task.optimizer_config.name
     products = target.device_type != "cpu" or has_16_bit_products("cpu")
-    whole = "Precision" not in kinds and str(settings.precision) in ("32-true", "32")
+    whole = own is None and str(settings.precision) in ("32-true", "32")
     half = ("bf16_mixed",) if products and whole else ()
-    whole_weights = "Precision" not in kinds and "true" in str(settings.precision).replace("32-true", "")
+    whole_weights = own is None and "true" in str(settings.precision).replace("32-true", "")
     low_bits = ("adamw_8bit", "adamw_4bit") if optimizer in STATEFUL else ()
     free = ("return_pages",) if target.device_type == "cpu" and can_be_asked() else ()
     offload = "offload" if target.device_type == "cpu" else "offload_host"
@@ -177,7 +177,7 @@ class _Trials:
         self.settings, self.target = settings, target
         prediction = predict(settings)
         self._predictions: dict[tuple[tuple[str, ...], int | None], Prediction] = {((), None): prediction}
-        needs = target.needs(prediction.peak_bytes, settings.callbacks)
+        needs = target.needs(prediction.peak_bytes, settings.techniques)
         self.given = Candidate((), settings.micro_batch, prediction, needs, 0.0, {})
 
     def candidate(self, names: tuple[str, ...], micro_batch: int | None) -> Candidate:
@@ -186,7 +186,7 @@ class _Trials:
         if (seen, micro_batch) not in self._predictions:
             self._predictions[seen, micro_batch] = predict(self._changed(seen, micro_batch))
         prediction = self._predictions[seen, micro_batch]
-        needs = self.target.needs(prediction.peak_bytes, self._changed(names, micro_batch).callbacks)
+        needs = self.target.needs(prediction.peak_bytes, self._changed(names, micro_batch).techniques)
         added = prediction.flops / self.given.prediction.flops - 1
         overlay = self._overlay(names, micro_batch)
         return Candidate(names, micro_batch or self.given.micro_batch, prediction, needs, added, overlay)

@@ -12,8 +12,8 @@ import yaml
 from leanbert.errors import UserError
 from leanbert.planning import overlays
 from leanbert.planning.device import Target
-from leanbert.planning.dry_run import RunSettings
 from leanbert.planning.predict import Prediction, predict
+from leanbert.planning.run_settings import RunSettings
 from leanbert.settings import find_shipped
 
 SIZES = ("mini", "small", "base", "large")
@@ -92,7 +92,7 @@ def sweep(
 
 
 def _cell(settings: RunSettings, target: Target, budget_bytes: int, size: str, length: int) -> Cell:
-    technique = "accumulation" if settings.slice_rows is None else "layer_major"
+    technique = "accumulation" if settings.techniques.slice_rows is None else "layer_major"
     sized = with_size(settings, size)
     sized = sized.with_encoder(max_positions=max(length, sized.task.encoder_config.max_positions))
 
@@ -105,7 +105,13 @@ def _cell(settings: RunSettings, target: Target, budget_bytes: int, size: str, l
     def at(rows: int) -> Cell:
         run = with_micro_batch(rows)
         prediction = predict(run)
-        return Cell(size, length, rows, prediction, target.needs(prediction.peak_bytes, run.callbacks))
+        return Cell(
+            size,
+            length,
+            rows,
+            prediction,
+            target.needs(prediction.peak_bytes, run.techniques),
+        )
 
     rows = largest_that_fits(lambda rows: at(rows).needs_bytes, budget_bytes)
     return at(rows) if rows else replace(at(1), micro_batch=0)

@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from leanbert.data.batches.batch import MLMBatch, PairBatch
 from leanbert.errors import UserError
-from leanbert.planning.dry_run import RunSettings, begin, build, set_up, stage, take_step
+from leanbert.planning.dry_run import begin, build, set_up, stage, take_step
 from leanbert.planning.predict import rows_of_dry_run
+from leanbert.planning.run_settings import RunSettings
 
 SMALLEST_STACK = 2
 """Blocks of the smaller stack that is timed, at least; the larger one has as many more, or a whole period."""
@@ -102,9 +103,7 @@ def _depths(settings: RunSettings) -> list[int]:
 def _period_of_blocks(settings: RunSettings) -> int:
     """Return after how many blocks the stack repeats itself."""
     config = settings.task.encoder_config.resolved()
-    checkpointing = settings.callback("ActivationCheckpointing")
-    every = 1 if checkpointing is None else checkpointing.every
-    return math.lcm(every or 1, config.global_every if config.local_window else 1)
+    return math.lcm(settings.techniques.keep_every, config.global_every if config.local_window else 1)
 
 
 def _time_stack(
