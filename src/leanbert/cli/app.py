@@ -244,7 +244,7 @@ class CLI(LightningCLI):
             place = self.arguments.index("fit")
             command = [sys.executable, sys.argv[0], *self.arguments[:place], "plan", *self.arguments[place + 1 :]]
             done = subprocess.run(
-                [*command, "--prepare=true", f"--json={answer}", f"--save={overlay}"], stdout=sys.stderr
+                [*command, "--prepare=true", "--first=true", f"--json={answer}", f"--save={overlay}"], stdout=sys.stderr
             )
             if done.returncode:
                 sys.exit(done.returncode)

@@ -116,8 +116,10 @@ def search(
     target: Target,
     budget_bytes: int | None,
     progress: Callable[[list[tuple[str, ...]]], Iterator[tuple[str, ...]]] = iter,
+    *,
+    first: bool = False,
 ) -> Plan:
-    """Predict every set of techniques and choose the cheapest that fits, with the largest micro-batch that does.
+    """Predict sets of techniques and choose the cheapest that fits, with the largest micro-batch that does.
 
     Sets that cannot be combined with the given configuration are left out; so are those that save nothing.
 
@@ -126,6 +128,7 @@ def search(
         target: The device.
         budget_bytes: What the run may need; None: no choice is made.
         progress: Wraps the list of sets while it is worked through.
+        first: Stop at the first that fits, instead of trying all.
 
     """
     trials = _Trials(settings, target)
@@ -134,6 +137,8 @@ def search(
     if budget_bytes is None or given.needs_bytes <= budget_bytes:
         chosen = given
     for names in progress(ladder(settings, target)[1:]):
+        if first and chosen is not None:
+            break
         try:
             found = _with_micro_batch(trials, names, budget_bytes, chosen)
         except UserError:
