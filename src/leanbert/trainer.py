@@ -131,6 +131,7 @@ class Trainer(pl.Trainer):
         figure: Path | None = None,
         measure: bool = False,
         prepare: bool = False,
+        first: bool = False,
         device: str | None = None,
         share: float = 0.3,
         ckpt_path: str | None = None,
@@ -156,6 +157,7 @@ class Trainer(pl.Trainer):
                 take; the corpus is prepared first.
             prepare: Prepare the corpus first, so that the size of the tokenizer trained on it counts instead of
                 data.vocab_size.
+            first: Stop at the cheapest set of techniques that fits, as `fit --budget` does, instead of trying all.
             device: Estimate the time on a device that need not be here, such as t4, rtx4090, a100, h100-sxm.
             share: Share of that device's peak that training is taken to reach.
             ckpt_path: Checkpoint whose architecture counts.

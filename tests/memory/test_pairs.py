@@ -34,7 +34,7 @@ class Technique:
 
 
 ROWS = {
-    "accumulation": Technique({"micro_batches": True}, micro_batch=3),
+    "accumulation": Technique({"micro_batch": 3}, micro_batch=3),
     "recovery": Technique({"recovery": True}),
     "checkpointing": Technique({"keep": "input"}),
     "selective": Technique({"keep": "products"}),
@@ -44,7 +44,7 @@ ROWS = {
     "in_backward": Technique({"in_backward": "update"}),
     "structured": Technique({"structured": (0.5, 0.5)}, moves=float("inf")),
     "pruning": Technique(sparsity=0.5, moves=float("inf")),
-    "adama": Technique({"in_backward": "accumulate", "micro_batches": True}, micro_batch=3, moves=4.1e-3),
+    "adama": Technique({"in_backward": "accumulate", "micro_batch": 3}, micro_batch=3, moves=4.1e-3),
     "adamw8bit": Technique(optimizer="adamw8bit", moves=4.1e-3),
     "adamw4bit": Technique(optimizer="adamw4bit", moves=4.1e-3),
     "adafactor": Technique(optimizer="adafactor", moves=0.1),

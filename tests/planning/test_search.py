@@ -90,6 +90,9 @@ def test_the_cheapest_that_fits_has_the_largest_micro_batch_that_fits():
     assert changed.data.hparams["batch_size"] == 32
     assert [plan.fits(candidate) for candidate in plan.candidates] == [False, True, True]
     assert plan.candidates[2].micro_batch == plan.chosen.micro_batch
+    first = search(run, CPU, budget, first=True)
+    assert first.chosen == plan.chosen
+    assert first.candidates == plan.candidates[:2]
 
 
 @pytest.mark.usefixtures("few")

@@ -18,9 +18,9 @@ from leanbert.data.labelled import blank_labelled
 from leanbert.data.mlm import MaskedLMData
 from leanbert.data.pairs import blank_pairs
 from leanbert.errors import UserError
-from leanbert.planning import dry_run as rehearsal
-from leanbert.planning import timing
-from leanbert.planning.dry_run import RunSettings, take_step
+from leanbert.planning import dry_run, timing
+from leanbert.planning.dry_run import take_step
+from leanbert.planning.run_settings import RunSettings
 from leanbert.planning.timing import (
     PEAK_FLOPS,
     StepTimes,
@@ -176,16 +176,16 @@ def test_what_callbacks_do_around_a_step_counts(staged):
 
 @pytest.mark.parametrize(("real", "device"), [(True, "cuda"), (False, "cpu")])
 def test_real_steps_are_compiled_and_on_the_device(monkeypatch, real, device):
-    make, asked = rehearsal._trainer, []
+    make, asked = dry_run._trainer, []
 
     def trainer(settings, callbacks, device_type):
         asked.append(device_type)
         return make(settings, callbacks, "cpu")
 
-    monkeypatch.setattr(rehearsal, "_trainer", trainer)
+    monkeypatch.setattr(dry_run, "_trainer", trainer)
     run = replace(settings(), device_type="cuda")
     run.task.compile_blocks = True
-    task, _, _ = rehearsal.stage(run, 8, None, real=real)
+    task, _, _ = dry_run.stage(run, 8, None, real=real)
     assert asked == [device]
     assert task.compile_blocks is real
 

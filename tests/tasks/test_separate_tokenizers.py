@@ -11,7 +11,7 @@ import leanbert
 from leanbert.cli.app import CLI, quiet_libraries
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
-from leanbert.planning.dry_run import rehearse
+from leanbert.planning.dry_run import dry_run
 from tests.training import read_scalars as scalars
 
 WORDS = ["the", "cook", "guest", "cake", "gives", "eats", "red", "old", "house", "dog", "cat"]
@@ -219,13 +219,11 @@ def test_an_encoder_of_one_language_learns_to_write_another(run, folder, tmp_pat
 
 def test_the_plan_knows_both_vocabularies(run, folder, monkeypatch):
     planned = []
-    monkeypatch.setattr(
-        "leanbert.planning.command.run_plan", lambda settings, *_: planned.append(rehearse(settings, 2))
-    )
+    monkeypatch.setattr("leanbert.planning.command.run_plan", lambda settings, *_: planned.append(dry_run(settings, 2)))
     for data in (SEPARATE, {}):
         model = {"decoder_layers": 1, "encoder": ENCODER}
         command(folder, "plan", model=model, data={"val_share": 0.2, **data})
-    separate, joint = (rehearsal.totals.parameters for rehearsal in planned)
+    separate, joint = (run.parameters for run in planned)
     assert separate == leanbert.load(run).model.num_parameters
     assert separate - joint == 60 * 32 + 60 - 50
 

@@ -48,7 +48,7 @@ from leanbert.memory.precision import default_precision
 from leanbert.messages import leads, say
 from leanbert.models.config import EncoderConfig
 from leanbert.planning.device import target_of
-from leanbert.planning.dry_run import RunSettings
+from leanbert.planning.run_settings import RunSettings
 from leanbert.planning.timing import RunLength, count_validations, limited
 from leanbert.pretrained.build import read_architecture, starting_config
 from leanbert.runs import NAMES, Found, Run, TaskRuns
@@ -244,7 +244,7 @@ class CLI(LightningCLI):
             place = self.arguments.index("fit")
             command = [sys.executable, sys.argv[0], *self.arguments[:place], "plan", *self.arguments[place + 1 :]]
             done = subprocess.run(
-                [*command, "--prepare=true", f"--json={answer}", f"--save={overlay}"], stdout=sys.stderr
+                [*command, "--prepare=true", "--first=true", f"--json={answer}", f"--save={overlay}"], stdout=sys.stderr
             )
             if done.returncode:
                 sys.exit(done.returncode)

@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from leanbert.measure.timeline import Event, Storage, Timeline
-from leanbert.slices import times
 
 aten = torch.ops.aten
 SHARDED = {"all_gather_copy_in": "parameters", "split_with_sizes_copy": "parameters", "chunk_cat": "gradients"}
@@ -174,7 +173,7 @@ class LiveBytes:
         result = func(*args, **kwargs)
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
-            self.flops[self._phase] += times() * count(*args, **kwargs, out_val=result)
+            self.flops[self._phase] += count(*args, **kwargs, out_val=result)
         category = "optimizer" if self._phase == "optimizer" else "activations"
         if func is aten._to_copy.default and any(self._is_parameter(tensor) for tensor in inputs):
             category = "other"  # autocast keeps a low-precision copy of each weight

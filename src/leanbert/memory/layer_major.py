@@ -72,7 +72,7 @@ class _Sliced(torch.autograd.Function):
         ctx.save_for_backward(*own)
         out = torch.empty_like(own[0])
         with call.precision():
-            for index, part in rounds(list(enumerate(call.slices())), out):
+            for index, part in enumerate(rounds(call.slices(), out)):
                 out[part] = call.run(index, part, *(tensor.detach()[part] for tensor in own))
         call.done()
         return out
@@ -84,7 +84,7 @@ class _Sliced(torch.autograd.Function):
         below = [torch.empty_like(tensor) for tensor in inputs]
         sums: list[Tensor] = []
         slices = call.slices()
-        for index, part in rounds(list(enumerate(slices)), upstream):
+        for index, part in enumerate(rounds(slices, upstream)):
             own = [tensor[part].detach().requires_grad_() for tensor in inputs]
             with torch.enable_grad(), call.precision():
                 # a view: torch's counters of memory and FLOPs hook a module's input, which cannot be a leaf here

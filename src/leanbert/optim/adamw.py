@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.optim import Optimizer
 
 from leanbert.errors import UserError
 from leanbert.optim.quantized_state import BlockCode, draw_int16, write_bfloat16
 from leanbert.ranges import NOT_NEGATIVE, RATE, check_ranges
-from leanbert.slices import parts
+from leanbert.slices import parts, rounds
 
 SLICE_ELEMENTS = 2**20
 """Elements updated at a time, a multiple of every block; smaller slices would start too many kernels on a GPU."""
@@ -174,7 +173,7 @@ class SlicedAdamW(Optimizer):
         gradient = parameter.grad.reshape(-1) if fold and parameter.grad is not None else None
         weights = parameter.detach().view(-1)
         dtype = torch.promote_types(weights.dtype, torch.float32)
-        for span in _spans(weights):
+        for span in rounds(parts(weights.numel(), SLICE_ELEMENTS), weights):
             position = (group["seed"], state["step"], place, span.start)
             moments = [_read(state, name, span, dtype) for name in MOMENTS]
             if gradient is not None:
@@ -199,12 +198,6 @@ class SlicedAdamW(Optimizer):
                 code = CODES[state["bits"], name]
                 state[f"{name}_codes"], state[f"{name}_scales"] = code.zeros(parameter.numel(), parameter.device)
         return state
-
-
-def _spans(weights: Tensor) -> list[slice]:
-    """Return the slices in which `weights`, [elements], are updated; without memory behind them, only the largest."""
-    spans = parts(weights.numel(), SLICE_ELEMENTS)
-    return spans[:1] if isinstance(weights, FakeTensor) else spans
 
 
 def _read(state: dict[str, Any], name: str, span: slice, dtype: torch.dtype) -> Tensor:

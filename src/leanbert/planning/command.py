@@ -20,9 +20,9 @@ from leanbert.files import write_text_atomically
 from leanbert.measure.timeline import CATEGORIES
 from leanbert.planning.device import DeviceType, Target
 from leanbert.planning.distributed import DistributedPrediction, predict_distributed
-from leanbert.planning.dry_run import RunSettings
 from leanbert.planning.figures import sweep_figure
 from leanbert.planning.overlays import apply
+from leanbert.planning.run_settings import RunSettings
 from leanbert.planning.search import COSTS, Candidate, Plan, search
 from leanbert.planning.sweep import SIZES, Cell, parse_sweep, sweep, with_size
 from leanbert.planning.timing import RunLength, estimate, measure, peak_flops, run_seconds
@@ -43,6 +43,7 @@ class PlanRequest:
     figure: Path | None = None
     sweep: Sequence[str] | None = None
     measure: bool = False
+    first: bool = False
     device: str | None = None
     share: float = 0.3
 
@@ -62,7 +63,7 @@ def run_plan(
     peak = peak_flops(request.device, str(settings.precision)) if request.device is not None else None
     if length is not None and device_type != here():
         raise UserError(f"measure: times this machine's {here()}, not {device_type}. Give --device for an estimate.")
-    plan = search(settings, target, budget, progress)
+    plan = search(settings, target, budget, progress, first=request.first)
     print("\n".join(describe(plan, target)))
     shared = share_out(settings, plan)
     if shared:
@@ -265,7 +266,7 @@ def nothing_fits(plan: Plan, settings: RunSettings, target: Target) -> str:
     fix = f"Give {format_size(least.needs_bytes)}"
     for size in _smaller_sizes(settings):
         try:
-            found = search(with_size(settings, size), target, plan.budget_bytes)
+            found = search(with_size(settings, size), target, plan.budget_bytes, first=True)
         except UserError:
             continue
         if found.chosen is not None:

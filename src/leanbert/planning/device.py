@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from leanbert.measure.counters import rss_bytes
+from leanbert.tasks.techniques import Techniques
 from leanbert.units import MIB
 
 DeviceType = Literal["cpu", "cuda", "mps"]
@@ -29,10 +29,10 @@ class Target:
     slack: float
     slack_returned: float
 
-    def needs(self, live_bytes: int, callbacks: Iterable[object]) -> int:
+    def needs(self, live_bytes: int, techniques: Techniques) -> int:
         """Return the bytes that a run with this peak of live tensors needs of the device."""
-        returns = any(type(callback).__name__ == "ReturnFreedPages" for callback in callbacks)
-        return self.base_bytes + round(live_bytes * (1 + (self.slack_returned if returns else self.slack)))
+        slack = self.slack_returned if techniques.returns_pages else self.slack
+        return self.base_bytes + round(live_bytes * (1 + slack))
 
 
 GROWTH_BYTES = 70 * MIB

@@ -12,8 +12,8 @@ from typing import Literal
 
 from leanbert.distributed.sharding import pretend_group
 from leanbert.errors import UserError
-from leanbert.planning.dry_run import RunSettings
 from leanbert.planning.predict import Prediction, predict
+from leanbert.planning.run_settings import RunSettings
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class DistributedPrediction:
 
 
 def predict_distributed(
-    settings: RunSettings, devices: int, strategy: Literal["ddp", "fsdp2"], *, exact: bool = False
+    settings: RunSettings, devices: int, strategy: Literal["ddp", "fsdp2"]
 ) -> DistributedPrediction:
     """Return what a run on `devices` devices will need and send on each.
 
-    The step of FSDP2 is rehearsed as rank 0 of a process group that is not there, with blocks and model sharded as in
-    `shard`; its collectives are those of the trace. The step of DDP is that of one device, for DDP's reducer reads
-    tensors that have no values in a rehearsal; `predict` adds its buckets, which are reduced once per step, however
+    The dry run of FSDP2 is that of rank 0 of a process group that is not there, with blocks and model sharded as in
+    `shard`; its collectives are counted. The dry run of DDP is that of one device, for DDP's reducer reads tensors
+    that have no values in a dry run; `predict` adds its buckets, which are reduced once per step, however
     many micro-batches there are (`no_sync`).
 
     Args:
@@ -47,7 +47,6 @@ def predict_distributed(
         devices: All devices, of all nodes.
         strategy: `ddp`, or `fsdp2` as in Lightning's `ModelParallelStrategy`, whose micro-batches gather parameters
             and reduce gradients each.
-        exact: As in `predict`.
 
     Raises:
         UserError: The batch cannot be shared, techniques cannot combine with each other or with the strategy, or this
@@ -55,13 +54,13 @@ def predict_distributed(
 
     """
     if devices == 1:
-        return DistributedPrediction(predict(settings, exact=exact), {})
+        return DistributedPrediction(predict(settings), {})
     shared = replace(settings, rows=settings.rows or _share(settings, devices), devices=devices)
     if strategy == "fsdp2":
         with pretend_group(devices) as mesh:
-            prediction = predict(replace(shared, mesh=mesh), exact=exact)
+            prediction = predict(replace(shared, mesh=mesh))
     else:
-        prediction = predict(shared, exact=exact)
+        prediction = predict(shared)
     sent = {kind: ring_bytes(kind, size, devices) for kind, size in prediction.collectives.items()}
     return DistributedPrediction(prediction, sent)
 

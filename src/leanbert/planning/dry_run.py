@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,109 +23,30 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from leanbert.distributed.sharding import Collectives, shard
+from leanbert.errors import UserError
 from leanbert.measure.timeline import Timeline
 from leanbert.measure.trace import LiveBytes
 from leanbert.memory.offload import DiskStorage, to_host
 from leanbert.optim.build import trainable
-
-OBSERVERS = ("MemoryMonitor",)
-"""Callbacks of LeanBERT that only look on."""
+from leanbert.planning.run_settings import RunSettings, technique_callbacks, tensors_of
 
 
 @dataclass(frozen=True)
-class RunSettings:
-    """What decides the memory of a run: objects as the command line makes them, none of which holds weights or data."""
+class DryRun:
+    """Traces of a step and of a validation batch, and what the step adds up to.
 
-    task: Any
-    data: LightningDataModule
-    callbacks: tuple[Callback, ...]
-    precision: Any
-    clip: float | None = None
-    vocab_size: int | None = None
-    """Of the tokenizer; None: `data.vocab_size`, which a trained one does not exceed."""
-    device_type: str = "cpu"
-    """The device that is planned for."""
-    rows: int | None = None
-    """Sequences of a step on each device; None: `data.batch_size`."""
-    devices: int = 1
-    """Devices of the run: they share the validation batch, and techniques may disapprove of their number."""
-    mesh: Any = None
-    """`DeviceMesh` of a process group, over which FSDP2 shards the model; None: it is whole on each device."""
-
-    def callback(self, kind: str) -> Any:
-        """Return the callback of the class named `kind`, or None."""
-        return next((callback for callback in self.callbacks if type(callback).__name__ == kind), None)
-
-    def with_encoder(self, **dimensions: Any) -> RunSettings:
-        """Return the settings with other dimensions of the encoder."""
-        task = copy.deepcopy(self.task)
-        task.encoder_config = replace(task.encoder_config, **dimensions)
-        return replace(self, task=task)
-
-    @property
-    def accumulated_rows(self) -> int | None:
-        """The largest micro-batch of gradient accumulation on each device; None without it."""
-        accumulation = self.callback("GradientAccumulation")
-        return None if accumulation is None else max(accumulation.schedule.values())
-
-    @property
-    def slice_rows(self) -> int | None:
-        """Sequences of a slice of layer-major execution; None without it."""
-        layer_major = self.callback("LayerMajor")
-        return None if layer_major is None else layer_major.micro_batch
-
-    @property
-    def micro_batch(self) -> int:
-        """Sequences of one forward pass on each device."""
-        bounds = (self.rows_per_step, self.accumulated_rows, self.slice_rows)
-        return min(rows for rows in bounds if rows is not None)
-
-    @property
-    def rows_per_step(self) -> int:
-        """Sequences of a step on each device."""
-        return int(self.rows or self.data.hparams["batch_size"])
-
-    @property
-    def targets_per_row(self) -> int:
-        """Targets of one sequence."""
-        return int(self.data.blank_batch(1).targets.numel())  # type: ignore[attr-defined]
-
-    @property
-    def validation_rows(self) -> int:
-        """Sequences of a validation batch on each device."""
-        shared = self.data.hparams["val_batch_size"]
-        return -(-shared // self.devices) if shared else self.rows_per_step
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one sequence in a batch."""
-        batch = self.data.blank_batch(1)  # type: ignore[attr-defined]
-        return sum(int(tensor.nbytes) for tensor in _tensors_of(batch))
-
-
-@dataclass(frozen=True)
-class Totals:
-    """What a step adds up to: floating-point operations of its passes and of its update, and bytes.
-
-    `gradient_bytes` are those of all gradients of the whole model. The bytes of collectives (`Collectives`) are of
-    each micro-batch together, and of the update.
+    `flops` are those of its passes, `update_flops` those of its update. `gradient_bytes` are those of all gradients of
+    the whole model. The bytes of collectives (`Collectives`) are of each micro-batch together, and of the update.
     """
 
+    step: Timeline
+    validation: Timeline
     flops: int
     update_flops: int
     parameters: int
     gradient_bytes: int
     passes_bytes: dict[str, int]
     update_bytes: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Rehearsal:
-    """Traces of a step and of a validation batch, and the step's totals."""
-
-    step: Timeline
-    validation: Timeline
-    totals: Totals
 
 
 class _Nowhere(DiskStorage):
@@ -145,7 +67,27 @@ class _Nowhere(DiskStorage):
 
 
 class _Fake(FakeTensorMode):
-    """Tensors without values, of which a value that is read back is 1."""
+    """Tensors without values, of which a value that is read back is 1; loops over slices of them are shortened.
+
+    Attributes:
+        flops: Counts the operations by phase of what runs now.
+
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.flops: Counter[str] = Counter()
+
+    def shorten(self, slices: list[slice]) -> Iterator[slice]:
+        """Yield the first slice, the second, which stands for all others of its length, and a shorter last one."""
+        alike = [part for part in slices[1:] if part.stop - part.start == slices[0].stop - slices[0].start]
+        yield from slices[:1]
+        if alike:
+            before = self.flops.copy()
+            yield alike[0]
+            for name, count in self.flops.items():
+                self.flops[name] += (len(alike) - 1) * (count - before[name])
+        yield from slices[1 + len(alike) :]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -159,49 +101,51 @@ class _Place:
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
 
 
-def rehearse(settings: RunSettings, rows: int, *, layers: int | None = None) -> Rehearsal:
+def dry_run(settings: RunSettings, rows: int) -> DryRun:
     """Trace a step of `rows` sequences, with the optimizer's state there before, and a validation batch.
 
     Args:
         settings: The run.
         rows: Sequences of the step on one device.
-        layers: Blocks of the model instead of those of the settings.
 
     Raises:
         UserError: Techniques that cannot combine, or match nothing.
 
     """
-    task, data, trainer = stage(settings, rows, layers)
-    with warnings.catch_warnings(), _Fake(allow_non_fake_inputs=True):
+    task, data, trainer = stage(settings, rows)
+    blank: Any = data.blank_batch  # type: ignore[attr-defined]
+    with warnings.catch_warnings(), _Fake() as mode:
         warnings.simplefilter("ignore")
         set_up(task, trainer)
         _forgo_values(task, trainer)
         build(task, trainer, settings.mesh)
         _store_nowhere(task)
-        batch = data.blank_batch(rows)  # type: ignore[attr-defined]
+        batch = blank(rows)
         begin(task, trainer, batch)
         if settings.mesh is not None:  # sharding allocates in the first step what later ones find
-            take_step(task, trainer, data.blank_batch(1))  # type: ignore[attr-defined]
-        existing = [*_tensors_of(task), *_tensors_of(batch)]
-        optimizers = trainer.strategy.optimizers
-        with LiveBytes(task.model, optimizers, existing=existing) as trace:
+            take_step(task, trainer, blank(1))
+        with LiveBytes(task.model, trainer.strategy.optimizers, existing=_existing(task, batch)) as trace:
+            mode.flops = trace.flops
             collectives = Collectives(trace)
             with collectives if settings.mesh is not None else nullcontext():  # another mode takes time
                 take_step(task, trainer, batch)
         step = trace.timeline().with_state_before()
-        blank = data.blank_batch(settings.validation_rows, validation=True)  # type: ignore[attr-defined]
-        validation = _validate(task, trainer, blank)
+        validation = _validate(task, trainer, blank(settings.validation_rows, validation=True))
     update = trace.flops["optimizer"]
-    gradient_bytes = sum(parameter.numel() * parameter.itemsize for parameter in trainable(task.model.parameters()))
-    totals = Totals(
-        trace.flops.total() - update, update, task.model.num_parameters,
-        gradient_bytes, dict(collectives.passes), dict(collectives.update),
-    )  # fmt: skip
-    return Rehearsal(step, validation, totals)
+    return DryRun(
+        step,
+        validation,
+        flops=trace.flops.total() - update,
+        update_flops=update,
+        parameters=task.model.num_parameters,
+        gradient_bytes=sum(weight.numel() * weight.itemsize for weight in trainable(task.model.parameters())),
+        passes_bytes=dict(collectives.passes),
+        update_bytes=dict(collectives.update),
+    )
 
 
 def stage(
-    settings: RunSettings, rows: int, layers: int | None, *, real: bool = False
+    settings: RunSettings, rows: int, layers: int | None = None, *, real: bool = False
 ) -> tuple[Any, LightningDataModule, Trainer]:
     """Return copies of task and data, and a trainer with the run's precision and callbacks; no weights yet.
 
@@ -222,7 +166,7 @@ def stage(
     task.planned_sharding = settings.mesh is not None
     data.hparams["batch_size"] = rows
     data.pretend_prepared(settings.vocab_size)  # type: ignore[attr-defined]
-    callbacks = [copy.deepcopy(c) for c in settings.callbacks if _takes_part(c)]
+    callbacks = copy.deepcopy(technique_callbacks(settings.callbacks))
     trainer = _trainer(settings, callbacks, settings.device_type if real else "cpu")
     trainer.strategy.connect(task)
     task.trainer = data.trainer = trainer
@@ -230,23 +174,22 @@ def stage(
     return task, data, trainer
 
 
-def _takes_part(callback: Callback) -> bool:
-    kind = type(callback)
-    return kind.__module__.startswith("leanbert.") and kind.__name__ not in OBSERVERS
-
-
-def _trainer(settings: RunSettings, callbacks: list[Callback], device_type: str) -> Trainer:
+def _trainer(settings: RunSettings, callbacks: Sequence[Callback], device_type: str) -> Trainer:
     return Trainer(
-        accelerator=device_type, devices=1, logger=False, callbacks=callbacks, precision=settings.precision,
+        accelerator=device_type, devices=1, logger=False, callbacks=list(callbacks), precision=settings.precision,
         gradient_clip_val=settings.clip, max_steps=2**31, max_epochs=-1, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
     )  # fmt: skip
 
 
 def set_up(task: Any, trainer: Trainer) -> None:
-    """Let the callbacks register what they ask for."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    """Let the callbacks register what they ask for. Raises UserError for what they refuse, or cannot be planned."""
+    for callback in technique_callbacks(trainer.callbacks):  # type: ignore[attr-defined]
         callback.setup(trainer, task, "fit")
+    if (task.techniques.micro_batch or 0) >= trainer.datamodule.hparams["batch_size"]:  # type: ignore[attr-defined]
+        raise UserError(
+            "plan: a micro-batch schedule that begins or ends with the whole batch. Plan its largest alone."
+        )
 
 
 def build(task: Any, trainer: Trainer, mesh: Any = None) -> None:
@@ -277,21 +220,11 @@ def _store_nowhere(task: Any) -> None:
 
 def begin(task: Any, trainer: Trainer, batch: Any) -> None:
     """Do what comes before the first step."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        _pretend_it_has_begun(callback)
+    for callback in technique_callbacks(trainer.callbacks):  # type: ignore[attr-defined]
+        callback.reach_peak()
         callback.on_train_start(trainer, task)
         callback.on_train_batch_start(trainer, task, batch, 0)
     task.train()
-
-
-def _pretend_it_has_begun(callback: Callback) -> None:
-    """Bring a callback that comes in later to its end: masks are there, micro-batches are the largest."""
-    state = callback.state_dict()
-    if "sparsity" in state:
-        callback.load_state_dict({"sparsity": getattr(callback, "final_sparsity", 0.5)})
-    schedule = getattr(callback, "schedule", None)
-    if isinstance(schedule, dict):
-        callback.schedule = {0: max(schedule.values())}  # type: ignore[attr-defined]
 
 
 def take_step(task: Any, trainer: Trainer, batch: Any, after_backward: Callable[[], object] = lambda: None) -> None:
@@ -310,17 +243,14 @@ def take_step(task: Any, trainer: Trainer, batch: Any, after_backward: Callable[
 
 def _validate(task: Any, trainer: Trainer, batch: Any) -> Timeline:
     task.eval()
-    existing = [*_tensors_of(task), *_tensors_of(batch)]
-    trace = LiveBytes(task.model, trainer.strategy.optimizers, existing=existing, first_phase="validation")
-    with torch.no_grad(), trace:
+    optimizers, existing = trainer.strategy.optimizers, _existing(task, batch)
+    with torch.no_grad(), LiveBytes(task.model, optimizers, existing=existing, first_phase="validation") as trace:
         trainer.strategy.validation_step(batch, 0)
     return trace.timeline()
 
 
-def _tensors_of(holder: Any) -> Sequence[Tensor]:
-    """Return the tensors of a batch, or those of a task that are not its model's (metrics)."""
-    if isinstance(holder, torch.nn.Module):
-        model = {id(tensor) for tensor in (*holder.model.parameters(), *holder.model.buffers())}  # type: ignore[union-attr]
-        own = [t for module in holder.modules() for t in vars(module).values() if isinstance(t, Tensor)]
-        return [t for t in (*own, *holder.buffers()) if id(t) not in model]
-    return [value for value in vars(holder).values() if isinstance(value, Tensor)]
+def _existing(task: Any, batch: Any) -> list[Tensor]:
+    """Return the tensors of a batch, and those of a task that are not its model's (metrics)."""
+    model = {id(tensor) for tensor in (*task.model.parameters(), *task.model.buffers())}
+    own = [t for module in task.modules() for t in vars(module).values() if isinstance(t, Tensor)]
+    return [*(t for t in (*own, *task.buffers()) if id(t) not in model), *tensors_of(batch)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from leanbert.class_paths import find_class
-from leanbert.planning.dry_run import RunSettings
+from leanbert.planning.run_settings import RunSettings
 from leanbert.settings import find_shipped, parse_yaml
 
 MICRO_BATCH = ("accumulation", "layer_major")

@@ -7,6 +7,7 @@ never changes.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,8 @@ from leanbert.memory.precision import has_16_bit_products
 from leanbert.optim.build import STATE_BITS
 from leanbert.planning import overlays
 from leanbert.planning.device import Target
-from leanbert.planning.dry_run import RunSettings
-from leanbert.planning.predict import MicroBatches, Prediction, predict
+from leanbert.planning.predict import Prediction, predict
+from leanbert.planning.run_settings import RunSettings
 
 STATEFUL = ("adam", "adamw", "muon")
 """Optimizers whose state low-bit AdamW can take the place of."""
@@ -84,12 +85,12 @@ def ladder(settings: RunSettings, target: Target) -> list[tuple[str, ...]]:
     For a CPU without 16-bit matrix products (a CPU target is this machine) 16 bits come last: they take longer than
     all else.
     """
-    kinds = {type(callback).__name__ for callback in settings.callbacks}
+    own = settings.techniques.precision
     optimizer = settings.task.optimizer_config.name
     products = target.device_type != "cpu" or has_16_bit_products("cpu")
-    whole = "Precision" not in kinds and str(settings.precision) in ("32-true", "32")
+    whole = own is None and str(settings.precision) in ("32-true", "32")
     half = ("bf16_mixed",) if products and whole else ()
-    whole_weights = "Precision" not in kinds and "true" in str(settings.precision).replace("32-true", "")
+    whole_weights = own is None and "true" in str(settings.precision).replace("32-true", "")
     low_bits = ("adamw_8bit", "adamw_4bit") if optimizer in STATEFUL else ()
     free = ("return_pages",) if target.device_type == "cpu" and can_be_asked() else ()
     offload = "offload" if target.device_type == "cpu" else "offload_host"
@@ -115,8 +116,10 @@ def search(
     target: Target,
     budget_bytes: int | None,
     progress: Callable[[list[tuple[str, ...]]], Iterator[tuple[str, ...]]] = iter,
+    *,
+    first: bool = False,
 ) -> Plan:
-    """Predict every set of techniques and choose the cheapest that fits, with the largest micro-batch that does.
+    """Predict sets of techniques and choose the cheapest that fits, with the largest micro-batch that does.
 
     Sets that cannot be combined with the given configuration are left out; so are those that save nothing.
 
@@ -125,6 +128,7 @@ def search(
         target: The device.
         budget_bytes: What the run may need; None: no choice is made.
         progress: Wraps the list of sets while it is worked through.
+        first: Stop at the first that fits, instead of trying all.
 
     """
     trials = _Trials(settings, target)
@@ -133,6 +137,8 @@ def search(
     if budget_bytes is None or given.needs_bytes <= budget_bytes:
         chosen = given
     for names in progress(ladder(settings, target)[1:]):
+        if first and chosen is not None:
+            break
         try:
             found = _with_micro_batch(trials, names, budget_bytes, chosen)
         except UserError:
@@ -154,13 +160,10 @@ def _with_micro_batch(
     if chosen is not None and chosen.micro_batch in sizes:
         return trials.candidate(names, chosen.micro_batch)
     smallest = trials.candidate(names, sizes[0])
-    if budget_bytes is None or chosen is not None:
+    if budget_bytes is None or chosen is not None or smallest.needs_bytes > budget_bytes:
         return smallest
-    for size in reversed(sizes):
-        found = trials.candidate(names, size)
-        if found.needs_bytes <= budget_bytes:
-            return found
-    return smallest
+    fitting = bisect_right(sizes, budget_bytes, key=lambda size: trials.candidate(names, size).needs_bytes)
+    return trials.candidate(names, sizes[fitting - 1])
 
 
 def micro_batches(rows: int) -> list[int]:
@@ -173,27 +176,22 @@ def micro_batches(rows: int) -> list[int]:
 
 
 class _Trials:
-    """Candidates of one given configuration; what differs in nothing that tensors see is rehearsed once."""
+    """Candidates of one given configuration; what differs in nothing that tensors see has one dry run."""
 
     def __init__(self, settings: RunSettings, target: Target) -> None:
         self.settings, self.target = settings, target
-        self._whole: dict[tuple[str, ...], Prediction] = {(): predict(settings)}
-        self._cut: dict[tuple[str, ...], MicroBatches] = {}
-        needs = target.needs(self._whole[()].peak_bytes, settings.callbacks)
-        self.given = Candidate((), settings.micro_batch, self._whole[()], needs, 0.0, {})
+        prediction = predict(settings)
+        self._predictions: dict[tuple[tuple[str, ...], int | None], Prediction] = {((), None): prediction}
+        needs = target.needs(prediction.peak_bytes, settings.techniques)
+        self.given = Candidate((), settings.micro_batch, prediction, needs, 0.0, {})
 
     def candidate(self, names: tuple[str, ...], micro_batch: int | None) -> Candidate:
         """Return a set of techniques, with its micro-batch if it has one."""
         seen = tuple(name for name in names if name != "return_pages")
-        if micro_batch is None:
-            if seen not in self._whole:
-                self._whole[seen] = predict(self._changed(seen, None))
-            prediction = self._whole[seen]
-        else:
-            if seen not in self._cut:
-                self._cut[seen] = MicroBatches(lambda size: self._changed(seen, size))
-            prediction = self._cut[seen].predict(micro_batch)
-        needs = self.target.needs(prediction.peak_bytes, self._changed(names, micro_batch).callbacks)
+        if (seen, micro_batch) not in self._predictions:
+            self._predictions[seen, micro_batch] = predict(self._changed(seen, micro_batch))
+        prediction = self._predictions[seen, micro_batch]
+        needs = self.target.needs(prediction.peak_bytes, self._changed(names, micro_batch).techniques)
         added = prediction.flops / self.given.prediction.flops - 1
         overlay = self._overlay(names, micro_batch)
         return Candidate(names, micro_batch or self.given.micro_batch, prediction, needs, added, overlay)

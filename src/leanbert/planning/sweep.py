@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import yaml
@@ -11,8 +12,8 @@ import yaml
 from leanbert.errors import UserError
 from leanbert.planning import overlays
 from leanbert.planning.device import Target
-from leanbert.planning.dry_run import RunSettings
-from leanbert.planning.predict import MicroBatches, Prediction
+from leanbert.planning.predict import Prediction, predict
+from leanbert.planning.run_settings import RunSettings
 from leanbert.settings import find_shipped
 
 SIZES = ("mini", "small", "base", "large")
@@ -91,7 +92,7 @@ def sweep(
 
 
 def _cell(settings: RunSettings, target: Target, budget_bytes: int, size: str, length: int) -> Cell:
-    technique = "accumulation" if settings.slice_rows is None else "layer_major"
+    technique = "accumulation" if settings.techniques.slice_rows is None else "layer_major"
     sized = with_size(settings, size)
     sized = sized.with_encoder(max_positions=max(length, sized.task.encoder_config.max_positions))
 
@@ -100,17 +101,40 @@ def _cell(settings: RunSettings, target: Target, budget_bytes: int, size: str, l
         found.data.hparams.update(max_length=length, val_batch_size=found.data.hparams["val_batch_size"] or rows)
         return replace(found, rows=2 * rows)
 
-    family = MicroBatches(with_micro_batch)
+    @cache
+    def at(rows: int) -> Cell:
+        run = with_micro_batch(rows)
+        prediction = predict(run)
+        return Cell(
+            size,
+            length,
+            rows,
+            prediction,
+            target.needs(prediction.peak_bytes, run.techniques),
+        )
 
-    def at(rows: int) -> tuple[Prediction, int]:
-        prediction = family.predict(rows)
-        return prediction, target.needs(prediction.peak_bytes, with_micro_batch(rows).callbacks)
+    rows = largest_that_fits(lambda rows: at(rows).needs_bytes, budget_bytes)
+    return at(rows) if rows else replace(at(1), micro_batch=0)
 
-    low, high = 0, MOST  # low fits
-    while low < high:
-        middle = (low + high + 1) // 2
-        if at(middle)[1] <= budget_bytes:
-            low = middle
+
+def largest_that_fits(needs_bytes: Callable[[int], int], budget_bytes: int) -> int:
+    """Return the largest micro-batch, at most `MOST`, of which `needs_bytes` is within the budget; 0 if 1 is not.
+
+    What a run needs is nearly affine in its micro-batch, so the one to try next is where a line through the ends of
+    the range meets the budget.
+    """
+    low, high = 1, MOST
+    least, most = needs_bytes(low), needs_bytes(high)
+    if least > budget_bytes:
+        return 0
+    if most <= budget_bytes:
+        return MOST
+    while high - low > 1:  # low fits, high does not
+        crossing = low + int((high - low) * (budget_bytes - least) / (most - least))
+        middle = min(max(crossing, low + 1), high - 1)
+        needed = needs_bytes(middle)
+        if needed <= budget_bytes:
+            low, least = middle, needed
         else:
-            high = middle - 1
-    return Cell(size, length, low, *at(max(low, 1)))
+            high, most = middle, needed
+    return low

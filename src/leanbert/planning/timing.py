@@ -8,6 +8,7 @@ thread; with an accelerator workers do it meanwhile. So are start, checkpoints a
 from __future__ import annotations
 
 import gc
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -21,8 +22,9 @@ from tqdm import tqdm
 
 from leanbert.data.batches.batch import MLMBatch, PairBatch
 from leanbert.errors import UserError
-from leanbert.planning.dry_run import RunSettings, begin, build, set_up, stage, take_step
-from leanbert.planning.predict import period_of_blocks, rows_to_rehearse
+from leanbert.planning.dry_run import begin, build, set_up, stage, take_step
+from leanbert.planning.predict import rows_of_dry_run
+from leanbert.planning.run_settings import RunSettings
 
 SMALLEST_STACK = 2
 """Blocks of the smaller stack that is timed, at least; the larger one has as many more, or a whole period."""
@@ -74,7 +76,7 @@ def measure(settings: RunSettings, *, clock: Callable[[], float] = time.perf_cou
         UserError: Techniques that cannot combine, or match nothing.
 
     """
-    rows, layers = rows_to_rehearse(settings), settings.task.encoder_config.num_layers
+    rows, layers = rows_of_dry_run(settings), settings.task.encoder_config.num_layers
     depths = _depths(settings)
     gc.collect()
     gc.freeze()  # a process that has planned holds many objects, which every collection would look through
@@ -92,10 +94,16 @@ def measure(settings: RunSettings, *, clock: Callable[[], float] = time.perf_cou
 
 def _depths(settings: RunSettings) -> list[int]:
     """Return the numbers of blocks to time: two small stacks, or the one of the settings."""
-    layers, period = settings.task.encoder_config.num_layers, period_of_blocks(settings)
+    layers, period = settings.task.encoder_config.num_layers, _period_of_blocks(settings)
     small = SMALLEST_STACK + (layers - SMALLEST_STACK) % period
     large = small + period * -(-SMALLEST_STACK // period)
     return [small, large] if large < layers else [layers]
+
+
+def _period_of_blocks(settings: RunSettings) -> int:
+    """Return after how many blocks the stack repeats itself."""
+    config = settings.task.encoder_config.resolved()
+    return math.lcm(settings.techniques.keep_every, config.global_every if config.local_window else 1)
 
 
 def _time_stack(

@@ -34,12 +34,16 @@ class Techniques:
     """Where activations wait for the backward pass; a path is a folder on disk."""
     head_chunk: int | None = None
     """Targets whose logits exist at a time."""
-    micro_batches: bool = False
-    """Gradient accumulation is on."""
+    micro_batch: int | None = None
+    """Gradient accumulation: sequences of the largest micro-batch on each device; None: it is off."""
     in_backward: InBackward | None = None
     """Update parameters in the backward pass; "accumulate": fold each micro-batch into Adam's moments (AdamA)."""
     recovery: bool = False
     """Replay a step with smaller micro-batches when memory runs out."""
+    precision: str | None = None
+    """16-bit precision, from some step on; None: that of the trainer."""
+    returns_pages: bool = False
+    """Freed memory goes back to the system at once."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,12 @@ def _conflicts(t: Techniques, around: Surroundings) -> list[tuple[bool, str]]:
     adama = t.in_backward == "accumulate"
     return [
         (
-            t.in_backward == "update" and t.micro_batches,
+            t.in_backward == "update" and t.micro_batch is not None,
             "OptimizerInBackward: with gradient accumulation a parameter would be updated after each micro-batch. Use "
             "LayerMajor instead of GradientAccumulation (exact), or OptimizerInBackward.accumulate=true (AdamA).",
         ),
         (
-            adama and not t.micro_batches,
+            adama and t.micro_batch is None,
             "OptimizerInBackward.accumulate: has no effect without GradientAccumulation. Leave it out.",
         ),
         (
@@ -98,7 +102,7 @@ def _conflicts(t: Techniques, around: Surroundings) -> list[tuple[bool, str]]:
             "out. Leave one of them out.",
         ),
         (
-            layer_major and (t.micro_batches or t.recovery),
+            layer_major and (t.micro_batch is not None or t.recovery),
             "LayerMajor: has a micro-batch of its own. Leave GradientAccumulation and OutOfMemoryRecovery out.",
         ),
         (

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
 
+from leanbert.callbacks.techniques.base import TechniqueCallback
 from leanbert.callbacks.values import log_values
 from leanbert.errors import UserError
 from leanbert.messages import say
 from leanbert.ranges import COUNT, WHOLE
+from leanbert.tasks.techniques import Techniques
 
 
-class GradientAccumulation(Callback):
+class GradientAccumulation(TechniqueCallback):
     """Cut the batch of each step into micro-batches; training is the same (exact), memory that of a micro-batch.
 
     Args:
@@ -34,17 +35,23 @@ class GradientAccumulation(Callback):
         if 0 not in self.schedule:
             raise UserError("GradientAccumulation.micro_batch: does not say how to begin. Give a value for 0.")
 
+    def register(self, techniques: Techniques) -> None:
+        """Ask for micro-batches."""
+        techniques.micro_batch = max(self.schedule.values())
+
+    def reach_peak(self) -> None:
+        """Keep the largest micro-batch."""
+        self.schedule = {0: max(self.schedule.values())}
+
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Register, unless nothing would be cut."""
-        if stage != "fit":
-            return
+        super().setup(trainer, pl_module, stage)
         rows = _rows_per_device(trainer)
-        if min(self.schedule.values()) >= rows:
+        if stage == "fit" and min(self.schedule.values()) >= rows:
             raise UserError(
                 f"GradientAccumulation.micro_batch: {min(self.schedule.values())} does not cut a device's batch of "
                 f"{rows} sequences. Give less than {rows}, or leave it out."
             )
-        pl_module.techniques.micro_batches = True
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Set the micro-batch also where no step is left: the summary tells it."""
@@ -63,7 +70,7 @@ class GradientAccumulation(Callback):
             log_micro_batch(trainer, pl_module)
 
 
-class OutOfMemoryRecovery(Callback):
+class OutOfMemoryRecovery(TechniqueCallback):
     """Replay a step with half the micro-batch when memory runs out; loss and effective batch stay the same (exact).
 
     The smaller micro-batch is kept, also in a resumed run. It catches what the device's allocator raises: on Linux
@@ -88,10 +95,14 @@ class OutOfMemoryRecovery(Callback):
         """Keep to the micro-batch that fits."""
         self.largest, self.events = state_dict["largest"], state_dict["events"]
 
+    def register(self, techniques: Techniques) -> None:
+        """Ask for steps to be replayed."""
+        techniques.recovery = True
+
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Register."""
+        """Register, and tell the task how to go on."""
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            pl_module.techniques.recovery = True
             pl_module.shrink = lambda error: self._shrink(trainer, pl_module, error)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
 
+from leanbert.callbacks.techniques.base import TechniqueCallback
 from leanbert.errors import UserError
 from leanbert.ranges import COUNT
+from leanbert.tasks.techniques import Techniques
 
 
-class ActivationCheckpointing(Callback):
+class ActivationCheckpointing(TechniqueCallback):
     """Compute activations of blocks again in the backward pass instead of keeping them (exact).
 
     Args:
@@ -26,13 +27,12 @@ class ActivationCheckpointing(Callback):
         COUNT.check("ActivationCheckpointing.every", every)
         self.keep, self.every = keep, every
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Register."""
-        if stage == "fit":
-            pl_module.techniques.keep, pl_module.techniques.keep_every = self.keep, self.every
+    def register(self, techniques: Techniques) -> None:
+        """Ask for what is kept."""
+        techniques.keep, techniques.keep_every = self.keep, self.every
 
 
-class ActivationOffload(Callback):
+class ActivationOffload(TechniqueCallback):
     """Let activations wait for the backward pass elsewhere than on the device (exact; costs their transfer).
 
     Args:
@@ -43,22 +43,23 @@ class ActivationOffload(Callback):
 
     def __init__(self, to: Literal["disk", "host"] = "disk", folder: str | None = None) -> None:
         self.to, self.folder = to, folder
+        self._folder = Path(folder or ".")
         if folder is not None and to == "host":
             raise UserError("ActivationOffload.folder: has no effect with to=host. Leave it out.")
 
+    def register(self, techniques: Techniques) -> None:
+        """Ask for the storage."""
+        techniques.storage = "host" if self.to == "host" else self._folder
+
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Register; the folder is made."""
-        if stage != "fit":
-            return
-        if self.to == "host":
-            pl_module.techniques.storage = "host"
-            return
-        folder = Path(self.folder or trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        pl_module.techniques.storage = folder
+        """Make the folder, and register."""
+        if stage == "fit" and self.to == "disk":
+            self._folder = Path(self.folder or trainer.default_root_dir)
+            self._folder.mkdir(parents=True, exist_ok=True)
+        super().setup(trainer, pl_module, stage)
 
 
-class LayerMajor(Callback):
+class LayerMajor(TechniqueCallback):
     """Run each block over all slices of the batch before the next block (exact; computes each block once more).
 
     Keeps the inputs of blocks only, like checkpointing, but gradients are whole block by block: with
@@ -73,13 +74,12 @@ class LayerMajor(Callback):
         COUNT.check("LayerMajor.micro_batch", micro_batch)
         self.micro_batch = micro_batch
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Register."""
-        if stage == "fit":
-            pl_module.techniques.slice_rows = self.micro_batch
+    def register(self, techniques: Techniques) -> None:
+        """Ask for the slices."""
+        techniques.slice_rows = self.micro_batch
 
 
-class ChunkedHead(Callback):
+class ChunkedHead(TechniqueCallback):
     """Make the vocabulary's logits for some targets at a time (exact).
 
     Args:
@@ -91,7 +91,6 @@ class ChunkedHead(Callback):
         COUNT.check("ChunkedHead.targets", targets)
         self.targets = targets
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Register."""
-        if stage == "fit":
-            pl_module.techniques.head_chunk = self.targets
+    def register(self, techniques: Techniques) -> None:
+        """Ask for the chunk."""
+        techniques.head_chunk = self.targets

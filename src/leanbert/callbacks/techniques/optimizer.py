@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
+from leanbert.callbacks.techniques.base import TechniqueCallback
+from leanbert.tasks.techniques import Techniques
 
 
-class OptimizerInBackward(Callback):
+class OptimizerInBackward(TechniqueCallback):
     """Update each parameter as soon as its gradient is whole, and free the gradient.
 
     Exact with one micro-batch, and with LayerMajor. With GradientAccumulation set `accumulate`.
@@ -21,7 +19,6 @@ class OptimizerInBackward(Callback):
     def __init__(self, accumulate: bool = False) -> None:
         self.accumulate = accumulate
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Register."""
-        if stage == "fit":
-            pl_module.techniques.in_backward = "accumulate" if self.accumulate else "update"
+    def register(self, techniques: Techniques) -> None:
+        """Ask for updates in the backward pass."""
+        techniques.in_backward = "accumulate" if self.accumulate else "update"

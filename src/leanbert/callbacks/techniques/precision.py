@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 from lightning.pytorch.plugins.precision import Precision as FullPrecision
 
+from leanbert.callbacks.techniques.base import TechniqueCallback
 from leanbert.callbacks.values import log_values
 from leanbert.errors import UserError
 from leanbert.ranges import WHOLE
+from leanbert.tasks.techniques import Techniques
 
 
-class Precision(Callback):
+class Precision(TechniqueCallback):
     """Compute in 16 bits.
 
     Args:
@@ -46,8 +47,13 @@ class Precision(Callback):
         """Go on with the scale that was found."""
         self._scaler = state_dict["scaler"]
 
+    def register(self, techniques: Techniques) -> None:
+        """Tell the precision."""
+        techniques.precision = self.precision
+
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Set the precision before the model is built."""
+        super().setup(trainer, pl_module, stage)
         if trainer.max_steps != -1 and stage == "fit" and self.start_step >= trainer.max_steps:
             raise UserError(f"Precision.start_step: {self.start_step} is after the last step. Give less.")
         later = stage == "fit" and self.start_step > 0

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
+from leanbert.callbacks.techniques.base import TechniqueCallback
 from leanbert.callbacks.values import log_values
 from leanbert.compression.pruning import (
     apply_masks,
@@ -23,12 +23,13 @@ from leanbert.compression.structured import Importance, prune_structured, sizes_
 from leanbert.errors import UserError
 from leanbert.messages import say
 from leanbert.ranges import COUNT, PART, RATE, WHOLE
+from leanbert.tasks.techniques import Techniques
 
 MASK_UPDATES = 20
 """Times that masks are made anew on the way to the final sparsity, where the settings do not say."""
 
 
-class MagnitudePruning(Callback):
+class MagnitudePruning(TechniqueCallback):
     """Set the smallest weights of linear layers to zero, more of them step by step. Approximate.
 
     The share of zeros grows by the cubic schedule of Zhu and Gupta 2017 (arXiv 1710.01878), and holds after every
@@ -76,6 +77,10 @@ class MagnitudePruning(Callback):
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         """Take over the sparsity."""
         self.sparsity = state_dict["sparsity"]
+
+    def reach_peak(self) -> None:
+        """Have the final masks."""
+        self.sparsity = self.final_sparsity
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raise UserError if the run ends too early, or its strategy shards the weights."""
@@ -143,7 +148,7 @@ class MagnitudePruning(Callback):
         return start, end, self.every_n_steps or max(1, (end - start) // MASK_UPDATES)
 
 
-class StructuredPruning(Callback):
+class StructuredPruning(TechniqueCallback):
     """Remove the least important heads and feed-forward neurons, the same number in each block. Approximate.
 
     Of encoder, decoder and cross-attention alike. The model becomes smaller: parameters, gradients, optimizer state,
@@ -187,13 +192,15 @@ class StructuredPruning(Callback):
         self.done, scores = state_dict["done"], state_dict["scores"]
         self._scores = None if scores is None else Importance(*scores)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask the task to prune what it builds; raise UserError for what cannot be combined."""
-        if stage != "fit":
-            return
+    def register(self, techniques: Techniques) -> None:
+        """Ask the task to prune what it builds."""
         if self.at_step == 0:
-            techniques: Any = pl_module.techniques
             techniques.structured = (self.heads, self.neurons)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Register; raise UserError for what a later removal cannot be combined with."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit" or self.at_step == 0:
             return
         _refuse_sharding(trainer, pl_module, "StructuredPruning")
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ Shapes: N targets, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -185,7 +185,7 @@ def _wide_dtype(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-def _in_float32(logits: Tensor) -> Iterator[slice]:
-    """Yield the rows that are in float32 at a time."""
+def _in_float32(logits: Tensor) -> Iterable[slice]:
+    """Return the rows that are in float32 at a time."""
     elements = CPU_CHUNK if logits.device.type == "cpu" else DEVICE_CHUNK
     return rounds(parts(len(logits), max(1, elements // logits.shape[-1])), logits)

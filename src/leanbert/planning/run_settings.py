@@ -1,0 +1,83 @@
+"""What decides the memory of a run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from leanbert.callbacks.techniques.base import TechniqueCallback
+from leanbert.tasks.techniques import Techniques
+
+
+def technique_callbacks(callbacks: Iterable[Callback]) -> list[TechniqueCallback]:
+    """Return the callbacks that change what a step needs."""
+    return [callback for callback in callbacks if isinstance(callback, TechniqueCallback)]
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """Return the tensors of a batch."""
+    return [value for value in vars(batch).values() if isinstance(value, Tensor)]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What decides the memory of a run: objects as the command line makes them, none of which holds weights or data."""
+
+    task: Any
+    data: LightningDataModule
+    callbacks: tuple[Callback, ...]
+    precision: Any
+    clip: float | None = None
+    vocab_size: int | None = None
+    """Of the tokenizer; None: `data.vocab_size`, which a trained one does not exceed."""
+    device_type: str = "cpu"
+    """The device that is planned for."""
+    rows: int | None = None
+    """Sequences of a step on each device; None: `data.batch_size`."""
+    devices: int = 1
+    """Devices of the run: they share the validation batch, and techniques may disapprove of their number."""
+    mesh: Any = None
+    """`DeviceMesh` of a process group, over which FSDP2 shards the model; None: it is whole on each device."""
+
+    def with_encoder(self, **dimensions: Any) -> RunSettings:
+        """Return the settings with other dimensions of the encoder."""
+        task = copy.deepcopy(self.task)
+        task.encoder_config = replace(task.encoder_config, **dimensions)
+        return replace(self, task=task)
+
+    @property
+    def techniques(self) -> Techniques:
+        """What the callbacks ask for."""
+        asked = Techniques()
+        for callback in technique_callbacks(self.callbacks):
+            callback.register(asked)
+        return asked
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences of one forward pass on each device."""
+        bounds = (self.rows_per_step, self.techniques.micro_batch, self.techniques.slice_rows)
+        return min(rows for rows in bounds if rows is not None)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Sequences of a step on each device."""
+        return int(self.rows or self.data.hparams["batch_size"])
+
+    @property
+    def validation_rows(self) -> int:
+        """Sequences of a validation batch on each device."""
+        shared = self.data.hparams["val_batch_size"]
+        return -(-shared // self.devices) if shared else self.rows_per_step
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one sequence in a batch."""
+        batch = self.data.blank_batch(1)  # type: ignore[attr-defined]
+        return sum(int(tensor.nbytes) for tensor in tensors_of(batch))
