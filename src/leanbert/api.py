@@ -212,10 +212,8 @@ class Pretrained:
         return batch.to(self._device)
 
     def _mean(self, batch: PredictBatch) -> Tensor:
-        hidden = self.model.encode(
-            batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids
-        )  # [B, S, D]
-        real = (batch.document_ids >= 0).unsqueeze(-1)  # [B, S, 1]
+        hidden = self.model.encode(batch.inputs)  # [B, S, D]
+        real = batch.inputs.real.unsqueeze(-1)  # [B, S, 1]
         return (hidden * real).sum(1).float() / real.sum(1)
 
     @property

@@ -6,13 +6,14 @@ Shapes: N sentences, K beams, Q = N * K hypotheses, S source tokens, t tokens so
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from leanbert.errors import UserError
 from leanbert.models.decoding_cache import Cache
+from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.seq2seq import Seq2SeqModel
 from leanbert.ranges import POSITIVE, WHOLE, Range
 
@@ -86,21 +87,21 @@ class Tokens(NamedTuple):
 
 
 @torch.inference_mode()
-def generate(model: Seq2SeqModel, batch: Any, tokens: Tokens, config: GenerationConfig) -> list[Generated]:
-    """Return the best output for each source of a batch.
+def generate(model: Seq2SeqModel, inputs: PackedInputs, tokens: Tokens, config: GenerationConfig) -> list[Generated]:
+    """Return the best output for each source.
 
     Args:
         model: The model, in evaluation mode.
-        batch: Has `input_ids`, `position_ids` and `document_ids` (0 on tokens, -1 on padding), int64 [N, S].
+        inputs: Sources, one a row, [N, S].
         tokens: Ids with a meaning.
         config: How to search.
 
     """
-    real = (batch.document_ids >= 0).sum(1)  # [N]
-    limits = ((real * config.length_ratio).long() + config.length_more).clamp(max=model.config.max_positions).tolist()
-    cache = Cache(model, batch, config.beams, max(limits))
+    longest = (inputs.real.sum(1) * config.length_ratio).long() + config.length_more  # [N]
+    limits = longest.clamp(max=model.config.max_positions).tolist()
+    cache = Cache(model, inputs, config.beams, max(limits))
     search = _one_by_one if config.beams == 1 else _beam_search
-    return search(cache, limits, tokens, config, batch.input_ids.device)
+    return search(cache, limits, tokens, config, inputs.input_ids.device)
 
 
 class _Running:
@@ -149,7 +150,7 @@ def _one_by_one(
         if (left := running.left()) is not None:
             still = torch.tensor(left, dtype=torch.long, device=device)
             outputs, scores = outputs[still], scores[still]
-            cache.keep(still)
+            cache.select(still)
     return found
 
 
@@ -182,7 +183,7 @@ def _beam_search(
         if (left := running.left()) is not None:
             still = torch.tensor(left, dtype=torch.long, device=device)
             outputs, scores = outputs[still], scores[still]
-            cache.keep(still)
+            cache.select(still)
     return [max(candidates, key=lambda candidate: candidate.score) for candidates in finished]
 
 

@@ -25,7 +25,7 @@ class Source(NamedTuple):
     ids: Tensor
     allowed: Tensor
 
-    def keep(self, rows: Tensor) -> Source:
+    def select(self, rows: Tensor) -> Source:
         """Return these rows of the batch (int64)."""
         return Source(*(tensor[rows] for tensor in self))
 

@@ -323,4 +323,4 @@ def _tensors_of(holder: Any) -> Sequence[Tensor]:
         model = {id(tensor) for tensor in (*holder.model.parameters(), *holder.model.buffers())}  # type: ignore[union-attr]
         own = [t for module in holder.modules() for t in vars(module).values() if isinstance(t, Tensor)]
         return [t for t in (*own, *holder.buffers()) if id(t) not in model]
-    return [value for value in vars(holder).values() if isinstance(value, Tensor)]
+    return list(holder.tensors().values())

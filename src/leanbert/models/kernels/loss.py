@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from leanbert.data.batches.batch import IGNORED
+from leanbert.models.kernels.attention import product_dtype
 from leanbert.slices import parts, rounds
+
+IGNORED = -100
+"""Target that does not count."""
 
 CPU_CHUNK, DEVICE_CHUNK = 2**19, 2**25
 """Logits that are in float32 at a time: what fits a core's cache, or what fills an accelerator."""
@@ -129,8 +132,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         chunk: int,
         smoothing: float,
     ) -> Tensor:
-        kind, wide = hidden.device.type, _wide_dtype(hidden)
-        product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        wide, product = _wide_dtype(hidden), product_dtype(hidden)
         inputs = (hidden, weight, bias, kept, other)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
         summed_in = (hidden.dtype, wide, wide, wide, wide)
@@ -140,7 +142,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         ]
         total = torch.zeros((), dtype=wide, device=hidden.device)
         matrix, shift = weight.to(product), bias.to(product)
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False):
             for rows in rounds(parts(len(hidden), chunk), hidden):
                 part = hidden[rows].to(product)
                 logits = F.linear(part, matrix, shift)  # [chunk, R]
