@@ -20,7 +20,7 @@ from leanbert.models.encoder import Block, Encoder
 from leanbert.models.heads import MaskedLMHead
 from leanbert.models.kernels.loss import Mixture
 from leanbert.models.packed_inputs import PackedInputs
-from leanbert.models.pointer import Copied, Pointer, add_copied, copied_logarithm
+from leanbert.models.pointer import Copied, Pointer, add_copied, copied_log_probs
 from leanbert.models.stored import Stored
 
 Start = Literal["encoder", "shared", "random"]
@@ -139,7 +139,7 @@ class Seq2SeqModel(EncoderModel):
         if self.decoder.final_norm is not None and self.encoder.final_norm is not None:
             self.decoder.final_norm.load_state_dict(self.encoder.final_norm.state_dict())
         if self.pointer is not None:
-            self.pointer.look_for_the_same()
+            self.pointer.initialise_to_identity()
 
     def _share(self) -> None:
         """Let the decoder's blocks use the encoder's self-attention and feed-forward."""
@@ -182,7 +182,7 @@ class Seq2SeqModel(EncoderModel):
         hidden, copied = self.hidden(inputs, decoder_inputs)
         mixture = None
         if copied is not None:
-            mixture = Mixture(copied.kept.flatten(), copied_logarithm(copied, targets).flatten())
+            mixture = Mixture(copied.log_generate.flatten(), copied_log_probs(copied, targets).flatten())
         return self.head.loss_sum(hidden, self.target_table, targets, self.head_chunk, smoothing, mixture)
 
 

@@ -16,7 +16,7 @@ from leanbert.data.pairs import output_frame
 from leanbert.errors import UserError
 from leanbert.messages import say
 from leanbert.models.config import EncoderConfig
-from leanbert.models.generation import GenerationConfig, Tokens, generate
+from leanbert.models.generation import GenerationConfig, SpecialTokens, generate
 from leanbert.models.seq2seq import Seq2SeqModel, Start
 from leanbert.optim.build import OptimizerConfig, ScheduleConfig
 from leanbert.pretrained.build import build_model, read_architecture
@@ -243,14 +243,14 @@ class Seq2Seq(Task):
         return write(self.model, self._data.target_tokenizer, batch, config)
 
 
-def special_tokens(tokenizer: Any) -> Tokens:
+def special_tokens(tokenizer: Any) -> SpecialTokens:
     """Return the ids that begin and end a target, and those that are not text.
 
     Raises:
         UserError: The tokenizer's template has no token before or after a text.
     """
     begin, end = output_frame(tokenizer, "tokenizer")
-    return Tokens(begin[0], end[-1], [i for i in tokenizer.special_ids if i != end[-1]])
+    return SpecialTokens(begin[0], end[-1], [i for i in tokenizer.special_ids if i != end[-1]])
 
 
 def write(model: Any, tokenizer: Any, batch: PredictBatch, config: GenerationConfig) -> list[dict[str, Any]]:

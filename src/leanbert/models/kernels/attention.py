@@ -22,17 +22,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rate:
     `mask` [B or 1, 1, T or 1, S], see `additive`, is added to the scores; None: all see all. Probabilities are dropped
     at `rate`.
     """
-    if query.device.type == "cpu" and prefers_products(query, rate):
+    if prefers_products(query, rate):
         return products(query, key, value, mask, rate)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate)
 
 
 def prefers_products(query: Tensor, rate: float) -> bool:
-    """Whether on a CPU attention with `query` [B, H, T, d] is better done by matrix products.
+    """Whether attention with `query` [B, H, T, d] is better done by matrix products than by the fused kernel.
 
-    The fused kernel has no dropout there (torch then falls back to slower products of its own), and uses the units for
-    16-bit products poorly: 29 ms against 7 ms, forward and backward, for 32 x 4 x 128 x 64.
+    On a CPU the fused kernel has no dropout (torch then falls back to slower products of its own), and uses the units
+    for 16-bit products poorly: 29 ms against 7 ms, forward and backward, for 32 x 4 x 128 x 64.
     """
+    if query.device.type != "cpu":
+        return False
     few_bits = query.dtype in (torch.bfloat16, torch.float16)
     return rate > 0.0 or (few_bits and FEWEST_QUERIES <= query.shape[-2] <= MOST_QUERIES)
 
