@@ -38,6 +38,7 @@ from leanbert.memory.precision import has_16_bit_products
 from leanbert.memory.step import optimizer_step
 from leanbert.models.config import EncoderConfig
 from leanbert.models.mlm import MaskedLanguageModel
+from leanbert.models.packed_inputs import PackedInputs
 from leanbert.optim.build import OptimizerConfig, build_optimizer
 from leanbert.pretrained.build import build_model
 from leanbert.units import MIB
@@ -212,7 +213,8 @@ def predict_plain() -> int:
         model = build_model(EncoderConfig(num_layers=24, hidden_size=1024, num_heads=16), 30_522)
         optimizer = build_optimizer(model, OptimizerConfig(name="adamw"))
         shapes = [(rows, length)] * 3 + [(rows, round(0.2 * length))] * 2
-        batch = MLMBatch(*(torch.zeros(shape, dtype=torch.int64) for shape in shapes))
+        *inputs, index, targets = (torch.zeros(shape, dtype=torch.int64) for shape in shapes)
+        batch = MLMBatch(PackedInputs(*inputs), index, targets)
         optimizer_step(_Task(model), batch, optimizer)  # makes the optimizer's state
         with LiveBytes(model, [optimizer]) as trace:
             optimizer_step(_Task(model), batch, optimizer)
@@ -227,10 +229,7 @@ class _Task:
         return (batch.targets != IGNORED).sum()
 
     def loss_sum(self, batch: MLMBatch) -> torch.Tensor:
-        return self.model.loss_sum(
-            batch.input_ids, batch.target_index, batch.targets, position_ids=batch.position_ids,
-            document_ids=batch.document_ids,
-        )  # fmt: skip
+        return self.model.loss_sum(batch.inputs, batch.target_index, batch.targets)
 
 
 CATEGORIES = ["parameters", "gradients", "optimizer", "activations", "other"]

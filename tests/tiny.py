@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.nn import functional as F
 
 from leanbert.data.batches.batch import MLMBatch
 from leanbert.models.config import EncoderConfig
+from leanbert.models.packed_inputs import PackedInputs
 from leanbert.pretrained.build import build_model
 
 VOCABULARY = 100
@@ -41,7 +44,14 @@ def unequal_batch(rows=8, length=16, targets=6, seed=0) -> MLMBatch:
     index = torch.stack([torch.randperm(length, generator=generator)[:targets].sort().values for _ in range(rows)])
     truth = ids.gather(1, index)
     used = torch.arange(targets)[None] <= (torch.arange(rows) % targets)[:, None]
-    return MLMBatch(ids.scatter(1, index, 4), place - cut * documents, documents, index, truth.masked_fill(~used, -100))
+    inputs = PackedInputs(ids.scatter(1, index, 4), place - cut * documents, documents)
+    return MLMBatch(inputs, index, truth.masked_fill(~used, -100))
+
+
+def whole_rows(ids, real=None, segments=None) -> PackedInputs:
+    """Ids [B, S], one document a row; `real` (0 or 1, [B, S]) is 0 on padding."""
+    inputs = PackedInputs.whole_rows(ids, segments)
+    return inputs if real is None else replace(inputs, document_ids=real - 1)
 
 
 class PlainTask:
@@ -54,10 +64,5 @@ class PlainTask:
         return (batch.targets != -100).sum()
 
     def loss_sum(self, batch):
-        logits = self.module(
-            batch.input_ids,
-            position_ids=batch.position_ids,
-            document_ids=batch.document_ids,
-            target_index=batch.target_index,
-        )
+        logits = self.module(batch.inputs, batch.target_index)
         return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100, reduction="sum")

@@ -20,6 +20,7 @@ import leanbert
 from leanbert.optim.build import ScheduleConfig, learning_rate_factor
 from tests import launcher
 from tests.corpus import write_corpus
+from tests.tiny import whole_rows
 from tests.training import TINY
 from tests.training import read_scalars as scalars
 
@@ -192,7 +193,7 @@ def test_export_loads_in_transformers_with_equal_logits(trained, corpus):
     assert encoded["input_ids"].tolist() == ours.tokenizer.encode_batch(["the [MASK] sat on the house"])
     with torch.no_grad():
         expected = theirs(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits
-        actual = ours.model(encoded["input_ids"])
+        actual = ours.model(whole_rows(encoded["input_ids"]))
     assert actual.shape == expected.shape
     assert (actual - expected).abs().max() <= 1e-4
 

@@ -23,9 +23,8 @@ from leanbert.models.config import EncoderConfig
 from leanbert.optim.build import OptimizerConfig, build_optimizer
 from leanbert.pretrained.build import build_model, rebuild
 from leanbert.pretrained.huggingface.convert import read_huggingface, write_huggingface
-from leanbert.tasks.seq2seq import places
 from tests.pretrained.pairs import packed_batch, tiny_seq2seq
-from tests.tiny import PlainTask, tiny_model, unequal_batch
+from tests.tiny import PlainTask, tiny_model, unequal_batch, whole_rows
 
 PRESETS = ["bert", "modern"]
 HEADS, SIZE, NEURONS = 4, 8, 48
@@ -59,7 +58,7 @@ def silence(model):
 def logits(model):
     batch = unequal_batch()
     with torch.no_grad():
-        return model(batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids)
+        return model(batch.inputs)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -169,7 +168,7 @@ def test_half_of_base_has_the_parameters_and_flops_of_arithmetic(preset):
 def count_flops(model, ids):
     # the counter does not know the CPU's fused attention
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        model(ids)
+        model(whole_rows(ids))
     return counter.get_total_flops()
 
 
@@ -177,7 +176,7 @@ def test_training_keeps_less_for_the_backward_pass():
     model, batch = model_of("modern", torch.float32), unequal_batch()
     before = saved_bytes(model, batch)
     apply_at_build(model, 0.5, 0.5)
-    tokens, removed = batch.input_ids.numel(), before - saved_bytes(model, batch)
+    tokens, removed = batch.inputs.input_ids.numel(), before - saved_bytes(model, batch)
     # of each neuron that left: both halves, the activated half and the product, of each block
     assert removed >= 2 * tokens * 24 * 4 * 4
 
@@ -306,7 +305,7 @@ def seq2seq_of(settings):
 
 def seq2seq_logits(model, batch):
     with torch.no_grad():
-        return model(batch.input_ids, batch.decoder_ids, **places(batch))
+        return model(batch.inputs, batch.decoder_inputs)
 
 
 @pytest.mark.parametrize("settings", SEQ2SEQ, ids=str)
@@ -339,7 +338,7 @@ def test_encoder_decoder_and_cross_attention_shrink_alike(settings):
 
 def test_taylor_importance_has_a_row_for_each_attention():
     model, batch = seq2seq_of({"preset": "bert"}), packed_batch()
-    model.loss_sum(batch.input_ids, batch.decoder_ids, batch.targets, **places(batch)).backward()
+    model.loss_sum(batch.inputs, batch.decoder_inputs, batch.targets).backward()
     found = taylor_importance(model)
     assert found.heads.shape == (6, HEADS)  # of two blocks each: encoder, decoder, decoder to encoder
     assert found.neurons.shape == (4, NEURONS)

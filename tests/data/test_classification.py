@@ -33,8 +33,8 @@ def test_texts_share_a_row_and_each_has_its_label(tmp_path):
     assert data.labels == ["pos", "neg"]
     batch = data.evaluation_rows("val")[np.asarray([0])]
     assert batch.targets.tolist() == [[0, 1, 0]]
-    assert (batch.input_ids[0, batch.target_index[0]] == data.tokenizer.cls_id).all()
-    assert batch.document_ids[0, batch.target_index[0]].tolist() == [0, 1, 2]
+    assert (batch.inputs.input_ids[0, batch.target_index[0]] == data.tokenizer.cls_id).all()
+    assert batch.inputs.document_ids[0, batch.target_index[0]].tolist() == [0, 1, 2]
 
 
 def test_several_labels_and_numbers(tmp_path):

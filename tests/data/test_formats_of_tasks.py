@@ -192,7 +192,7 @@ def test_masks_to_fill_in_records(tmp_path: Path) -> None:
     for path in paths.values():
         assert answered(data, path) == [f"a [MASK] {n}" for n in range(3)]
     (batch,) = data.prediction_batches([paths["hf"]], 4)
-    assert (batch.input_ids == data.tokenizer.mask_id).sum(1).tolist() == [1, 1, 1]
+    assert (batch.inputs.input_ids == data.tokenizer.mask_id).sum(1).tolist() == [1, 1, 1]
 
 
 def test_errors_about_evaluation_name_its_setting(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def ready(tmp_path: Path, **settings: Any) -> MaskedLMData:
 
 
 def same(left: MLMBatch, right: MLMBatch) -> bool:
-    return all(torch.equal(tensor, vars(right)[name]) for name, tensor in vars(left).items())
+    return all(torch.equal(tensor, right.tensors()[name]) for name, tensor in left.tensors().items())
 
 
 def test_sizes_and_statistics(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_sizes_and_statistics(tmp_path: Path) -> None:
 
 def test_at_least_99_percent_of_training_positions_are_tokens(tmp_path: Path) -> None:
     batches = list(ready(tmp_path).train_dataloader())
-    real = torch.cat([(batch.document_ids >= 0).flatten() for batch in batches])
+    real = torch.cat([(batch.inputs.document_ids >= 0).flatten() for batch in batches])
     assert real.float().mean() >= 0.99
 
 
@@ -86,7 +86,7 @@ def test_two_ranks_see_together_what_one_sees(tmp_path: Path) -> None:
         strategy = SimpleNamespace(root_device=torch.device("cpu"))
         data.trainer = SimpleNamespace(global_rank=rank, world_size=2, strategy=strategy)  # type: ignore[assignment]
         part = next(iter(data.train_dataloader()))
-        assert torch.equal(part.input_ids, whole.input_ids[rank::2])
+        assert torch.equal(part.inputs.input_ids, whole.inputs.input_ids[rank::2])
         assert torch.equal(part.targets, whole.targets[rank::2])
 
 
@@ -118,7 +118,7 @@ def test_targets_of_full_rows(tmp_path: Path, whole_word: bool) -> None:
         used = batch.targets != -100
         assert batch.targets.shape == (8, 8)
         assert not torch.isin(batch.targets[used], special).any()
-        assert whole_word or used[(batch.document_ids >= 0).all(1)].all()
+        assert whole_word or used[(batch.inputs.document_ids >= 0).all(1)].all()
 
 
 def test_the_unknown_share_is_of_text_and_not_of_the_template(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_languages(tmp_path: Path, words: Any, kind: str) -> None:
     assert data.statistics["train"].unknown_share < 0.001
     assert data.statistics["train"].documents > 200
     batch = next(iter(data.val_dataloader()))
-    assert batch.input_ids.shape[1] == 32
+    assert batch.inputs.input_ids.shape[1] == 32
 
 
 def test_validation_files_and_an_existing_tokenizer(tmp_path: Path) -> None:

@@ -263,19 +263,19 @@ def test_packed_rows_are_exactly_these(tmp_path):
     pad, begin, end, none = data.tokenizer.pad_id, data.tokenizer.cls_id, data.tokenizer.sep_id, IGNORED
     rows = data.evaluation_rows("val")
     assert rows.rows == 2  # sources of 4, 5 and 3 tokens fit into 12; targets of 2, 3 and 5 do not into 8
-    batch = {name: tensor.tolist() for name, tensor in vars(rows[np.asarray([1, 0])]).items()}
+    batch = {name: tensor.tolist() for name, tensor in rows[np.asarray([1, 0])].tensors().items()}
     assert batch == {
         "input_ids": [[begin, e, end] + [pad] * 9, [begin, a, b, end, begin, c, d, e, end] + [pad] * 3],
         "position_ids": [[0, 1, 2] + [0] * 9, [0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 0, 0]],
         "document_ids": [[0] * 3 + [-1] * 9, [0] * 4 + [1] * 5 + [-1] * 3],
-        "decoder_ids": [[begin, d, d, d, d, pad, pad, pad], [begin, c, begin, a, b, pad, pad, pad]],
+        "decoder_input_ids": [[begin, d, d, d, d, pad, pad, pad], [begin, c, begin, a, b, pad, pad, pad]],
         "decoder_position_ids": [[0, 1, 2, 3, 4, 0, 0, 0], [0, 1, 0, 1, 2, 0, 0, 0]],
         "decoder_document_ids": [[0] * 5 + [-1] * 3, [0, 0, 1, 1, 1, -1, -1, -1]],
         "targets": [[d, d, d, d, end, none, none, none], [c, end, a, b, end, none, none, none]],
     }
     blank = data.blank_batch(2)
-    assert {name: tensor.shape for name, tensor in vars(blank).items()} == {
-        name: tensor.shape for name, tensor in vars(rows[np.asarray([0, 1])]).items()
+    assert {name: tensor.shape for name, tensor in blank.tensors().items()} == {
+        name: tensor.shape for name, tensor in rows[np.asarray([0, 1])].tensors().items()
     }
 
 
@@ -284,7 +284,7 @@ def test_training_rows_are_each_seen_once_an_epoch(tmp_path):
     data = data_of(tmp_path, records)
     data.setup("fit")
     rows = data.training_rows()
-    epochs = [[tuple(ids) for ids in rows[np.arange(start, start + rows.rows)].input_ids.tolist()]
+    epochs = [[tuple(ids) for ids in rows[np.arange(start, start + rows.rows)].inputs.input_ids.tolist()]
               for start in (0, rows.rows)]  # fmt: skip
     assert rows.rows == 9  # of 3 sources each
     assert sorted(epochs[0]) == sorted(epochs[1])
@@ -301,7 +301,7 @@ def test_sources_come_longest_first_with_their_references(tmp_path):
         found = []
         for batch, references in data.sources("val", *arguments):
             assert references == [[str(len(text)), f"{len(text)}!"] for text in batch.texts]
-            assert len(batch.input_ids) == len(batch.texts)
+            assert len(batch.inputs.input_ids) == len(batch.texts)
             found.append([len(text) for text in batch.texts])
         return found
 
@@ -315,9 +315,9 @@ def test_a_mask_token_in_a_source_is_text(tmp_path):
     data = data_of(tmp_path, [{"source": "a [MASK] b", "target": "c"}])
     data.setup("fit")
     ((batch, _),) = data.sources("val", 1)
-    assert data.tokenizer.mask_id not in batch.input_ids[0].tolist()
+    assert data.tokenizer.mask_id not in batch.inputs.input_ids[0].tolist()
     assert data.tokenizer.mask_id not in data.caches["val"].read("source", np.asarray([0]))[0].tolist()
-    assert batch.input_ids[0].tolist() == data.caches["val"].read("source", np.asarray([0]))[0].tolist()
+    assert batch.inputs.input_ids[0].tolist() == data.caches["val"].read("source", np.asarray([0]))[0].tolist()
 
 
 def test_rows_are_packed_once_and_again_where_a_setting_of_theirs_changes(tmp_path, monkeypatch):

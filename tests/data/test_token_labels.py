@@ -40,11 +40,11 @@ def test_predicates_are_marked_and_unmarked_sentences_added(tmp_path):
     assert data.labels == ["B-A0", "I-A0", "B-V", "O", "B-PRED", "B-A1", "I-A1"]
     assert data.statistics["train"].documents == 5  # three predicates, and two sentences in which to find them
     batch = data.evaluation_rows("val")[np.asarray([0])]
-    separator, first = data.tokenizer.separator_id, batch.input_ids[0][batch.document_ids[0] == 0]
+    separator, first = data.tokenizer.separator_id, batch.inputs.input_ids[0][batch.inputs.document_ids[0] == 0]
     assert (first == separator).sum() == 3  # around the predicate, and at the end
     named = [data.labels[t] for t in batch.targets[0].tolist() if t != IGNORED]
     assert named[:8] == ["B-A0", "I-A0", "B-V", "O", "O", "O", "B-PRED", "O"]
-    words = batch.input_ids[0][batch.target_index[0, :4]]
+    words = batch.inputs.input_ids[0][batch.target_index[0, :4]]
     pieces = [ids[0] for ids in data.tokenizer.encode_words(["The", "cook", "eats", "."])]
     assert words.tolist() == pieces
 
@@ -54,7 +54,7 @@ def test_segments_mark_without_tokens(tmp_path):
     batch = data.evaluation_rows("val")[np.asarray([0])]
     assert data.statistics["train"].documents == 3
     pieces = data.tokenizer.encode_words(["eats"])[0]
-    assert batch.input_ids[0][batch.segment_ids[0] == 1].tolist()[: len(pieces)] == pieces
+    assert batch.inputs.input_ids[0][batch.inputs.segment_ids[0] == 1].tolist()[: len(pieces)] == pieces
 
 
 def test_a_role_never_seen_in_training_has_a_name_after_the_labels(tmp_path):

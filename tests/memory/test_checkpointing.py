@@ -25,9 +25,9 @@ def flops(model, batch):
 
 def block_flops(model, batch):
     """Of one forward pass of one block."""
-    rows, length = batch.input_ids.shape
+    rows, length = batch.inputs.input_ids.shape
     width = model.config.hidden_size
-    context = model.encoder._context(False, batch.position_ids, batch.document_ids, torch.empty(1, length, 1).double())
+    context = model.encoder.make_context(batch.inputs, torch.empty(0).double())
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.encoder.blocks[0](torch.zeros(rows, length, width, dtype=torch.float64), context)
     return counter.get_total_flops()
@@ -66,7 +66,7 @@ def test_of_a_pre_norm_block_all_but_the_last_product_is_computed_again():
     model, batch = tiny_model(), unequal_batch()
     plain, block = flops(model, batch), block_flops(model, batch)
     set_checkpointing(model.encoder.blocks, "input")
-    last = 2 * batch.input_ids.numel() * model.config.intermediate_size * model.config.hidden_size
+    last = 2 * batch.inputs.input_ids.numel() * model.config.intermediate_size * model.config.hidden_size
     assert flops(model, batch) - plain == 2 * (block - last)
 
 
@@ -99,7 +99,7 @@ def test_only_block_inputs_are_kept():
         model = tiny_model(preset="bert", num_layers=layers)
         set_checkpointing(model.encoder.blocks, "input")
         sizes.append(saved_bytes(model, batch))
-    assert sizes[1] - sizes[0] == batch.input_ids.numel() * 32 * 8
+    assert sizes[1] - sizes[0] == batch.inputs.input_ids.numel() * 32 * 8
 
 
 def test_without_gradients_nothing_is_recomputed():

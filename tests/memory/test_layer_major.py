@@ -3,10 +3,9 @@ import torch
 
 from leanbert.memory.checkpointing import run_block
 from leanbert.memory.layer_major import run_in_slices
-from leanbert.tasks.seq2seq import places
 from tests.memory.test_checkpointing import block_flops, flops, gradients, saved_bytes
 from tests.pretrained.pairs import packed_batch, tiny_seq2seq
-from tests.tiny import tiny_model, unequal_batch
+from tests.tiny import tiny_model, unequal_batch, whole_rows
 
 
 def slice_blocks(model, rows):
@@ -25,9 +24,8 @@ def test_gradients_are_those_of_the_whole_batch(preset, rows):
 
 
 def test_local_attention_and_one_document_a_row():
-    model = tiny_model(local_window=4, global_every=2)
-    batch = unequal_batch()
-    batch.document_ids = None
+    model, batch = tiny_model(local_window=4, global_every=2), unequal_batch()
+    batch.inputs = whole_rows(batch.inputs.input_ids)
     expected = gradients(model, batch)
     slice_blocks(model, 3)
     for name, value in gradients(model, batch).items():
@@ -42,10 +40,7 @@ def test_dropout_of_forward_and_backward_pass_agree():
 
     def loss():
         torch.manual_seed(4)
-        return model.loss_sum(
-            batch.input_ids, batch.target_index, batch.targets, position_ids=batch.position_ids,
-            document_ids=batch.document_ids,
-        )  # fmt: skip
+        return model.loss_sum(batch.inputs, batch.target_index, batch.targets)
 
     loss().backward()
     slope, step = weight.grad[3, 5].item(), 1e-6
@@ -61,7 +56,7 @@ def test_slices_and_blocks_draw_different_dropout():
     model, batch = tiny_model(preset="bert", dropout=0.5), unequal_batch()
     slice_blocks(model, 2)
     same = torch.ones(8, 16, 32, dtype=torch.float64, requires_grad=True)
-    context = model.encoder._context(False, batch.position_ids, None, same)
+    context = model.encoder.make_context(whole_rows(batch.inputs.input_ids), same)
     first, second = model.encoder.blocks
     second.load_state_dict(first.state_dict())
     torch.manual_seed(0)
@@ -79,7 +74,7 @@ def test_costs_one_more_forward_pass_of_all_blocks_and_keeps_their_inputs():
     assert flops(model, batch) - plain == 2 * block
     deeper = tiny_model(preset="bert", num_layers=3)
     slice_blocks(deeper, 2)
-    assert saved_bytes(deeper, batch) - saved_bytes(model, batch) == batch.input_ids.numel() * 32 * 8
+    assert saved_bytes(deeper, batch) - saved_bytes(model, batch) == batch.inputs.input_ids.numel() * 32 * 8
 
 
 def test_gradients_of_many_slices_are_summed_in_float32():
@@ -109,7 +104,7 @@ def test_what_comes_after_the_blocks_does_not_draw_what_came_before_them():
     batch, masks = packed_batch(), []
     for _ in range(2):
         torch.manual_seed(1)
-        model.hidden(batch.input_ids, batch.decoder_ids, **places(batch))
+        model.hidden(batch.inputs, batch.decoder_inputs)
         masks.append(seen[-2:])
     for encoder, decoder in masks:
         width = decoder.shape[1]

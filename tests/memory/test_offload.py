@@ -3,7 +3,6 @@ import torch
 
 from leanbert.memory.checkpointing import set_checkpointing
 from leanbert.memory.offload import DiskStorage
-from leanbert.tasks.seq2seq import places
 from leanbert.tasks.techniques import Techniques, apply
 from tests.memory.test_checkpointing import gradients
 from tests.pretrained.pairs import packed_batch, tiny_seq2seq
@@ -98,7 +97,7 @@ def saved_outside(model, batch):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        hidden, _ = model.hidden(batch.input_ids, batch.decoder_ids, **places(batch))
+        hidden, _ = model.hidden(batch.inputs, batch.decoder_inputs)
     hidden.sum().backward()
     return sum(size for _, size in saved.values())
 

@@ -14,7 +14,6 @@ from leanbert.memory.step import optimizer_step
 from leanbert.models.seq2seq import Seq2SeqModel
 from leanbert.optim.build import OptimizerConfig, build_optimizer
 from leanbert.optim.in_backward import accumulate_in_backward, update_in_backward
-from leanbert.tasks.seq2seq import places
 from leanbert.tasks.techniques import Surroundings, Techniques, apply, refuse
 from tests.pretrained.pairs import packed_batch, tiny_seq2seq
 from tests.tiny import PlainTask, tiny_model, unequal_batch
@@ -135,17 +134,14 @@ class PairTask(PlainTask):
     """Sequence to sequence."""
 
     def loss_sum(self, batch):
-        return self.module.loss_sum(batch.input_ids, batch.decoder_ids, batch.targets, 0.1, **places(batch))
+        return self.module.loss_sum(batch.inputs, batch.decoder_inputs, batch.targets, 0.1)
 
 
 class PlainLoss(PlainTask):
     """The model's own loss, which the chunked head is part of."""
 
     def loss_sum(self, batch):
-        return self.module.loss_sum(
-            batch.input_ids, batch.target_index, batch.targets, position_ids=batch.position_ids,
-            document_ids=batch.document_ids,
-        )  # fmt: skip
+        return self.module.loss_sum(batch.inputs, batch.target_index, batch.targets)
 
 
 @pytest.fixture(autouse=True)

@@ -174,12 +174,7 @@ def test_runs_under_fake_tensors_and_a_memory_tracker():
 
 def test_loss_sum_ignores_unused_slots():
     model, batch = tiny_model(), unequal_batch()
-    logits = model(
-        batch.input_ids,
-        position_ids=batch.position_ids,
-        document_ids=batch.document_ids,
-        target_index=batch.target_index,
-    )
+    logits = model(batch.inputs, batch.target_index)
     by_hand = sum(
         F.cross_entropy(logits[row, slot], batch.targets[row, slot]).item()
         for row in range(8)

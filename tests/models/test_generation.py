@@ -8,13 +8,20 @@ import torch
 from leanbert.errors import UserError
 from leanbert.models import generation
 from leanbert.models.decoding_cache import Cache
-from leanbert.models.generation import RANGES, GenerationConfig, Tokens, draw, generate, likeliest, repeated
-from leanbert.tasks.seq2seq import places
-from tests.pretrained.pairs import BEGIN, END, pack, some_pairs, source_batch, tiny_seq2seq
+from leanbert.models.generation import (
+    RANGES,
+    GenerationConfig,
+    SpecialTokens,
+    draw,
+    generate,
+    repeated,
+    top_continuations,
+)
+from tests.pretrained.pairs import BEGIN, END, pack, some_pairs, source_inputs, tiny_seq2seq
 
 PRESETS = pytest.mark.parametrize("preset", ["bert", "modern"])
 COPY = pytest.mark.parametrize("copy", [False, True])
-TOKENS = Tokens(BEGIN, END, [0, 1, BEGIN, 4])
+TOKENS = SpecialTokens(BEGIN, END, [0, 1, BEGIN, 4])
 
 
 @cache
@@ -31,7 +38,7 @@ def model_that_ends(preset, targets=None, copy=False):
     batch = pack([backwards[start : start + 3] for start in range(0, 126, 3)], 32, 32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(40):
-        model.loss_sum(batch.input_ids, batch.decoder_ids, batch.targets, 0.1 * (not copy), **places(batch)).backward()
+        model.loss_sum(batch.inputs, batch.decoder_inputs, batch.targets, 0.1 * (not copy)).backward()
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()
@@ -51,11 +58,11 @@ def assert_equal(found, expected):
 
 
 @torch.no_grad()
-def logarithms(model, source, output, ngram=0):
+def log_probs(model, source, output, ngram=0):
     """Log-probabilities of the next token by the whole model, without a cache, float32 as in decoding."""
     batch = pack([[(source, [BEGIN, *output, END])]], len(source), len(output) + 1)
-    logits = model(batch.input_ids, batch.decoder_ids, **places(batch))[0, -1].float()
-    logits[TOKENS.never] = -torch.inf
+    logits = model(batch.inputs, batch.decoder_inputs)[0, -1].float()
+    logits[TOKENS.suppressed] = -torch.inf
     if ngram:
         logits[repeated(output, ngram)] = -torch.inf
     return logits.log_softmax(-1)
@@ -68,7 +75,7 @@ def limit_of(source, config):
 def uncached_greedy(model, source, config):
     output, score = [], 0.0
     while len(output) < limit_of(source, config):
-        values = logarithms(model, source, output, config.no_repeat_ngram)
+        values = log_probs(model, source, output, config.no_repeat_ngram)
         output.append(int(values.argmax()))
         score += float(values.max())
         if output[-1] == END:
@@ -84,7 +91,7 @@ def uncached_greedy(model, source, config):
 def test_cached_and_uncached_decoding_agree(preset, ngram, targets, copy):
     model, config = model_that_ends(preset, targets, copy), GenerationConfig(no_repeat_ngram=ngram)
     texts = sources()
-    found = generate(model, source_batch(texts), TOKENS, config)
+    found = generate(model, source_inputs(texts), TOKENS, config)
     for text, output in zip(texts, found, strict=True):
         ids, score = uncached_greedy(model, text, config)
         assert output.ids == ids
@@ -104,16 +111,16 @@ def test_logits_of_the_cache_are_the_models_after_beams_have_changed(preset, cop
     model, texts = model_that_ends(preset, copy=copy), sources(4)
     beams, chance = 3, torch.Generator().manual_seed(0)
     with torch.inference_mode():
-        cache = Cache(model, source_batch(texts), beams, 8)
+        cache = Cache(model, source_inputs(texts), beams, 8)
         outputs = [[[] for _ in range(beams)] for _ in texts]
         tokens = torch.full((len(texts) * beams,), BEGIN)
         for step in range(6):
             logits = cache.step(tokens)
             for number, (text, own) in enumerate(zip(texts, outputs, strict=True)):
                 for beam, output in enumerate(own):
-                    logits[number * beams + beam, TOKENS.never] = -torch.inf
+                    logits[number * beams + beam, TOKENS.suppressed] = -torch.inf
                     found = logits[number * beams + beam].log_softmax(-1)
-                    torch.testing.assert_close(found, logarithms(model, text, output), rtol=1e-5, atol=1e-5)
+                    torch.testing.assert_close(found, log_probs(model, text, output), rtol=1e-5, atol=1e-5)
             parents = torch.randint(beams, (len(texts), beams), generator=chance)
             new = torch.randint(5, 30, (len(texts), beams), generator=chance)
             cache.reorder(parents)
@@ -123,7 +130,7 @@ def test_logits_of_the_cache_are_the_models_after_beams_have_changed(preset, cop
             ]
             if step in (1, 3):
                 kept = [0, 2, 3] if step == 1 else [1, 2]
-                cache.keep(torch.tensor(kept))
+                cache.select(torch.tensor(kept))
                 texts, outputs, new = [texts[n] for n in kept], [outputs[n] for n in kept], new[kept]
             tokens = new.flatten()
 
@@ -135,7 +142,7 @@ def test_one_beam_is_greedy(preset, ngram):
 
     With a length penalty it would go on with the second best token after an end.
     """
-    model, batch = model_that_ends(preset), source_batch(sources())
+    model, batch = model_that_ends(preset), source_inputs(sources())
     config = GenerationConfig(beams=1, no_repeat_ngram=ngram, length_penalty=0.0)
     greedy = generate(model, batch, TOKENS, config)
     limits = [limit_of(source, config) for source in sources()]
@@ -149,16 +156,16 @@ def test_one_beam_is_greedy(preset, ngram):
 
 def brute_force(model, source, config, vocabulary):
     """The best of all outputs: those that end, and if config says so none other, by score."""
-    limit, words = limit_of(source, config), [i for i in range(vocabulary) if i not in (*TOKENS.never, END)]
+    limit, words = limit_of(source, config), [i for i in range(vocabulary) if i not in (*TOKENS.suppressed, END)]
     found = []
     for length in range(limit):
         for output in product(words, repeat=length):
             total, output = 0.0, list(output)
             for place in range(length):
-                total += float(logarithms(model, source, output[:place], config.no_repeat_ngram)[output[place]])
+                total += float(log_probs(model, source, output[:place], config.no_repeat_ngram)[output[place]])
             if total == -float("inf"):
                 continue
-            total += float(logarithms(model, source, output, config.no_repeat_ngram)[END])
+            total += float(log_probs(model, source, output, config.no_repeat_ngram)[END])
             found.append((total / (length + 1) ** config.length_penalty, output))
     return max(found)
 
@@ -175,7 +182,7 @@ def test_enough_beams_find_the_best_of_all_outputs(preset, penalty, ngram):
         config = GenerationConfig(
             beams=40, length_penalty=penalty, early=False, length_ratio=0.0, length_more=4, no_repeat_ngram=ngram
         )
-        found = generate(model, source_batch(texts), TOKENS, config)
+        found = generate(model, source_inputs(texts), TOKENS, config)
         for text, output in zip(texts, found, strict=True):
             score, ids = brute_force(model, text, config, vocabulary)
             assert output.score == pytest.approx(score, rel=1e-5)
@@ -184,7 +191,7 @@ def test_enough_beams_find_the_best_of_all_outputs(preset, penalty, ngram):
 
 @PRESETS
 def test_more_beams_find_better_outputs_than_greedy(preset):
-    model, batch = model_that_ends(preset), source_batch(sources(30))
+    model, batch = model_that_ends(preset), source_inputs(sources(30))
     one, five = (generate(model, batch, TOKENS, GenerationConfig(beams=beams, length_penalty=0.0)) for beams in (1, 5))
     gains = [better.score - own.score for own, better in zip(one, five, strict=True)]
     assert sum(gains) > 0.1
@@ -193,7 +200,7 @@ def test_more_beams_find_better_outputs_than_greedy(preset):
 
 @PRESETS
 def test_stopping_late_finds_the_longer_outputs_that_a_length_penalty_favours(preset):
-    model, batch = model_that_ends(preset), source_batch(sources(30))
+    model, batch = model_that_ends(preset), source_inputs(sources(30))
     found = {
         early: generate(model, batch, TOKENS, GenerationConfig(beams=2, length_penalty=2.0, early=early))
         for early in (True, False)
@@ -209,11 +216,11 @@ def test_stopping_late_finds_the_longer_outputs_that_a_length_penalty_favours(pr
 def test_order_padding_and_batch_size_do_not_change_outputs(preset, copy, beams):
     model, texts = model_that_ends(preset, copy=copy), sources(12)
     config = GenerationConfig(beams=beams)
-    expected = generate(model, source_batch(texts), TOKENS, config)
-    assert_equal(generate(model, source_batch(texts[::-1]), TOKENS, config)[::-1], expected)
-    assert_equal(generate(model, source_batch(texts, extra=9), TOKENS, config), expected)
+    expected = generate(model, source_inputs(texts), TOKENS, config)
+    assert_equal(generate(model, source_inputs(texts[::-1]), TOKENS, config)[::-1], expected)
+    assert_equal(generate(model, source_inputs(texts, extra=9), TOKENS, config), expected)
     for size in (1, 5):
-        parts = [source_batch(texts[start : start + size]) for start in range(0, 12, size)]
+        parts = [source_inputs(texts[start : start + size]) for start in range(0, 12, size)]
         assert_equal([output for part in parts for output in generate(model, part, TOKENS, config)], expected)
 
 
@@ -222,7 +229,7 @@ def test_order_padding_and_batch_size_do_not_change_outputs(preset, copy, beams)
 @pytest.mark.parametrize("share", [1, 8, 10**6])
 def test_dropping_what_has_ended_has_no_effect(monkeypatch, preset, beams, share):
     """At once, in groups, or at a million times the least share: at once too."""
-    model, batch, config = model_that_ends(preset), source_batch(sources(12)), GenerationConfig(beams=beams)
+    model, batch, config = model_that_ends(preset), source_inputs(sources(12)), GenerationConfig(beams=beams)
     monkeypatch.setattr(generation, "DROPPED_TOGETHER", 1)  # when all have ended: never
     expected, counts = generate(model, batch, TOKENS, config), []
     monkeypatch.setattr(generation, "DROPPED_TOGETHER", share)
@@ -246,8 +253,8 @@ def test_no_ngram_is_repeated(preset, beams, ngram):
         grams = [tuple(output[i : i + ngram]) for i in range(len(output) - ngram + 1)]
         return len(grams) - len(set(grams))
 
-    free = generate(model, source_batch(texts), TOKENS, GenerationConfig(beams=beams))
-    bound = generate(model, source_batch(texts), TOKENS, GenerationConfig(beams=beams, no_repeat_ngram=ngram))
+    free = generate(model, source_inputs(texts), TOKENS, GenerationConfig(beams=beams))
+    bound = generate(model, source_inputs(texts), TOKENS, GenerationConfig(beams=beams, no_repeat_ngram=ngram))
     assert sum(repeats(output.ids) for output in free) > 10
     assert [repeats(output.ids) for output in bound] == [0] * 12
     assert sum(len(output.ids) for output in bound) > 50
@@ -267,23 +274,23 @@ def test_the_longest_output_follows_from_the_length_of_the_source(beams):
     with torch.no_grad():
         model.head.bias[END] = -50.0
     config = GenerationConfig(beams=beams, length_ratio=1.5, length_more=2)
-    found = generate(model, source_batch(texts, extra=4), TOKENS, config)
+    found = generate(model, source_inputs(texts, extra=4), TOKENS, config)
     assert [len(output.ids) for output in found] == [int(1.5 * len(text)) + 2 for text in texts]
     for output in found:
         assert not set(output.ids) & {0, 1, BEGIN, 4, END}
     config = GenerationConfig(beams=beams, length_ratio=100.0)
-    assert {len(output.ids) for output in generate(model, source_batch(texts), TOKENS, config)} == {32}
+    assert {len(output.ids) for output in generate(model, source_inputs(texts), TOKENS, config)} == {32}
 
 
 @PRESETS
 def test_sampling_from_one_token_is_greedy(preset):
-    model, batch = model_that_ends(preset), source_batch(sources())
+    model, batch = model_that_ends(preset), source_inputs(sources())
     sampled = generate(model, batch, TOKENS, GenerationConfig(sample=True, top_k=1))
     assert_equal(sampled, generate(model, batch, TOKENS, GenerationConfig()))
 
 
 def test_sampling_is_a_function_of_the_seed():
-    model, batch, config = model_that_ends("bert"), source_batch(sources()), GenerationConfig(sample=True)
+    model, batch, config = model_that_ends("bert"), source_inputs(sources()), GenerationConfig(sample=True)
 
     def sampled(seed):
         torch.manual_seed(seed)
@@ -291,7 +298,7 @@ def test_sampling_is_a_function_of_the_seed():
 
     assert sampled(1) == sampled(1)
     assert sampled(1) != sampled(2)
-    forbidden = set(TOKENS.never)
+    forbidden = set(TOKENS.suppressed)
     assert not any(forbidden & set(ids) for ids in sampled(3))
 
 
@@ -316,7 +323,7 @@ def test_draws_have_the_probabilities_that_are_asked_for():
 
 @pytest.mark.parametrize("vocabulary", [7, 64, 1000])
 @pytest.mark.parametrize("count", [2, 10])
-def test_likeliest_continuations_are_those_of_a_sort(vocabulary, count):
+def test_top_continuations_are_those_of_a_sort(vocabulary, count):
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(3, 5, generator=generator)
     scores[0, 1:] = scores[2, 3] = -torch.inf
@@ -326,7 +333,7 @@ def test_likeliest_continuations_are_those_of_a_sort(vocabulary, count):
     sums = scores[:, :, None] + values.view(3, 5, -1)
     sums = sums.masked_fill(sums.isnan(), -torch.inf).flatten(1)
     expected = sums.sort(dim=1, descending=True)
-    total, parents, tokens = likeliest(scores, values.clone(), count)
+    total, parents, tokens = top_continuations(scores, values.clone(), count)
     finite = expected.values[:, :count] > -torch.inf
     assert torch.equal(total[finite], expected.values[:, :count][finite])
     assert torch.equal((parents * vocabulary + tokens)[finite], expected.indices[:, :count][finite])

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -8,7 +9,9 @@ from leanbert.errors import UserError
 from leanbert.models.config import EncoderConfig
 from leanbert.models.embeddings import sinusoidal_table
 from leanbert.models.kernels.loss import cross_entropy_sum
+from leanbert.models.packed_inputs import PackedInputs
 from leanbert.pretrained.build import build_model
+from tests.tiny import whole_rows
 
 VOCABULARY = 99
 SIZES = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_positions": 64}
@@ -28,21 +31,21 @@ def packed():
     """Two rows of three documents, 24 tokens each, with what a loader gives."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.tensor([end - start for start, end in BOUNDS])
-    return {
-        "input_ids": torch.randint(VOCABULARY, (2, 24), generator=generator),
-        "position_ids": torch.cat([torch.arange(length) for length in lengths]).expand(2, -1),
-        "document_ids": torch.arange(3).repeat_interleave(lengths).expand(2, -1),
-    }
+    return PackedInputs(
+        torch.randint(VOCABULARY, (2, 24), generator=generator),
+        torch.cat([torch.arange(length) for length in lengths]).expand(2, -1),
+        torch.arange(3).repeat_interleave(lengths).expand(2, -1),
+    )
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("position", ["learned", "sinusoidal", "rotary"])
 def test_a_document_does_not_touch_the_others(position, precision):
-    model, batch = tiny(position=position).eval(), packed()
-    other = batch["input_ids"].clone()
+    model, inputs = tiny(position=position).eval(), packed()
+    other = inputs.input_ids.clone()
     other[:, 9:20] = (other[:, 9:20] + 1) % VOCABULARY
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-        before, after = model(**batch), model(**(batch | {"input_ids": other}))
+        before, after = model(inputs), model(replace(inputs, input_ids=other))
     assert torch.equal(before[:, :9], after[:, :9])
     assert torch.equal(before[:, 20:], after[:, 20:])
     assert not torch.isclose(before[:, 9:20], after[:, 9:20]).all(-1).any()
@@ -50,17 +53,17 @@ def test_a_document_does_not_touch_the_others(position, precision):
 
 @pytest.mark.parametrize("preset", ["bert", "modern"])
 def test_packed_documents_equal_documents_alone(preset):
-    model, batch = tiny(preset=preset).eval(), packed()
-    together = model(**batch)
+    model, inputs = tiny(preset=preset).eval(), packed()
+    together = model(inputs)
     for start, end in BOUNDS:
-        alone = model(batch["input_ids"][:, start:end])
+        alone = model(whole_rows(inputs.input_ids[:, start:end]))
         assert torch.allclose(together[:, start:end], alone, atol=1e-5)
 
 
 def test_padding_is_finite_and_does_not_matter():
-    model, batch = tiny(preset="bert").train(), packed()
-    batch["document_ids"] = batch["document_ids"].masked_fill(batch["document_ids"] == 2, -1)
-    logits = model(**batch)
+    model, inputs = tiny(preset="bert").train(), packed()
+    inputs = replace(inputs, document_ids=inputs.document_ids.masked_fill(inputs.document_ids == 2, -1))
+    logits = model(inputs)
     logits.sum().backward()
     assert logits.isfinite().all()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
@@ -73,15 +76,15 @@ def test_local_layers_see_their_window_only():
     reach[0].attention.output.weight.data.zero_()  # silence the global layer
     changed = ids.clone()
     changed[0, 10] = (changed[0, 10] + 1) % VOCABULARY
-    touched = (model(ids) != model(changed)).any(-1)[0].nonzero().flatten().tolist()
+    touched = (model(whole_rows(ids)) != model(whole_rows(changed))).any(-1)[0].nonzero().flatten().tolist()
     assert touched == [8, 9, 10, 11, 12]
 
 
 @pytest.mark.parametrize("preset", ["bert", "modern"])
 def test_logits_at_targets_are_those_of_the_whole_row(preset):
-    model, batch = tiny(preset=preset).eval(), packed()
+    model, inputs = tiny(preset=preset).eval(), packed()
     index = torch.tensor([[0, 5, 23], [7, 7, 2]])
-    chosen, whole = model(**batch, target_index=index), model(**batch)
+    chosen, whole = model(inputs, index), model(inputs)
     assert chosen.shape == (2, 3, VOCABULARY)
     assert whole.shape == (2, 24, VOCABULARY)
     expected = torch.stack([whole[row, index[row]] for row in range(2)])
@@ -89,11 +92,11 @@ def test_logits_at_targets_are_those_of_the_whole_row(preset):
 
 
 def test_padding_rows_of_the_vocabulary_stay_zero():
-    model, batch = tiny(), packed()
+    model, inputs = tiny(), packed()
     stored = model.encoder.embeddings.token.weight
     assert stored.shape == (128, 32)
     assert model.head.bias.shape == (128,)
-    model(**batch).logsumexp(-1).sum().backward()
+    model(inputs).logsumexp(-1).sum().backward()
     assert stored.grad[VOCABULARY:].abs().max() == 0
     assert model.head.bias.grad[VOCABULARY:].abs().max() == 0
     assert stored.grad[:VOCABULARY].abs().sum(1).min() > 0
@@ -112,9 +115,9 @@ def test_padding_rows_of_the_vocabulary_stay_zero():
 )
 def test_every_combination_trains(preset, position, norm, activation):
     model = tiny(preset=preset, position=position, norm_position=norm, activation=activation, dropout=0.1)
-    batch = packed()
+    inputs = packed()
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(**batch, target_index=torch.tensor([[1, 2], [3, 4]]))
+        logits = model(inputs, torch.tensor([[1, 2], [3, 4]]))
         loss = cross_entropy_sum(logits, torch.tensor([[5, 6], [7, -100]]))
     loss.backward()
     assert loss.isfinite()
@@ -125,18 +128,18 @@ def test_every_combination_trains(preset, position, norm, activation):
 
 def test_segments_count_and_default_to_zero():
     model, ids = tiny(preset="bert").eval(), torch.randint(VOCABULARY, (1, 8))
-    assert torch.equal(model(ids), model(ids, segment_ids=torch.zeros_like(ids)))
-    assert not torch.allclose(model(ids), model(ids, segment_ids=torch.ones_like(ids)))
+    plain, zeros, ones = (whole_rows(ids, None, segments) for segments in (None, ids * 0, ids * 0 + 1))
+    assert torch.equal(model(plain), model(zeros))
+    assert not torch.allclose(model(plain), model(ones))
 
 
 @pytest.mark.parametrize("preset", ["bert", "modern"])
 def test_runs_on_fake_tensors(preset):
-    names = packed().keys()
     with FakeTensorMode():
         model = build_model(EncoderConfig(**SIZES, preset=preset), VOCABULARY)
-        batch = {name: torch.zeros(2, 24, dtype=torch.long) for name in names}
+        inputs = PackedInputs(*torch.zeros(3, 2, 24, dtype=torch.long))
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(**batch, target_index=torch.zeros(2, 3, dtype=torch.long))
+            logits = model(inputs, torch.zeros(2, 3, dtype=torch.long))
             loss = cross_entropy_sum(logits, torch.zeros(2, 3, dtype=torch.long))
         loss.backward()
         assert logits.shape == (2, 3, VOCABULARY)
@@ -145,7 +148,7 @@ def test_runs_on_fake_tensors(preset):
 
 def test_rows_beyond_the_positions_are_refused():
     with pytest.raises(UserError, match=r"data\.max_length: 65 tokens, but the model has 64 positions"):
-        tiny()(torch.zeros(1, 65, dtype=torch.long))
+        tiny()(whole_rows(torch.zeros(1, 65, dtype=torch.long)))
 
 
 def test_sinusoidal_table_has_the_size_of_learned_embeddings():

@@ -6,7 +6,6 @@ from leanbert.errors import UserError
 from leanbert.memory.checkpointing import run_block, set_checkpointing
 from leanbert.models.seq2seq import Seq2SeqModel
 from leanbert.pretrained.build import build_model, initialise, load_weights
-from leanbert.tasks.seq2seq import places
 from tests.pretrained.pairs import pack, packed_batch, some_pairs, tiny_seq2seq
 from tests.tiny import VOCABULARY, tiny_config
 
@@ -15,11 +14,11 @@ COPY = pytest.mark.parametrize("copy", [False, True])
 
 
 def logits_of(model, batch):
-    return model(batch.input_ids, batch.decoder_ids, **places(batch))
+    return model(batch.inputs, batch.decoder_inputs)
 
 
 def loss_of(model, batch, smoothing=0.1):
-    return model.loss_sum(batch.input_ids, batch.decoder_ids, batch.targets, smoothing, **places(batch))
+    return model.loss_sum(batch.inputs, batch.decoder_inputs, batch.targets, smoothing)
 
 
 def gradients(model, batch):
@@ -62,7 +61,7 @@ def test_neighbours_and_padding_do_not_change_a_pair_at_all(preset, copy):
     source, target = len(pairs[0][0]), len(pairs[0][1]) - 1
     other = pack([[pairs[0], *some_pairs(2, seed=5, longest=5)]], 32, 32)
     noise = pack([pairs[:1]], 32, 32)
-    noise.input_ids[0, source:], noise.decoder_ids[0, target:] = 77, 55
+    noise.inputs.input_ids[0, source:], noise.decoder_inputs.input_ids[0, target:] = 77, 55
     expected = logits_of(model, batch)[0, :target]
     for changed in (other, noise):
         assert not torch.equal(logits_of(model, changed)[0, target:], logits_of(model, batch)[0, target:])
@@ -95,9 +94,9 @@ def test_the_loss_is_the_smoothed_cross_entropy_of_the_logits(preset):
 @PRESETS
 def test_with_a_pointer_the_loss_is_that_of_both_parts(preset):
     model, batch = tiny_seq2seq(preset=preset, copy=True), packed_batch()
-    logarithms = logits_of(model, batch)
-    torch.testing.assert_close(logarithms.exp().sum(-1), torch.ones(4, 30, dtype=torch.float64))
-    expected = F.nll_loss(logarithms.flatten(0, 1), batch.targets.flatten(), reduction="sum")
+    log_probs = logits_of(model, batch)
+    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(4, 30, dtype=torch.float64))
+    expected = F.nll_loss(log_probs.flatten(0, 1), batch.targets.flatten(), reduction="sum")
     assert loss_of(model, batch, 0.0).item() == pytest.approx(expected.item(), rel=1e-10)
     with torch.no_grad():
         model.pointer.gate.bias.fill_(-50.0)  # nothing is copied
@@ -135,7 +134,7 @@ def test_the_gradient_of_the_memory_is_the_same(preset, switch):
     hidden, memory = (
         torch.randn(4, length, 32, generator=generator, dtype=torch.float64).requires_grad_() for length in (30, 32)
     )
-    context = model.decoder._context(hidden, batch.decoder_position_ids, batch.decoder_document_ids, batch.document_ids)
+    context = model.decoder.make_context(batch.decoder_inputs, batch.inputs.document_ids, hidden)
     upstream = torch.randn(4, 30, 32, generator=generator, dtype=torch.float64)
     inputs = (hidden, memory, *block.parameters())
     expected = torch.autograd.grad(block(hidden, context, memory), inputs, upstream)
@@ -275,7 +274,7 @@ def test_a_pointer_begins_by_looking_at_what_is_like_the_decoders_state():
     copied = model.pointer(
         memory, model.pointer.read(memory, torch.arange(6)[None], torch.ones(1, 1, 6, dtype=torch.bool))
     )
-    assert copied.shares.argmax(-1).tolist() == [list(range(6))]
+    assert copied.probs.argmax(-1).tolist() == [list(range(6))]
 
 
 @COPY

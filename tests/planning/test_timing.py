@@ -200,32 +200,29 @@ def test_an_accelerator():
 def test_batches_are_valid_and_repeatable():
     data = settings().data
     one, other = (fill(data.blank_batch(64), 300) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(one._values(), other._values(), strict=True))
-    assert all(
-        a.shape == b.shape and a.dtype == b.dtype
-        for a, b in zip(one._values(), data.blank_batch(64)._values(), strict=True)
-    )
-    assert 0 <= one.input_ids.min() < 10
-    assert 290 < one.input_ids.max() < 300
+    tensors, blank = one.tensors(), data.blank_batch(64).tensors()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in other.tensors().items())
+    assert {n: (t.shape, t.dtype) for n, t in tensors.items()} == {n: (t.shape, t.dtype) for n, t in blank.items()}
+    assert 0 <= one.inputs.input_ids.min() < 10
+    assert 290 < one.inputs.input_ids.max() < 300
     assert (one.target_index.diff(dim=1) > 0).all()
     assert one.target_index.max() == 15
-    assert torch.equal(one.targets, one.input_ids.gather(1, one.target_index))
-    assert not one.document_ids.any()
-    assert torch.equal(one.position_ids[5], torch.arange(16))
+    assert torch.equal(one.targets, one.inputs.input_ids.gather(1, one.target_index))
+    assert not one.inputs.document_ids.any()
+    assert torch.equal(one.inputs.position_ids[5], torch.arange(16))
 
 
 def test_batches_of_labels_and_of_pairs_are_valid():
-    labelled = {name: torch.from_numpy(array) for name, array in blank_labelled(3, 16, 4, "single", 5, 0).items()}
-    batch = fill(LabelledBatch(**labelled), 300)
+    batch = fill(LabelledBatch.from_arrays(blank_labelled(3, 16, 4, "single", 5, 0)), 300)
     assert batch.targets.tolist() == [[0] * 4] * 3
     assert (batch.target_index.diff(dim=1) > 0).all()
-    assert not batch.document_ids.any()
-    pairs = fill(PairBatch(**{n: torch.from_numpy(a) for n, a in blank_pairs(3, 16, 8, 0, 0).items()}), 300, 7)
-    assert pairs.decoder_position_ids.tolist() == [list(range(8))] * 3
-    assert pairs.targets.min() == pairs.decoder_ids.min() == 0
-    assert pairs.targets.max() == pairs.decoder_ids.max() == 6
-    assert pairs.input_ids.max() > 100
-    assert len({tuple(row) for row in pairs.decoder_ids.tolist()}) == 3
+    assert not batch.inputs.document_ids.any()
+    pairs = fill(PairBatch.from_arrays(blank_pairs(3, 16, 8, 0, 0)), 300, 7)
+    assert pairs.decoder_inputs.position_ids.tolist() == [list(range(8))] * 3
+    assert pairs.targets.min() == pairs.decoder_inputs.input_ids.min() == 0
+    assert pairs.targets.max() == pairs.decoder_inputs.input_ids.max() == 6
+    assert pairs.inputs.input_ids.max() > 100
+    assert len({tuple(row) for row in pairs.decoder_inputs.input_ids.tolist()}) == 3
 
 
 class Validations(BoringModel):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from leanbert.data.batches.batch import PairBatch, PredictBatch
+from leanbert.data.batches.batch import PairBatch
 from leanbert.data.batches.loading import pad_rows
 from leanbert.data.pairs import blank_pairs
+from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.seq2seq import Seq2SeqModel
 from leanbert.pretrained.build import build_model
 from tests.tiny import VOCABULARY, tiny_config
@@ -56,12 +57,12 @@ def pack(rows, source_length, target_length) -> PairBatch:
             here, there = slice(start, start + len(source)), slice(begin, begin + len(target) - 1)
             blank["input_ids"][place, here], blank["position_ids"][place, here] = source, np.arange(len(source))
             blank["document_ids"][place, here] = document
-            blank["decoder_ids"][place, there] = target[:-1]
+            blank["decoder_input_ids"][place, there] = target[:-1]
             blank["decoder_position_ids"][place, there] = np.arange(len(target) - 1)
             blank["decoder_document_ids"][place, there] = document
             blank["targets"][place, there] = target[1:]
             start, begin = here.stop, there.stop
-    return PairBatch(**{name: torch.from_numpy(array) for name, array in blank.items()})
+    return PairBatch.from_arrays(blank)
 
 
 def packed_batch(seed=0, targets=None) -> PairBatch:
@@ -70,8 +71,8 @@ def packed_batch(seed=0, targets=None) -> PairBatch:
     return pack([pairs[:3], pairs[3:6], pairs[6:8], pairs[8:]], 32, 30)
 
 
-def source_batch(sources, extra=0) -> PredictBatch:
-    """Sources as a batch to generate from, with `extra` places of padding more than needed."""
+def source_inputs(sources, extra=0) -> PackedInputs:
+    """Sources to generate from, with `extra` places of padding more than needed."""
     ids, positions, documents = pad_rows([*sources, [0] * (max(map(len, sources)) + extra)], 0)
     tensors = [torch.from_numpy(array[:-1].copy()) for array in (ids, positions, documents)]
-    return PredictBatch(["" for _ in sources], *tensors, torch.zeros_like(tensors[0]))
+    return PackedInputs(*tensors)

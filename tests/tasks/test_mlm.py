@@ -28,8 +28,8 @@ def test_fill_masks_returns_the_softmax_at_each_mask(tokenizer, model):
     assert [answer["text"] for answer in answers] == texts
     assert [len(answer["masks"]) for answer in answers] == [2, 0, 1]
     alone, _ = encode_lines(texts[2:], tokenizer, 32)
-    place = alone.input_ids[0].tolist().index(tokenizer.mask_id)
-    probabilities = model(alone.input_ids)[0, place].softmax(-1)
+    place = alone.inputs.input_ids[0].tolist().index(tokenizer.mask_id)
+    probabilities = model(alone.inputs)[0, place].softmax(-1)
     for candidate in answers[2]["masks"][0]:
         index = tokenizer._tokenizer.token_to_id(candidate["token"])
         assert candidate["probability"] == pytest.approx(probabilities[index].item(), abs=2e-6)

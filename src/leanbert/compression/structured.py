@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from leanbert.errors import UserError
-from leanbert.models.attention import SelfAttention
+from leanbert.models.attention import Attention
 from leanbert.models.base import EncoderModel
 from leanbert.models.config import ResolvedConfig
-from leanbert.models.decoder import CrossAttention
 from leanbert.models.encoder import FeedForward
 
 log = logging.getLogger(__name__)
@@ -187,8 +186,8 @@ def prune_structured(
     return model.config
 
 
-def _attentions(model: nn.Module) -> list[SelfAttention | CrossAttention]:
-    return [module for module in model.modules() if isinstance(module, SelfAttention | CrossAttention)]
+def _attentions(model: nn.Module) -> list[Attention]:
+    return [module for module in model.modules() if isinstance(module, Attention)]
 
 
 def _feed_forwards(model: nn.Module) -> list[FeedForward]:
@@ -204,7 +203,7 @@ def _highest(scores: Tensor, kept: int) -> Tensor:
     return scores.argsort(descending=True, stable=True)[:kept].sort().values
 
 
-def _cuts_of_heads(attention: SelfAttention | CrossAttention, heads: Tensor) -> Iterator[Cut]:
+def _cuts_of_heads(attention: Attention, heads: Tensor) -> Iterator[Cut]:
     """Yield what stays of an attention's layers for the `heads` that stay; nothing where all do."""
     if len(heads) < attention.num_heads:
         inner = attention.output.in_features  # H * d

@@ -18,6 +18,7 @@ from leanbert.data.labels import LabelReader, Problem
 from leanbert.data.samples.embedded import embedded_files
 from leanbert.data.store.example_store import Example
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
+from leanbert.models.packed_inputs import PackedInputs
 
 ENCODED_TOGETHER = 1024
 """Texts that are given to the tokenizer at a time."""
@@ -167,5 +168,5 @@ def encode_groups(groups: list[list[str]], tokenizer: TextTokenizer, length: int
     ids, positions, documents = pad_rows([ids for ids, _, _ in encoded], tokenizer.pad_id)
     segments, _, _ = pad_rows([segments for _, segments, _ in encoded], 0)
     texts = ["\t".join(group) for group in groups]
-    batch = PredictBatch(texts, *map(torch.from_numpy, (ids, positions, documents, segments)))
+    batch = PredictBatch(PackedInputs(*map(torch.from_numpy, (ids, positions, documents, segments))), texts)
     return batch, sum(needed > length for _, _, needed in encoded)

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
 from leanbert.data.batches.batch import IGNORED, LabelledBatch
@@ -63,7 +62,7 @@ class LabelledRows(Dataset[LabelledBatch]):
                 if self.has_cut:
                     cut[place].append(self.numbers[value["cut"]].tolist())
                 token, slot = tokens.stop, count.stop
-        return LabelledBatch(**{name: torch.from_numpy(array) for name, array in blank.items()}, cut=cut)
+        return LabelledBatch.from_arrays(blank, cut=cut)
 
     def _set_targets(self, slots: np.ndarray, values: np.ndarray) -> None:
         if self.problem == "single":
@@ -223,7 +222,7 @@ class LabelledData(ExampleData):
         """Return a batch of padding in the shapes of a real one."""
         length = self.hparams["max_length"]
         arrays = blank_labelled(rows, length, self.slots, self.problem, len(self.labels), self.tokenizer.pad_id)
-        return LabelledBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()}, cut=[])
+        return LabelledBatch.from_arrays(arrays)
 
     def _rows(self, part: Part, seed: int | None) -> LabelledRows:
         place = {label: number for number, label in enumerate(self.names(part))}

@@ -20,6 +20,7 @@ from leanbert.data.store.token_cache import TokenCache
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.data.tokenizers.training import Kind
 from leanbert.errors import UserError
+from leanbert.models.packed_inputs import PackedInputs
 from leanbert.ranges import PART, SHARE, check_ranges
 
 
@@ -112,7 +113,8 @@ class MaskedLMData(RowData):
         length = self.hparams["max_length"]
         slots = target_slots(self.hparams["val_mask_rate" if validation else "mask_rate"], length)
         shapes = [(rows, length)] * 3 + [(rows, slots)] * 2
-        return MLMBatch(*(torch.zeros(shape, dtype=torch.int64) for shape in shapes))
+        *inputs, index, targets = (torch.zeros(shape, dtype=torch.int64) for shape in shapes)
+        return MLMBatch(PackedInputs(*inputs), index, targets)
 
     def adopt_prepared(self) -> None:
         """Set tokenizer, unigram counts and statistics."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
 from leanbert.data.batches.batch import IGNORED, PairBatch, PredictBatch
@@ -72,12 +71,12 @@ class PairRows(Dataset[PairBatch]):
                 blank["position_ids"][here] = np.arange(len(source))
                 blank["document_ids"][here] = document
                 there = (place, slice(begin, begin + len(target) - 1))
-                blank["decoder_ids"][there] = target[:-1]
+                blank["decoder_input_ids"][there] = target[:-1]
                 blank["decoder_position_ids"][there] = np.arange(len(target) - 1)
                 blank["decoder_document_ids"][there] = document
                 blank["targets"][there] = target[1:]
                 start, begin = here[1].stop, there[1].stop
-        return PairBatch(**{name: torch.from_numpy(array) for name, array in blank.items()})
+        return PairBatch.from_arrays(blank)
 
 
 def output_frame(tokenizer: TextTokenizer, name: str) -> tuple[list[int], list[int]]:
@@ -100,7 +99,7 @@ def blank_pairs(
         "input_ids": np.full(source, pad_id, dtype=np.int64),
         "position_ids": np.zeros(source, dtype=np.int64),
         "document_ids": np.full(source, PADDING_DOCUMENT, dtype=np.int64),
-        "decoder_ids": np.full(target, target_pad_id, dtype=np.int64),
+        "decoder_input_ids": np.full(target, target_pad_id, dtype=np.int64),
         "decoder_position_ids": np.zeros(target, dtype=np.int64),
         "decoder_document_ids": np.full(target, PADDING_DOCUMENT, dtype=np.int64),
         "targets": np.full(target, IGNORED, dtype=np.int64),
@@ -345,7 +344,7 @@ class PairData(ExampleData):
     def blank_batch(self, rows: int, *, validation: bool = False) -> PairBatch:
         """Return a batch of padding in the shapes of a real one."""
         arrays = blank_pairs(rows, *self.room, self.tokenizer.pad_id, self.target_tokenizer.pad_id)
-        return PairBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+        return PairBatch.from_arrays(arrays)
 
     def sources(
         self, part: Part, batch_size: int, most: int | None = None

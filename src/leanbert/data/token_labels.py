@@ -25,6 +25,7 @@ from leanbert.data.store.example_store import Example
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.messages import say, say_once
+from leanbert.models.packed_inputs import PackedInputs
 from leanbert.ranges import WHOLE, Range
 
 Mark = Literal["tokens", "segments"]
@@ -374,4 +375,5 @@ def word_batch(sentences: Sequence[Sentence], tokenizer: TextTokenizer, length: 
     segments, _, _ = pad_rows([sentence.segments for sentence in encoded], 0)
     index, _, real = pad_rows([sentence.places for sentence in encoded], 0)
     targets = np.where(real == 0, 0, IGNORED)
-    return WordBatch(list(sentences), *map(torch.from_numpy, (ids, positions, documents, segments, index, targets)))
+    inputs = PackedInputs(*map(torch.from_numpy, (ids, positions, documents, segments)))
+    return WordBatch(inputs, list(sentences), torch.from_numpy(index), torch.from_numpy(targets))

@@ -79,18 +79,18 @@ class _Sliced(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         call, inputs = ctx.call, ctx.saved_tensors
-        below = [torch.empty_like(tensor) for tensor in inputs]
+        grad_inputs = [torch.empty_like(tensor) for tensor in inputs]
         sums: list[Tensor] = []
         slices = call.slices()
-        for index, part in enumerate(rounds(slices, upstream)):
+        for index, part in enumerate(rounds(slices, grad_output)):
             own = [tensor[part].detach().requires_grad_() for tensor in inputs]
             with torch.enable_grad(), call.precision():
                 # a view: torch's counters of memory and FLOPs hook a module's input, which cannot be a leaf here
                 out = call.run(index, part, *(tensor.view_as(tensor) for tensor in own))
-            gradients = list(torch.autograd.grad(out, [*own, *ctx.parameters], upstream[part]))
-            for whole in below:
+            gradients = list(torch.autograd.grad(out, [*own, *ctx.parameters], grad_output[part]))
+            for whole in grad_inputs:
                 whole[part] = gradients.pop(0)
             del out, own
             if index == 0:  # the sum over slices is in float32 where gradients have 16 bits
@@ -100,7 +100,7 @@ class _Sliced(torch.autograd.Function):
             del gradients  # not kept through the next slice's passes
         call.done()
         totals = (total.to(p.dtype) for total, p in zip(sums, ctx.parameters, strict=True))
-        return None, None, *below, *totals
+        return None, None, *grad_inputs, *totals
 
 
 def _add(gradients: list[Tensor], sums: list[Tensor]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.decoder import Decoder, DecoderBlock
 from leanbert.models.encoder import Block, Encoder
+from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.stored import Stored
 
 ENCODER = "encoder."
@@ -73,13 +74,7 @@ class EncoderModel(nn.Module):
     def warm_start(self) -> None:
         """Start what the model has besides the encoder, which comes from a model of another task."""
 
-    def encode(
-        self,
-        input_ids: Tensor,
-        *,
-        position_ids: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-    ) -> Tensor:
-        """Hidden states [B, S, D]; arguments as in `Encoder.forward`."""
-        return self.encoder(input_ids, position_ids=position_ids, document_ids=document_ids, segment_ids=segment_ids)
+    def encode(self, inputs: PackedInputs, target_index: Tensor | None = None) -> Tensor:
+        """Hidden states [B, M, D] at `target_index` (int64 [B, M], positions inside each row), else [B, S, D]."""
+        hidden = self.encoder(inputs)
+        return hidden if target_index is None else gather_rows(hidden, target_index)

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from leanbert.models.base import ENCODER, EncoderModel, gather_rows
+from leanbert.models.base import ENCODER, EncoderModel
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.dropout import dropout
 from leanbert.models.encoder import make_norm
 from leanbert.models.heads import Output
+from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.stored import Stored
 
 Of = Literal["text", "word"]
@@ -74,36 +75,18 @@ class Classifier(EncoderModel):
             return True
         return name.startswith(ENCODER) or (stored.task in ("mlm", self.task) and name.startswith(INHERITED))
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        *,
-        position_ids: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-        target_index: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, inputs: PackedInputs, target_index: Tensor | None = None) -> Tensor:
         """Scores [B, M, L] at `target_index` (int64 [B, M], positions inside each row), else [B, S, L]."""
-        hidden = self.encode(input_ids, position_ids=position_ids, document_ids=document_ids, segment_ids=segment_ids)
-        return self.head(hidden if target_index is None else gather_rows(hidden, target_index))
+        return self.head(self.encode(inputs, target_index))
 
     def loss_sum(
-        self,
-        input_ids: Tensor,
-        target_index: Tensor,
-        targets: Tensor,
-        criterion: Callable[[Tensor, Tensor], Tensor],
-        *,
-        position_ids: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        segment_ids: Tensor | None = None,
+        self, inputs: PackedInputs, target_index: Tensor, targets: Tensor, criterion: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
         """Sum of `criterion(scores [B, m, L], targets [B, m, ...])`, shape [], over the targets at `target_index`.
 
         With `head_chunk`, the head works on so many targets at a time and is computed again in the backward pass.
         """
-        hidden = self.encode(input_ids, position_ids=position_ids, document_ids=document_ids, segment_ids=segment_ids)
-        hidden = gather_rows(hidden, target_index)  # [B, M, D]
+        hidden = self.encode(inputs, target_index)  # [B, M, D]
 
         def loss(part: Tensor, truth: Tensor) -> Tensor:
             return criterion(self.head(part), truth)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.dropout import dropout
+from leanbert.models.packed_inputs import PackedInputs
 
 INIT_STD = 0.02
 ROW_MULTIPLE = 64
@@ -53,14 +54,13 @@ class Embeddings(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
         self.dropout = config.dropout
 
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor | None, tokens: Tensor | None = None
-    ) -> Tensor:
-        """Embed int64 ids; without `segment_ids` all tokens are in segment 0. `tokens`: another table, [R, D]."""
-        hidden = nn.functional.embedding(input_ids, self.token.weight if tokens is None else tokens)
+    def forward(self, inputs: PackedInputs, embedding: Tensor | None = None) -> Tensor:
+        """Embed ids, those of tokens with another table `embedding` [R, D] if one is given."""
+        hidden = nn.functional.embedding(inputs.input_ids, self.token.weight if embedding is None else embedding)
         if self.segment is not None:
-            hidden = hidden + (self.segment.weight[0] if segment_ids is None else self.segment(segment_ids))
+            segments = inputs.segment_ids
+            hidden = hidden + (self.segment.weight[0] if segments is None else self.segment(segments))
         table = self.fixed_position if self.position is None else self.position.weight
         if table is not None:
-            hidden = hidden + nn.functional.embedding(position_ids, table)
+            hidden = hidden + nn.functional.embedding(inputs.position_ids, table)
         return dropout(self.norm(hidden), self.dropout, self.training)

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanbert.memory.checkpointing import Checkpointable, run_block
-from leanbert.models.attention import AttentionContext, SelfAttention, additive_mask, product_dtype, rotary_angles
+from leanbert.models.attention import AttentionContext, SelfAttention, make_angles
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.dropout import dropout
 from leanbert.models.embeddings import Embeddings
+from leanbert.models.kernels.attention import additive, same_document
+from leanbert.models.packed_inputs import PackedInputs
 
 
 def make_norm(config: ResolvedConfig) -> nn.LayerNorm:
@@ -45,17 +47,32 @@ class FeedForward(nn.Module):
         return self.output(self.activate(inner))
 
 
-class Block(Checkpointable):
-    """Attention and feed-forward, each added to the residual stream: [B, S, D] -> [B, S, D].
+class ResidualBlock(Checkpointable):
+    """A block whose parts are each added to the residual stream, with a norm before or after.
 
-    With pre-norm the first block has no attention norm, for embeddings come normalised (as in ModernBERT).
+    `layer` is its number among all blocks of the model: dropout differs by it.
     """
 
     def __init__(self, config: ResolvedConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.pre_norm = config.norm_position == "pre"
-        self.dropout = config.dropout
+        self.pre_norm, self.dropout = config.norm_position == "pre", config.dropout
+
+    def add(self, hidden: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """Add `branch` to the stream `hidden`; both [B, S, D]."""
+        if self.pre_norm:
+            return hidden + dropout(branch(norm(hidden)), self.dropout, self.training)
+        return norm(hidden + dropout(branch(hidden), self.dropout, self.training))
+
+
+class Block(ResidualBlock):
+    """Attention and feed-forward: [B, S, D] -> [B, S, D].
+
+    With pre-norm the first block has no attention norm, for embeddings come normalised (as in ModernBERT).
+    """
+
+    def __init__(self, config: ResolvedConfig, layer: int) -> None:
+        super().__init__(config, layer)
         self.attention = SelfAttention(config)
         self.attention_norm = nn.Identity() if self.pre_norm and layer == 0 else make_norm(config)
         self.feed_forward = FeedForward(config)
@@ -63,14 +80,8 @@ class Block(Checkpointable):
 
     def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
         """Run one block; `context` is that of global or of local attention."""
-        if self.pre_norm:
-            hidden = hidden + self._drop(self.attention(self.attention_norm(hidden), context))
-            return hidden + self._drop(self.feed_forward(self.feed_forward_norm(hidden)))
-        hidden = self.attention_norm(hidden + self._drop(self.attention(hidden, context)))
-        return self.feed_forward_norm(hidden + self._drop(self.feed_forward(hidden)))
-
-    def _drop(self, branch: Tensor) -> Tensor:
-        return dropout(branch, self.dropout, self.training)
+        hidden = self.add(hidden, self.attention_norm, lambda x: self.attention(x, context))
+        return self.add(hidden, self.feed_forward_norm, self.feed_forward)
 
 
 class Encoder(nn.Module):
@@ -84,40 +95,25 @@ class Encoder(nn.Module):
         self.final_norm = make_norm(config) if config.norm_position == "pre" else None
         self.storage: Callable[[], AbstractContextManager[Any]] = nullcontext  # of saved activations
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        *,
-        position_ids: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-    ) -> Tensor:
-        """Encode int64 ids [B, S]; the other arguments are int64 [B, S] too.
-
-        Attention stays inside equal `document_ids` (None: the whole row is one document; padding: -1, which
-        sees only itself). `position_ids` default to 0 .. S-1, `segment_ids` to 0.
-        Raises `UserError` if S exceeds the model's positions.
-        """
-        length = input_ids.shape[1]
-        self.config.check_length(length)
-        if position_ids is None:
-            position_ids = torch.arange(length, device=input_ids.device)[None]  # [1, S]
+    def forward(self, inputs: PackedInputs) -> Tensor:
+        """Encode rows. Raises `UserError` if S exceeds the model's positions."""
+        self.config.check_length(inputs.input_ids.shape[1])
         with self.storage() if torch.is_grad_enabled() else nullcontext():
-            hidden = self.embeddings(input_ids, position_ids, segment_ids)
+            hidden = self.embeddings(inputs)
             local_layers = [self.config.is_local(layer) for layer in range(self.config.num_layers)]
-            contexts = {local: self._context(local, position_ids, document_ids, hidden) for local in set(local_layers)}
+            contexts = {local: self.make_context(inputs, hidden, local) for local in set(local_layers)}
             for block, local in zip(self.blocks, local_layers, strict=True):
                 hidden = run_block(block, hidden, contexts[local])
             return hidden if self.final_norm is None else self.final_norm(hidden)
 
-    def _context(
-        self, local: bool, position_ids: Tensor, document_ids: Tensor | None, hidden: Tensor
-    ) -> AttentionContext:
-        config = self.config
-        window = config.local_window if local else 0
-        mask = additive_mask(document_ids, hidden.shape[1], window, hidden)
-        if config.position != "rotary":
-            return AttentionContext(mask, None)
-        theta = config.local_rotary_theta if local else config.rotary_theta
-        angles = rotary_angles(position_ids, config.head_size, theta, product_dtype(hidden))
-        return AttentionContext(mask, angles)
+    def make_context(self, inputs: PackedInputs, like: Tensor, local: bool = False) -> AttentionContext:
+        """Return mask and angles of `inputs` for products with `like`.
+
+        A position looks at its document; with `local` attention at no more than half a window on either side.
+        """
+        allowed = same_document(inputs.document_ids, inputs.document_ids)  # [B, 1, S, S]
+        if local:
+            position = torch.arange(allowed.shape[-1], device=like.device)
+            near = (position[:, None] - position[None, :]).abs() <= self.config.local_window // 2  # [S, S]
+            allowed = allowed & near
+        return AttentionContext(additive(allowed, like), make_angles(self.config, inputs.position_ids, like, local))

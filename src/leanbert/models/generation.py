@@ -6,13 +6,14 @@ Shapes: N sentences, K beams, Q = N * K hypotheses, S source tokens, t tokens so
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from leanbert.errors import UserError
 from leanbert.models.decoding_cache import Cache
+from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.seq2seq import Seq2SeqModel
 from leanbert.ranges import POSITIVE, WHOLE, Range
 
@@ -77,98 +78,100 @@ class Generated(NamedTuple):
     score: float
 
 
-class Tokens(NamedTuple):
+class SpecialTokens(NamedTuple):
     """Ids that begin and end an output, and those that none may contain."""
 
-    begin: int
-    end: int
-    never: list[int]
+    bos: int
+    eos: int
+    suppressed: list[int]
 
 
 @torch.inference_mode()
-def generate(model: Seq2SeqModel, batch: Any, tokens: Tokens, config: GenerationConfig) -> list[Generated]:
-    """Return the best output for each source of a batch.
+def generate(
+    model: Seq2SeqModel, inputs: PackedInputs, tokens: SpecialTokens, config: GenerationConfig
+) -> list[Generated]:
+    """Return the best output for each source.
 
     Args:
         model: The model, in evaluation mode.
-        batch: Has `input_ids`, `position_ids` and `document_ids` (0 on tokens, -1 on padding), int64 [N, S].
+        inputs: Sources, one a row, [N, S].
         tokens: Ids with a meaning.
         config: How to search.
 
     """
-    real = (batch.document_ids >= 0).sum(1)  # [N]
-    limits = ((real * config.length_ratio).long() + config.length_more).clamp(max=model.config.max_positions).tolist()
-    cache = Cache(model, batch, config.beams, max(limits))
+    longest = (inputs.real.sum(1) * config.length_ratio).long() + config.length_more  # [N]
+    limits = longest.clamp(max=model.config.max_positions).tolist()
+    cache = Cache(model, inputs, config.beams, max(limits))
     search = _one_by_one if config.beams == 1 else _beam_search
-    return search(cache, limits, tokens, config, batch.input_ids.device)
+    return search(cache, limits, tokens, config, inputs.input_ids.device)
 
 
 class _Running:
     """Which sentences are still decoded: those that have ended are dropped in groups, for it takes a copy of the cache.
 
-    `numbers` says which sentence of the batch is at a place, `done` whether it has ended.
+    `numbers` says which sentence of the batch a row is, `done` whether it has ended.
     """
 
     def __init__(self, count: int) -> None:
         self.numbers = list(range(count))
         self.done = [False] * count
 
-    def left(self) -> list[int] | None:
-        """Return the places to go on with, once there are enough of those that have ended; None: all."""
+    def remaining(self) -> list[int] | None:
+        """Return the rows to go on with, once enough others have ended; None: all."""
         if not all(self.done) and sum(self.done) * DROPPED_TOGETHER < len(self.done):
             return None
-        places = [place for place, done in enumerate(self.done) if not done]
-        self.numbers = [self.numbers[place] for place in places]
-        self.done = [False] * len(places)
-        return places
+        rows = [row for row, done in enumerate(self.done) if not done]
+        self.numbers = [self.numbers[row] for row in rows]
+        self.done = [False] * len(rows)
+        return rows
 
 
 def _one_by_one(
-    cache: Cache, limits: list[int], tokens: Tokens, config: GenerationConfig, device: torch.device
+    cache: Cache, limits: list[int], tokens: SpecialTokens, config: GenerationConfig, device: torch.device
 ) -> list[Generated]:
     """Take the likeliest token, or draw one, until each output has ended."""
     found: list[Generated] = [Generated([], 0.0)] * len(limits)
     running = _Running(len(limits))
-    outputs = torch.full((len(limits), max(limits) + 1), tokens.begin, device=device)
+    outputs = torch.full((len(limits), max(limits) + 1), tokens.bos, device=device)
     scores = torch.zeros(len(limits), device=device)
     length = 1
     while running.numbers:
-        logits = forbid(cache.step(outputs[:, length - 1]), outputs[:, :length], tokens, config.no_repeat_ngram)
-        logarithms = logits.log_softmax(-1)
-        chosen = draw(logits, config) if config.sample else logarithms.argmax(-1)
-        scores = scores + logarithms.gather(1, chosen[:, None])[:, 0]
+        logits = suppress(cache.step(outputs[:, length - 1]), outputs[:, :length], tokens, config.no_repeat_ngram)
+        log_probs = logits.log_softmax(-1)
+        chosen = draw(logits, config) if config.sample else log_probs.argmax(-1)
+        scores = scores + log_probs.gather(1, chosen[:, None])[:, 0]
         outputs[:, length] = chosen
-        for place, token in enumerate(chosen.tolist()):
-            number = running.numbers[place]
-            if not running.done[place] and (token == tokens.end or length >= limits[number]):
-                running.done[place] = True
-                ids = outputs[place, 1 : length + 1].tolist()
-                score = float(scores[place]) / length**config.length_penalty
-                found[number] = Generated(ids[:-1] if token == tokens.end else ids, score)
+        for row, token in enumerate(chosen.tolist()):
+            number = running.numbers[row]
+            if not running.done[row] and (token == tokens.eos or length >= limits[number]):
+                running.done[row] = True
+                ids = outputs[row, 1 : length + 1].tolist()
+                score = float(scores[row]) / length**config.length_penalty
+                found[number] = Generated(ids[:-1] if token == tokens.eos else ids, score)
         length += 1
-        if (left := running.left()) is not None:
-            still = torch.tensor(left, dtype=torch.long, device=device)
-            outputs, scores = outputs[still], scores[still]
-            cache.keep(still)
+        if (rows := running.remaining()) is not None:
+            remaining = torch.tensor(rows, dtype=torch.long, device=device)
+            outputs, scores = outputs[remaining], scores[remaining]
+            cache.select(remaining)
     return found
 
 
 def _beam_search(
-    cache: Cache, limits: list[int], tokens: Tokens, config: GenerationConfig, device: torch.device
+    cache: Cache, limits: list[int], tokens: SpecialTokens, config: GenerationConfig, device: torch.device
 ) -> list[Generated]:
     """Keep the K best hypotheses of each sentence until K outputs that ended are better than any that may still end."""
     beams, running = config.beams, _Running(len(limits))
     finished: list[list[Generated]] = [[] for _ in limits]
-    outputs = torch.full((len(limits), beams, max(limits) + 1), tokens.begin, device=device)
+    outputs = torch.full((len(limits), beams, max(limits) + 1), tokens.bos, device=device)
     scores = torch.full((len(limits), beams), -torch.inf, device=device)
     scores[:, 0] = 0.0  # all hypotheses are the same at first: one is looked at
     length = 1
     while running.numbers:
         before = outputs[:, :, :length]
         logits = cache.step(before[:, :, -1].flatten())
-        logits = forbid(logits, before.flatten(0, 1), tokens, config.no_repeat_ngram)
-        sums, parents, chosen = likeliest(scores, logits.log_softmax(-1), 2 * beams)
-        ends = chosen == tokens.end  # [N, 2 K]: enough where K of them end
+        logits = suppress(logits, before.flatten(0, 1), tokens, config.no_repeat_ngram)
+        sums, parents, chosen = top_continuations(scores, logits.log_softmax(-1), 2 * beams)
+        ends = chosen == tokens.eos  # [N, 2 K]: enough where K of them end
         _collect(finished, running, before, sums, parents, ends, config)
         # those that do not end come first, in the order of their scores
         order = ends.int().argsort(dim=1, stable=True)[:, :beams]  # [N, K]
@@ -179,19 +182,19 @@ def _beam_search(
         cache.reorder(parents)
         _close(finished, running, outputs[:, :, : length + 1], scores, limits, config)
         length += 1
-        if (left := running.left()) is not None:
-            still = torch.tensor(left, dtype=torch.long, device=device)
-            outputs, scores = outputs[still], scores[still]
-            cache.keep(still)
+        if (rows := running.remaining()) is not None:
+            remaining = torch.tensor(rows, dtype=torch.long, device=device)
+            outputs, scores = outputs[remaining], scores[remaining]
+            cache.select(remaining)
     return [max(candidates, key=lambda candidate: candidate.score) for candidates in finished]
 
 
-def likeliest(scores: Tensor, logarithms: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def top_continuations(scores: Tensor, log_probs: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the best `count` continuations of each sentence's hypotheses, best first.
 
     Args:
         scores: Sums of log-probabilities of the hypotheses, [N, K]; -inf: there is none.
-        logarithms: Log-probabilities of their next tokens, [N * K, V].
+        log_probs: Log-probabilities of their next tokens, [N * K, V].
         count: How many, at most K * V.
 
     Returns:
@@ -199,12 +202,12 @@ def likeliest(scores: Tensor, logarithms: Tensor, count: int) -> tuple[Tensor, T
 
     """
     sentences, beams = scores.shape
-    sums = logarithms.view(sentences, beams, -1).add_(scores[:, :, None])
+    sums = log_probs.view(sentences, beams, -1).add_(scores[:, :, None])
     sums.masked_fill_((scores == -torch.inf)[:, :, None], -torch.inf)  # may have been no number
     vocabulary = sums.shape[-1]
     flat = sums.flatten(1)
-    best = flat.topk(min(count, flat.shape[1]), dim=1)
-    return best.values, best.indices // vocabulary, best.indices % vocabulary
+    top = flat.topk(min(count, flat.shape[1]), dim=1)
+    return top.values, top.indices // vocabulary, top.indices % vocabulary
 
 
 def _collect(
@@ -213,15 +216,15 @@ def _collect(
 ) -> None:  # fmt: skip
     """Add the hypotheses that end, if they are among the K best; `outputs` [N, K, t] are those they go on from."""
     beams, length = config.beams, outputs.shape[2]  # with the end, without the begin
-    places = ends[:, :beams].nonzero()
+    rows = ends[:, :beams].nonzero()[:, 0]
     values, beam = (x[:, :beams][ends[:, :beams]].tolist() for x in (sums, parents))
-    for (place, _), total, parent in zip(places.tolist(), values, beam, strict=True):
-        if total == -torch.inf or running.done[place]:
+    for row, total, parent in zip(rows.tolist(), values, beam, strict=True):
+        if total == -torch.inf or running.done[row]:
             continue
-        kept = finished[running.numbers[place]]
-        kept.append(Generated(outputs[place, parent, 1:].tolist(), total / length**config.length_penalty))
-        kept.sort(key=lambda candidate: -candidate.score)
-        del kept[beams:]
+        candidates = finished[running.numbers[row]]
+        candidates.append(Generated(outputs[row, parent, 1:].tolist(), total / length**config.length_penalty))
+        candidates.sort(key=lambda candidate: -candidate.score)
+        del candidates[beams:]
 
 
 def _close(
@@ -231,24 +234,24 @@ def _close(
     """Mark the sentences that need no more steps; at the longest length hypotheses count as they are."""
     length = outputs.shape[2]  # of the outputs if they ended with the next token
     best, beam = scores.max(1)
-    for place, (total, which) in enumerate(zip(best.tolist(), beam.tolist(), strict=True)):
-        kept, limit = finished[running.numbers[place]], limits[running.numbers[place]]
-        if running.done[place]:
+    for row, (total, which) in enumerate(zip(best.tolist(), beam.tolist(), strict=True)):
+        candidates, limit = finished[running.numbers[row]], limits[running.numbers[row]]
+        if running.done[row]:
             continue
         if length > limit:
-            if not kept:
+            if not candidates:
                 score = total / (length - 1) ** config.length_penalty
-                kept.append(Generated(outputs[place, which, 1:].tolist(), score))
-            running.done[place] = True
-        elif len(kept) >= config.beams or total == -torch.inf:
+                candidates.append(Generated(outputs[row, which, 1:].tolist(), score))
+            running.done[row] = True
+        elif len(candidates) >= config.beams or total == -torch.inf:
             # the sum of log-probabilities only falls; over a longer length it can still become better
             longest = length if config.early or config.length_penalty <= 0 else limit
-            running.done[place] = total / longest**config.length_penalty <= kept[-1].score
+            running.done[row] = total / longest**config.length_penalty <= candidates[-1].score
 
 
-def forbid(logits: Tensor, outputs: Tensor, tokens: Tokens, ngram: int) -> Tensor:
+def suppress(logits: Tensor, outputs: Tensor, tokens: SpecialTokens, ngram: int) -> Tensor:
     """Return logits [Q, V] with -inf at special tokens and at those that would repeat an `ngram` of outputs [Q, t]."""
-    logits[:, tokens.never] = -torch.inf
+    logits[:, tokens.suppressed] = -torch.inf
     if ngram:
         for row, output in enumerate(outputs.tolist()):
             logits[row, repeated(output[1:], ngram)] = -torch.inf
@@ -267,11 +270,11 @@ def draw(logits: Tensor, config: GenerationConfig) -> Tensor:
     """Draw a token of each row of logits [Q, V], among the likeliest ones if so configured: int64 [Q]."""
     logits = logits / config.temperature
     if config.top_k:
-        least = logits.topk(min(config.top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        threshold = logits.topk(min(config.top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
     if config.top_p < 1.0:
-        ordered, places = logits.softmax(-1).sort(dim=-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # probability of the likelier ones
-        unlikely = torch.zeros_like(before, dtype=torch.bool).scatter(1, places, before >= config.top_p)
+        probs, order = logits.softmax(-1).sort(dim=-1, descending=True)
+        before = probs.cumsum(-1) - probs  # probability of the likelier ones
+        unlikely = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= config.top_p)
         logits = logits.masked_fill(unlikely, -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1)[:, 0]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.embeddings import padded_rows
+from leanbert.models.kernels.loss import Mixture, cross_entropy_sum, linear_cross_entropy_sum
 
 
 class Output(nn.Linear):
@@ -41,3 +42,18 @@ class MaskedLMHead(nn.Module):
         scores = F.linear(self.transform(hidden), embedding, self.bias)  # [N, R]
         # Cutting the scores keeps the padding rows out of every softmax, and their gradient at zero.
         return scores if scores.shape[-1] == self.vocab_size else scores[..., : self.vocab_size]
+
+    def loss_sum(
+        self, hidden: Tensor, embedding: Tensor, targets: Tensor, chunk: int | None, smoothing: float = 0.0,
+        mixture: Mixture | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Cross entropy (nats, shape []) of `hidden` [..., D] summed over `targets` (int64 [...], -100: none).
+
+        With `chunk` the scores of so many targets exist at a time. The rest is as in `cross_entropy_sum`.
+        """
+        if chunk is None:
+            return cross_entropy_sum(self(hidden, embedding), targets, smoothing, mixture=mixture)
+        return linear_cross_entropy_sum(
+            self.transform(hidden).flatten(0, -2), embedding, self.bias, targets.flatten(),
+            vocab_size=self.vocab_size, chunk=chunk, smoothing=smoothing, mixture=mixture,
+        )  # fmt: skip

@@ -25,7 +25,7 @@ class Source(NamedTuple):
     ids: Tensor
     allowed: Tensor
 
-    def keep(self, rows: Tensor) -> Source:
+    def select(self, rows: Tensor) -> Source:
         """Return these rows of the batch (int64)."""
         return Source(*(tensor[rows] for tensor in self))
 
@@ -33,19 +33,19 @@ class Source(NamedTuple):
 class Copied(NamedTuple):
     """The part of the next token's distribution that is copied.
 
-    `shares` [B, T, S], at least float32: the probability of each source token, in sum that of copying at all; `kept`
-    [B, T]: the logarithm of the rest, which is the vocabulary's; `ids`: those of the source.
+    `probs` [B, T, S], at least float32: the probability of each source token, in sum the probability of copying at
+    all; `log_generate` [B, T]: the logarithm of the rest, which is the vocabulary's; `ids`: those of the source.
     """
 
-    shares: Tensor
-    kept: Tensor
+    probs: Tensor
+    log_generate: Tensor
     ids: Tensor
 
 
 class Pointer(nn.Module):
     """A pointer-generator (See et al. 2017, arXiv 1704.04368) with an attention of its own, of one head.
 
-    The paper takes that of the decoder; the fused kernels of ours do not give their probabilities.
+    The paper takes the decoder's attention; our fused kernels do not give its probabilities.
     """
 
     def __init__(self, config: ResolvedConfig) -> None:
@@ -55,7 +55,7 @@ class Pointer(nn.Module):
         self.gate = Output(config.hidden_size, 1)
 
     @torch.no_grad()
-    def look_for_the_same(self) -> None:
+    def initialise_to_identity(self) -> None:
         """Begin by looking at source tokens whose encoding is like the decoder's state: what it is about to write."""
         for projection in (self.query, self.key):
             nn.init.eye_(projection.weight)
@@ -73,19 +73,19 @@ class Pointer(nn.Module):
         return Copied(scores.softmax(-1) * gate.sigmoid(), F.logsigmoid(-gate).squeeze(-1), source.ids)
 
 
-def copied_logarithm(copied: Copied, targets: Tensor) -> Tensor:
+def copied_log_probs(copied: Copied, targets: Tensor) -> Tensor:
     """Log-probability [B, T] that `targets` (int64 [B, T]) are copied.
 
-    For those that the source does not have it is that of the smallest number.
+    For a target that the source does not have: the logarithm of the smallest number.
     """
     same = targets[:, :, None] == copied.ids[:, None, :]
-    shares = (copied.shares * same).sum(-1)
-    return shares.clamp_min(torch.finfo(shares.dtype).tiny).log()
+    probs = (copied.probs * same).sum(-1)
+    return probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
 
 
 def add_copied(logits: Tensor, copied: Copied) -> Tensor:
     """Log-probabilities [B, T, V] of both parts together; `logits` [B, T, V] are the vocabulary's."""
-    own = logits.to(copied.kept.dtype).log_softmax(-1) + copied.kept[..., None]
-    places = copied.ids[:, None, :].expand_as(copied.shares)
-    whole = torch.zeros_like(own).scatter_add(-1, places, copied.shares)
-    return torch.logaddexp(own, whole.clamp_min(torch.finfo(whole.dtype).tiny).log())
+    generated = logits.to(copied.log_generate.dtype).log_softmax(-1) + copied.log_generate[..., None]
+    ids = copied.ids[:, None, :].expand_as(copied.probs)
+    probs = torch.zeros_like(generated).scatter_add(-1, ids, copied.probs)
+    return torch.logaddexp(generated, probs.clamp_min(torch.finfo(probs.dtype).tiny).log())

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from leanbert.errors import UserError
+from leanbert.models.attention import CrossAttention
 from leanbert.models.base import EncoderModel
 from leanbert.models.config import ResolvedConfig
-from leanbert.models.decoder import CrossAttention, Decoder, DecoderBlock
+from leanbert.models.decoder import Decoder, DecoderBlock
 from leanbert.models.encoder import Block, Encoder
 from leanbert.models.heads import MaskedLMHead
-from leanbert.models.kernels.loss import Mixture, cross_entropy_sum, linear_cross_entropy_sum
-from leanbert.models.pointer import Copied, Pointer, add_copied, copied_logarithm
+from leanbert.models.kernels.loss import Mixture
+from leanbert.models.packed_inputs import PackedInputs
+from leanbert.models.pointer import Copied, Pointer, add_copied, copied_log_probs
 from leanbert.models.stored import Stored
 
 Start = Literal["encoder", "shared", "random"]
@@ -137,7 +139,7 @@ class Seq2SeqModel(EncoderModel):
         if self.decoder.final_norm is not None and self.encoder.final_norm is not None:
             self.decoder.final_norm.load_state_dict(self.encoder.final_norm.state_dict())
         if self.pointer is not None:
-            self.pointer.look_for_the_same()
+            self.pointer.initialise_to_identity()
 
     def _share(self) -> None:
         """Let the decoder's blocks use the encoder's self-attention and feed-forward."""
@@ -149,48 +151,21 @@ class Seq2SeqModel(EncoderModel):
             if type(block.attention_norm) is type(source.attention_norm):
                 block.attention_norm = source.attention_norm
 
-    def decode(
-        self,
-        ids: Tensor,
-        memory: Tensor,
-        *,
-        position_ids: Tensor,
-        document_ids: Tensor,
-        memory_document_ids: Tensor,
-    ) -> Tensor:
-        """Hidden states [B, T, D] of the target; arguments as in `Decoder.forward`."""
-        return self.decoder(
-            ids, self.target_table, memory, position_ids=position_ids, document_ids=document_ids,
-            memory_document_ids=memory_document_ids,
-        )  # fmt: skip
-
-    def hidden(
-        self,
-        input_ids: Tensor,
-        decoder_ids: Tensor,
-        *,
-        position_ids: Tensor,
-        document_ids: Tensor,
-        decoder_position_ids: Tensor,
-        decoder_document_ids: Tensor,
-    ) -> tuple[Tensor, Copied | None]:
-        """Hidden states [B, T, D] for sources [B, S] and what the decoder reads [B, T], int64 all of them.
+    def hidden(self, inputs: PackedInputs, decoder_inputs: PackedInputs) -> tuple[Tensor, Copied | None]:
+        """Hidden states [B, T, D] for sources [B, S] and what the decoder reads [B, T].
 
         And what is copied from the sources, if the model does that.
         """
-        memory = self.encode(input_ids, position_ids=position_ids, document_ids=document_ids)
-        hidden = self.decode(
-            decoder_ids, memory, position_ids=decoder_position_ids, document_ids=decoder_document_ids,
-            memory_document_ids=document_ids,
-        )  # fmt: skip
+        memory = self.encode(inputs)
+        hidden = self.decoder(decoder_inputs, self.target_table, memory, inputs.document_ids)
         if self.pointer is None:
             return hidden, None
-        same_document = decoder_document_ids[:, :, None] == document_ids[:, None, :]
-        return hidden, self.pointer(hidden, self.pointer.read(memory, input_ids, same_document))
+        allowed = decoder_inputs.document_ids[:, :, None] == inputs.document_ids[:, None, :]
+        return hidden, self.pointer(hidden, self.pointer.read(memory, inputs.input_ids, allowed))
 
-    def forward(self, input_ids: Tensor, decoder_ids: Tensor, **places: Tensor) -> Tensor:
+    def forward(self, inputs: PackedInputs, decoder_inputs: PackedInputs) -> Tensor:
         """Logits [B, T, V] of the next tokens; arguments as in `hidden`."""
-        return self.logits(*self.hidden(input_ids, decoder_ids, **places))
+        return self.logits(*self.hidden(inputs, decoder_inputs))
 
     def logits(self, hidden: Tensor, copied: Copied | None) -> Tensor:
         """Logits [B, T, V] of decoder states [B, T, D] and what is copied."""
@@ -198,23 +173,17 @@ class Seq2SeqModel(EncoderModel):
         return scores if copied is None else add_copied(scores, copied)
 
     def loss_sum(
-        self, input_ids: Tensor, decoder_ids: Tensor, targets: Tensor, smoothing: float = 0.0, **places: Tensor
+        self, inputs: PackedInputs, decoder_inputs: PackedInputs, targets: Tensor, smoothing: float = 0.0
     ) -> Tensor:
         """Cross entropy (nats, shape []) summed over `targets` (int64 [B, T], -100: none), labels smoothed if wanted.
 
         Label smoothing is that of Szegedy et al. 2016 (arXiv 1512.00567), over the whole vocabulary.
         """
-        hidden, copied = self.hidden(input_ids, decoder_ids, **places)
+        hidden, copied = self.hidden(inputs, decoder_inputs)
         mixture = None
         if copied is not None:
-            mixture = Mixture(copied.kept.flatten(), copied_logarithm(copied, targets).flatten())
-        embedding = self.target_table
-        if self.head_chunk is None:
-            return cross_entropy_sum(self.head(hidden, embedding), targets, smoothing, mixture=mixture)
-        return linear_cross_entropy_sum(
-            self.head.transform(hidden).flatten(0, 1), embedding, self.head.bias, targets.flatten(),
-            vocab_size=self.head.vocab_size, chunk=self.head_chunk, smoothing=smoothing, mixture=mixture,
-        )  # fmt: skip
+            mixture = Mixture(copied.log_generate.flatten(), copied_log_probs(copied, targets).flatten())
+        return self.head.loss_sum(hidden, self.target_table, targets, self.head_chunk, smoothing, mixture)
 
 
 @torch.no_grad()

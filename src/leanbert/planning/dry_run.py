@@ -28,7 +28,7 @@ from leanbert.measure.timeline import Timeline
 from leanbert.measure.trace import LiveBytes
 from leanbert.memory.offload import DiskStorage, to_host
 from leanbert.optim.build import trainable
-from leanbert.planning.run_settings import RunSettings, technique_callbacks, tensors_of
+from leanbert.planning.run_settings import RunSettings, technique_callbacks
 
 
 @dataclass(frozen=True)
@@ -253,4 +253,4 @@ def _existing(task: Any, batch: Any) -> list[Tensor]:
     """Return the tensors of a batch, and those of a task that are not its model's (metrics)."""
     model = {id(tensor) for tensor in (*task.model.parameters(), *task.model.buffers())}
     own = [t for module in task.modules() for t in vars(module).values() if isinstance(t, Tensor)]
-    return [*(t for t in (*own, *task.buffers()) if id(t) not in model), *tensors_of(batch)]
+    return [*(t for t in (*own, *task.buffers()) if id(t) not in model), *batch.tensors().values()]

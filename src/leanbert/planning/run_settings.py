@@ -9,7 +9,6 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
 from leanbert.callbacks.techniques.base import TechniqueCallback
 from leanbert.tasks.techniques import Techniques
@@ -18,11 +17,6 @@ from leanbert.tasks.techniques import Techniques
 def technique_callbacks(callbacks: Iterable[Callback]) -> list[TechniqueCallback]:
     """Return the callbacks that change what a step needs."""
     return [callback for callback in callbacks if isinstance(callback, TechniqueCallback)]
-
-
-def tensors_of(batch: Any) -> list[Tensor]:
-    """Return the tensors of a batch."""
-    return [value for value in vars(batch).values() if isinstance(value, Tensor)]
 
 
 @dataclass(frozen=True)
@@ -80,4 +74,4 @@ class RunSettings:
     def row_bytes(self) -> int:
         """Bytes of one sequence in a batch."""
         batch = self.data.blank_batch(1)  # type: ignore[attr-defined]
-        return sum(int(tensor.nbytes) for tensor in tensors_of(batch))
+        return sum(int(tensor.nbytes) for tensor in batch.tensors().values())

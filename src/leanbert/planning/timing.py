@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from leanbert.data.batches.batch import MLMBatch, PairBatch
 from leanbert.errors import UserError
+from leanbert.models.packed_inputs import PackedInputs
 from leanbert.planning.dry_run import begin, build, set_up, stage, take_step
 from leanbert.planning.predict import rows_of_dry_run
 from leanbert.planning.run_settings import RunSettings
@@ -168,22 +169,14 @@ def fill(blank: Any, vocab_size: int, target_vocab_size: int | None = None) -> A
     def drawn(like: Tensor, size: int | None = None) -> Tensor:
         return torch.randint(size or vocab_size, like.shape, generator=generator)
 
-    changed = {"input_ids": drawn(blank.input_ids)}
-    (rows, length), targets = blank.input_ids.shape, blank.targets
+    ids, targets = drawn(blank.inputs.input_ids), blank.targets
+    inputs = PackedInputs.whole_rows(ids, blank.inputs.segment_ids)
     if isinstance(blank, PairBatch):
-        own = target_vocab_size
-        changed |= {"decoder_ids": drawn(blank.decoder_ids, own), "targets": drawn(targets, own)}
-    else:
-        index = torch.rand(rows, length, generator=generator).argsort(dim=1)[:, : targets.shape[1]].sort(dim=1).values
-        masked = isinstance(blank, MLMBatch)
-        truth = changed["input_ids"].gather(1, index) if masked else torch.zeros_like(targets)
-        changed |= {"target_index": index, "targets": truth}
-    for name, tensor in vars(blank).items():
-        if name.endswith("position_ids"):
-            changed[name] = torch.arange(tensor.shape[1]).repeat(rows, 1)
-        elif name.endswith("document_ids"):
-            changed[name] = torch.zeros_like(tensor)
-    return replace(blank, **changed)
+        decoder_inputs = PackedInputs.whole_rows(drawn(blank.decoder_inputs.input_ids, target_vocab_size))
+        return PairBatch(inputs, decoder_inputs, drawn(targets, target_vocab_size))
+    index = torch.rand(ids.shape, generator=generator).argsort(dim=1)[:, : targets.shape[1]].sort(dim=1).values
+    truth = ids.gather(1, index) if isinstance(blank, MLMBatch) else torch.zeros_like(targets)
+    return replace(blank, inputs=inputs, target_index=index, targets=truth)
 
 
 def run_seconds(times: StepTimes, *, steps: int, validations: int, batches_per_validation: int) -> float:

@@ -133,7 +133,7 @@ class TextClassification(Labelling):
         for row in range(len(batch)):
             for slot, target in enumerate(batch.targets[row].tolist()):
                 if target != IGNORED:
-                    ids = batch.input_ids[row][batch.document_ids[row] == slot].tolist()
+                    ids = batch.inputs.input_ids[row][batch.inputs.document_ids[row] == slot].tolist()
                     rows.append((self._data.tokenizer.decode(ids)[:200], names[target], names[best[row][slot]]))
         return {"samples/labels": markdown_table(("text", "truth", "model"), rows[:12])}
 
@@ -157,11 +157,8 @@ def classify(model: Any, batch: PredictBatch, problem: Problem, threshold: float
     `{"text", "label", "probability"}`; with several labels `{"text", "labels": [{"label", "probability"}, ...]}`, best
     first; with numbers `{"text", "values": [...]}`.
     """
-    first = torch.zeros(len(batch), 1, dtype=torch.int64, device=batch.input_ids.device)
-    scores = model(
-        batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids,
-        segment_ids=batch.segment_ids, target_index=first,
-    )[:, 0].float()  # fmt: skip
+    first = torch.zeros_like(batch.inputs.input_ids[:, :1])
+    scores = model(batch.inputs, first)[:, 0].float()
     if problem == "regression":
         return [{"text": text, "values": row} for text, row in zip(batch.texts, scores.tolist(), strict=True)]
     probabilities = scores.softmax(-1) if problem == "single" else scores.sigmoid()

@@ -55,10 +55,7 @@ class Labelling(Task):
 
     def forward(self, batch: Any) -> Tensor:
         """Return scores [B, M, L] at the targets."""
-        return self.model(
-            batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids,
-            segment_ids=batch.segment_ids, target_index=batch.target_index,
-        )  # fmt: skip
+        return self.model(batch.inputs, batch.target_index)
 
     def count_targets(self, batch: LabelledBatch) -> Tensor:
         """Return the number of labels that count, shape []: words or texts, times numbers where there are several."""
@@ -67,10 +64,7 @@ class Labelling(Task):
 
     def loss_sum(self, batch: LabelledBatch) -> Tensor:
         """Return the loss summed over targets, shape []."""
-        return self.model.loss_sum(
-            batch.input_ids, batch.target_index, batch.targets, self.criterion, position_ids=batch.position_ids,
-            document_ids=batch.document_ids, segment_ids=batch.segment_ids,
-        )  # fmt: skip
+        return self.model.loss_sum(batch.inputs, batch.target_index, batch.targets, self.criterion)
 
     def criterion(self, scores: Tensor, targets: Tensor) -> Tensor:
         """Sum of the losses, shape [], of scores [B, M, L]: cross entropy, that of each label, or the squared error."""
@@ -116,5 +110,5 @@ def known(targets: Tensor, labels: int) -> Tensor:
 
 def gather_documents(batch: Any) -> Tensor:
     """Return the document of each target, int64 [B, M]; -1 where there is none."""
-    documents = batch.document_ids.gather(1, batch.target_index)
+    documents = batch.inputs.document_ids.gather(1, batch.target_index)
     return documents.where(batch.targets != IGNORED, torch.full_like(documents, -1))

@@ -68,12 +68,7 @@ class MaskedLM(Task):
 
     def forward(self, batch: MLMBatch) -> Tensor:
         """Return logits [B, M, V] at the target positions."""
-        return self.model(
-            batch.input_ids,
-            position_ids=batch.position_ids,
-            document_ids=batch.document_ids,
-            target_index=batch.target_index,
-        )
+        return self.model(batch.inputs, batch.target_index)
 
     def count_targets(self, batch: MLMBatch) -> Tensor:
         """Return the number of masked positions, shape []."""
@@ -81,13 +76,7 @@ class MaskedLM(Task):
 
     def loss_sum(self, batch: MLMBatch) -> Tensor:
         """Return the cross entropy in nats summed over masked positions, shape []."""
-        return self.model.loss_sum(
-            batch.input_ids,
-            batch.target_index,
-            batch.targets,
-            position_ids=batch.position_ids,
-            document_ids=batch.document_ids,
-        )
+        return self.model.loss_sum(batch.inputs, batch.target_index, batch.targets)
 
     def validation_step(self, batch: MLMBatch, batch_idx: int) -> None:
         """Add a batch to the metrics; logits are not kept."""
@@ -125,16 +114,14 @@ def fill_masks(model: nn.Module, tokenizer: Any, batch: PredictBatch, top_k: int
         top_k: Candidates for each mask.
 
     """
-    masked = batch.input_ids == tokenizer.mask_id  # [B, S]
+    masked = batch.inputs.input_ids == tokenizer.mask_id  # [B, S]
     counts = masked.sum(1).tolist()
     answers: list[dict[str, Any]] = [{"text": text, "masks": []} for text in batch.texts]
     if not any(counts):
         return answers
     # the places of the masks first, in order: logits are made for these only
     index = masked.int().argsort(dim=1, descending=True, stable=True)[:, : max(counts)]  # [B, K]
-    logits = model(
-        batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids, target_index=index
-    )  # [B, K, V]
+    logits = model(batch.inputs, index)  # [B, K, V]
     best = logits.float().softmax(-1).topk(min(top_k, logits.shape[-1]))  # [B, K, top_k]
     for answer, count, probabilities, tokens in zip(
         answers, counts, best.values.tolist(), best.indices.tolist(), strict=True
@@ -167,7 +154,7 @@ def filled_masks_table(batch: MLMBatch, logits: Tensor, tokenizer: Any, context:
             continue
         slot = slots[len(slots) // 2]  # the middle of the row has context on both sides
         place = int(batch.target_index[row, slot])
-        ids = batch.input_ids[row].tolist()
+        ids = batch.inputs.input_ids[row].tolist()
         left = tokenizer.decode(ids[max(0, place - context) : place])
         right = tokenizer.decode(ids[place + 1 : place + 1 + context])
         guesses = ", ".join(

@@ -16,7 +16,7 @@ from leanbert.data.pairs import output_frame
 from leanbert.errors import UserError
 from leanbert.messages import say
 from leanbert.models.config import EncoderConfig
-from leanbert.models.generation import GenerationConfig, Tokens, generate
+from leanbert.models.generation import GenerationConfig, SpecialTokens, generate
 from leanbert.models.seq2seq import Seq2SeqModel, Start
 from leanbert.optim.build import OptimizerConfig, ScheduleConfig
 from leanbert.pretrained.build import build_model, read_architecture
@@ -169,7 +169,7 @@ class Seq2Seq(Task):
 
     def forward(self, batch: PairBatch) -> Tensor:
         """Return logits [B, T, V] of the next tokens."""
-        return self.model(batch.input_ids, batch.decoder_ids, **places(batch))
+        return self.model(batch.inputs, batch.decoder_inputs)
 
     def count_targets(self, batch: PairBatch) -> Tensor:
         """Return the number of target tokens, shape []."""
@@ -180,7 +180,7 @@ class Seq2Seq(Task):
         return self._loss_sum(batch, self.label_smoothing)
 
     def _loss_sum(self, batch: PairBatch, smoothing: float) -> Tensor:
-        return self.model.loss_sum(batch.input_ids, batch.decoder_ids, batch.targets, smoothing, **places(batch))
+        return self.model.loss_sum(batch.inputs, batch.decoder_inputs, batch.targets, smoothing)
 
     # ---- evaluation
 
@@ -243,24 +243,14 @@ class Seq2Seq(Task):
         return write(self.model, self._data.target_tokenizer, batch, config)
 
 
-def places(batch: PairBatch) -> dict[str, Tensor]:
-    """Return positions and documents of a batch, by the names of the model's arguments."""
-    return {
-        "position_ids": batch.position_ids,
-        "document_ids": batch.document_ids,
-        "decoder_position_ids": batch.decoder_position_ids,
-        "decoder_document_ids": batch.decoder_document_ids,
-    }
-
-
-def special_tokens(tokenizer: Any) -> Tokens:
+def special_tokens(tokenizer: Any) -> SpecialTokens:
     """Return the ids that begin and end a target, and those that are not text.
 
     Raises:
         UserError: The tokenizer's template has no token before or after a text.
     """
     begin, end = output_frame(tokenizer, "tokenizer")
-    return Tokens(begin[0], end[-1], [i for i in tokenizer.special_ids if i != end[-1]])
+    return SpecialTokens(begin[0], end[-1], [i for i in tokenizer.special_ids if i != end[-1]])
 
 
 def write(model: Any, tokenizer: Any, batch: PredictBatch, config: GenerationConfig) -> list[dict[str, Any]]:
@@ -268,7 +258,7 @@ def write(model: Any, tokenizer: Any, batch: PredictBatch, config: GenerationCon
 
     `tokenizer` is that of outputs.
     """
-    found = generate(model, batch, special_tokens(tokenizer), config)
+    found = generate(model, batch.inputs, special_tokens(tokenizer), config)
     return [
         {"source": text, "output": tokenizer.decode(output.ids).strip(), "score": round(output.score, 6)}
         for text, output in zip(batch.texts, found, strict=True)

@@ -85,7 +85,7 @@ class TokenClassification(Labelling):
     def _words(self, batch: LabelledBatch, row: int) -> list[list[str]]:
         """Return the words of each sentence of a row, as the tokenizer spells them."""
         places = batch.target_index[row][batch.targets[row] != IGNORED].tolist()
-        ids, documents = batch.input_ids[row].tolist(), batch.document_ids[row].tolist()
+        ids, documents = batch.inputs.input_ids[row].tolist(), batch.inputs.document_ids[row].tolist()
         sentences: dict[int, list[str]] = {}
         for place, following in zip(places, [*places[1:], len(documents)], strict=True):
             pieces = [ids[at] for at in range(place, following) if documents[at] == documents[place]]
@@ -160,10 +160,7 @@ def sentences_of(
 
 def tag(model: Any, decoder: BioDecoder, batch: WordBatch) -> list[list[str]]:
     """Return the tags of each sentence; words that did not fit are O."""
-    scores = model(
-        batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids,
-        segment_ids=batch.segment_ids, target_index=batch.target_index,
-    )  # fmt: skip
+    scores = model(batch.inputs, batch.target_index)
     best = decoder.decode(scores.float(), batch.targets != IGNORED).tolist()
     return [
         [model.labels[tag] for tag in row if tag != IGNORED] + ["O"] * (len(sentence.tokens) - _count(row))

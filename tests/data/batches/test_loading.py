@@ -37,7 +37,7 @@ def test_every_epoch_visits_every_row_once_in_another_order(rows: RowDataset) ->
 
 def unmasked(rows: RowDataset, positions: np.ndarray) -> list[tuple[int, ...]]:
     batch = rows[positions]
-    ids = batch.input_ids.clone()
+    ids = batch.inputs.input_ids.clone()
     for row, index, targets in zip(ids, batch.target_index, batch.targets, strict=True):
         row[index[targets != -100]] = targets[targets != -100]
     return [tuple(row) for row in ids.tolist()]
@@ -48,8 +48,8 @@ def test_a_batch_may_straddle_epochs_and_equals_its_rows_alone(rows: RowDataset)
     batch = rows[positions]
     for place, position in enumerate(positions):
         alone = rows[np.array([position])]
-        for name, tensor in vars(batch).items():
-            assert torch.equal(tensor[place], vars(alone)[name][0]), name
+        for name, tensor in batch.tensors().items():
+            assert torch.equal(tensor[place], alone.tensors()[name][0]), name
 
 
 def test_masks_change_with_the_epoch_in_training_only(rows: RowDataset) -> None:
@@ -60,7 +60,7 @@ def test_masks_change_with_the_epoch_in_training_only(rows: RowDataset) -> None:
     again = next(p for p in range(50, 100) if unmasked(rows, np.array([p]))[0] == row)
     assert chosen(0) != chosen(again)
     fixed = RowDataset(rows.cache, 16, 0, make_rule())
-    assert torch.equal(fixed[np.arange(4)].input_ids[2:], fixed[np.array([2, 3])].input_ids)
+    assert torch.equal(fixed[np.arange(4)].inputs.input_ids[2:], fixed[np.array([2, 3])].inputs.input_ids)
 
 
 def test_evaluation_masks_are_fixed_for_ever(rows: RowDataset) -> None:
@@ -89,12 +89,12 @@ def test_lines_become_padded_rows(tokenizer: TextTokenizer) -> None:
     batch, cut = encode_lines(texts, tokenizer, 8)
     assert cut == 1
     assert batch.texts == texts
-    assert batch.input_ids.shape == (3, 8)
-    assert batch.input_ids[0].tolist() == [2, *tokenizer.encode_batch([texts[0]])[0][1:4], 3, 0, 0, 0]
-    assert batch.input_ids[1, :3].tolist() == [2, 3, 0]
-    assert (batch.input_ids[2, 0], batch.input_ids[2, 7]) == (2, 3)
-    assert batch.document_ids[1].tolist() == [0, 0, *[-1] * 6]
-    assert batch.position_ids[0].tolist() == [0, 1, 2, 3, 4, 0, 0, 0]
+    assert batch.inputs.input_ids.shape == (3, 8)
+    assert batch.inputs.input_ids[0].tolist() == [2, *tokenizer.encode_batch([texts[0]])[0][1:4], 3, 0, 0, 0]
+    assert batch.inputs.input_ids[1, :3].tolist() == [2, 3, 0]
+    assert (batch.inputs.input_ids[2, 0], batch.inputs.input_ids[2, 7]) == (2, 3)
+    assert batch.inputs.document_ids[1].tolist() == [0, 0, *[-1] * 6]
+    assert batch.inputs.position_ids[0].tolist() == [0, 1, 2, 3, 4, 0, 0, 0]
 
 
 def test_prediction_batches_come_in_order_and_cuts_are_counted(

@@ -11,6 +11,7 @@ from leanbert.errors import UserError
 from leanbert.models.config import EncoderConfig
 from leanbert.pretrained.build import build_model
 from leanbert.pretrained.huggingface.convert import read_huggingface, write_huggingface
+from tests.tiny import whole_rows
 
 SIZES = {
     "vocab_size": 99,
@@ -54,10 +55,10 @@ def inputs():
 def difference(ours, theirs, segments):
     """Largest difference of logits at real tokens, in rows with padding."""
     ids, real, kinds = inputs()
-    extra = ({"segment_ids": kinds}, {"token_type_ids": kinds}) if segments else ({}, {})
+    extra = {"token_type_ids": kinds} if segments else {}
     with torch.no_grad():
-        mine = ours(ids, document_ids=real - 1, **extra[0])
-        other = theirs(ids, attention_mask=real, **extra[1]).logits
+        mine = ours(whole_rows(ids, real, kinds if segments else None))
+        other = theirs(ids, attention_mask=real, **extra).logits
     assert other.std() > 0.1
     return ((mine - other).abs() * real[:, :, None]).max().item()
 
@@ -161,7 +162,7 @@ def test_encoder_without_head_gets_a_fresh_one_and_says_so(tmp_path, caplog, mak
     assert "starts from fresh weights" in caplog.text
     ids, real, _ = inputs()
     with torch.no_grad():
-        hidden = ours.encode(ids, document_ids=real - 1) - theirs(ids, attention_mask=real).last_hidden_state
+        hidden = ours.encode(whole_rows(ids, real)) - theirs(ids, attention_mask=real).last_hidden_state
     assert (hidden.abs() * real[:, :, None]).max() <= 1e-4
     assert ours.head.bias.abs().max() == 0
     assert ours.head.dense.weight.std().item() == pytest.approx(0.02, rel=0.1)

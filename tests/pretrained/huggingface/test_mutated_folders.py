@@ -16,6 +16,7 @@ from leanbert.pretrained.build import read_architecture, rebuild
 from leanbert.pretrained.huggingface.convert import read_huggingface, write_huggingface
 from tests.pretrained.huggingface.test_convert import bert, inputs, modernbert
 from tests.pretrained.huggingface.test_tasks import seq2seq
+from tests.tiny import whole_rows
 
 COUNT = 60
 """Mutated folders of each kind."""
@@ -41,13 +42,8 @@ def logits(model, ours):
             found = model(ids, attention_mask=real).logits
             return found if found.dim() == 2 else found * real[:, :, None]
         if model.task == "seq2seq":
-            zeros = torch.zeros_like(ids)
-            place = torch.arange(40).expand(3, 40)
-            return model(
-                ids, ids[:, :9], position_ids=place, document_ids=real - 1, decoder_position_ids=place[:, :9],
-                decoder_document_ids=zeros[:, :9],
-            )  # fmt: skip
-        found = model(ids, document_ids=real - 1)
+            return model(whole_rows(ids, real), whole_rows(ids[:, :9]))
+        found = model(whole_rows(ids, real))
         return found[:, 0] if getattr(model, "of", "") == "text" else found * real[:, :, None]
 
 

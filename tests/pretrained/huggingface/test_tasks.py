@@ -15,6 +15,7 @@ from leanbert.pretrained.build import build_model, rebuild
 from leanbert.pretrained.huggingface.convert import read_huggingface, write_huggingface
 from tests.pretrained.huggingface.test_convert import OURS, bert, inputs, modernbert, randomise
 from tests.pretrained.pairs import tiny_seq2seq
+from tests.tiny import whole_rows
 
 LABELS = ["O", "B-X", "I-X"]
 IDS = {"pad_token_id": 0, "decoder_start_token_id": 1, "eos_token_id": 2}
@@ -41,9 +42,8 @@ def loaded(kind, folder):
 def scores(model, segments=True):
     """Scores of texts at their first token [B, L], or of all tokens [B, S, L], in rows with padding."""
     ids, real, kinds = inputs()
-    extra = {"segment_ids": kinds} if segments else {}
     with torch.no_grad():
-        found = model(ids, document_ids=real - 1, **extra)
+        found = model(whole_rows(ids, real, kinds if segments else None))
     return found[:, 0] if model.of == "text" else found * real[:, :, None]
 
 
@@ -177,10 +177,7 @@ def target_scores_differ(ours, theirs, tokens=99):
     target, length = ids.flip(1)[:, :13] % tokens, torch.tensor([[13], [5], [9]])
     there = (torch.arange(13) < length).long()
     with torch.no_grad():
-        mine = ours(
-            ids, target, position_ids=torch.arange(40)[None], document_ids=real - 1,
-            decoder_position_ids=torch.arange(13)[None], decoder_document_ids=there - 1,
-        )  # fmt: skip
+        mine = ours(whole_rows(ids, real), whole_rows(target, there))
         other = theirs(
             input_ids=ids, attention_mask=real, decoder_input_ids=target, decoder_attention_mask=there
         ).logits

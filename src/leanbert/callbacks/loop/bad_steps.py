@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
 from leanbert import checkpoints
 from leanbert.errors import TrainingFailed
@@ -25,7 +24,7 @@ class _Step:
     number: int
     learning_rate: float
     batch: Any
-    values: Tensor
+    values: torch.Tensor
     arrived: torch.Event | None
 
 
@@ -108,6 +107,6 @@ class StopOnBadSteps(Callback):
         rank = f"_rank{trainer.global_rank}" if trainer.global_rank else ""
         path = self._folder / f"bad_batch{rank}.pt"
         loss, norm = step.values.tolist()
-        own = {name: value for name, value in vars(step.batch.to("cpu")).items() if isinstance(value, Tensor)}
-        checkpoints.save({"step": step.number, "loss": loss, "gradient_norm": norm, "batch": own}, path)
+        batch = step.batch.to("cpu").tensors()
+        checkpoints.save({"step": step.number, "loss": loss, "gradient_norm": norm, "batch": batch}, path)
         return path

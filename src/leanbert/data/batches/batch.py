@@ -1,44 +1,71 @@
 """What the loaders yield: rows of token ids with their documents and targets.
 
-Letters: B rows, S row length, M targets per row.
+Letters: B rows, S row length, T length of the decoder's rows, M targets per row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-IGNORED = -100
-"""Target of a slot that does not count."""
+from leanbert.models.kernels.loss import IGNORED as IGNORED
+from leanbert.models.packed_inputs import PackedInputs
 
 Kind = TypeVar("Kind", bound="Batch")
 
 
+@dataclass
 class Batch:
-    """A dataclass of tensors whose first dimension is B, and of lists of B values that stay on the host.
+    """What a model reads, tensors whose first dimension is B, and lists of B values that stay on the host.
 
-    The first field is a tensor or a list of B. Lightning moves a batch with `to`, the loader pins it.
+    Lightning moves a batch with `to`, the loader pins it.
     """
 
-    input_ids: Tensor
+    inputs: PackedInputs
+
+    @classmethod
+    def from_arrays(cls: type[Kind], arrays: Mapping[str, np.ndarray], **lists: list[Any]) -> Kind:
+        """Make a batch of arrays, which are named as in `tensors`, and of lists."""
+        values: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()} | lists
+        for name in [own.name for own in fields(cls) if own.name.endswith("inputs")]:
+            parts = {part.name: name.replace("inputs", part.name) for part in fields(PackedInputs)}
+            values[name] = PackedInputs(**{part: values.pop(key) for part, key in parts.items() if key in values})
+        return cls(**values)
 
     def __len__(self) -> int:
         """Return B."""
-        return len(getattr(self, fields(self)[0].name))  # type: ignore[arg-type]
+        return len(self.inputs)
 
     @property
     def tokens(self) -> int:
         """Places for tokens, of sources and of targets."""
-        return sum(value.numel() for name, value in vars(self).items() if name in ("input_ids", "decoder_ids"))
+        return sum(tensor.numel() for name, tensor in self.tensors().items() if name.endswith("input_ids"))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by name; those of the decoder's inputs begin with `decoder_`."""
+        found: dict[str, Tensor] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, PackedInputs):
+                found |= {name.replace("inputs", part): tensor for part, tensor in value.tensors().items()}
+            elif isinstance(value, Tensor):
+                found[name] = value
+        return found
 
     def split(self: Kind, micro_batch: int) -> list[Kind]:
         """Cut into pieces of `micro_batch` rows, the last maybe smaller; the tensors' pieces are views."""
-        parts = (slice(start, start + micro_batch) for start in range(0, len(self), micro_batch))
-        return [type(self)(*(value[part] for value in self._values())) for part in parts]
+        starts = range(0, len(self), micro_batch)
+        columns = [
+            value.split(micro_batch)
+            if isinstance(value, PackedInputs)
+            else [value[start : start + micro_batch] for start in starts]
+            for value in vars(self).values()
+        ]
+        return [type(self)(*values) for values in zip(*columns, strict=True)]
 
     def to(self: Kind, device: torch.device | str, non_blocking: bool = False) -> Kind:
         """Return the batch on `device`."""
@@ -49,24 +76,22 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self: Kind, function: Callable[[Tensor], Tensor]) -> Kind:
-        return type(self)(*(function(value) if isinstance(value, Tensor) else value for value in self._values()))
+        def moved(value: Any) -> Any:
+            if isinstance(value, PackedInputs):
+                return value.map(function)
+            return function(value) if isinstance(value, Tensor) else value
 
-    def _values(self) -> list[Any]:
-        return [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
+        return type(self)(*map(moved, vars(self).values()))
 
 
 @dataclass
 class MLMBatch(Batch):
-    """One batch of packed rows for masked language modelling; every tensor is int64.
+    """One batch of packed rows for masked language modelling, with masked ids as inputs.
 
-    `input_ids`, `position_ids` and `document_ids` are [B, S]: masked ids, the place inside the document's
-    piece of the row, and the document's number in the row (-1: padding). `target_index` is [B, M]: places in
-    the row to predict, ascending; `targets` is [B, M]: their original ids, -100 where a slot is unused.
+    `target_index` is int64 [B, M]: positions in the row to predict, ascending; `targets` is int64 [B, M]: their
+    original ids, -100 where a slot is unused.
     """
 
-    input_ids: Tensor
-    position_ids: Tensor
-    document_ids: Tensor
     target_index: Tensor
     targets: Tensor
 
@@ -75,16 +100,11 @@ class MLMBatch(Batch):
 class LabelledBatch(Batch):
     """One batch of packed rows with labels at places in them: one for a text, or one for each of its words.
 
-    `input_ids`, `position_ids`, `document_ids` (the example's number in the row, -1: padding) and `segment_ids` are
-    int64 [B, S]; `target_index` is int64 [B, M], ascending in each row. `targets` is int64 [B, M], -100 where a slot is
-    unused, or float32 [B, M, L] (several labels, or numbers), NaN where it is. Where words did not fit, `cut` has for
-    each row the labels of such words by example.
+    `target_index` is int64 [B, M], ascending in each row. `targets` is int64 [B, M], -100 where a slot is unused, or
+    float32 [B, M, L] (several labels, or numbers), NaN where it is. Where words did not fit, `cut` has for each row the
+    labels of such words by example.
     """
 
-    input_ids: Tensor
-    position_ids: Tensor
-    document_ids: Tensor
-    segment_ids: Tensor
     target_index: Tensor
     targets: Tensor
     cut: list[list[list[int]]] = field(default_factory=list)
@@ -92,48 +112,31 @@ class LabelledBatch(Batch):
 
 @dataclass
 class PairBatch(Batch):
-    """One batch of packed rows of sources, and of the targets that belong to them; every tensor is int64.
+    """One batch of packed rows of sources, and of the targets that belong to them.
 
-    `input_ids`, `position_ids` and `document_ids` are [B, S] as in `MLMBatch`. `decoder_ids`, `decoder_position_ids`
-    and `decoder_document_ids` are [B, T]: what the decoder reads; a target looks at the source with the same document's
-    number. `targets` is [B, T]: the next ids, -100 on padding.
+    `decoder_inputs` are [B, T]: what the decoder reads; a target looks at the source with the same document's number.
+    `targets` is int64 [B, T]: the next ids, -100 on padding.
     """
 
-    input_ids: Tensor
-    position_ids: Tensor
-    document_ids: Tensor
-    decoder_ids: Tensor
-    decoder_position_ids: Tensor
-    decoder_document_ids: Tensor
+    decoder_inputs: PackedInputs
     targets: Tensor
 
 
 @dataclass
 class PredictBatch(Batch):
-    """Lines of text, one a row, padded to the longest of the batch; tensors are int64 [B, S].
-
-    `document_ids` is 0 on the line's tokens and -1 on padding.
-    """
+    """Lines of text, one a row, padded to the longest of the batch."""
 
     texts: list[str]
-    input_ids: Tensor
-    position_ids: Tensor
-    document_ids: Tensor
-    segment_ids: Tensor
 
 
 @dataclass
 class WordBatch(Batch):
-    """Sentences, one a row, padded to the longest of the batch; tensors are int64.
+    """Sentences, one a row, padded to the longest of the batch.
 
-    `input_ids`, `position_ids`, `document_ids` (-1: padding) and `segment_ids` are [B, S]; `target_index` is [B, W]:
-    the places of the words' first pieces; `targets` is [B, W]: 0 where there is a word, -100 where there is none.
+    `target_index` is int64 [B, W]: the places of the words' first pieces; `targets` is int64 [B, W]: 0 where there is a
+    word, -100 where there is none.
     """
 
     sentences: list[Any]
-    input_ids: Tensor
-    position_ids: Tensor
-    document_ids: Tensor
-    segment_ids: Tensor
     target_index: Tensor
     targets: Tensor

@@ -19,6 +19,7 @@ from leanbert.data.batches.packing import PADDING_DOCUMENT, PackedRows, read_row
 from leanbert.data.store.token_cache import TokenCache
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.messages import say
+from leanbert.models.packed_inputs import PackedInputs
 from leanbert.randomness import mix, permute
 
 Item = TypeVar("Item")
@@ -140,7 +141,7 @@ def encode_lines(
     encoded = tokenizer.encode_bare(own, literal=not masks)
     rows = [before + ids[:room] + after for ids in encoded]
     ids, positions, documents = pad_rows(rows, tokenizer.pad_id)
-    batch = PredictBatch(texts, *map(torch.from_numpy, (ids, positions, documents, np.zeros_like(ids))))
+    batch = PredictBatch(PackedInputs(*map(torch.from_numpy, (ids, positions, documents))), texts)
     return batch, sum(len(ids) > room for ids in encoded)
 
 
@@ -157,5 +158,7 @@ def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np
 
 def _to_batch(packed: PackedRows, key: np.ndarray, rule: MaskingRule) -> MLMBatch:
     masked = mask_rows(packed, key, rule)
-    arrays = (masked.ids, packed.positions, packed.documents, masked.index, masked.targets)
-    return MLMBatch(*map(torch.from_numpy, arrays))
+    ids, positions, documents, index, targets = map(
+        torch.from_numpy, (masked.ids, packed.positions, packed.documents, masked.index, masked.targets)
+    )
+    return MLMBatch(PackedInputs(ids, positions, documents), index, targets)

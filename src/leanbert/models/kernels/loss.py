@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from leanbert.data.batches.batch import IGNORED
+from leanbert.models.kernels.attention import product_dtype
 from leanbert.slices import parts, rounds
+
+IGNORED = -100
+"""Target that does not count."""
 
 CPU_CHUNK, DEVICE_CHUNK = 2**19, 2**25
 """Logits that are in float32 at a time: what fits a core's cache, or what fills an accelerator."""
@@ -26,11 +29,11 @@ GRADIENT_BLOCK = 2**20
 class Mixture(NamedTuple):
     """What else a target may come from than the vocabulary, at least float32 [N] each.
 
-    `kept`: logarithm of the vocabulary's part; `other`: log-probability of the target by the rest.
+    `log_weight`: logarithm of the vocabulary's part; `log_probs`: log-probability of the target by the rest.
     """
 
-    kept: Tensor
-    other: Tensor
+    log_weight: Tensor
+    log_probs: Tensor
 
 
 def cross_entropy_sum(
@@ -44,14 +47,14 @@ def cross_entropy_sum(
 
     Targets of -100 do not count. Equals `F.cross_entropy(logits.float(), ..., reduction="sum")`, but float32
     values and probabilities exist for a few rows at a time only, in the forward and again in the backward.
-    With `smoothing` this share of each target is spread over the first `vocab_size` labels (None: all): Szegedy et al.
-    2016, arXiv 1512.00567. With a `mixture` the probability of a target is that of both parts together.
+    With `smoothing` this fraction of each target is spread over the first `vocab_size` labels (None: all): Szegedy et
+    al. 2016, arXiv 1512.00567. With a `mixture` the probability of a target is that of both parts together.
     """
     size = logits.shape[-1] if vocab_size is None else vocab_size
     flat = targets.flatten()
     losses = _CrossEntropies.apply(logits.flatten(0, -2), flat, smoothing, size)
     if mixture is not None:
-        losses = torch.where(flat == IGNORED, 0.0, -torch.logaddexp(mixture.kept - losses, mixture.other))
+        losses = torch.where(flat == IGNORED, 0.0, -torch.logaddexp(mixture.log_weight - losses, mixture.log_probs))
     return losses.sum()
 
 
@@ -77,18 +80,18 @@ class _CrossEntropies(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         logits, wanted, counted, normaliser = ctx.saved_tensors
-        scale = torch.where(counted, upstream, 0.0)[:, None]  # [N, 1]
-        gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        scale = torch.where(counted, grad_output, 0.0)[:, None]  # [N, 1]
+        grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         for part in _in_float32(logits):
             factor = scale[part]
             probability = logits[part].to(normaliser.dtype).sub(normaliser[part, None]).exp_().mul_(factor)
             probability.scatter_add_(1, wanted[part], (ctx.smoothing - 1.0) * factor)
             if ctx.smoothing:
                 probability[:, : ctx.size] -= ctx.smoothing / ctx.size * factor
-            gradient[part] = probability
-        return gradient, None, None, None
+            grad_logits[part] = probability
+        return grad_logits, None, None, None
 
 
 def linear_cross_entropy_sum(
@@ -122,16 +125,15 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor,
-        kept: Tensor | None,
-        other: Tensor | None,
+        log_weight: Tensor | None,
+        log_probs: Tensor | None,
         targets: Tensor,
         vocab_size: int,
         chunk: int,
         smoothing: float,
     ) -> Tensor:
-        kind, wide = hidden.device.type, _wide_dtype(hidden)
-        product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        inputs = (hidden, weight, bias, kept, other)
+        wide, product = _wide_dtype(hidden), product_dtype(hidden)
+        inputs = (hidden, weight, bias, log_weight, log_probs)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
         summed_in = (hidden.dtype, wide, wide, wide, wide)
         ctx.gradients = [
@@ -140,19 +142,19 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         ]
         total = torch.zeros((), dtype=wide, device=hidden.device)
         matrix, shift = weight.to(product), bias.to(product)
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False):
             for rows in rounds(parts(len(hidden), chunk), hidden):
                 part = hidden[rows].to(product)
                 logits = F.linear(part, matrix, shift)  # [chunk, R]
                 logits[:, vocab_size:] = float("-inf")
-                mixed = [tensor[rows].detach().requires_grad_() for tensor in (kept, other) if tensor is not None]
+                mixed = [tensor[rows].detach().requires_grad_() for tensor in inputs[3:] if tensor is not None]
                 with torch.enable_grad():
                     mixture = Mixture(*mixed) if mixed else None
                     loss = cross_entropy_sum(logits.requires_grad_(), targets[rows], smoothing, vocab_size, mixture)
                 total += loss.detach()
                 if any(ctx.needs_input_grad):
-                    slope, *others = torch.autograd.grad(loss, (logits, *mixed))  # [chunk, R], [chunk] each
-                    _add_gradients(ctx.gradients[:3], rows, slope, part, matrix)
+                    grad_logits, *others = torch.autograd.grad(loss, (logits, *mixed))  # [chunk, R], [chunk] each
+                    _add_gradients(ctx.gradients[:3], rows, grad_logits, part, matrix)
                     for whole, own in zip(ctx.gradients[3:], others, strict=False):
                         if whole is not None:
                             whole[rows] = own
@@ -160,25 +162,25 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place: a copy of the weight's would be large
-        scaled = (g if g is None else g.mul_(upstream).to(d) for g, d in zip(gradients, ctx.dtypes, strict=True))
+        scaled = (g if g is None else g.mul_(grad_output).to(d) for g, d in zip(gradients, ctx.dtypes, strict=True))
         return *scaled, None, None, None, None
 
 
-def _add_gradients(sums: list[Tensor | None], rows: slice, slope: Tensor, part: Tensor, matrix: Tensor) -> None:
+def _add_gradients(sums: list[Tensor | None], rows: slice, grad_logits: Tensor, part: Tensor, matrix: Tensor) -> None:
     """Add what one chunk contributes to the gradients of hidden states, weight and bias."""
     for_hidden, for_weight, for_bias = sums
     if for_hidden is not None:
-        for_hidden[rows] = slope @ matrix
-    if for_weight is not None and for_weight.dtype == slope.dtype:
-        for_weight.addmm_(slope.mT, part)  # without a second matrix of that size
+        for_hidden[rows] = grad_logits @ matrix
+    if for_weight is not None and for_weight.dtype == grad_logits.dtype:
+        for_weight.addmm_(grad_logits.mT, part)  # without a second matrix of that size
     elif for_weight is not None:  # row by row block: to add 16-bit numbers to a float32 matrix, torch copies them all
         step = max(1, GRADIENT_BLOCK // for_weight.shape[1])
-        for block in rounds(parts(len(for_weight), step), slope):
-            for_weight[block] += slope[:, block].mT @ part
+        for block in rounds(parts(len(for_weight), step), grad_logits):
+            for_weight[block] += grad_logits[:, block].mT @ part
     if for_bias is not None:
-        for_bias += slope.sum(0, dtype=for_bias.dtype)
+        for_bias += grad_logits.sum(0, dtype=for_bias.dtype)
 
 
 def _wide_dtype(logits: Tensor) -> torch.dtype:
