@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from leanbert.cli.app.app import CLI, quiet_libraries
 from tqdm import tqdm
 
+from leanbert.cli.app import CLI, quiet_libraries
 from leanbert.data.samples.synthetic import synthetic_roles
 from leanbert.errors import UserError
 from leanbert.planning.predict import predict
