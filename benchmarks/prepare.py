@@ -26,10 +26,10 @@ from report import table, write_section
 
 PREPARE = """
 import sys
-from leanbert.data.store.prepare import CorpusSettings
+from leanbert.data.mlm import MaskedLMData
 if len(sys.argv) > 1:
     settings = dict(tokenizer=sys.argv[3]) if len(sys.argv) > 3 else {}
-    CorpusSettings(train_files=[sys.argv[1]], cache_dir=sys.argv[2], vocab_size=16384, **settings).prepare()
+    MaskedLMData(train_files=[sys.argv[1]], cache_dir=sys.argv[2], vocab_size=16384, **settings).prepare()
 else:
     sys.stdin.read()
 """

@@ -183,14 +183,14 @@ def masked(place: Place) -> list[tuple[str, float]]:
 
 def roles_of_pounds(place: Place) -> Any:
     data = SemanticRoleData(word_column=0, role_columns=6, last_column=True, find_predicates=False)
-    return [(sentence.tokens, labels) for _, sentence, labels in data.read([str(place.case / "c05.conll")], 0.0, 1.0)]
+    return [(sentence.tokens, labels) for _, sentence, labels in data.reader.read([str(place.case / "c05.conll")])]
 
 
 def tagged(name: str) -> Callable[[Place], Any]:
     """Return what reads the first sentence of a file of the case."""
 
     def value(place: Place) -> Any:
-        _, sentence, labels = next(iter(TokenLabelData().read([str(place.case / name)], 0.0, 1.0)))
+        _, sentence, labels = next(iter(TokenLabelData().reader.read([str(place.case / name)])))
         return sentence.tokens, labels
 
     return value

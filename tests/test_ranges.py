@@ -54,7 +54,7 @@ def _classes_with_settings():
         if "__main__" not in module.name:
             importlib.import_module(module.name)
     kinds = (Callback, Task, RowData)
-    found = {cls for kind in kinds for cls in _subclasses(kind) if cls.__module__.startswith("leanbert.")}
+    found = {RowData} | {cls for kind in kinds for cls in _subclasses(kind) if cls.__module__.startswith("leanbert.")}
     yield from sorted(
         {*found, OptimizerConfig, ScheduleConfig} - {PlanReport, StopOnBadSteps}, key=lambda cls: cls.__name__
     )

@@ -15,9 +15,10 @@ from torch import Tensor
 from leanbert import checkpoints
 from leanbert.data.batches.batch import PredictBatch
 from leanbert.data.batches.loading import encode_lines
-from leanbert.data.classification import group_batch
+from leanbert.data.batches.sentences import Sentence, word_batch
+from leanbert.data.batches.texts import encode_groups
 from leanbert.data.pairs import TARGET
-from leanbert.data.token_labels import Sentence, predicate_place, word_batch
+from leanbert.data.sentence_reader import predicate_place
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.files import expand, write_text_atomically
@@ -105,7 +106,7 @@ class Pretrained:
         problem, threshold = self.facts.get("problem", "single"), self.facts.get("threshold", 0.5)
 
         def answer(part: list[list[str]]) -> Answers:
-            batch = group_batch(part, self.tokenizer, self.max_length).to(self._device)
+            batch = encode_groups(part, self.tokenizer, self.max_length)[0].to(self._device)
             return classify(self.model, batch, problem, threshold)
 
         return self._answers(groups, batch_size, answer)

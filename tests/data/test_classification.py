@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from leanbert.data.classification import ClassificationData, encode_texts
+from leanbert.data.batches.texts import encode_texts
+from leanbert.data.classification import ClassificationData
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 
@@ -52,7 +53,7 @@ def test_several_labels_and_numbers(tmp_path):
 
 def test_pairs_have_segments_and_the_longer_text_is_cut():
     tokenizer = TextTokenizer.train(lambda: ["a b c d e f g h"], vocab_size=40)
-    ((ids, segments, needed),) = encode_texts([["a b", "c d e f g h"]], tokenizer, 9)
+    ((ids, segments, _, needed),) = encode_texts([["a b", "c d e f g h"]], tokenizer, 9)
     cls, sep = tokenizer.cls_id, tokenizer.sep_id
     pieces = [p[0] for p in tokenizer.encode_words(list("abcd"))]
     assert needed == 11

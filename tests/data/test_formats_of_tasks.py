@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from leanbert.data.batches.sentences import Sentence
 from leanbert.data.classification import ClassificationData
 from leanbert.data.mlm import MaskedLMData
 from leanbert.data.pairs import PairData
-from leanbert.data.token_labels import SemanticRoleData, Sentence, TokenLabelData
+from leanbert.data.token_labels import SemanticRoleData, TokenLabelData
 from leanbert.errors import UserError
 
 datasets = pytest.importorskip("datasets")

@@ -157,7 +157,7 @@ def test_validation_files_and_an_existing_tokenizer(tmp_path: Path) -> None:
     assert first.statistics["val"].documents == 20
     first.tokenizer.save(tmp_path / "tokenizer")
     again = ready(tmp_path, val_files=str(val), tokenizer=str(tmp_path / "tokenizer"))
-    assert again.prepare().train.folder == first.prepare().train.folder
+    assert again.cache("train").folder == first.cache("train").folder
 
 
 class Recorder(LightningModule):

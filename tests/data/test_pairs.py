@@ -75,7 +75,7 @@ def test_several_files_belong_together_in_the_order_given(tmp_path):
     assert texts(data.pairs("val")) == [("b", "C"), ("c", "A"), ("a", "B")]
     data.setup("fit")  # the same files in another order are other pairs in the cache too
     letters = {
-        part: [data.tokenizer.decode(ids) for ids in data.caches[part].read("source", np.arange(3))]
+        part: [data.tokenizer.decode(ids) for ids in data.caches[part].read("source", [np.arange(3)])[0]]
         for part in ("train", "val")
     }
     assert letters == {"train": ["c", "a", "b"], "val": ["b", "c", "a"]}
@@ -183,7 +183,7 @@ def test_fields_of_own_files_beside_an_embedded_sample_are_those_that_are_set(tm
     embedded = {"translation": {"source": "a", "target": "b"}, "summarization": {"document": "a", "summary": "b"}}
     file = tmp_path / "embedded.jsonl"
     write(file, [embedded[sample]])
-    monkeypatch.setattr("leanbert.data.pairs.embedded_files", lambda *_: dict.fromkeys(("train", "val", "test"), file))
+    monkeypatch.setattr("leanbert.data.module.embedded_files", lambda *_: dict.fromkeys(("train", "val", "test"), file))
     own = write(tmp_path / "own.jsonl", [{"en": "c", "de": "d"}])
     data = PairData(sample, test_files=own, source_field="en", target_field="de", cache_dir=str(tmp_path / "c"))
     assert [texts(data.pairs(part)) for part in ("train", "val", "test")] == [[("a", "b")], [("a", "b")], [("c", "d")]]
@@ -237,9 +237,9 @@ def test_pairs_that_are_too_long_are_cut_counted_and_told(tmp_path, capsys):
     assert [line for line in capsys.readouterr().err.splitlines() if "were cut" in line] == [told]
     begin, end = data.tokenizer.cls_id, data.tokenizer.sep_id
     ids = dict(zip("abcde", (piece[0] for piece in data.tokenizer.encode_words(list("abcde"))), strict=True))
-    assert data.caches["train"].read("source", np.asarray([1, 2]))[0].tolist() == [
+    assert data.caches["train"].read("source", [np.asarray([1, 2])])[0][0].tolist() == [
         begin, *(ids[letter] for letter in "abcdea"), end]  # fmt: skip
-    assert data.caches["train"].read("target", np.asarray([1, 2, 3]))[1].tolist() == [
+    assert data.caches["train"].read("target", [np.asarray([1, 2, 3])])[0][1].tolist() == [
         begin, *(ids[letter] for letter in "edcbaed"), end]  # fmt: skip
     data_of(tmp_path, records, max_length=16, max_target_length=8).setup("fit")
     told = "2 examples were longer than data.max_length (16 tokens) or data.max_target_length (8 tokens) and were cut"
@@ -316,8 +316,8 @@ def test_a_mask_token_in_a_source_is_text(tmp_path):
     data.setup("fit")
     ((batch, _),) = data.sources("val", 1)
     assert data.tokenizer.mask_id not in batch.inputs.input_ids[0].tolist()
-    assert data.tokenizer.mask_id not in data.caches["val"].read("source", np.asarray([0]))[0].tolist()
-    assert batch.inputs.input_ids[0].tolist() == data.caches["val"].read("source", np.asarray([0]))[0].tolist()
+    assert data.tokenizer.mask_id not in data.caches["val"].read("source", [np.asarray([0])])[0][0].tolist()
+    assert batch.inputs.input_ids[0].tolist() == data.caches["val"].read("source", [np.asarray([0])])[0][0].tolist()
 
 
 def test_rows_are_packed_once_and_again_where_a_setting_of_theirs_changes(tmp_path, monkeypatch):
@@ -327,7 +327,7 @@ def test_rows_are_packed_once_and_again_where_a_setting_of_theirs_changes(tmp_pa
         packed.append(room)
         return pack_examples(lengths, room, *more)
 
-    monkeypatch.setattr("leanbert.data.example_data.pack_examples", counted)
+    monkeypatch.setattr("leanbert.data.module.pack_examples", counted)
     data = data_of(tmp_path)
     data.setup("fit")
     assert packed == [(12, 12)] * 2  # training and validation, for the statistics

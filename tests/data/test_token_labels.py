@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from leanbert.data.batches.batch import IGNORED
-from leanbert.data.token_labels import SemanticRoleData, Sentence, TokenLabelData, encode_sentences
+from leanbert.data.batches.sentences import Sentence, encode_sentences
+from leanbert.data.token_labels import SemanticRoleData, TokenLabelData
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 
@@ -112,7 +113,7 @@ def test_records_and_columns_go_together_the_columns_first(tmp_path):
     columns.write_text("left VBD O\n")
     files = [records, str(columns)]
     data = TokenLabelData(train_files=files, tokens_field="w", labels_field="t")
-    assert [(place, sentence.tokens, labels) for place, sentence, labels in data.read(files, 0.0, 1.0)] == [
+    assert [(place, sentence.tokens, labels) for place, sentence, labels in data.reader.read(files)] == [
         (f"{columns}:1", ["left"], ["O"]),
         (f"{records}:1", ["Rome"], ["B-CITY"]),
     ]
@@ -130,7 +131,7 @@ def tagged(tmp_path, text, name="eng.conll", **settings):
     path = tmp_path / name
     path.write_text(text)
     data = TokenLabelData(train_files=str(path), **settings)
-    return [(" ".join(sentence.tokens), " ".join(labels)) for _, sentence, labels in data.read([str(path)], 0.0, 1.0)]
+    return [(" ".join(sentence.tokens), " ".join(labels)) for _, sentence, labels in data.reader.read([str(path)])]
 
 
 CONLL_2003 = """-DOCSTART- -X- -X- O
@@ -158,7 +159,10 @@ def test_each_file_has_a_scheme_of_its_own(tmp_path):
     (tmp_path / "other.conll").write_text("Rome NNP B-LOC\n")
     (tmp_path / "eng.conll").write_text("Rome NNP I-LOC\n")
     data = TokenLabelData(train_files=str(tmp_path / "*.conll"))
-    assert [labels for _, _, labels in data.read([str(tmp_path / "*.conll")], 0.0, 1.0)] == [["B-LOC"], ["B-LOC"]]
+    assert [labels for _, _, labels in data.reader.read([str(tmp_path / "*.conll")])] == [
+        ["B-LOC"],
+        ["B-LOC"],
+    ]
 
 
 def test_tags_that_are_numbers_have_names(tmp_path):
@@ -189,7 +193,7 @@ def test_data_sets_and_their_parquet_files_bring_the_names_of_tags(tmp_path):
     made.to_parquet(str(tmp_path / "a.parquet"))
     for file in (f"hf:{tmp_path / 'set'}", str(tmp_path / "a.parquet")):
         data = TokenLabelData(train_files=file, labels_field="ner_tags")
-        assert [labels for _, _, labels in data.read([file], 0.0, 1.0)] == [["B-PER", "O"], ["O"]]
+        assert [labels for _, _, labels in data.reader.read([file])] == [["B-PER", "O"], ["O"]]
 
 
 def test_lists_that_pandas_wrote_are_read(tmp_path):
@@ -205,7 +209,7 @@ def test_a_checkpoint_numbers_the_tags_of_all_parts(tmp_path):
     data.setup("fit")
     assert data.cache("val").folder == first.cache("val").folder
     for part in ("train", "val"):
-        ours, theirs = (each._rows(part, None)[np.asarray([0])].targets for each in (data, first))
+        ours, theirs = (each.evaluation_rows(part)[np.asarray([0])].targets for each in (data, first))
         spelled = [
             [each.labels[tag] for tag in tags[tags != IGNORED]] for each, tags in ((data, ours), (first, theirs))
         ]

@@ -13,10 +13,9 @@ from leanbert.callbacks.loop.validation import ValidateAtEnds
 from leanbert.callbacks.techniques.accumulation import GradientAccumulation
 from leanbert.callbacks.techniques.activations import ActivationCheckpointing
 from leanbert.callbacks.techniques.precision import Precision
-from leanbert.data.batches.batch import LabelledBatch, PairBatch
-from leanbert.data.labelled import blank_labelled
+from leanbert.data.batches.labelled import Shape
+from leanbert.data.batches.pairs import PairShape
 from leanbert.data.mlm import MaskedLMData
-from leanbert.data.pairs import blank_pairs
 from leanbert.errors import UserError
 from leanbert.planning import dry_run, timing
 from leanbert.planning.dry_run import take_step
@@ -213,11 +212,11 @@ def test_batches_are_valid_and_repeatable():
 
 
 def test_batches_of_labels_and_of_pairs_are_valid():
-    batch = fill(LabelledBatch.from_arrays(blank_labelled(3, 16, 4, "single", 5, 0)), 300)
+    batch = fill(Shape(16, 4, 0, "single", 5).blank(3), 300)
     assert batch.targets.tolist() == [[0] * 4] * 3
     assert (batch.target_index.diff(dim=1) > 0).all()
     assert not batch.inputs.document_ids.any()
-    pairs = fill(PairBatch.from_arrays(blank_pairs(3, 16, 8, 0, 0)), 300, 7)
+    pairs = fill(PairShape((16, 8), (0, 0)).blank(3), 300, 7)
     assert pairs.decoder_inputs.position_ids.tolist() == [list(range(8))] * 3
     assert pairs.targets.min() == pairs.decoder_inputs.input_ids.min() == 0
     assert pairs.targets.max() == pairs.decoder_inputs.input_ids.max() == 6

@@ -7,7 +7,7 @@ import torch
 
 from leanbert.data.batches.batch import PairBatch
 from leanbert.data.batches.loading import pad_rows
-from leanbert.data.pairs import blank_pairs
+from leanbert.data.batches.pairs import PairShape
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.seq2seq import Seq2SeqModel
 from leanbert.pretrained.build import build_model
@@ -50,19 +50,8 @@ def some_pairs(count=9, seed=0, vocabulary=VOCABULARY, longest=8, targets=None):
 
 def pack(rows, source_length, target_length) -> PairBatch:
     """Rows of pairs as a batch."""
-    blank = blank_pairs(len(rows), source_length, target_length, 0, 0)
-    for place, row in enumerate(rows):
-        start = begin = 0
-        for document, (source, target) in enumerate(row):
-            here, there = slice(start, start + len(source)), slice(begin, begin + len(target) - 1)
-            blank["input_ids"][place, here], blank["position_ids"][place, here] = source, np.arange(len(source))
-            blank["document_ids"][place, here] = document
-            blank["decoder_input_ids"][place, there] = target[:-1]
-            blank["decoder_position_ids"][place, there] = np.arange(len(target) - 1)
-            blank["decoder_document_ids"][place, there] = document
-            blank["targets"][place, there] = target[1:]
-            start, begin = here.stop, there.stop
-    return PairBatch.from_arrays(blank)
+    sides = ([[np.asarray(pair[side]) for pair in row] for row in rows] for side in (0, 1))
+    return PairShape((source_length, target_length), (0, 0)).batch(*sides)
 
 
 def packed_batch(seed=0, targets=None) -> PairBatch:

@@ -1,99 +1,51 @@
-"""Examples with labels as packed rows: texts with labels of their own, or words with one each.
-
-Letters: B rows, S row length, M targets per row, L labels.
-"""
+"""Examples with labels: texts with labels of their own, or words with one each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
-from torch.utils.data import Dataset
 
-from leanbert.data.batches.batch import IGNORED, LabelledBatch
-from leanbert.data.batches.loading import locate
-from leanbert.data.batches.packing import PADDING_DOCUMENT, Packing
-from leanbert.data.example_data import ExampleData, Part
-from leanbert.data.labels import Problem
-from leanbert.data.store.example_store import ExampleCache
+from leanbert.data.batches.batch import Batch, LabelledBatch
+from leanbert.data.batches.labelled import Encoded, Shape, labelled_batch
+from leanbert.data.batches.loading import Make, in_batches
+from leanbert.data.labels import Numbering, Problem
+from leanbert.data.module import RowData
+from leanbert.data.settings import Part, must_be_cut
+from leanbert.data.store.examples import Example, ExampleCache
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.messages import say
+
+ENCODED_TOGETHER = 1024
+"""Examples whose texts are given to the tokenizer at a time."""
 
 NAMED_IN_ERRORS = 8
 """Labels that a message lists, at most."""
 
 
-class LabelledRows(Dataset[LabelledBatch]):
-    """Packed rows of labelled examples; the index is an array of stream positions, the item a whole batch.
+class ExampleReader(Protocol):
+    """How the examples of a kind are read and encoded."""
 
-    The columns of the cache: "ids" and "segments" of an example's tokens, "index" of the labelled ones among them,
-    "targets": one for each of these, or in "multi" and "regression" those of the one, and of words "cut": the targets
-    of those that did not fit. Labels are numbered as the cache has them; `numbers`, int64, gives the model's.
-    """
+    def read(self, files: list[str], low: float, high: float) -> Iterator[tuple[str, Any, Any]]:
+        """Yield ("file:line", example, its labels as written) of the examples whose text hashes to [low, high)."""
 
-    def __init__(
-        self, cache: ExampleCache, packing: Packing, length: int, slots: int, pad_id: int, problem: Problem,
-        labels: int, numbers: np.ndarray, seed: int | None = None,
-    ) -> None:  # fmt: skip
-        self.cache, self.packing, self.numbers, self.seed = cache, packing, numbers, seed
-        self.length, self.slots, self.pad_id, self.problem, self.labels = length, slots, pad_id, problem, labels
-        self.rows = packing.rows
-        self.has_cut = "cut" in cache.dtypes and bool(cache.offsets("cut")[-1])
+    def texts(self, examples: Iterator[tuple[str, Any, Any]]) -> Iterator[str]:
+        """Yield the texts of what `read` yields."""
 
-    def __getitem__(self, positions: np.ndarray) -> LabelledBatch:
-        """Return the batch of the rows at `positions`, int64 [B]."""
-        rows, _ = locate(positions, self.rows, self.seed)
-        blank = blank_labelled(len(rows), self.length, self.slots, self.problem, self.labels, self.pad_id)
-        columns = {name: self.cache.values(name) for name in self.cache.dtypes}
-        offsets = {name: self.cache.offsets(name) for name in self.cache.dtypes}
-        cut: list[list[list[int]]] = [[] for _ in rows] if self.has_cut else []
-        for place, row in enumerate(rows):
-            token = slot = 0
-            for document, example in enumerate(self.packing.examples(row)):
-                value = {n: columns[n][offsets[n][example] : offsets[n][example + 1]] for n in columns}
-                tokens, count = slice(token, token + len(value["ids"])), slice(slot, slot + len(value["index"]))
-                blank["input_ids"][place, tokens] = value["ids"]
-                blank["segment_ids"][place, tokens] = value["segments"]
-                blank["document_ids"][place, tokens] = document
-                blank["position_ids"][place, tokens] = np.arange(len(value["ids"]))
-                blank["target_index"][place, count] = value["index"].astype(np.int64) + token
-                self._set_targets(blank["targets"][place, count], value["targets"])
-                if self.has_cut:
-                    cut[place].append(self.numbers[value["cut"]].tolist())
-                token, slot = tokens.stop, count.stop
-        return LabelledBatch.from_arrays(blank, cut=cut)
+    def encode(self, examples: list[Any], tokenizer: TextTokenizer, length: int) -> list[Encoded]:
+        """Encode examples for rows of `length` tokens."""
 
-    def _set_targets(self, slots: np.ndarray, values: np.ndarray) -> None:
-        if self.problem == "single":
-            slots[:] = self.numbers[values]
-        elif self.problem == "multi":
-            slots[0] = 0.0
-            slots[0, self.numbers[values]] = 1.0
-        else:
-            slots[0] = values
+    def inputs(self, files: list[str]) -> Iterator[Any]:
+        """Yield what is to be answered."""
+
+    def batch(self, inputs: list[Any], tokenizer: TextTokenizer, length: int) -> tuple[Batch, int]:
+        """Return inputs as a batch, and how many of them were cut to `length`."""
 
 
-def blank_labelled(rows: int, length: int, slots: int, problem: Problem, labels: int, pad_id: int) -> dict[str, Any]:
-    """Return the arrays of a `LabelledBatch` of padding, with all target slots unused."""
-
-    def filled(shape: tuple[int, ...], value: int) -> np.ndarray:
-        return np.full(shape, value, dtype=np.int64)
-
-    targets: Any = filled((rows, slots), IGNORED)
-    if problem != "single":
-        targets = np.full((rows, slots, labels), np.nan, dtype=np.float32)
-    return {
-        "input_ids": filled((rows, length), pad_id),
-        "position_ids": filled((rows, length), 0),
-        "document_ids": filled((rows, length), PADDING_DOCUMENT),
-        "segment_ids": filled((rows, length), 0),
-        "target_index": filled((rows, slots), 0),
-        "targets": targets,
-    }
-
-
-class LabelledData(ExampleData):
+class LabelledData(RowData):
     """What the data modules of labelled texts and of labelled words share.
 
     After `prepare` there is `labels`, in the order of the model's scores: those of the checkpoint or of the model that
@@ -102,13 +54,12 @@ class LabelledData(ExampleData):
 
     Args:
         label_names: Names of labels that are written as numbers from 0, in their order.
-        settings: See `ExampleData`.
+        settings: See `RowData`.
 
     """
 
-    dtypes: ClassVar = {"ids": "int32", "segments": "uint8", "index": "int32", "targets": "int32"}
-    counts_unknown: ClassVar[bool]
-    """Whether labels that only evaluation has count as missed; else they are an error."""
+    of_words: ClassVar[bool] = False
+    """Whether labels are of words: what only evaluation has, or does not fit, counts as missed. Else: an error."""
 
     def __init__(self, label_names: list[str] | None = None, **settings: Any) -> None:
         super().__init__(label_names=label_names, **settings)
@@ -123,9 +74,57 @@ class LabelledData(ExampleData):
 
     # ---- what a kind of data supplies
 
-    def places(self, part: Part) -> Iterator[tuple[str, Sequence[str]]]:
-        """Yield ("file:line", labels) of the examples of a part."""
+    @property
+    def reader(self) -> ExampleReader:
+        """Return what reads and encodes the examples, as the settings are now."""
         raise NotImplementedError
+
+    def numbering(self, part: Part) -> Numbering:
+        """Return what reads and numbers the labels of a part: by default, one that is given for each place."""
+        return Numbering()
+
+    # ---- examples
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Columns of the cache and their types."""
+        targets = "float32" if self.problem == "regression" else "int32"
+        cut = {"cut": "int32"} if self.of_words else {}
+        return {**super().dtypes, "segments": "uint8", "index": "int32", "targets": targets, **cut}
+
+    def read(self, part: Part) -> Iterator[tuple[str, Any, Any]]:
+        """Yield ("file:line", example, its labels as written) of the examples of a part."""
+        return self.reader.read(self.files(part), *self.held_out(part))
+
+    def texts(self) -> Iterator[str]:
+        """Yield the texts of the training examples."""
+        return self.reader.texts(self.read("train"))
+
+    def inputs(self, files: list[str]) -> Iterator[Any]:
+        """Yield what is to be answered out of files."""
+        return self.reader.inputs(files)
+
+    def encode_inputs(self, inputs: list[Any]) -> tuple[Batch, int]:
+        """Return inputs as a batch, and how many of them were cut."""
+        return self.reader.batch(inputs, self.tokenizer, self.hparams["max_length"])
+
+    def encode(self, part: Part, facts: dict[str, Any]) -> Iterator[Example]:
+        """Yield the examples; `facts` get "labels", and how many examples ("cut") and words ("cut_words") were cut."""
+        numbering, length = self.numbering(part), self.hparams["max_length"]
+        facts["cut"] = facts["cut_words"] = 0
+        for batch in in_batches(self.read(part), ENCODED_TOGETHER):
+            encoded = self.reader.encode([example for _, example, _ in batch], self.tokenizer, length)
+            for (place, _, labels), (ids, segments, index, needed) in zip(batch, encoded, strict=True):
+                facts["cut"] += must_be_cut(self.hparams, place, needed, length)
+                cut = []
+                if self.of_words:  # labels are of words
+                    labels, cut = labels[: len(index)], labels[len(index) :]
+                facts["cut_words"] += len(cut)
+                yield {
+                    "ids": ids, "segments": segments, "index": index, "targets": numbering.targets(place, labels),
+                    "cut": numbering.targets(place, cut) if cut and part != "train" else [],  # not learnt
+                }  # fmt: skip
+        facts["labels"] = numbering.labels
 
     # ---- the labels
 
@@ -165,14 +164,21 @@ class LabelledData(ExampleData):
             )
         return names[int(label)]
 
-    def _build(self, part: Part) -> ExampleCache:
+    def cache(self, part: Part) -> ExampleCache:
+        """Return the examples of a part, of which the labels are known."""
         if part != "train" and not self.labels:
             self.cache("train")
-        cache = super()._build(part)
+        return super().cache(part)
+
+    def check(self, part: Part, cache: ExampleCache) -> None:
+        """Choose the labels of a new run; say what was cut, and what that does to the score."""
+        super().check(part, cache)
+        if part != "train" and cache.facts["cut_words"]:
+            words = cache.facts["cut_words"]
+            say(f"data.{part}_files: {words:,} words of them are not read: their spans count as missed")
         if not self.labels:
             self.labels = self._choose(cache.facts["labels"])
         self._check_labels(part, cache)
-        return cache
 
     def _choose(self, found: list[str]) -> list[str]:
         """Return the labels of a new run, of which its training examples have `found`."""
@@ -200,8 +206,10 @@ class LabelledData(ExampleData):
             if here != there:
                 raise UserError(f"{files}: examples have {here} numbers, {self._known_by} {there}. Give {there}")
         elif unknown := self._unknown(cache):
-            if part == "train" or not self.counts_unknown:
-                place = next((place for place, labels in self.places(part) if unknown[0] in labels), files)
+            if part == "train" or not self.of_words:
+                numbering = self.numbering(part)
+                places = (p for p, _, labels in self.read(part) if unknown[0] in numbering.read(p, labels))
+                place = next(places, files)
                 raise UserError(
                     f"{place}: label {unknown[0]!r} is not among the {len(self.labels)} of {self._known_by} "
                     f"({listed(self.labels)}). Correct it, or train a new model with it"
@@ -210,27 +218,21 @@ class LabelledData(ExampleData):
 
     # ---- rows
 
-    def training_rows(self) -> LabelledRows:
-        """Return rows in an order that changes with each epoch."""
-        return self._rows("train", self.hparams["seed"])
+    @property
+    def shape(self) -> Shape:
+        """What batches look like."""
+        length, pad_id = self.hparams["max_length"], self.tokenizer.pad_id
+        return Shape(length, self.slots, pad_id, self.problem, len(self.labels))
 
-    def evaluation_rows(self, part: Any) -> LabelledRows:
-        """Return rows in the order of the files."""
-        return self._rows(part, None)
+    def batches_of(self, part: Part, training: bool) -> Make:
+        """Return what makes batches of a part, with the model's numbers of the labels."""
+        cache, number = self.cache(part), {label: number for number, label in enumerate(self.names(part))}
+        numbers = [] if self.problem == "regression" else [number[label] for label in cache.facts["labels"]]
+        return partial(labelled_batch, cache, self.packing(part), self.shape, np.asarray(numbers, dtype=np.int64))
 
     def blank_batch(self, rows: int, *, validation: bool = False) -> LabelledBatch:
         """Return a batch of padding in the shapes of a real one."""
-        length = self.hparams["max_length"]
-        arrays = blank_labelled(rows, length, self.slots, self.problem, len(self.labels), self.tokenizer.pad_id)
-        return LabelledBatch.from_arrays(arrays)
-
-    def _rows(self, part: Part, seed: int | None) -> LabelledRows:
-        place = {label: number for number, label in enumerate(self.names(part))}
-        numbers = [] if self.problem == "regression" else [place[label] for label in self.cache(part).facts["labels"]]
-        return LabelledRows(
-            self.cache(part), self.packing(part), self.hparams["max_length"], self.slots, self.tokenizer.pad_id,
-            self.problem, len(self.labels), np.asarray(numbers, dtype=np.int64), seed,
-        )  # fmt: skip
+        return self.shape.blank(rows)
 
 
 def listed(labels: Sequence[str]) -> str:

@@ -28,7 +28,27 @@ _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})(\.[0-9]*)?(e[-+]?[0-9]{1,3})?", 
 _TRUTHS = {"true": True, "True": True, "false": False, "False": False}
 
 
-class LabelReader:
+class Numbering:
+    """Numbers the names of labels in the order in which they come."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of all labels so far."""
+        return list(self._numbers)
+
+    def read(self, place: str, value: Any) -> list[str]:
+        """Return the names of labels that are given."""
+        return list(value)
+
+    def targets(self, place: str, value: Any) -> list[float]:
+        """Return the numbers of labels that are given."""
+        return [self._numbers.setdefault(name, len(self._numbers)) for name in self.read(place, value)]
+
+
+class LabelReader(Numbering):
     """Numbers the labels of the examples of a part as they come, and says file and line of what is none.
 
     Args:
@@ -45,7 +65,7 @@ class LabelReader:
         values: Callable[[], Iterator[Any]],
     ) -> None:  # fmt: skip
         self.problem, self.field, self.named, self.names, self.values = problem, field, named, names, values
-        self._numbers: dict[str, int] = {}
+        super().__init__()
         self._length = 0
         self._form: Form | None = None
         self._first: tuple[str, Any] | None = None
@@ -53,13 +73,11 @@ class LabelReader:
     @property
     def labels(self) -> list[str]:
         """Names of all labels so far; of numbers the field's, as often as an example has some."""
-        return [self.field] * self._length if self.problem == "regression" else list(self._numbers)
+        return [self.field] * self._length if self.problem == "regression" else super().labels
 
     def targets(self, place: str, value: Any) -> list[float]:
         """Return the numbers of the labels of an example, or the numbers that are its labels."""
-        if self.problem == "regression":
-            return self._values(place, value)
-        return [self._numbers.setdefault(name, len(self._numbers)) for name in self.read(place, value)]
+        return self._values(place, value) if self.problem == "regression" else super().targets(place, value)
 
     def read(self, place: str, value: Any) -> list[str]:
         """Return the names of the labels of an example. Raises UserError, naming the `place`, if it has none."""

@@ -1,35 +1,44 @@
-"""The data module of masked language modelling: settings, tokenizer, caches, loaders."""
+"""Running text as packed rows with masks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from leanbert.data.batches.batch import MLMBatch
-from leanbert.data.batches.loading import PredictionInputs, RowDataset, encode_lines
-from leanbert.data.batches.masking import MaskingRule, target_slots
-from leanbert.data.batches.packing import row_count
-from leanbert.data.formats.corpora import Separator
+from leanbert.data.batches.batch import MLMBatch, PredictBatch
+from leanbert.data.batches.loading import Make, encode_lines
+from leanbert.data.batches.masking import MaskingRule, mask_rows, target_slots
+from leanbert.data.batches.packing import read_rows, row_count
+from leanbert.data.formats.corpora import Corpus, held_out_border
+from leanbert.data.formats.documents import Separator
 from leanbert.data.formats.examples import prediction_texts
-from leanbert.data.module import RANGES, CorpusStatistics, RowData, as_list, check_accents, count_unknown, knows_more
-from leanbert.data.store.prepare import CorpusSettings, Prepared
-from leanbert.data.store.token_cache import TokenCache
+from leanbert.data.module import RowData
+from leanbert.data.settings import Part
+from leanbert.data.statistics import knows_more
+from leanbert.data.store.documents import encode_documents, progress_bar
+from leanbert.data.store.examples import Example, ExampleCache
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
-from leanbert.data.tokenizers.training import Kind
+from leanbert.data.tokenizers.training import Kind, sample_evenly
 from leanbert.errors import UserError
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.ranges import PART, SHARE, check_ranges
+
+SAMPLE_BYTES = 256 << 20
+"""A tokenizer is trained on about so much text, spread evenly over a larger corpus."""
+
+COMPRESSION = 3
+"""How much text a compressed byte stands for, about, when the share to sample is reckoned."""
 
 
 class MaskedLMData(RowData):
     """Text files to batches of packed, masked rows.
 
-    After `setup` there are `tokenizer` (a `TextTokenizer`), `unigram_counts` (int64 [V], of the training
-    text), `statistics` ("train" and "val" to `CorpusStatistics`) and `batches_per_epoch`. The training stream
-    goes on from `samples_consumed`, a count of rows over all devices, which the task keeps.
+    After `setup` there are also `unigram_counts`: int64 [V], of the training text.
 
     Args:
         train_files: Paths, globs such as `'corpus/**/*.txt'` or `hf:NAME_OR_FOLDER[:[CONFIGURATION:]SPLIT]`; .txt
@@ -58,6 +67,11 @@ class MaskedLMData(RowData):
         seed: Decides the order of rows and the masks of training (the CLI sets it to seed_everything if it is 0).
     """
 
+    sample = "docstrings"
+    unit: ClassVar = "documents"
+    nothing: ClassVar = "the corpus is empty. Give files with text"
+    shaped_by: ClassVar = ()  # rows are cut out of the stream
+
     def __init__(
         self,
         train_files: str | list[str] | None = None,
@@ -82,27 +96,96 @@ class MaskedLMData(RowData):
         cache_dir: str | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters(logger=False)
-        _check(self.hparams)
+        settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__(**settings)
+        check_ranges("data", self.hparams, {"mask_rate": PART, "val_mask_rate": PART, "mask_split": SHARE})
+        split = tuple(mask_split)
+        if len(split) != 3 or abs(sum(split) - 1) > 1e-6:
+            raise UserError(
+                f"data.mask_split: {list(split)} are not three shares that add up to 1. Set [0.8, 0.1, 0.1]"
+            )
         self.unigram_counts: np.ndarray
-        self._prepared: Prepared | None = None
+        self._border: float | None = None
 
-    def prepare(self) -> Prepared:
-        """Make, or find, tokenizer and token caches; needs no device and prints nothing to standard output."""
-        if self._prepared is None:
-            names = CorpusSettings.__dataclass_fields__
-            settings = {name: value for name, value in self.hparams.items() if name in names}
-            for name in ("train_files", "val_files"):
-                settings[name] = as_list(settings[name])
-            self._prepared = CorpusSettings(**settings).prepare()
-        return self._prepared
+    # ---- documents
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Both, always: evaluation starts from the counts of the training text too."""
+        return "train", "val"
+
+    def corpus(self, part: Part) -> Corpus:
+        """Return the files of a part, or of both, and how they are cut into documents."""
+        own = part == "val" and self.hparams["val_files"] is not None
+        files, setting = tuple(self.files(part)), f"data.{'val' if own else 'train'}_files"
+        if not own and self.hparams["train_files"] is None:
+            return Corpus(files, setting=setting)
+        return Corpus(files, self.hparams["text_field"], self.hparams["document_separator"], setting)
+
+    def held_out(self, part: Part) -> tuple[float, float]:
+        """Return the hashes of documents, from and below, that belong to a part."""
+        if self.hparams["val_files"] is not None:
+            return 0.0, 1.0
+        if self._border is None:
+            self._border = held_out_border(self.corpus("train"), self.hparams["val_share"])
+        return (0.0, self._border) if part == "val" else (self._border, 1.0)
+
+    def key(self, part: Part) -> list[Any]:
+        """Return the settings by which documents are read."""
+        return [self.hparams["text_field"], self.hparams["document_separator"]]
+
+    def texts(self) -> Iterator[str]:
+        """Yield the training documents, of a large corpus a sample."""
+        corpus = self.corpus("train")
+        packed = {".gz", ".parquet"}
+        sizes = (path.stat().st_size * (COMPRESSION if path.suffix in packed else 1) for path in corpus.files)
+        fraction = SAMPLE_BYTES / max(1, sum(sizes))
+        with progress_bar(corpus, "Tokenizer") as bar:
+            pieces = corpus.pieces(*self.held_out("train"), bar.update)
+            yield from sample_evenly((piece.text for piece in pieces), fraction)
+
+    def encode(self, part: Part, facts: dict[str, Any]) -> Iterator[Example]:
+        """Yield the documents as ids."""
+        corpus = self.corpus(part)
+        with progress_bar(corpus, "Training text" if part == "train" else "Validation text") as bar:
+            yield from encode_documents(corpus.pieces(*self.held_out(part), bar.update), self.tokenizer)
+
+    def setup(self, stage: str) -> None:
+        """Load what was prepared, with the counts of ids; refuse text of which the tokenizer knows nothing."""
+        super().setup(stage)
+        if stage != "predict":
+            self.unigram_counts = self.cache("train").counts("ids")
+        for name, statistics in self.statistics.items():
+            if statistics.unknown_share == 1.0:
+                raise UserError(f"data.{name}_files: every token is unknown. Set {knows_more(self.hparams)}")
+
+    # ---- rows
+
+    def rows(self, part: Part) -> int:
+        """Return the number of rows into which the documents of a part are cut."""
+        return row_count(self.cache(part).size("ids"), self.hparams["max_length"])
+
+    def batches_of(self, part: Part, training: bool) -> Make:
+        """Return what masks rows: in training anew in each epoch, in evaluation by the place in the text only."""
+        rule = self._masking_rule(self.hparams["mask_rate" if training else "val_mask_rate"])
+        return partial(masked_batch, self.cache(part), self.hparams["max_length"], self.tokenizer.pad_id, rule)
+
+    def evaluation_rows(self, part: Part) -> Any:
+        """Return the rows of the validation text, whose masks never change."""
+        if part != "val":
+            raise UserError(
+                "test: use validate, on the text as data.val_files: masked language modelling has nothing else"
+            )
+        return super().evaluation_rows(part)
 
     def planned_vocabulary(self) -> int | None:
         """Return the size of the tokenizer that is given or prepared."""
-        return super().planned_vocabulary() if self._prepared is None else self._prepared.tokenizer.vocab_size
+        if self.caches:
+            return self.tokenizer.vocab_size
+        given = self.hparams["tokenizer"]
+        return None if given is None else TextTokenizer.from_file(given).vocab_size
 
-    def pretend_prepared(self, vocab_size: int | None = None) -> None:
+    def pretend_prepared(self, vocab_size: int | None) -> None:
         """Have a tokenizer's size and counts without a corpus, for planning; `vocab_size` defaults to the setting's."""
         size = vocab_size or self.hparams["vocab_size"]
         self.tokenizer = SimpleNamespace(vocab_size=size)  # type: ignore[assignment]
@@ -116,44 +199,13 @@ class MaskedLMData(RowData):
         *inputs, index, targets = (torch.zeros(shape, dtype=torch.int64) for shape in shapes)
         return MLMBatch(PackedInputs(*inputs), index, targets)
 
-    def adopt_prepared(self) -> None:
-        """Set tokenizer, unigram counts and statistics."""
-        prepared = self.prepare()
-        self.tokenizer = prepared.tokenizer
-        self.unigram_counts = prepared.train.unigram_counts
-        self.statistics = {
-            name: _statistics(cache, self.tokenizer, self.hparams["max_length"])
-            for name, cache in (("train", prepared.train), ("val", prepared.val))
-        }
-        for name, statistics in self.statistics.items():
-            if statistics.unknown_share == 1.0:
-                raise UserError(f"data.{name}_files: every token is unknown. Set {knows_more(self.hparams)}")
+    def inputs(self, files: list[str]) -> Iterator[str]:
+        """Yield texts with masks in them."""
+        return (texts[0] for texts in prediction_texts(files, [self.hparams["text_field"]]))
 
-    def training_rows(self) -> RowDataset:
-        """Return rows whose masks change with each epoch."""
-        return self._rows(self.prepare().train, self.hparams["mask_rate"], seed=self.hparams["seed"])
-
-    def evaluation_rows(self, part: str) -> RowDataset:
-        """Return rows with masks that depend on the place in the text only."""
-        if part != "val":
-            raise UserError(
-                "test: use validate, on the text as data.val_files: masked language modelling has nothing else"
-            )
-        return self._rows(self.prepare().val, self.hparams["val_mask_rate"])
-
-    def prediction_batches(self, files: list[str], batch_size: int) -> PredictionInputs:
-        """Return texts with masks in them."""
-        length = self.hparams["max_length"]
-        return PredictionInputs(
-            lambda: (texts[0] for texts in prediction_texts(files, [self.hparams["text_field"]])),
-            lambda texts: encode_lines(texts, self.tokenizer, length),
-            batch_size,
-            length,
-        )
-
-    def _rows(self, cache: TokenCache, rate: float, seed: int | None = None) -> RowDataset:
-        rule = self._masking_rule(rate)
-        return RowDataset(cache, self.hparams["max_length"], self.tokenizer.pad_id, rule, seed)
+    def encode_inputs(self, inputs: list[str]) -> tuple[PredictBatch, int]:
+        """Return texts as a batch, and how many were cut."""
+        return encode_lines(inputs, self.tokenizer, self.hparams["max_length"])
 
     def _masking_rule(self, rate: float) -> MaskingRule:
         special = np.zeros(self.tokenizer.vocab_size, dtype=bool)
@@ -164,16 +216,11 @@ class MaskedLMData(RowData):
         return MaskingRule(rate, tuple(self.hparams["mask_split"]), self.tokenizer.mask_id, special, continues)
 
 
-def _check(settings: Any) -> None:
-    """Raise `UserError` for a setting that cannot work, before anything is read."""
-    check_ranges("data", settings, {**RANGES, "mask_rate": PART, "val_mask_rate": PART, "mask_split": SHARE})
-    check_accents(settings)
-    split = tuple(settings["mask_split"])
-    if len(split) != 3 or abs(sum(split) - 1) > 1e-6:
-        raise UserError(f"data.mask_split: {list(split)} are not three shares that add up to 1. Set [0.8, 0.1, 0.1]")
-
-
-def _statistics(cache: TokenCache, tokenizer: TextTokenizer, length: int) -> CorpusStatistics:
-    rows = row_count(cache.tokens, length)
-    unknown, real = count_unknown(cache.unigram_counts, tokenizer)
-    return CorpusStatistics(cache.documents, cache.tokens, unknown / max(1, real), rows, cache.tokens / rows)
+def masked_batch(
+    cache: ExampleCache, length: int, pad_id: int, rule: MaskingRule, rows: np.ndarray, key: np.ndarray
+) -> MLMBatch:
+    """Return the rows with these numbers, int64 [B], masked as `key`, uint64 [B], decides."""
+    packed = read_rows(cache, rows, length, pad_id)
+    masked = mask_rows(packed, key, rule)
+    inputs = PackedInputs.from_arrays(masked.ids, packed.positions, packed.documents)
+    return MLMBatch(inputs, torch.from_numpy(masked.index), torch.from_numpy(masked.targets))

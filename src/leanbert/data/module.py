@@ -1,104 +1,146 @@
-"""What all data modules share: rows by position, loaders, and the place that a resumed run goes on from."""
+"""What all data modules share: files to a tokenizer and cached examples, and these to batches by position."""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from leanbert.data.batches.loading import PositionSampler
+from leanbert.data.batches.batch import Batch
+from leanbert.data.batches.loading import Make, PredictionInputs, Rows
+from leanbert.data.batches.packing import Packing, pack_examples
+from leanbert.data.caching import examples_of, trained_tokenizer
+from leanbert.data.formats.corpora import Corpus, as_list
+from leanbert.data.loaders import evaluation_loader, training_loader
+from leanbert.data.samples.embedded import Sample, embedded_files
+from leanbert.data.settings import Part, TooLong, check_settings, given_files
+from leanbert.data.statistics import CorpusStatistics, count
+from leanbert.data.store.cache import cache_folder
+from leanbert.data.store.examples import Example, ExampleCache
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
+from leanbert.data.tokenizers.training import Kind
 from leanbert.errors import UserError
 from leanbert.messages import say
-from leanbert.ranges import COUNT, PART, SEED, Range
-
-LENGTH = Range(least=8, whole=True)
-VOCABULARY = Range(least=1, most=2**31 - 1, whole=True)
-RANGES = {
-    "max_length": LENGTH,
-    "batch_size": COUNT,
-    "val_batch_size": COUNT,
-    "val_share": PART,
-    "vocab_size": VOCABULARY,
-    "num_workers": Range(least=0, most=1024, whole=True),
-    "seed": SEED,
-}
-"""Ranges of the settings that all data modules have."""
-
-
-_COUNTED = 1 << 20  # ids at a time: numpy counts a copy of eight bytes each
-
-
-@dataclass(frozen=True)
-class CorpusStatistics:
-    """Size of a prepared corpus; `tokens_per_row` is the mean of real tokens in a row of `max_length`.
-
-    `unknown_share` is of the tokens that stand for text: those of the template are none.
-    """
-
-    documents: int
-    tokens: int
-    unknown_share: float
-    rows: int
-    tokens_per_row: float
 
 
 class RowData(LightningDataModule):
-    """Rows, numbered, to batches: the training stream goes on from `samples_consumed`, which the task keeps.
+    """Files of examples to batches of packed rows, each with as many whole examples as there is room for.
 
-    After `setup` there are `tokenizer` and `statistics` ("train" and "val"). The settings that all have are in
-    `hparams`: `tokenizer`, `predict_files`, `max_length`, `batch_size`, `val_batch_size`, `num_workers`, `seed`.
+    The training stream goes on from `samples_consumed`, a count of rows over all devices, which the task keeps. After
+    `setup` there are `tokenizer` and `statistics` ("train" and "val").
+
+    Args:
+        train_files: Files of examples (.jsonl, .csv, .tsv, each also with .gz, and .parquet), globs of them, or
+            hf:NAME_OR_FOLDER[:[CONFIGURATION:]SPLIT]. Default: an embedded sample.
+        val_files: Validation examples. Default: those of the embedded sample, or `val_share` of the training examples.
+        test_files: Test examples, for `test`.
+        predict_files: What to answer: files as of training, whose answers may be missing, or text, one input a line;
+            - is standard input, which is text.
+        val_share: Share of the training examples that is held out for validation where `val_files` is not given.
+        tokenizer: tokenizer.json, vocab.txt, a folder with one, or a checkpoint. Default: that of model.init_from, or
+            one is trained on the training examples.
+        tokenizer_kind: Kind of tokenizer to train; auto: WordPiece, or byte-level BPE for text without spaces.
+        lowercase: Whether a trained tokenizer lowercases.
+        strip_accents: Whether a trained tokenizer strips accents. Default: WordPiece does where it lowercases.
+        vocab_size: Entries of a trained tokenizer, at most.
+        max_length: Tokens in a row.
+        too_long: What to do with an example that is longer than a row: truncate it (they are counted and told), or
+            refuse.
+        batch_size: Rows of one optimizer step over all devices.
+        val_batch_size: Rows of one evaluation batch over all devices. Default: batch_size.
+        num_workers: Processes that make batches. Default: 0 on a CPU, else 2.
+        cache_dir: Folder of tokenizers and caches. Default: ~/.cache/leanbert.
+        seed: Seed of the order of rows (the CLI sets it to seed_everything if it is 0).
+
     """
 
+    sample: Sample
+    """Name of the embedded sample."""
     fixed: ClassVar[tuple[str, ...]] = ("max_length",)
     """Settings that decide how text is encoded for the model: those of its checkpoint hold wherever it is used."""
+    unit: ClassVar[str] = "examples"
+    """What the data are counted in."""
+    nothing: ClassVar[str] = "there is no example in it. Give files with examples"
+    """What is wrong with files without any."""
+    shaped_by: ClassVar[tuple[str, ...]] = ("max_length", "too_long")
+    """Settings that shape a cached example, besides those by which files are read."""
 
-    unit: ClassVar[str] = "documents"
-    """What a corpus is counted in."""
-
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        train_files: str | list[str] | None = None,
+        val_files: str | list[str] | None = None,
+        test_files: str | list[str] | None = None,
+        predict_files: str | list[str] | None = None,
+        val_share: float = 0.05,
+        tokenizer: str | None = None,
+        tokenizer_kind: Kind = "auto",
+        lowercase: bool = True,
+        strip_accents: bool | None = None,
+        vocab_size: int = 8192,
+        max_length: int = 128,
+        too_long: TooLong = "truncate",
+        batch_size: int = 32,
+        val_batch_size: int | None = None,
+        num_workers: int | None = None,
+        cache_dir: str | None = None,
+        seed: int = 0,
+        **own: Any,
+    ) -> None:
         super().__init__()
+        given = {name: value for name, value in locals().items() if name in _COMMON}
+        self.save_hyperparameters(given | own, logger=False)
+        check_settings(self.hparams)
         self.samples_consumed = 0
         self.tokenizer: TextTokenizer
         self.statistics: dict[str, CorpusStatistics] = {}
+        self.caches: dict[str, ExampleCache] = {}
+        self._packings: dict[Part, tuple[Any, Packing]] = {}
 
-    # ---- what a data module supplies
+    # ---- what a kind of data supplies
 
-    def prepare(self) -> Any:
-        """Make, or find, tokenizer and caches; needs no device and prints nothing to standard output."""
+    def key(self, part: Part) -> list[Any]:
+        """Return the settings by which the files of a part are read."""
         raise NotImplementedError
 
-    def adopt_prepared(self) -> None:
-        """Set `tokenizer` and `statistics` from what was prepared."""
+    def texts(self) -> Iterator[str]:
+        """Yield the texts that a tokenizer is trained on."""
         raise NotImplementedError
 
-    def training_rows(self) -> Dataset[Any]:
-        """Return the rows to train on: indexed by an array of positions in the stream, it gives a batch."""
+    def encode(self, part: Part, facts: dict[str, Any]) -> Iterator[Example]:
+        """Yield the examples of a part, and put into `facts` what its cache keeps; the tokenizers are there."""
         raise NotImplementedError
 
-    def evaluation_rows(self, part: str) -> Any:
-        """Return the rows of "val" or "test", of which there are `rows`: indexed by their numbers, a batch."""
+    def batches_of(self, part: Part, training: bool) -> Make:
+        """Return what makes batches of the rows of a part: it pickles, for other processes."""
         raise NotImplementedError
 
-    def prediction_batches(self, files: list[str], batch_size: int) -> Iterable[Any]:
-        """Return the batches of `predict_files`, in order."""
+    def blank_batch(self, rows: int, *, validation: bool = False) -> Batch:
+        """Return a batch of padding in the shapes of a real one, for planning."""
         raise NotImplementedError
 
-    def planned_vocabulary(self) -> int | None:
-        """Return the size of a given tokenizer; None: one will be trained, with `vocab_size` entries at most."""
-        tokenizer = self.hparams["tokenizer"]
-        return None if tokenizer is None else TextTokenizer.from_file(tokenizer).vocab_size
+    def inputs(self, files: list[str]) -> Iterator[Any]:
+        """Yield what is to be answered out of files."""
+        raise NotImplementedError
+
+    def encode_inputs(self, inputs: list[Any]) -> tuple[Batch, int]:
+        """Return inputs as a batch, and how many of them were cut."""
+        raise NotImplementedError
+
+    # ---- tokenizers
 
     @property
     def tokenizers(self) -> dict[str, TextTokenizer]:
         """What checkpoint and run keep, by the names of their settings."""
         return {"tokenizer": self.tokenizer}
+
+    @property
+    def columns(self) -> dict[str, TextTokenizer]:
+        """The columns of ids, which stand side by side in a row, and the tokenizer of each."""
+        return {"ids": self.tokenizer}
 
     def take_tokenizers(self, path: str, stored: dict[str, Any], *, resumes: bool) -> None:
         """Use the tokenizers of the checkpoint at `path`, whose "leanbert" part is `stored`, and never train any.
@@ -107,6 +149,138 @@ class RowData(LightningDataModule):
             UserError: The run `resumes`, and its settings ask for other ones.
         """
         self.hparams["tokenizer"] = path
+
+    def make_tokenizers(self) -> None:
+        """Read, or train, the tokenizers."""
+        given = self.hparams["tokenizer"]
+        self.tokenizer = trained_tokenizer(self, self.texts) if given is None else TextTokenizer.from_file(given)
+
+    # ---- files and caches
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where tokenizers and caches are kept."""
+        return cache_folder(self.hparams["cache_dir"])
+
+    def files(self, part: Part) -> list[str]:
+        """Return the files of a part; validation may be held out of the training files.
+
+        Raises:
+            UserError: They are not set.
+        """
+        given = given_files(self.hparams, part)
+        if given is not None:
+            return given
+        if self.hparams["train_files"] is None:
+            return [str(embedded_files(self.sample, self.cache_folder)[part])]
+        if part == "val":
+            return given_files(self.hparams, "train") or []
+        raise UserError(f"data.{part}_files: not set. Give the files of {part} examples")
+
+    def corpus(self, part: Part) -> Corpus:
+        """Return the files of a part, and how they are read."""
+        return Corpus(tuple(self.files(part)), setting=f"data.{part}_files", suffixes=("",))
+
+    def held_out(self, part: Part) -> tuple[float, float]:
+        """Return the hashes of texts, from and below, that belong to a part of shared files."""
+        if self.hparams["train_files"] is None or self.hparams["val_files"] is not None or part == "test":
+            return 0.0, 1.0
+        border = self.hparams["val_share"]
+        return (0.0, border) if part == "val" else (border, 1.0)
+
+    def prepare(self) -> None:
+        """Make, or find, tokenizers and caches; needs no device and prints nothing to standard output."""
+        if not self.caches:
+            self.make_tokenizers()
+            for part in self.parts:
+                self.cache(part)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What is prepared: all that training needs, or the part that is evaluated."""
+        evaluated: dict[Any, tuple[Part, ...]] = {"validate": ("val",), "test": ("test",)}
+        return evaluated.get(self.trainer and self.trainer.state.fn, ("train", "val"))
+
+    def cache(self, part: Part) -> ExampleCache:
+        """Return the examples of a part.
+
+        Raises:
+            UserError: Its files are not set, or cannot be read.
+        """
+        if part not in self.caches:
+            self.caches[part] = examples_of(self, part)
+            self.check(part, self.caches[part])
+        return self.caches[part]
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Columns of the cache and their types."""
+        sizes = {column: tokenizer.vocab_size for column, tokenizer in self.columns.items()}
+        return {column: "uint16" if size <= 1 << 16 else "uint32" for column, size in sizes.items()}
+
+    def check(self, part: Part, cache: ExampleCache) -> None:
+        """Say what the facts of a part's cache have to say: how many examples were cut."""
+        if cache.facts.get("cut"):
+            say(f"{cache.facts['cut']:,} examples were longer than {self.limits} and were cut")
+
+    @property
+    def limits(self) -> str:
+        """The settings of length, with their values."""
+        return f"data.max_length ({self.hparams['max_length']} tokens)"
+
+    # ---- rows
+
+    @property
+    def room(self) -> tuple[int, ...]:
+        """Tokens in each of the sequences that a row has."""
+        return (self.hparams["max_length"],) * len(self.columns)
+
+    @property
+    def slots(self) -> int:
+        """Examples in a row, at most."""
+        return int(self.hparams["max_length"])
+
+    def needed(self, part: Part) -> np.ndarray:
+        """Return the tokens that examples need in each of the sequences of a row: int64 [N, C]."""
+        return self.cache(part).lengths([*self.columns])
+
+    def packing(self, part: Part) -> Packing:
+        """Return which examples share a row: neighbours in evaluation, in training a random choice."""
+        seed = self.hparams["seed"] if part == "train" else None
+        decided_by = (self.cache(part).folder, self.room, self.slots, seed)  # settings may change, and are compared
+        if part not in self._packings or self._packings[part][0] != decided_by:
+            self._packings[part] = decided_by, pack_examples(self.needed(part), self.room, self.slots, seed)
+        return self._packings[part][1]
+
+    def rows(self, part: Part) -> int:
+        """Return the number of rows of a part."""
+        return self.packing(part).rows
+
+    def training_rows(self) -> Rows:
+        """Return the rows to train on, in an order that changes with each epoch."""
+        return Rows(self.rows("train"), self.batches_of("train", training=True), self.hparams["seed"])
+
+    def evaluation_rows(self, part: Part) -> Rows:
+        """Return the rows of a part in the order of the files."""
+        return Rows(self.rows(part), self.batches_of(part, training=False))
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the training rows, at least 1."""
+        return max(1, self.statistics["train"].rows // self.hparams["batch_size"])
+
+    # ---- what planning and checkpoints ask for
+
+    def planned_vocabulary(self) -> int | None:
+        """Return the size of the tokenizer, and prepare what a plan needs to know of the examples.
+
+        None: there is none yet; one will be trained, with `vocab_size` entries at most.
+        """
+        self.prepare()
+        return self.tokenizer.vocab_size
+
+    def pretend_prepared(self, vocab_size: int | None) -> None:
+        """Have what `blank_batch` needs without a corpus, for planning; here `planned_vocabulary` has prepared it."""
 
     def facts(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the data besides tokenizers: primitives, such as the labels' names."""
@@ -127,126 +301,45 @@ class RowData(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Prepare once per machine, before the other processes look."""
-        if not self._predicting():
+        if self.trainer is None or not self.trainer.predicting:
             self.prepare()
 
     def setup(self, stage: str) -> None:
         """Load what was prepared; prediction needs the tokenizer only, and never trains one."""
         if stage != "predict":
-            self.adopt_prepared()
+            self.prepare()
+            length = self.hparams["max_length"]
+            self.statistics = {
+                part: count(self.cache(part), self.columns, self.rows(part), length) for part in self.parts
+            }
             return
         if self.hparams["tokenizer"] is not None:
             self.tokenizer = TextTokenizer.from_file(self.hparams["tokenizer"])
         if not hasattr(self, "tokenizer"):
             raise UserError("data.tokenizer: predict needs the model's tokenizer. Give --ckpt_path, or its path")
 
-    @property
-    def batches_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the training rows, at least 1."""
-        return max(1, self.statistics["train"].rows // self.hparams["batch_size"])
-
     def train_dataloader(self) -> DataLoader[Any]:
         """Return batches of the training stream, each time from `samples_consumed` on, for one epoch's steps."""
-        rank, world_size = self._rank()
-        batch_size = self.hparams["batch_size"]
-        if batch_size % world_size:
-            raise UserError(
-                f"data.batch_size: {batch_size} is the batch over all devices and not divisible by their number "
-                f"({world_size}). Set a multiple of {world_size}"
-            )
-        sampler = PositionSampler(
-            batch_size,
-            self.batches_per_epoch,
-            start=lambda: self.samples_consumed,
-            rank=rank,
-            world_size=world_size,
-        )
-        return self._loader(self.training_rows(), sampler)
+        return training_loader(self)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return all validation rows in order."""
-        return self._evaluation_loader("val")
+        return evaluation_loader(self, "val")
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Return all test rows in order."""
-        return self._evaluation_loader("test")
+        return evaluation_loader(self, "test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Return the lines of `predict_files`, `batch_size` at a time, in order."""
+        """Return what is in `predict_files`, `batch_size` at a time, in order."""
         files = as_list(self.hparams["predict_files"])
         if not files:
             raise UserError("data.predict_files: nothing to predict. Give text files, or - for standard input")
-        return DataLoader(self.prediction_batches(files, self.hparams["batch_size"]), batch_size=None)  # type: ignore
+        return DataLoader(self.prediction_batches(files, self.hparams["batch_size"]), batch_size=None)
 
-    def _evaluation_loader(self, part: str) -> DataLoader[Any]:
-        rank, world_size = self._rank()
-        batch_size = self.hparams["val_batch_size"] or self.hparams["batch_size"]
-        rows = self.evaluation_rows(part)
-        sampler = PositionSampler(
-            batch_size, -(-rows.rows // batch_size), end=rows.rows, rank=rank, world_size=world_size
-        )
-        return self._loader(rows, sampler)
-
-    def _predicting(self) -> bool:
-        return self.trainer is not None and self.trainer.predicting
-
-    def _loader(self, rows: Dataset[Any], sampler: PositionSampler) -> DataLoader[Any]:
-        device = "cpu" if self.trainer is None else str(self.trainer.strategy.root_device.type)
-        workers = self.hparams["num_workers"]
-        if workers is None:
-            workers = 0 if device == "cpu" else 2
-        return DataLoader(
-            rows,
-            batch_size=None,
-            sampler=sampler,
-            num_workers=workers,
-            pin_memory=device == "cuda",
-            persistent_workers=workers > 0,
-            worker_init_fn=_ignore_interrupt,
-            # Without a generator of its own each pass would draw from the global one, and shift dropout.
-            generator=torch.Generator().manual_seed(self.hparams["seed"]),
-        )
-
-    def _rank(self) -> tuple[int, int]:
-        if self.trainer is None:
-            return 0, 1
-        return self.trainer.global_rank, self.trainer.world_size
+    def prediction_batches(self, files: list[str], batch_size: int) -> PredictionInputs:
+        """Return batches of what is to be answered, in order."""
+        return PredictionInputs(lambda: self.inputs(files), self.encode_inputs, batch_size, self.hparams["max_length"])
 
 
-def check_accents(settings: Any) -> None:
-    """Raise `UserError` for a setting of trained tokenizers where none is trained."""
-    if settings["strip_accents"] is not None and settings["tokenizer"] and settings.get("target_tokenizer") != "train":
-        raise UserError(
-            "data.strip_accents: it is of tokenizers that are trained, and one is given (data.tokenizer, or "
-            "model.init_from). Leave it out"
-        )
-
-
-def count_ids(ids: np.ndarray, size: int) -> np.ndarray:
-    """Return how often each id below `size` occurs in mapped `ids`: int64 [size]."""
-    parts = (ids[start : start + _COUNTED] for start in range(0, len(ids), _COUNTED))
-    return sum((np.bincount(part, minlength=size) for part in parts), start=np.zeros(size, dtype=np.int64))
-
-
-def count_unknown(counts: np.ndarray, tokenizer: TextTokenizer) -> tuple[int, int]:
-    """Return how many tokens are unknown, and how many stand for text, by `counts` of each id, int64 [V]."""
-    text = int(counts.sum() - counts[tokenizer.special_ids].sum())
-    unknown = 0 if tokenizer.unk_id is None else int(counts[tokenizer.unk_id])
-    return unknown, text + unknown
-
-
-def knows_more(settings: Any) -> str:
-    """Return what to set for a tokenizer that knows text which the one at hand does not."""
-    if settings["tokenizer"] is not None:
-        return "another data.tokenizer, one that knows these characters"
-    return "data.tokenizer_kind bpe (byte-level, it knows all text) or unigram, or a larger data.vocab_size"
-
-
-def as_list(files: str | list[str] | None) -> list[str] | None:
-    """Return one file as a list of files."""
-    return [files] if isinstance(files, str) else files
-
-
-def _ignore_interrupt(worker: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to all processes, to the one that trains: it saves first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+_COMMON = frozenset(RowData.__init__.__annotations__) - {"return", "own"}

@@ -1,28 +1,27 @@
-"""Pairs of a source and a target: sentences and their translations, documents and their summaries.
-
-Letters: B rows, S source tokens of a row, T its target tokens.
-"""
+"""Pairs of a source and a target: sentences and their translations, documents and their summaries."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice, zip_longest
-from pathlib import Path
+from functools import partial
+from itertools import islice
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
-from torch.utils.data import Dataset
 
-from leanbert.data.batches.batch import IGNORED, PairBatch, PredictBatch
-from leanbert.data.batches.loading import PredictionInputs, encode_lines, in_batches, locate
-from leanbert.data.batches.packing import PADDING_DOCUMENT, Packing
-from leanbert.data.example_data import ExampleData, Part
-from leanbert.data.formats.corpora import Corpus, Skipped, document_hash, no_report
-from leanbert.data.formats.examples import has_field, items_of, prediction_texts, read_records, text_of
-from leanbert.data.formats.readers import open_binary, whole_lines
-from leanbert.data.module import LENGTH, VOCABULARY, as_list
-from leanbert.data.samples.embedded import embedded_files
-from leanbert.data.store.example_store import Example, ExampleCache
+from leanbert.data.batches.batch import PairBatch, PredictBatch
+from leanbert.data.batches.loading import Make, encode_lines, in_batches
+from leanbert.data.batches.pairs import PairShape, pair_batch
+from leanbert.data.caching import trained_tokenizer
+from leanbert.data.formats.corpora import Corpus, as_list
+from leanbert.data.formats.documents import document_hash
+from leanbert.data.formats.examples import prediction_texts, read_records
+from leanbert.data.formats.fields import has_field, items_of, text_of
+from leanbert.data.formats.parallel import parallel_lines
+from leanbert.data.module import RowData
+from leanbert.data.settings import LENGTH, VOCABULARY, Part, given_files, must_be_cut
+from leanbert.data.store.corpus_digest import corpus_digest
+from leanbert.data.store.examples import Example
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 
@@ -44,41 +43,6 @@ class Pair(NamedTuple):
     references: list[str]
 
 
-class PairRows(Dataset[PairBatch]):
-    """Packed rows of pairs; the index is an array of stream positions, the item a whole batch.
-
-    The columns of the cache: "source" and "target", ids in their tokenizer's template.
-    """
-
-    def __init__(
-        self, cache: ExampleCache, packing: Packing, source_length: int, target_length: int, pad_id: int,
-        target_pad_id: int, seed: int | None = None,
-    ) -> None:  # fmt: skip
-        self.cache, self.packing, self.pad_ids, self.seed = cache, packing, (pad_id, target_pad_id), seed
-        self.source_length, self.target_length, self.rows = source_length, target_length, packing.rows
-
-    def __getitem__(self, positions: np.ndarray) -> PairBatch:
-        """Return the batch of the rows at `positions`, int64 [B]."""
-        rows, _ = locate(positions, self.rows, self.seed)
-        blank = blank_pairs(len(rows), self.source_length, self.target_length, *self.pad_ids)
-        for place, row in enumerate(rows):
-            examples = self.packing.examples(row)
-            sources, targets = self.cache.read("source", examples), self.cache.read("target", examples)
-            start = begin = 0
-            for document, (source, target) in enumerate(zip(sources, targets, strict=True)):
-                here = (place, slice(start, start + len(source)))
-                blank["input_ids"][here] = source
-                blank["position_ids"][here] = np.arange(len(source))
-                blank["document_ids"][here] = document
-                there = (place, slice(begin, begin + len(target) - 1))
-                blank["decoder_input_ids"][there] = target[:-1]
-                blank["decoder_position_ids"][there] = np.arange(len(target) - 1)
-                blank["decoder_document_ids"][there] = document
-                blank["targets"][there] = target[1:]
-                start, begin = here[1].stop, there[1].stop
-        return PairBatch.from_arrays(blank)
-
-
 def output_frame(tokenizer: TextTokenizer, name: str) -> tuple[list[int], list[int]]:
     """Return the ids that begin and end an output; raises UserError if the tokenizer `name` puts none."""
     begin, end = tokenizer.template
@@ -90,23 +54,7 @@ def output_frame(tokenizer: TextTokenizer, name: str) -> tuple[list[int], list[i
     return begin, end
 
 
-def blank_pairs(
-    rows: int, source_length: int, target_length: int, pad_id: int, target_pad_id: int
-) -> dict[str, np.ndarray]:
-    """Return the arrays of a `PairBatch` of padding."""
-    source, target = (rows, source_length), (rows, target_length)
-    return {
-        "input_ids": np.full(source, pad_id, dtype=np.int64),
-        "position_ids": np.zeros(source, dtype=np.int64),
-        "document_ids": np.full(source, PADDING_DOCUMENT, dtype=np.int64),
-        "decoder_input_ids": np.full(target, target_pad_id, dtype=np.int64),
-        "decoder_position_ids": np.zeros(target, dtype=np.int64),
-        "decoder_document_ids": np.full(target, PADDING_DOCUMENT, dtype=np.int64),
-        "targets": np.full(target, IGNORED, dtype=np.int64),
-    }
-
-
-class PairData(ExampleData):
+class PairData(RowData):
     """Sources and targets, as two text files with a line each, or as fields of .jsonl, .csv and .tsv files.
 
     Args:
@@ -122,13 +70,12 @@ class PairData(ExampleData):
         target_tokenizer: Tokenizer of the targets alone, as of `tokenizer`; train: that of model.init_from if it has
             one, else one is trained on the training targets, and the sources' on sources. Default: one for both.
         target_vocab_size: Entries of a trained tokenizer of the targets, at most. Default: vocab_size.
-        settings: See `ExampleData`.
+        settings: See `RowData`.
 
     """
 
-    dtypes: ClassVar = {"source": "int32", "target": "int32"}
-    lengths: ClassVar = ("source", "target")
-    fixed: ClassVar = (*ExampleData.fixed, "max_target_length")
+    fixed: ClassVar = (*RowData.fixed, "max_target_length")
+    shaped_by: ClassVar = (*RowData.shaped_by, "max_target_length")
 
     def __init__(
         self,
@@ -157,6 +104,7 @@ class PairData(ExampleData):
                 f"data.target_vocab_size: {target_vocab_size}, but sources and targets have one tokenizer. "
                 "Set data.target_tokenizer to train, or leave it out"
             )
+        self.sample = sample
         self._target: TextTokenizer | None = None
         for part in ("train", "val", "test"):
             sources, targets = (as_list(self.hparams[f"{part}_{kind}"]) for kind in ("files", "target_files"))
@@ -194,15 +142,19 @@ class PairData(ExampleData):
         """What checkpoint and run keep, by the names of their settings."""
         return {**super().tokenizers, **({} if self._target is None else {TARGET: self._target})}
 
-    def tokenizer_of(self, column: str) -> TextTokenizer:
-        """Return the tokenizer of a side."""
-        return self.tokenizer if column == "source" else self.target_tokenizer
+    @property
+    def columns(self) -> dict[str, TextTokenizer]:
+        """The columns of ids, and the tokenizer of each."""
+        return {"source": self.tokenizer, "target": self.target_tokenizer}
 
-    def prepare(self) -> Any:
-        """Make, or find, the tokenizers and the caches of training and validation examples."""
-        if self.separate and not self.caches:
-            self._target = self._make_target_tokenizer()
-        return super().prepare()
+    def make_tokenizers(self) -> None:
+        """Read, or train, the tokenizers."""
+        if not self.separate:
+            super().make_tokenizers()
+            return
+        self._target = self._make_target_tokenizer()
+        given = self.hparams["tokenizer"]
+        self.tokenizer = self._trained("source") if given is None else TextTokenizer.from_file(given)
 
     def setup(self, stage: str) -> None:
         """Load what was prepared; prediction needs the tokenizers only."""
@@ -228,22 +180,18 @@ class PairData(ExampleData):
             )
         self.hparams[TARGET] = None if there is None else path
 
-    def _tokenizer(self) -> TextTokenizer:
-        if not self.separate or self.hparams["tokenizer"] is not None:
-            return super()._tokenizer()
-        return self.trained(lambda: (pair.source for pair in self.pairs("train")), self.hparams["vocab_size"], "source")
-
     def _make_target_tokenizer(self) -> TextTokenizer:
-        given, size = self.hparams[TARGET], self.hparams["target_vocab_size"] or self.hparams["vocab_size"]
-        if given == TRAIN:
-            return self.trained(lambda: (pair.target for pair in self.pairs("train")), size, "target")
-        return TextTokenizer.from_file(given, TARGET)
+        if self.hparams[TARGET] == TRAIN:
+            return self._trained("target", self.hparams["target_vocab_size"])
+        return TextTokenizer.from_file(self.hparams[TARGET], TARGET)
+
+    def _trained(self, side: str, vocab_size: int | None = None) -> TextTokenizer:
+        def texts() -> Iterator[str]:
+            return (getattr(pair, side) for pair in self.pairs("train"))
+
+        return trained_tokenizer(self, texts, side, vocab_size=vocab_size)
 
     # ---- examples
-
-    def embedded(self, cache_dir: Path) -> dict[Part, Path]:
-        """Return the sample."""
-        return embedded_files(self.hparams["sample"], cache_dir)
 
     def key(self, part: Part) -> list[Any]:
         """Return the settings of reading, and the target files."""
@@ -251,20 +199,20 @@ class PairData(ExampleData):
         names = ("source_field", "target_field", *(() if part == "train" else ("references_field",)))
         # one by one: their order says which belong together
         sides = {"files": self.files(part), "target_files": targets} if targets else {}
-        digests = [self._digest([p], f"data.{part}_{side}") for side, patterns in sides.items() for p in patterns]
-        return [digests, self.room, *(self.hparams[name] for name in names)]
+        corpora = [Corpus((p,), setting=f"data.{part}_{side}", suffixes=("",)) for side in sides for p in sides[side]]
+        digests = [corpus_digest(corpus, self.cache_folder) for corpus in corpora]
+        return [digests, *(self.hparams[name] for name in names)]
 
     def target_files(self, part: Part) -> list[str] | None:
         """Return the text files of the targets."""
         shared = part == "val" and self.hparams["val_files"] is None
-        return self._given("train" if shared else part, "target_files")
+        return given_files(self.hparams, "train" if shared else part, "target_files")
 
-    def texts(self, files: list[str]) -> Iterator[str]:
+    def texts(self) -> Iterator[str]:
         """Yield sources and targets of the training pairs."""
-        for pair in self.pairs("train"):
-            yield from (pair.source, pair.target)
+        return (text for pair in self.pairs("train") for text in (pair.source, pair.target))
 
-    def encode(self, files: list[str], part: Part, facts: dict[str, Any]) -> Iterator[Example]:
+    def encode(self, part: Part, facts: dict[str, Any]) -> Iterator[Example]:
         """Yield the examples; `facts` get "cut", the number of pairs that were cut."""
         before, after = self.tokenizer.template
         begin, end = output_frame(self.target_tokenizer, TARGET if self.separate else "tokenizer")
@@ -276,8 +224,8 @@ class PairData(ExampleData):
             sources = self.tokenizer.encode_bare([pair.source for pair in batch])
             targets = self.target_tokenizer.encode_bare([pair.target for pair in batch])
             for pair, source, target in zip(batch, sources, targets, strict=True):
-                cut = self.fit_length(pair.place, len(source) + frame)
-                cut |= self.fit_length(pair.place, len(target) + target_frame, self.room[1], setting)
+                cut = must_be_cut(self.hparams, pair.place, len(source) + frame, self.room[0])
+                cut |= must_be_cut(self.hparams, pair.place, len(target) + target_frame, self.room[1], setting)
                 facts["cut"] += cut
                 yield {
                     "source": [*before, *source[: self.room[0] - frame], *after],
@@ -295,10 +243,10 @@ class PairData(ExampleData):
         targets = self.target_files(part)
         if targets is not None and self._further(part) is not None:
             raise self._no_references(part, "are lines of text, which have no fields")
-        found = self._records(part) if targets is None else _lines(self.files(part), targets, part)
-        for pair in found:
-            if low <= document_hash(pair.source) < high:
-                yield pair
+        found = self._records(part)
+        if targets is not None:
+            found = (Pair(*line, [line[2]]) for line in parallel_lines(self.files(part), targets, part))
+        return (pair for pair in found if low <= document_hash(pair.source) < high)
 
     def _records(self, part: Part) -> Iterator[Pair]:
         source, target = self.hparams["source_field"], self.hparams["target_field"]
@@ -333,18 +281,18 @@ class PairData(ExampleData):
         """Return the tokens of sources and targets, int64 [N, 2]; the last of a target is not read."""
         return super().needed(part) - np.asarray([0, 1])
 
-    def training_rows(self) -> PairRows:
-        """Return rows in an order that changes with each epoch."""
-        return self._rows("train", self.hparams["seed"])
+    @property
+    def shape(self) -> PairShape:
+        """What batches look like."""
+        return PairShape(self.room, (self.tokenizer.pad_id, self.target_tokenizer.pad_id))
 
-    def evaluation_rows(self, part: Any) -> PairRows:
-        """Return rows in the order of the files."""
-        return self._rows(part, None)
+    def batches_of(self, part: Part, training: bool) -> Make:
+        """Return what makes batches of a part."""
+        return partial(pair_batch, self.cache(part), self.packing(part), self.shape)
 
     def blank_batch(self, rows: int, *, validation: bool = False) -> PairBatch:
         """Return a batch of padding in the shapes of a real one."""
-        arrays = blank_pairs(rows, *self.room, self.tokenizer.pad_id, self.target_tokenizer.pad_id)
-        return PairBatch.from_arrays(arrays)
+        return self.shape.blank(rows)
 
     def sources(
         self, part: Part, batch_size: int, most: int | None = None
@@ -355,49 +303,10 @@ class PairData(ExampleData):
             batch, _ = encode_lines([pair.source for pair in some], self.tokenizer, self.room[0], masks=False)
             yield batch, [pair.references for pair in some]
 
-    def prediction_batches(self, files: list[str], batch_size: int) -> PredictionInputs:
-        """Return sources."""
-        length = self.room[0]
-        return PredictionInputs(
-            lambda: (texts[0] for texts in prediction_texts(files, [self.hparams["source_field"]])),
-            lambda texts: encode_lines(texts, self.tokenizer, length, masks=False),
-            batch_size,
-            length,
-        )
+    def inputs(self, files: list[str]) -> Iterator[str]:
+        """Yield sources."""
+        return (texts[0] for texts in prediction_texts(files, [self.hparams["source_field"]]))
 
-    def _rows(self, part: Part, seed: int | None) -> PairRows:
-        pad_ids = (self.tokenizer.pad_id, self.target_tokenizer.pad_id)
-        return PairRows(self.cache(part), self.packing(part), *self.room, *pad_ids, seed)
-
-
-def _lines(sources: list[str], targets: list[str], part: Part) -> Iterator[Pair]:
-    """Yield line by line pairs of text files, in the order in which they are given. Raises UserError if one is longer.
-
-    Any name will do, such as train.en: they are lines of text. Pairs with a blank side are left out, and counted.
-    """
-    here, there = _in_order(sources, f"data.{part}_files"), _in_order(targets, f"data.{part}_target_files")
-    if len(here) != len(there):
-        raise UserError(f"data.{part}_target_files: {len(there)} files for {len(here)} of sources. Give one for each")
-    skipped = Skipped()
-    for source, target in zip(here, there, strict=True):
-        for one, other in zip_longest(_read(source), _read(target)):
-            if one is None or other is None:
-                longer, place = (source, one) if other is None else (target, other)
-                raise UserError(
-                    f"{longer}:{place[0]}: the other file ({target if other is None else source}) has no such line. "
-                    "Give files with a line for each pair"
-                )
-            pair = Pair(f"{source}:{one[0]}", one[1], other[1], [other[1]])
-            if not skipped.lacks(pair.place, pair.source, pair.target):
-                yield pair
-    skipped.tell()
-
-
-def _in_order(patterns: list[str], setting: str) -> list[Path]:
-    return [path for pattern in patterns for path in Corpus((pattern,), setting=setting, suffixes=("",)).files]
-
-
-def _read(path: Path) -> Iterator[tuple[int, str]]:
-    with open_binary(path, no_report) as stream:
-        for number, line in whole_lines(stream, str(path)):
-            yield number, line.rstrip("\n")
+    def encode_inputs(self, inputs: list[str]) -> tuple[PredictBatch, int]:
+        """Return sources as a batch, and how many were cut."""
+        return encode_lines(inputs, self.tokenizer, self.room[0], masks=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,11 @@ class PackedInputs:
         """Return rows of one document each."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         return cls(input_ids, positions, torch.zeros_like(input_ids), segment_ids)
+
+    @classmethod
+    def from_arrays(cls, *arrays: np.ndarray) -> PackedInputs:
+        """Return ids, positions, document ids and, where there are some, segments, int64 [B, S] each."""
+        return cls(*map(torch.from_numpy, arrays))
 
     def __len__(self) -> int:
         """Return B."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from leanbert.data.batches.batch import IGNORED, LabelledBatch, WordBatch
+from leanbert.data.batches.sentences import Mark, Sentence, word_batch
 from leanbert.data.formats.span_labels import OUTSIDE, PREDICATE, TO_FIND, spans
-from leanbert.data.token_labels import Mark, Sentence, word_batch
 from leanbert.tasks.labelling import Labelling, gather_documents
 from leanbert.tasks.spans import BioDecoder, SpanCounts, SpanScores
 from leanbert.tasks.tables import markdown_table

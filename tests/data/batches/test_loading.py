@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from leanbert.data.batches.loading import PositionSampler, PredictionInputs, RowDataset, encode_lines
+from leanbert.data.batches.loading import PositionSampler, PredictionInputs, Rows, encode_lines
+from leanbert.data.batches.packing import row_count
+from leanbert.data.mlm import masked_batch
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from tests.data.batches.test_masking import make_rule
 from tests.data.batches.test_packing import make_cache
@@ -16,8 +19,9 @@ from tests.data.corpora import ENGLISH, sentences
 
 
 @pytest.fixture
-def rows(tmp_path: Path) -> RowDataset:
-    return RowDataset(make_cache(tmp_path / "tokens", [7, 30, 61, 2, 60] * 5), 16, 0, make_rule(), seed=3)
+def rows(tmp_path: Path) -> Rows:
+    cache = make_cache(tmp_path / "tokens", [7, 30, 61, 2, 60] * 5)
+    return Rows(row_count(cache.size("ids"), 16), partial(masked_batch, cache, 16, 0, make_rule()), seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +30,16 @@ def tokenizer() -> TextTokenizer:
     return TextTokenizer.train(lambda: documents, vocab_size=300)
 
 
-def test_every_epoch_visits_every_row_once_in_another_order(rows: RowDataset) -> None:
+def test_every_epoch_visits_every_row_once_in_another_order(rows: Rows) -> None:
     assert rows.rows == 50
-    stored = RowDataset(rows.cache, 16, 0, make_rule())
+    stored = Rows(rows.rows, rows.make)
     expected = sorted(unmasked(stored, np.arange(50)))
     first, second = unmasked(rows, np.arange(50)), unmasked(rows, np.arange(50, 100))
     assert sorted(first) == sorted(second) == expected
     assert first != second
 
 
-def unmasked(rows: RowDataset, positions: np.ndarray) -> list[tuple[int, ...]]:
+def unmasked(rows: Rows, positions: np.ndarray) -> list[tuple[int, ...]]:
     batch = rows[positions]
     ids = batch.inputs.input_ids.clone()
     for row, index, targets in zip(ids, batch.target_index, batch.targets, strict=True):
@@ -43,7 +47,7 @@ def unmasked(rows: RowDataset, positions: np.ndarray) -> list[tuple[int, ...]]:
     return [tuple(row) for row in ids.tolist()]
 
 
-def test_a_batch_may_straddle_epochs_and_equals_its_rows_alone(rows: RowDataset) -> None:
+def test_a_batch_may_straddle_epochs_and_equals_its_rows_alone(rows: Rows) -> None:
     positions = np.arange(45, 55)
     batch = rows[positions]
     for place, position in enumerate(positions):
@@ -52,19 +56,19 @@ def test_a_batch_may_straddle_epochs_and_equals_its_rows_alone(rows: RowDataset)
             assert torch.equal(tensor[place], alone.tensors()[name][0]), name
 
 
-def test_masks_change_with_the_epoch_in_training_only(rows: RowDataset) -> None:
+def test_masks_change_with_the_epoch_in_training_only(rows: Rows) -> None:
     def chosen(position: int) -> list[int]:
         return rows[np.array([position])].target_index[0].tolist()
 
     row = unmasked(rows, np.array([0]))[0]
     again = next(p for p in range(50, 100) if unmasked(rows, np.array([p]))[0] == row)
     assert chosen(0) != chosen(again)
-    fixed = RowDataset(rows.cache, 16, 0, make_rule())
+    fixed = Rows(rows.rows, rows.make)
     assert torch.equal(fixed[np.arange(4)].inputs.input_ids[2:], fixed[np.array([2, 3])].inputs.input_ids)
 
 
-def test_evaluation_masks_are_fixed_for_ever(rows: RowDataset) -> None:
-    batch = RowDataset(rows.cache, 16, 0, make_rule())[np.arange(3)]
+def test_evaluation_masks_are_fixed_for_ever(rows: Rows) -> None:
+    batch = Rows(rows.rows, rows.make)[np.arange(3)]
     assert batch.target_index.tolist() == [[14, 15], [3, 11], [0, 12]]
 
 

@@ -5,15 +5,15 @@ from pathlib import Path
 import numpy as np
 
 from leanbert.data.batches.packing import read_rows, row_count
-from leanbert.data.store.token_cache import TokenCache
+from leanbert.data.store.examples import ExampleCache
 
 
-def make_cache(folder: Path, lengths: list[int]) -> TokenCache:
+def make_cache(folder: Path, lengths: list[int]) -> ExampleCache:
     tokens = sum(lengths)
     folder.mkdir(exist_ok=True)
     np.arange(10, 10 + tokens, dtype=np.uint16).tofile(folder / "ids.bin")
-    np.cumsum([0, *lengths], dtype=np.int64).tofile(folder / "offsets.bin")
-    return TokenCache(folder, len(lengths), tokens, "uint16", 1000)
+    np.cumsum([0, *lengths], dtype=np.int64).tofile(folder / "ids.offsets.bin")
+    return ExampleCache(folder, len(lengths), {"ids": "uint16"}, {})
 
 
 def test_rows_are_cuts_of_the_stream_and_only_the_end_is_padded(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from leanbert.data.formats import corpora as sources
-from leanbert.data.formats import readers
-from leanbert.data.formats.corpora import Corpus, Split, besides, document_hash
+from leanbert.data.formats import documents, readers
+from leanbert.data.formats.corpora import Corpus, besides
+from leanbert.data.formats.documents import document_hash
 from leanbert.errors import UserError
 
 
@@ -77,7 +77,7 @@ def test_globs_are_sorted_and_no_file_comes_twice(tmp_path: Path) -> None:
 
 
 def test_long_documents_come_in_pieces_cut_before_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "PIECE_CHARACTERS", 50)
+    monkeypatch.setattr(documents, "PIECE_CHARACTERS", 50)
     monkeypatch.setattr(readers, "PART_BYTES", 16)
     lines = "\n".join(f"line {n} of many wörds" for n in range(20))
     path = write(tmp_path / "a.txt", f"{lines}\n\nshort\n")
@@ -94,17 +94,14 @@ def test_long_documents_come_in_pieces_cut_before_spaces(tmp_path: Path, monkeyp
 
 
 def test_held_out_documents_depend_on_text_alone(tmp_path: Path) -> None:
-    documents = [f"document number {n}" for n in range(2000)]
-    write(tmp_path / "a.txt", "\n\n".join(documents))
-    write(tmp_path / "b.txt", "\n\n".join(reversed(documents)))
-    held = [
-        {piece.text for piece in Split(Corpus((str(tmp_path / name),)), high=0.1).pieces()}
-        for name in ("a.txt", "b.txt")
-    ]
-    rest = {piece.text for piece in Split(Corpus((str(tmp_path / "a.txt"),)), low=0.1).pieces()}
+    written = [f"document number {n}" for n in range(2000)]
+    write(tmp_path / "a.txt", "\n\n".join(written))
+    write(tmp_path / "b.txt", "\n\n".join(reversed(written)))
+    held = [{piece.text for piece in Corpus((str(tmp_path / name),)).pieces(high=0.1)} for name in ("a.txt", "b.txt")]
+    rest = {piece.text for piece in Corpus((str(tmp_path / "a.txt"),)).pieces(low=0.1)}
     assert held[0] == held[1]
     assert len(held[0]) == 200
-    assert held[0] | rest == set(documents)
+    assert held[0] | rest == set(written)
     assert not held[0] & rest
 
 
@@ -173,7 +170,7 @@ def test_a_file_of_evaluation_that_is_named_is_trained_on(tmp_path: Path, capsys
 def test_progress_counts_the_bytes_on_disk(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt.gz", "word " * 100_000)
     read: list[int] = []
-    list(Corpus((str(path),)).pieces(read.append))
+    list(Corpus((str(path),)).pieces(report=read.append))
     assert sum(read) == path.stat().st_size
 
 

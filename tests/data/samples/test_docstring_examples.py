@@ -6,7 +6,7 @@ from importlib import metadata
 
 import pytest
 
-from leanbert.data.formats.corpora import document_hash
+from leanbert.data.formats.documents import document_hash
 from leanbert.data.samples import docstring_examples
 from leanbert.data.samples.docstring_examples import embedded_examples, origins, summaries, without_repeats
 from leanbert.data.samples.docstrings import read_docstrings

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 from leanbert import files as storage
+from leanbert.data.mlm import MaskedLMData
 from leanbert.data.samples.embedded import SYNTHETIC, embedded_files
 from leanbert.data.store import cache as store
 from leanbert.data.store import checksums
 from leanbert.data.store.cache import made_once
-from leanbert.data.store.example_store import build_examples
-from leanbert.data.store.prepare import CorpusSettings
+from leanbert.data.store.examples import build_examples
 from leanbert.errors import UserError
 from tests.data.corpora import ENGLISH, sentences, write_corpus
 
@@ -45,19 +45,21 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[s
     records = {part: [{"tokens": ["a", part], "labels": ["O", "O"]}] for part in ("train", "val", "test")}
     monkeypatch.setitem(SYNTHETIC, "srl", lambda: records)
     folder = tmp_path / "cache"
-    settings = CorpusSettings(train_files=[corpus], cache_dir=str(folder), vocab_size=150, val_share=0.2)
+    settings = {"train_files": [corpus], "cache_dir": str(folder), "vocab_size": 150, "val_share": 0.2}
 
     def encode(facts: dict[str, Any]) -> Iterator[dict[str, list[int]]]:
         yield from ({"ids": list(range(number)), "targets": [number]} for number in range(1, 20))
         facts["labels"] = ["yes", "no"]
 
     def read_all() -> dict[str, Any]:
-        prepared = settings.prepare()
-        found: dict[str, Any] = {"tokenizer": prepared.tokenizer.to_json()}
-        for part, cache in (("train", prepared.train), ("val", prepared.val)):
-            arrays = (cache.ids(), cache.offsets(), cache.unigram_counts)
-            found[part] = [cache.documents, cache.tokens, cache.dtype, *(array.tolist() for array in arrays)]
-        examples = build_examples(["key"], {"ids": "int32", "targets": "float32"}, encode, folder, "data.train_files")
+        data = MaskedLMData(**settings)  # type: ignore[arg-type]
+        data.prepare()
+        found: dict[str, Any] = {"tokenizer": data.tokenizer.to_json()}
+        for part, cache in data.caches.items():
+            arrays = (cache.values("ids"), cache.offsets("ids"), cache.counts("ids"))
+            found[part] = [cache.count, cache.size("ids"), cache.dtypes, *(array.tolist() for array in arrays)]
+        dtypes = {"ids": "int32", "targets": "float32"}
+        examples = build_examples(["key"], dtypes, {"ids": 20}, encode, folder, "data.train_files: no example")
         columns = [[examples.values(c).tolist(), examples.offsets(c).tolist()] for c in ("ids", "targets")]
         found["examples"] = [examples.count, examples.dtypes, examples.facts, columns]
         return found | {part: path.read_text() for part, path in embedded_files("srl", folder).items()}

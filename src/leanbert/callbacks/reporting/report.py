@@ -17,7 +17,7 @@ from leanbert.callbacks.loop.interrupt import Interrupted
 from leanbert.callbacks.reporting.memory_monitor import MemoryMonitor
 from leanbert.callbacks.reporting.plan import PlanReport
 from leanbert.callbacks.reporting.step_monitor import StepMonitor
-from leanbert.data.module import knows_more
+from leanbert.data.statistics import knows_more
 from leanbert.files import write_text_atomically
 from leanbert.measure.counters import device_bytes, peak_rss_bytes
 from leanbert.memory.precision import has_16_bit_products

@@ -5,11 +5,10 @@ Letters: B rows, S row length, T length of the decoder's rows, M targets per row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,15 +26,6 @@ class Batch:
     """
 
     inputs: PackedInputs
-
-    @classmethod
-    def from_arrays(cls: type[Kind], arrays: Mapping[str, np.ndarray], **lists: list[Any]) -> Kind:
-        """Make a batch of arrays, which are named as in `tensors`, and of lists."""
-        values: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()} | lists
-        for name in [own.name for own in fields(cls) if own.name.endswith("inputs")]:
-            parts = {part.name: name.replace("inputs", part.name) for part in fields(PackedInputs)}
-            values[name] = PackedInputs(**{part: values.pop(key) for part, key in parts.items() if key in values})
-        return cls(**values)
 
     def __len__(self) -> int:
         """Return B."""

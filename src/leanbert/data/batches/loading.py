@@ -10,13 +10,10 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset, DistributedSampler, IterableDataset
 
-from leanbert.data.batches.batch import MLMBatch, PredictBatch
-from leanbert.data.batches.masking import MaskingRule, mask_rows
-from leanbert.data.batches.packing import PADDING_DOCUMENT, PackedRows, read_rows, row_count
-from leanbert.data.store.token_cache import TokenCache
+from leanbert.data.batches.batch import PredictBatch
+from leanbert.data.batches.packing import fill_rows, number_rows
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.messages import say
 from leanbert.models.packed_inputs import PackedInputs
@@ -30,34 +27,27 @@ MASK_PLACEHOLDER = "[MASK]"
 _EVALUATION = 0x5EED
 
 
-class RowDataset(Dataset[MLMBatch]):
-    """Masked rows of a token cache; the index is an array of stream positions, the item a whole batch.
+Make = Callable[[np.ndarray, np.ndarray], Any]
+"""Makes the batch of the rows with these numbers, int64 [B]; a key, uint64 [B], decides what is random in each."""
+
+
+class Rows(Dataset[Any]):
+    """Rows of cached examples; the index is an array of stream positions, the item a whole batch.
 
     Position p of the training stream is row `permutation(seed, p // rows)[p % rows]`. Without a `seed`, for
-    evaluation, it is row p, and its mask depends on nothing else.
+    evaluation, it is row p, and what is random in it depends on nothing else.
     """
 
-    def __init__(self, cache: TokenCache, length: int, pad_id: int, rule: MaskingRule, seed: int | None = None) -> None:
-        self.cache, self.length, self.pad_id, self.rule, self.seed = cache, length, pad_id, rule, seed
-        self.rows = row_count(cache.tokens, length)
+    def __init__(self, rows: int, make: Make, seed: int | None = None) -> None:
+        self.rows, self.make, self.seed = rows, make, seed
 
-    def __getitem__(self, positions: np.ndarray) -> MLMBatch:
+    def __getitem__(self, positions: np.ndarray) -> Any:
         """Return the batch of the rows at `positions`, int64 [B]."""
-        rows, key = locate(positions, self.rows, self.seed)
-        packed = read_rows(self.cache, rows, self.length, self.pad_id)
-        return _to_batch(packed, key, self.rule)
-
-
-def locate(positions: np.ndarray, rows: int, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows at places of the stream, int64 [B], and a key for what is random in each, uint64 [B].
-
-    Position p is row `permutation(seed, p // rows)[p % rows]`; without a seed, for evaluation, it is row p.
-    """
-    if seed is None:
-        return positions, mix(_EVALUATION, positions)
-    epochs, indices = np.divmod(positions, rows)
-    numbers = permute(indices, rows, seed, epochs)
-    return numbers, mix(seed, epochs, numbers)
+        if self.seed is None:
+            return self.make(positions, mix(_EVALUATION, positions))
+        epochs, indices = np.divmod(positions, self.rows)
+        numbers = permute(indices, self.rows, self.seed, epochs)
+        return self.make(numbers, mix(self.seed, epochs, numbers))
 
 
 class PositionSampler(DistributedSampler[np.ndarray]):
@@ -140,25 +130,12 @@ def encode_lines(
     own = [text.replace(MASK_PLACEHOLDER, tokenizer.mask_token) if masks else text for text in texts]
     encoded = tokenizer.encode_bare(own, literal=not masks)
     rows = [before + ids[:room] + after for ids in encoded]
-    ids, positions, documents = pad_rows(rows, tokenizer.pad_id)
-    batch = PredictBatch(PackedInputs(*map(torch.from_numpy, (ids, positions, documents))), texts)
+    batch = PredictBatch(PackedInputs.from_arrays(*pad_rows(rows, tokenizer.pad_id)), texts)
     return batch, sum(len(ids) > room for ids in encoded)
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return ids, positions and document ids (0, on padding -1) of rows padded to the longest: int64 [B, S]."""
     width = max(map(len, rows), default=1) or 1
-    ids = np.full((len(rows), width), pad_id, dtype=np.int64)
-    documents = np.full_like(ids, PADDING_DOCUMENT)
-    for row, values in enumerate(rows):
-        ids[row, : len(values)] = values
-        documents[row, : len(values)] = 0
-    return ids, np.where(documents == 0, np.arange(width), 0), documents
-
-
-def _to_batch(packed: PackedRows, key: np.ndarray, rule: MaskingRule) -> MLMBatch:
-    masked = mask_rows(packed, key, rule)
-    ids, positions, documents, index, targets = map(
-        torch.from_numpy, (masked.ids, packed.positions, packed.documents, masked.index, masked.targets)
-    )
-    return MLMBatch(PackedInputs(ids, positions, documents), index, targets)
+    alone = [[np.asarray(row, dtype=np.int64)] for row in rows]
+    return fill_rows(alone, width, pad_id), *number_rows(alone, width)

@@ -5,15 +5,16 @@ Letters: B rows, S row length.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from leanbert.data.store.token_cache import TokenCache
+from leanbert.data.store.examples import ExampleCache
 from leanbert.randomness import permute
 
 PADDING_DOCUMENT = -1
-"""Document id of padding, of which there is some in the last row only."""
+"""Document id of padding."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,15 @@ def row_count(tokens: int, length: int) -> int:
     return -(-tokens // length)
 
 
-def read_rows(cache: TokenCache, rows: np.ndarray, length: int, pad_id: int) -> PackedRows:
-    """Return the rows with the numbers `rows`, int64 [B], of the cache cut every `length` tokens."""
+def read_rows(cache: ExampleCache, rows: np.ndarray, length: int, pad_id: int) -> PackedRows:
+    """Return the rows with the numbers `rows`, int64 [B], of the column "ids" cut every `length` tokens."""
     starts = rows.astype(np.int64) * length  # [B]
     columns = np.arange(length)
     places = starts[:, None] + columns  # [B, S]
-    real = places < cache.tokens
-    ids = cache.ids()[np.minimum(places, cache.tokens - 1)].astype(np.int64)
-    begins = _document_begins(cache.offsets(), starts, length)  # [B, S]
+    stream = cache.values("ids")
+    real = places < len(stream)
+    ids = stream[np.minimum(places, len(stream) - 1)].astype(np.int64)
+    begins = _document_begins(cache.offsets("ids"), starts, length)  # [B, S]
     documents = np.cumsum(begins[:, 1:], axis=1, dtype=np.int64)
     documents = np.concatenate([np.zeros((len(rows), 1), dtype=np.int64), documents], axis=1)
     positions = columns - np.maximum.accumulate(np.where(begins, columns, 0), axis=1)
@@ -65,6 +67,23 @@ def _document_begins(offsets: np.ndarray, starts: np.ndarray, length: int) -> np
     begins = np.zeros((len(starts), length), dtype=bool)
     begins[row, offsets[first[row] + within] - starts[row]] = True
     return begins
+
+
+def fill_rows(rows: Sequence[Sequence[np.ndarray]], length: int, fill: int) -> np.ndarray:
+    """Return sequences, those of each row one after the other, and `fill` after the last: int64 [B, length]."""
+    filled = np.full((len(rows), length), fill, dtype=np.int64)
+    for row, sequences in zip(filled, rows, strict=True):
+        values = np.concatenate([*sequences, row[:0]])
+        row[: len(values)] = values
+    return filled
+
+
+def number_rows(rows: Sequence[Sequence[np.ndarray]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the places in the sequence (0 on padding) and the sequence's number in the row: int64 [B, length]."""
+    sizes = [np.asarray([len(sequence) for sequence in sequences], dtype=np.int64) for sequences in rows]
+    documents = [[np.repeat(np.arange(len(size)), size)] for size in sizes]
+    positions = [[np.arange(count) for count in size] for size in sizes]
+    return fill_rows(positions, length, 0), fill_rows(documents, length, PADDING_DOCUMENT)
 
 
 OPEN_ROWS = 256

@@ -3,76 +3,36 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from leanbert.data.formats.columns import dataset_records, parquet_records
+from leanbert.data.formats.documents import (
+    Piece,
+    Separator,
+    Skipped,
+    document_hash,
+    in_pieces,
+    split_documents,
+    with_begins,
+)
 from leanbert.data.formats.fields import Record, text_of
 from leanbert.data.formats.readers import Report, json_records, kind_of, open_binary, read_lines, whole_lines
 from leanbert.data.formats.tables import table_records
 from leanbert.errors import UserError
 from leanbert.messages import say_once
 
-Separator = Literal["blank_line", "line"]
-
-PIECE_CHARACTERS = 1 << 20
-"""A longer document comes in pieces of about this size."""
-
 FIELDS = (".jsonl", ".csv", ".tsv", ".parquet")
 """Endings of files that hold records of named fields; those of text may be compressed (.gz)."""
 
 SUFFIXES = (
-    ".txt",
-    ".txt.gz",
-    ".conll",
-    ".conll.gz",
-    ".jsonl",
-    ".jsonl.gz",
-    ".csv",
-    ".csv.gz",
-    ".tsv",
-    ".tsv.gz",
+    *(f"{ending}{packed}" for ending in (".txt", ".conll", ".jsonl", ".csv", ".tsv") for packed in ("", ".gz")),
     ".parquet",
 )
-
-
-class EmptyCorpusError(UserError):
-    """There is no document in the corpus, or in the part of it that was asked for."""
-
-
-class Piece(NamedTuple):
-    """A document or, of a long one, a part, with whether the document begins with it, and ends with it.
-
-    Parts are cut before white space where there is any, so that tokens are the same as of the whole.
-    """
-
-    text: str
-    begins: bool
-    ends: bool
-
-
-class Skipped:
-    """Counts the records without a text, which nothing can be learned from, and says how many they were."""
-
-    def __init__(self) -> None:
-        self.count, self.first = 0, ""
-
-    def lacks(self, place: str, *texts: str) -> bool:
-        """Return whether one of the texts of a record is blank, and count it."""
-        if all(text and not text.isspace() for text in texts):
-            return False
-        self.count, self.first = self.count + 1, self.first or place
-        return True
-
-    def tell(self) -> None:
-        """Say how many there were, once."""
-        if self.count:
-            say_once(f"{self.count:,} records without text are left out, the first is {self.first}")
 
 
 def no_report(_: int) -> None:
@@ -110,19 +70,30 @@ class Corpus:
         """Bytes of the files on disk, compressed where they are."""
         return sum(path.stat().st_size for path in self.files)
 
-    def pieces(self, report: Report = no_report) -> Iterator[Piece]:
-        """Yield all documents in the order of the sorted paths, long ones in pieces; none is blank."""
+    def pieces(self, low: float = 0.0, high: float = 1.0, report: Report = no_report) -> Iterator[Piece]:
+        """Yield the documents in the order of the sorted paths, long ones in pieces; none is blank.
+
+        Only those whose hash, a number in [0, 1) that depends on their text alone, lies in [low, high).
+        """
+        chosen = False
+        for piece in self._all_pieces(report):
+            if piece.begins:
+                chosen = low <= document_hash(piece.text) < high
+            if chosen:
+                yield piece
+
+    def _all_pieces(self, report: Report) -> Iterator[Piece]:
         skipped = Skipped()
         for path in self.files:
             if kind_of(path) in FIELDS:
                 records = file_records(path, (self.text_field,), report=report)
-                yield from _with_begins(self._texts(records, skipped))
+                yield from with_begins(self._texts(records, skipped))
                 continue
             with open_binary(path, report) as stream:
                 lines = (line for _, line in read_lines(stream, str(path)))
-                yield from _with_begins(split_documents(lines, self.separator))
+                yield from with_begins(split_documents(lines, self.separator))
         for spec in self.datasets:
-            yield from _with_begins(self._texts(dataset_records(spec, (self.text_field,)), skipped))
+            yield from with_begins(self._texts(dataset_records(spec, (self.text_field,)), skipped))
         skipped.tell()
 
     def records(self, wanted: Sequence[str], optional: Sequence[str] = ()) -> Iterator[tuple[str, Record]]:
@@ -160,7 +131,7 @@ class Corpus:
         for place, record in records:
             text = text_of(place, record, self.text_field)
             if not skipped.lacks(place, text):
-                yield from _in_pieces(text)
+                yield from in_pieces(text)
 
 
 def file_records(
@@ -175,6 +146,11 @@ def file_records(
     with open_binary(path, report) as stream:
         lines = whole_lines(stream, name)
         yield from json_records(lines, name) if kind == ".jsonl" else table_records(lines, name, kind, wanted)
+
+
+def as_list(files: str | list[str] | None) -> list[str] | None:
+    """Return one file as a list of files."""
+    return [files] if isinstance(files, str) else files
 
 
 def besides(patterns: Sequence[str], setting: str, others: Mapping[str, Sequence[str]]) -> list[str]:
@@ -219,89 +195,29 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-@dataclass(frozen=True)
-class Split:
-    """The part of a corpus whose documents' hash, a number in [0, 1), lies in [low, high).
+def held_out_border(corpus: Corpus, fraction: float) -> float:
+    """Return the hash below which documents are held out: the `fraction`, or just above the lowest if none is below.
 
-    The hash is that of the text (of a long document's first piece), so that the share held out for
-    validation depends neither on order nor on file names, and equal texts are on one side.
+    The hash is that of the text (of a long document's first piece), so that what is held out depends neither on order
+    nor on file names, and equal texts are on one side.
+
+    Raises:
+        UserError: There is no document, or none is left to train on.
+
     """
-
-    corpus: Corpus
-    low: float = 0.0
-    high: float = 1.0
-
-    def pieces(self, report: Report = no_report) -> Iterator[Piece]:
-        """Yield the pieces of the documents that belong to this part."""
-        chosen = False
-        for piece in self.corpus.pieces(report):
-            if piece.begins:
-                chosen = self.low <= document_hash(piece.text) < self.high
-            if chosen:
-                yield piece
-
-    @property
-    def whole(self) -> bool:
-        """Whether every document belongs to it."""
-        return self.low <= 0 and self.high >= 1
-
-
-def document_hash(text: str) -> float:
-    """Return a number in [0, 1) that depends on the text only, not on its case and white space."""
-    return text_hash(" ".join(text.casefold().split()))
-
-
-def text_hash(text: str) -> float:
-    """Return a number in [0, 1) that depends on each character."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
-
-
-def split_documents(lines: Iterable[str], separator: Separator) -> Iterator[tuple[str, bool]]:
-    r"""Yield (text, ends) of the documents in `lines` (with their "\n"), long ones in several pieces."""
-    parts: list[str] = []
-    size, open_document, blank = 0, False, True
-    for line in lines:
-        blank, complete = blank and (line.isspace() or not line), line.endswith("\n")
-        if not (blank and complete):
-            parts.append(line)
-            size += len(line)
-        if size > PIECE_CHARACTERS:
-            text = "".join(parts)
-            cut = _border(text)
-            yield text[:cut], False
-            parts, size, open_document = [text[cut:]], len(text) - cut, True
-        if complete and (blank or separator == "line") and parts:
-            text, parts, size = "".join(parts).rstrip(), [], 0
-            if text or open_document:
-                yield text, True
-            open_document = False
-        blank = blank or complete
-    text = "".join(parts).rstrip()
-    if text or open_document:
-        yield text, True
-
-
-def _in_pieces(text: str) -> Iterator[tuple[str, bool]]:
-    start = 0
-    while len(text) - start > PIECE_CHARACTERS:
-        cut = start + _border(text[start : start + PIECE_CHARACTERS])
-        yield text[start:cut], False
-        start = cut
-    yield text[start:], True
-
-
-def _with_begins(parts: Iterable[tuple[str, bool]]) -> Iterator[Piece]:
-    begins = True
-    for text, ends in parts:
-        yield Piece(text, begins, ends)
-        begins = ends
-
-
-def _border(text: str) -> int:
-    """Return where to cut: before the last white space, or at the end if there is none (Chinese)."""
-    space = max(text.rfind(" "), text.rfind("\n", 0, -1))
-    return len(text[: max(space, 0)].rstrip()) or len(text)
+    lowest, highest = 1.0, -1.0
+    for piece in corpus.pieces():
+        if piece.begins:
+            place = document_hash(piece.text)
+            lowest, highest = min(lowest, place), max(highest, place)
+            if lowest < fraction <= highest:
+                return fraction
+    if highest < 0:
+        raise UserError(f"{corpus.setting}: the corpus is empty. Give files with text")
+    border = fraction if lowest < fraction else lowest + 2.0**-48
+    if highest < border:
+        raise UserError(f"data.val_share: {fraction} leaves no document to train on. Give data.val_files")
+    return border
 
 
 def _is_dataset(pattern: str) -> bool:

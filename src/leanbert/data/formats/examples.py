@@ -7,14 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 from leanbert.data.formats.columns import dataset_records
-from leanbert.data.formats.corpora import FIELDS, Corpus, Skipped, file_records, no_report
-from leanbert.data.formats.fields import Record, has_field, items_of, text_of, value_of
+from leanbert.data.formats.corpora import FIELDS, Corpus, file_records, no_report
+from leanbert.data.formats.documents import Skipped
+from leanbert.data.formats.fields import Record, text_of, value_of
 from leanbert.data.formats.readers import kind_of, open_binary, whole_lines
 from leanbert.errors import UserError
-
-__all__ = [
-    "Record", "has_field", "items_of", "prediction_inputs", "prediction_texts", "read_records", "text_of", "value_of",
-]  # fmt: skip
 
 
 def read_records(

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from leanbert.data.formats.corpora import document_hash, text_hash
+from leanbert.data.formats.documents import document_hash, text_hash
 from leanbert.data.samples.docstrings import installed_libraries, labelled_docstrings, versions_key
 from leanbert.data.store.cache import made_once
 

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from leanbert.data.samples.docstring_examples import embedded_examples
+from leanbert.data.samples.docstrings import embedded_corpus
 from leanbert.data.samples.synthetic import synthetic_roles, synthetic_translation
 from leanbert.data.store.cache import made_once
 
-Sample = Literal["classification", "summarization", "translation", "srl"]
+Sample = Literal["docstrings", "classification", "summarization", "translation", "srl"]
+
+PARTS = ("train", "val", "test")
 
 SYNTHETIC_FORMAT = 1
 """Part of the folder's name: raise it when the grammars change."""
@@ -22,11 +25,13 @@ SYNTHETIC: dict[str, Callable[[], dict[str, list[dict[str, Any]]]]] = {
 
 
 def embedded_files(sample: Sample, cache_dir: Path) -> dict[Any, Path]:
-    """Return the .jsonl files of "train", "val" and "test", made if they are not in the cache.
+    """Return the files of "train", "val" and "test" (.jsonl), made if they are not in the cache.
 
-    Summarization (a docstring's body and its first line) and classification (the library that a docstring is of) are
-    real text; translation and semantic role labelling are synthetic.
+    Docstrings are one text file for all parts. Summarization (a docstring's body and its first line) and classification
+    (the library that a docstring is of) are real text; translation and semantic role labelling are synthetic.
     """
+    if sample == "docstrings":
+        return dict.fromkeys(PARTS, embedded_corpus(cache_dir))
     if sample == "classification" or sample == "summarization":
         return dict(embedded_examples(sample, cache_dir))
     folder = cache_dir / "corpora" / f"{sample}-{SYNTHETIC_FORMAT}"
@@ -38,4 +43,4 @@ def embedded_files(sample: Sample, cache_dir: Path) -> dict[Any, Path]:
         return {}
 
     made_once(folder, make)
-    return {part: folder / f"{part}.jsonl" for part in ("train", "val", "test")}
+    return {part: folder / f"{part}.jsonl" for part in PARTS}

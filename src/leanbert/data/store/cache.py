@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from leanbert.data.store.checksums import DigestMemory, file_digest, file_stamp, read_checked, with_digest
-from leanbert.files import explain_disk_errors, locked, remove_dead, replaced_folder
+from leanbert.files import expand, explain_disk_errors, locked, remove_dead, replaced_folder
 from leanbert.messages import say
 
 INDEX = "meta.json"
@@ -23,6 +23,13 @@ MEMORY = "digests.json"
 
 Make = Callable[[Path], dict[str, Any]]
 """Fills the empty folder that it is given, and returns facts: values that JSON has."""
+
+
+def cache_folder(given: str | None) -> Path:
+    """Return where all this is kept: the folder given as `data.cache_dir`, or the user's cache."""
+    if given is not None:
+        return expand(given, "data.cache_dir")
+    return expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "data.cache_dir") / "leanbert"
 
 
 def made_once(folder: Path, make: Make) -> dict[str, Any]:

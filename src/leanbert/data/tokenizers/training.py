@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from leanbert.data.formats.corpora import EmptyCorpusError
 from leanbert.data.tokenizers.classes import SPECIAL_TOKENS, add_bert_template, bert_pipeline
 from leanbert.errors import UserError
 
@@ -249,4 +248,4 @@ def _not_empty(texts: Iterable[str]) -> Iterator[str]:
         empty = False
         yield text
     if empty:
-        raise EmptyCorpusError("data.train_files: the corpus is empty, no tokenizer to train. Give files with text")
+        raise UserError("data.train_files: the corpus is empty, no tokenizer to train. Give files with text")

@@ -9,16 +9,18 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from leanbert.data.formats import corpora as sources
-from leanbert.data.formats import readers
-from leanbert.data.formats.corpora import Corpus, EmptyCorpusError, Split
-from leanbert.data.store import token_cache as cache_module
-from leanbert.data.store.token_cache import TokenCache, build_cache
+from leanbert.data.formats import documents, readers
+from leanbert.data.formats.corpora import Corpus
+from leanbert.data.store import documents as encoding
+from leanbert.data.store import examples as examples_module
+from leanbert.data.store.documents import encode_documents
+from leanbert.data.store.examples import Example, ExampleCache, build_examples
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from tests.data.corpora import ENGLISH, sentences, write_corpus
@@ -36,8 +38,13 @@ def corpus(tmp_path: Path) -> Corpus:
     return Corpus((str(write_corpus(tmp_path / "corpus.txt", DOCUMENTS)),))
 
 
-def build(corpus: Corpus, tokenizer: TextTokenizer, folder: Path) -> TokenCache:
-    return build_cache(Split(corpus), "content", tokenizer, folder, "Test")
+def build(corpus: Corpus, tokenizer: TextTokenizer, folder: Path) -> ExampleCache:
+    def encode(_: object) -> Iterator[Example]:
+        return encode_documents(corpus.pieces(), tokenizer)
+
+    return build_examples(
+        ["key"], {"ids": "uint16"}, {"ids": tokenizer.vocab_size}, encode, folder, "the corpus is empty"
+    )
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -49,14 +56,14 @@ def digest(folder: Path) -> dict[str, str]:
 def test_holds_every_document_in_the_template(
     tmp_path: Path, corpus: Corpus, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch, characters: int
 ) -> None:
-    monkeypatch.setattr(cache_module, "BATCH_CHARACTERS", characters)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", characters)
     cache = build(corpus, tokenizer, tmp_path / "cache")
     expected = tokenizer.encode_batch(DOCUMENTS)
     flat = [i for ids in expected for i in ids]
-    assert cache.ids().tolist() == flat
-    assert cache.offsets().tolist() == np.cumsum([0, *map(len, expected)]).tolist()
-    assert np.array_equal(cache.unigram_counts, np.bincount(flat, minlength=tokenizer.vocab_size))
-    assert (cache.documents, cache.tokens, cache.dtype) == (300, len(flat), "uint16")
+    assert cache.values("ids").tolist() == flat
+    assert cache.offsets("ids").tolist() == np.cumsum([0, *map(len, expected)]).tolist()
+    assert np.array_equal(cache.counts("ids"), np.bincount(flat, minlength=tokenizer.vocab_size))
+    assert (cache.count, cache.size("ids"), cache.dtypes) == (300, len(flat), {"ids": "uint16"})
 
 
 def test_a_document_in_pieces_has_the_tokens_of_the_whole(
@@ -64,11 +71,11 @@ def test_a_document_in_pieces_has_the_tokens_of_the_whole(
 ) -> None:
     text = "\n".join(DOCUMENTS)
     path = write_corpus(tmp_path / "long.txt", [text])
-    monkeypatch.setattr(sources, "PIECE_CHARACTERS", 1000)
+    monkeypatch.setattr(documents, "PIECE_CHARACTERS", 1000)
     monkeypatch.setattr(readers, "PART_BYTES", 64)
     cache = build(Corpus((str(path),)), tokenizer, tmp_path / "cache")
-    assert cache.documents == 1
-    assert cache.ids().tolist() == tokenizer.encode_batch([text])[0]
+    assert cache.count == 1
+    assert cache.values("ids").tolist() == tokenizer.encode_batch([text])[0]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
@@ -78,38 +85,16 @@ def test_pieces_also_for_tokenizers_that_mark_spaces(
     text = " ".join(DOCUMENTS[:50])
     path = write_corpus(tmp_path / "long.txt", [text])
     tokenizer = TextTokenizer.train(lambda: DOCUMENTS, kind=kind, vocab_size=300)
-    monkeypatch.setattr(sources, "PIECE_CHARACTERS", 1000)
+    monkeypatch.setattr(documents, "PIECE_CHARACTERS", 1000)
     cache = build(Corpus((str(path),)), tokenizer, tmp_path / "cache")
-    assert cache.ids().tolist() == tokenizer.encode_batch([text])[0]
-
-
-def test_large_vocabularies_take_32_bits(tmp_path: Path, corpus: Corpus, tokenizer: TextTokenizer) -> None:
-    small = build(corpus, tokenizer, tmp_path / "cache")
-    large = TextTokenizer.from_json(tokenizer.to_json())
-    large.vocab_size = 65_537  # type: ignore[misc]
-    cache = build_cache(Split(corpus), "other", large, tmp_path / "cache", "Test")
-    assert cache.dtype == "uint32"
-    assert len(cache.unigram_counts) == 65_537
-    assert cache.ids().tolist() == small.ids().tolist()
-
-
-def test_the_key_follows_content_settings_and_tokenizer(
-    tmp_path: Path, corpus: Corpus, tokenizer: TextTokenizer
-) -> None:
-    other = TextTokenizer.train(lambda: DOCUMENTS, vocab_size=250)
-    splits = [Split(corpus), Split(corpus, low=0.5), Split(Corpus(corpus.patterns, separator="line"))]
-    folders = {build_cache(split, "a", tokenizer, tmp_path, "").folder for split in splits}
-    folders |= {build_cache(Split(corpus), "b", tokenizer, tmp_path, "").folder}
-    folders |= {build_cache(Split(corpus), "a", other, tmp_path, "").folder}
-    assert len(folders) == 5
-    assert build_cache(Split(corpus), "a", tokenizer, tmp_path, "").folder in folders
+    assert cache.values("ids").tolist() == tokenizer.encode_batch([text])[0]
 
 
 def test_an_existing_cache_is_not_built_again(
     tmp_path: Path, corpus: Corpus, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = build(corpus, tokenizer, tmp_path)
-    monkeypatch.setattr(cache_module, "_write", None)
+    monkeypatch.setattr(examples_module, "_write", None)
     assert build(corpus, tokenizer, tmp_path) == first
 
 
@@ -117,12 +102,12 @@ def test_pickles_without_its_ids(tmp_path: Path, corpus: Corpus, tokenizer: Text
     cache = build(corpus, tokenizer, tmp_path)
     data = pickle.dumps(cache)
     assert len(data) < 1000
-    assert np.array_equal(pickle.loads(data).ids(), cache.ids())
+    assert np.array_equal(pickle.loads(data).values("ids"), cache.values("ids"))
 
 
 def test_an_empty_corpus_is_refused_and_leaves_nothing(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     path = write_corpus(tmp_path / "blank.txt", ["", "  "])
-    with pytest.raises(EmptyCorpusError, match=r"data\.train_files: the corpus is empty"):
+    with pytest.raises(UserError, match=r"^the corpus is empty$"):
         build(Corpus((str(path),)), tokenizer, tmp_path / "cache")
     assert digest(tmp_path / "cache") == {}
 
@@ -130,12 +115,13 @@ def test_an_empty_corpus_is_refused_and_leaves_nothing(tmp_path: Path, tokenizer
 BUILD = """
     import os, signal, sys
     from pathlib import Path
-    from leanbert.data.store import token_cache as cache
-    from leanbert.data.formats.corpora import Corpus, Split
+    from leanbert.data.store import documents
+    from leanbert.data.store.examples import build_examples
+    from leanbert.data.formats.corpora import Corpus
     from leanbert.data.tokenizers.tokenizer import TextTokenizer
 
-    cache.BATCH_CHARACTERS = 2000
-    inner, calls = cache.encode_pieces, []
+    documents.BATCH_CHARACTERS = 2000
+    inner, calls = documents.encode_pieces, []
 
     def encode(*arguments):
         calls.append(1)
@@ -143,9 +129,11 @@ BUILD = """
             os.kill(os.getpid(), signal.SIGKILL)
         return inner(*arguments)
 
-    cache.encode_pieces = encode
-    cache.build_cache(
-        Split(Corpus((sys.argv[1],))), "content", TextTokenizer.from_file(sys.argv[2]), Path(sys.argv[3]), "Test"
+    documents.encode_pieces = encode
+    tokenizer = TextTokenizer.from_file(sys.argv[2])
+    build_examples(
+        ["key"], {"ids": "uint16"}, {"ids": tokenizer.vocab_size},
+        lambda _: documents.encode_documents(Corpus((sys.argv[1],)).pieces(), tokenizer), Path(sys.argv[3]), "nothing",
     )
 """
 
@@ -160,14 +148,14 @@ def test_a_killed_build_leaves_nothing_and_another_equals_an_undisturbed_one(
         return subprocess.run([sys.executable, "-c", textwrap.dedent(BUILD), *arguments], timeout=60).returncode
 
     assert run("killed", 20) == -signal.SIGKILL
-    assert [".tmp-" in path.name for path in (tmp_path / "killed" / "tokens").iterdir() if path.is_dir()] == [True]
+    assert [".tmp-" in path.name for path in (tmp_path / "killed" / "examples").iterdir() if path.is_dir()] == [True]
     assert run("killed", 0) == 0
     assert run("whole", 0) == 0
     assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
     assert len(digest(tmp_path / "whole")) == 4
 
 
-@pytest.mark.parametrize("name", ["ids.bin", "offsets.bin", "counts.bin", "meta.json"])
+@pytest.mark.parametrize("name", ["ids.bin", "ids.offsets.bin", "ids.counts.bin", "meta.json"])
 @pytest.mark.parametrize("call", ["open", "write", "fsync"])
 def test_a_full_disk_says_where_and_keeps_nothing(
     tmp_path: Path, corpus: Corpus, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch, name: str, call: str

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from leanbert.data.store import prepare as prepare_module
-from leanbert.data.store.prepare import CorpusSettings
+from leanbert.data import mlm
+from leanbert.data.mlm import MaskedLMData
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from tests.data.corpora import ENGLISH, sentences, write_corpus
-from tests.data.store.test_token_cache import digest
+from tests.data.store.test_documents import digest
 
 PROGRAM = """
 import sys
-from leanbert.data.store.prepare import CorpusSettings
-CorpusSettings(train_files=[sys.argv[1]], cache_dir=sys.argv[2], vocab_size=300, val_share=0.1).prepare()
-assert "torch" not in sys.modules, "preparing paid for torch"
+from leanbert.data.mlm import MaskedLMData
+MaskedLMData(train_files=sys.argv[1], cache_dir=sys.argv[2], vocab_size=300, val_share=0.1).prepare()
 """
 
 
@@ -28,11 +28,11 @@ def corpus(tmp_path: Path) -> str:
 
 def prepare(corpus: str, folder: Path, **settings: object) -> dict[str, str]:
     defaults = {"train_files": [corpus], "cache_dir": str(folder), "vocab_size": 300, "val_share": 0.1}
-    CorpusSettings(**(defaults | settings)).prepare()  # type: ignore[arg-type]
+    MaskedLMData(**(defaults | settings)).prepare()  # type: ignore[arg-type]
     return {name: value for name, value in digest(folder).items() if name != "digests.json"}
 
 
-def test_other_processes_at_the_same_moment_give_the_same_bytes_without_torch(tmp_path: Path, corpus: str) -> None:
+def test_other_processes_at_the_same_moment_give_the_same_bytes(tmp_path: Path, corpus: str) -> None:
     here = prepare(corpus, tmp_path / "here")
     command = [sys.executable, "-c", PROGRAM, corpus, str(tmp_path / "there")]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -45,10 +45,10 @@ def test_other_processes_at_the_same_moment_give_the_same_bytes_without_torch(tm
 
 def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert CorpusSettings().cache_folder == Path("/somewhere/leanbert")
+    assert MaskedLMData().cache_folder == Path("/somewhere/leanbert")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert CorpusSettings().cache_folder == Path.home() / ".cache" / "leanbert"
-    assert CorpusSettings(cache_dir="~/x").cache_folder == Path.home() / "x"
+    assert MaskedLMData().cache_folder == Path.home() / ".cache" / "leanbert"
+    assert MaskedLMData(cache_dir="~/x").cache_folder == Path.home() / "x"
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_folder_that_cannot_serve_is_one_line(
     Path("FILE").touch()
     Path("LOOP").symlink_to("LOOP")
     with pytest.raises(UserError, match=message) as caught:
-        CorpusSettings(train_files=[corpus], cache_dir=folder, vocab_size=200).prepare()
+        MaskedLMData(train_files=[corpus], cache_dir=folder, vocab_size=200).prepare()
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith((" with --data.cache_dir", "leave it out", "a zero byte", "in full"))
 
@@ -86,9 +86,9 @@ def test_a_moved_corpus_is_the_same_and_a_changed_one_is_not(tmp_path: Path, cor
 
 def test_a_small_corpus_holds_out_one_document(tmp_path: Path) -> None:
     corpus = str(write_corpus(tmp_path / "small.txt", sentences(ENGLISH, 8)))
-    settings = CorpusSettings(train_files=[corpus], cache_dir=str(tmp_path), vocab_size=200, val_share=1e-6)
-    prepared = settings.prepare()
-    assert (prepared.train.documents, prepared.val.documents) == (7, 1)
+    data = MaskedLMData(train_files=[corpus], cache_dir=str(tmp_path), vocab_size=200, val_share=1e-6)
+    data.prepare()
+    assert (data.caches["train"].count, data.caches["val"].count) == (7, 1)
 
 
 def test_one_document_cannot_be_split(tmp_path: Path) -> None:
@@ -109,13 +109,13 @@ def test_held_out_text_does_not_train_the_tokenizer(
     tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    train = prepare_module.TextTokenizer.train
+    train = TextTokenizer.train
 
     def spy(texts, **settings):  # type: ignore[no-untyped-def]
         seen.extend(texts())
         return train(texts, **settings)
 
-    monkeypatch.setattr(prepare_module.TextTokenizer, "train", spy)
+    monkeypatch.setattr(TextTokenizer, "train", spy)
     prepare(corpus, tmp_path / "cache")
     assert 150 < len(seen) < 200
 
@@ -124,13 +124,42 @@ def test_large_corpora_train_the_tokenizer_on_a_sample(
     tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    train = prepare_module.TextTokenizer.train
+    train = TextTokenizer.train
 
     def spy(texts, **settings):  # type: ignore[no-untyped-def]
         seen.extend(texts())
         return train(texts, **settings)
 
-    monkeypatch.setattr(prepare_module.TextTokenizer, "train", spy)
-    monkeypatch.setattr(prepare_module, "SAMPLE_BYTES", Path(corpus).stat().st_size // 4)
+    monkeypatch.setattr(TextTokenizer, "train", spy)
+    monkeypatch.setattr(mlm, "SAMPLE_BYTES", Path(corpus).stat().st_size // 4)
     prepare(corpus, tmp_path / "cache")
     assert 40 <= len(seen) <= 50
+
+
+def test_large_vocabularies_take_32_bits(tmp_path: Path, corpus: str) -> None:
+    given = {"train_files": corpus, "cache_dir": str(tmp_path / "cache"), "vocab_size": 300}
+    small, large = MaskedLMData(**given), MaskedLMData(**given)  # type: ignore[arg-type]
+    small.prepare()
+    large.tokenizer = TextTokenizer.from_json(small.tokenizer.to_json())
+    large.tokenizer.vocab_size = 65_537  # type: ignore[misc]
+    large.hparams["text_field"] = "other"  # of another cache
+    assert (small.dtypes, large.dtypes) == ({"ids": "uint16"}, {"ids": "uint32"})
+    cache = large.cache("train")
+    assert cache.dtypes == {"ids": "uint32"}
+    assert len(cache.counts("ids")) == 65_537
+    assert cache.values("ids").tolist() == small.cache("train").values("ids").tolist()
+
+
+def test_the_key_follows_content_settings_and_tokenizer(tmp_path: Path, corpus: str) -> None:
+    other = write_corpus(tmp_path / "other.txt", sentences(ENGLISH, 20))
+
+    def folder(**settings: object) -> Path:
+        given = {"train_files": corpus, "val_files": corpus, "cache_dir": str(tmp_path / "cache"), "vocab_size": 300}
+        data = MaskedLMData(**(given | settings))  # type: ignore[arg-type]
+        data.prepare()
+        return data.caches["train"].folder
+
+    first = folder()
+    changes = ({"vocab_size": 250}, {"val_files": None}, {"document_separator": "line"}, {"train_files": str(other)})
+    assert len({first, *(folder(**change) for change in changes)}) == 5
+    assert folder(max_length=64, batch_size=2, seed=3) == first

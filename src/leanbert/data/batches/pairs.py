@@ -1,0 +1,51 @@
+"""Pairs of a source and a target as packed rows.
+
+Letters: B rows, S source tokens of a row, T its target tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from leanbert.data.batches.batch import IGNORED, PairBatch
+from leanbert.data.batches.packing import Packing, fill_rows, number_rows
+from leanbert.data.store.examples import ExampleCache
+from leanbert.models.packed_inputs import PackedInputs
+
+
+@dataclass(frozen=True)
+class PairShape:
+    """What a batch of pairs looks like: the lengths of its rows, (source, target), and what fills them."""
+
+    room: tuple[int, int]
+    pad_ids: tuple[int, int]
+
+    def batch(self, sources: list[list[np.ndarray]], targets: list[list[np.ndarray]]) -> PairBatch:
+        """Return the batch of rows of pairs; all are in their tokenizer's template, and targets are read up to the end.
+
+        Args:
+            sources: Ids of the sources of each row.
+            targets: Ids of the targets that belong to them.
+
+        """
+        read = [[target[:-1] for target in row] for row in targets]
+        following = [[target[1:] for target in row] for row in targets]
+        source_inputs, decoder_inputs = (
+            PackedInputs.from_arrays(fill_rows(ids, room, pad_id), *number_rows(ids, room))
+            for ids, room, pad_id in zip((sources, read), self.room, self.pad_ids, strict=True)
+        )
+        return PairBatch(source_inputs, decoder_inputs, torch.from_numpy(fill_rows(following, self.room[1], IGNORED)))
+
+    def blank(self, rows: int) -> PairBatch:
+        """Return a batch of padding."""
+        nothing: list[list[np.ndarray]] = [[] for _ in range(rows)]
+        return self.batch(nothing, nothing)
+
+
+def pair_batch(cache: ExampleCache, packing: Packing, shape: PairShape, rows: np.ndarray, key: np.ndarray) -> PairBatch:
+    """Return the rows with these numbers, int64 [B], of the columns "source" and "target"."""
+    groups = [packing.examples(row) for row in rows]
+    return shape.batch(cache.read("source", groups), cache.read("target", groups))

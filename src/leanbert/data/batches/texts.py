@@ -1,0 +1,42 @@
+"""Texts and pairs of texts as ids."""
+
+from __future__ import annotations
+
+from leanbert.data.batches.batch import PredictBatch
+from leanbert.data.batches.labelled import Encoded, pad_encoded
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
+from leanbert.models.packed_inputs import PackedInputs
+
+
+def encode_texts(texts: list[list[str]], tokenizer: TextTokenizer, length: int) -> list[Encoded]:
+    """Encode single texts, or pairs, in the tokenizer's template; the labelled place is the first.
+
+    A pair is `before a after b after` with segments 0 and 1, as `[CLS] a [SEP] b [SEP]`; of one that is too long the
+    longer text is cut first.
+    """
+    before, after = tokenizer.template
+    flat = tokenizer.encode_bare([text for group in texts for text in group])
+    found, start = [], 0
+    for group in texts:
+        pieces = flat[start : start + len(group)]
+        start += len(group)
+        needed = len(before) + sum(len(piece) + len(after) for piece in pieces)
+        while (excess := len(before) + sum(len(piece) + len(after) for piece in pieces) - length) > 0:
+            longest = max(range(len(pieces)), key=lambda number: len(pieces[number]))
+            others = max((len(p) for n, p in enumerate(pieces) if n != longest), default=0)
+            keep = max(len(pieces[longest]) - excess, min(others, len(pieces[longest]) - 1), 0)
+            pieces[longest] = pieces[longest][:keep]
+        ids, segments = list(before), [0] * len(before)
+        for number, piece in enumerate(pieces):
+            ids += [*piece, *after]
+            segments += [number] * (len(piece) + len(after))
+        found.append(Encoded(ids, segments, [0], needed))
+    return found
+
+
+def encode_groups(groups: list[list[str]], tokenizer: TextTokenizer, length: int) -> tuple[PredictBatch, int]:
+    """Return texts and pairs of texts as a padded batch [B, S <= length], and how many were cut to fit."""
+    encoded = encode_texts(groups, tokenizer, length)
+    rows = pad_encoded(encoded, tokenizer.pad_id)
+    texts = ["\t".join(group) for group in groups]
+    return PredictBatch(PackedInputs.from_arrays(*rows), texts), sum(one.needed > length for one in encoded)

@@ -1,0 +1,68 @@
+"""Loaders of a data module's rows: which positions of the stream a rank takes, and the processes that make batches."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from leanbert.data.batches.loading import PositionSampler, Rows
+from leanbert.errors import UserError
+
+if TYPE_CHECKING:
+    from leanbert.data.module import Part, RowData
+
+
+def training_loader(data: RowData) -> DataLoader[Any]:
+    """Return batches of the training stream, each time from `samples_consumed` on, for one epoch's steps."""
+    rank, world_size = _rank(data)
+    batch_size = data.hparams["batch_size"]
+    if batch_size % world_size:
+        raise UserError(
+            f"data.batch_size: {batch_size} is the batch over all devices and not divisible by their number "
+            f"({world_size}). Set a multiple of {world_size}"
+        )
+
+    def start() -> int:
+        return data.samples_consumed
+
+    sampler = PositionSampler(batch_size, data.batches_per_epoch, start=start, rank=rank, world_size=world_size)
+    return _loader(data, data.training_rows(), sampler)
+
+
+def evaluation_loader(data: RowData, part: Part) -> DataLoader[Any]:
+    """Return all rows of a part in order."""
+    rank, world_size = _rank(data)
+    batch_size = data.hparams["val_batch_size"] or data.hparams["batch_size"]
+    rows = data.evaluation_rows(part)
+    batches = -(-rows.rows // batch_size)
+    return _loader(data, rows, PositionSampler(batch_size, batches, end=rows.rows, rank=rank, world_size=world_size))
+
+
+def _loader(data: RowData, rows: Rows, sampler: PositionSampler) -> DataLoader[Any]:
+    device = "cpu" if data.trainer is None else str(data.trainer.strategy.root_device.type)
+    workers = data.hparams["num_workers"]
+    if workers is None:
+        workers = 0 if device == "cpu" else 2
+    return DataLoader(
+        rows,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=workers,
+        pin_memory=device == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=_ignore_interrupt,
+        # Without a generator of its own each pass would draw from the global one, and shift dropout.
+        generator=torch.Generator().manual_seed(data.hparams["seed"]),
+    )
+
+
+def _rank(data: RowData) -> tuple[int, int]:
+    return (0, 1) if data.trainer is None else (data.trainer.global_rank, data.trainer.world_size)
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to all processes, to the one that trains: it saves first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

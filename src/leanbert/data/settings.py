@@ -1,0 +1,59 @@
+"""The settings that all data modules have: their ranges, the files of a part, the length that is kept to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from leanbert.data.formats.corpora import as_list, besides
+from leanbert.errors import UserError
+from leanbert.ranges import COUNT, PART, SEED, Range, check_ranges
+
+TooLong = Literal["truncate", "refuse"]
+Part = Literal["train", "val", "test"]
+
+LENGTH = Range(least=8, whole=True)
+VOCABULARY = Range(least=1, most=2**31 - 1, whole=True)
+RANGES = {
+    "max_length": LENGTH,
+    "batch_size": COUNT,
+    "val_batch_size": COUNT,
+    "val_share": PART,
+    "vocab_size": VOCABULARY,
+    "num_workers": Range(least=0, most=1024, whole=True),
+    "seed": SEED,
+}
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise `UserError` for a number out of its range, and for a setting of trained tokenizers where none is."""
+    check_ranges("data", settings, RANGES)
+    if settings["strip_accents"] is not None and settings["tokenizer"] and settings.get("target_tokenizer") != "train":
+        raise UserError(
+            "data.strip_accents: it is of tokenizers that are trained, and one is given (data.tokenizer, or "
+            "model.init_from). Leave it out"
+        )
+
+
+def given_files(settings: Mapping[str, Any], part: Part, kind: str = "files") -> list[str] | None:
+    """Return the setting `PART_KIND`, that of training without what is evaluation's; None: it is not set."""
+    given = as_list(settings[f"{part}_{kind}"])
+    if part != "train" or given is None:
+        return given
+    others = {f"data.{other}_{kind}": as_list(settings[f"{other}_{kind}"]) for other in ("val", "test")}
+    return besides(given, f"data.{part}_{kind}", {name: some for name, some in others.items() if some})
+
+
+def must_be_cut(
+    settings: Mapping[str, Any], place: str, needed: int, length: int, setting: str = "data.max_length"
+) -> bool:
+    """Return whether an example that needs so many tokens must be cut to `length`, which the `setting` says.
+
+    Raises:
+        UserError: It is too long, and such are refused.
+    """
+    if needed > length and settings["too_long"] == "refuse":
+        raise UserError(
+            f"{place}: {needed} tokens, but a row has {length}. Raise {setting}, or truncate (data.too_long)"
+        )
+    return needed > length
