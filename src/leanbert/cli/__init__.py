@@ -7,6 +7,7 @@ import os
 import sys
 
 from leanbert import signals
+from leanbert.cli import deferred
 
 
 def main() -> None:
@@ -14,6 +15,7 @@ def main() -> None:
     signals.install()
     signals.watch()
     prepare_streams()
+    deferred.install()
     from leanbert.cli import app as cli
 
     cli.main()

@@ -6,12 +6,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torchmetrics.functional import spearman_corrcoef
-from torchmetrics.functional.classification import (
-    multiclass_accuracy,
-    multiclass_f1_score,
-    multiclass_matthews_corrcoef,
-)
+from torchmetrics.functional.classification.accuracy import multiclass_accuracy
+from torchmetrics.functional.classification.f_beta import multiclass_f1_score
+from torchmetrics.functional.classification.matthews_corrcoef import multiclass_matthews_corrcoef
+from torchmetrics.functional.regression.spearman import spearman_corrcoef
 
 from leanbert.data.batches.batch import IGNORED, LabelledBatch, PredictBatch
 from leanbert.data.labels import Problem

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import SumMetric
+from torchmetrics.aggregation import SumMetric
 
 from leanbert.data.batches.batch import IGNORED
 from leanbert.models.kernels.loss import cross_entropy_sum

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 import torchmetrics
-from torchmetrics.text import SacreBLEUScore
+from torchmetrics.text.sacre_bleu import SacreBLEUScore
 
 from leanbert.tasks.output_tokens import BleuTokens, RougeTokens, bleu_kind, bleu_tokenizer
 from leanbert.tasks.rouge import rouge
