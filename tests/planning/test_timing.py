@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 
 from leanbert.callbacks.loop.validation import ValidateAtEnds
 from leanbert.callbacks.techniques.accumulation import GradientAccumulation
 from leanbert.callbacks.techniques.activations import ActivationCheckpointing
+from leanbert.callbacks.techniques.base import TechniqueCallback
 from leanbert.callbacks.techniques.precision import Precision
 from leanbert.data.batches.labelled import Shape
 from leanbert.data.batches.pairs import PairShape
@@ -155,10 +155,9 @@ def test_measured_steps_train(monkeypatch, precision):
     assert not hasattr(run.data, "tokenizer")
 
 
-class Slow(Callback):
+class Slow(TechniqueCallback):
     """A technique that takes time around a step."""
 
-    __module__ = "leanbert.callbacks.slow"  # others are left out
     clock: Clock
 
     def on_train_batch_start(self, *_):
