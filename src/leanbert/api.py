@@ -171,11 +171,11 @@ class Pretrained:
         ids = _special_ids(targets)
         if self.task == "seq2seq":
             tokens = special_tokens(targets)
-            ids |= {"decoder_start_token_id": tokens.begin, "eos_token_id": tokens.end}
+            ids |= {"decoder_start_token_id": tokens.bos, "eos_token_id": tokens.eos}
         source_ids = None if targets is tokenizer else _special_ids(tokenizer)
         write_huggingface(self.model, folder, ids, self.facts, source_ids)
         if self.task == "seq2seq":
-            searching = generation_settings(self.facts, ids, tokens.never, self.max_length)
+            searching = generation_settings(self.facts, ids, tokens.suppressed, self.max_length)
             write_text_atomically(Path(folder) / "generation_config.json", json.dumps(searching, indent=2) + "\n")
         tokenizer.save(folder, segments=self.task != "seq2seq" and self.model.config.type_vocab_size > 1)
         if targets is not tokenizer:
