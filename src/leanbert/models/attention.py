@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, T target, D hidden, H heads, d head size (H * d = D
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,17 +61,24 @@ def rotate(x: Tensor, angles: RotaryAngles) -> Tensor:
 
 
 class Attention(nn.Module):
-    """What attention to the same sequence and to another one share."""
+    """What attention to the same sequence and to another one share.
 
-    output: nn.Linear
+    `stacked`: the projections to heads, and how many matrices each stacks; values come last.
+    """
+
+    stacked: ClassVar[dict[str, int]]
 
     def __init__(self, config: ResolvedConfig) -> None:
         super().__init__()
         self.num_heads, self.dropout = config.num_heads, config.attention_dropout
+        inner = config.num_heads * config.head_size
+        for name, matrices in self.stacked.items():
+            self.add_module(name, nn.Linear(config.hidden_size, matrices * inner, bias=config.bias))
+        self.output = nn.Linear(inner, config.hidden_size, bias=config.bias)
 
     def projections(self) -> list[tuple[nn.Linear, int]]:
         """Return the layers whose rows belong to heads, and how many matrices each stacks; values come last."""
-        raise NotImplementedError
+        return [(getattr(self, name), matrices) for name, matrices in self.stacked.items()]
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Attend with queries [B, H, T, d] to keys and values [B, H, S, d] inside what `mask` allows: [B, T, D]."""
@@ -82,15 +89,8 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Multi-head attention of a sequence to itself, [B, S, D] -> [B, S, D]."""
 
-    def __init__(self, config: ResolvedConfig) -> None:
-        super().__init__(config)
-        inner = config.num_heads * config.head_size
-        self.qkv = nn.Linear(config.hidden_size, 3 * inner, bias=config.bias)
-        self.output = nn.Linear(inner, config.hidden_size, bias=config.bias)
-
-    def projections(self) -> list[tuple[nn.Linear, int]]:
-        """Return the layers whose rows belong to heads, and how many matrices each stacks; values come last."""
-        return [(self.qkv, 3)]
+    qkv: nn.Linear
+    stacked: ClassVar[dict[str, int]] = {"qkv": 3}
 
     def project(self, hidden: Tensor, angles: RotaryAngles | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values of `hidden` [B, S, D], [B, H, S, d] each."""
@@ -109,16 +109,9 @@ class SelfAttention(Attention):
 class CrossAttention(Attention):
     """Attention of the target to the encoder's output: [B, T, D] to [B, S, D] -> [B, T, D]; without positions."""
 
-    def __init__(self, config: ResolvedConfig) -> None:
-        super().__init__(config)
-        inner = config.num_heads * config.head_size
-        self.query = nn.Linear(config.hidden_size, inner, bias=config.bias)
-        self.key_value = nn.Linear(config.hidden_size, 2 * inner, bias=config.bias)
-        self.output = nn.Linear(inner, config.hidden_size, bias=config.bias)
-
-    def projections(self) -> list[tuple[nn.Linear, int]]:
-        """Return the layers whose rows belong to heads, and how many matrices each stacks; values come last."""
-        return [(self.query, 1), (self.key_value, 2)]
+    query: nn.Linear
+    key_value: nn.Linear
+    stacked: ClassVar[dict[str, int]] = {"query": 1, "key_value": 2}
 
     def project(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values of `memory` [B, S, D], [B, H, S, d] each."""

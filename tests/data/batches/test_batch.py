@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import torch
 
-from leanbert.data.batches.batch import MLMBatch, PredictBatch
+from leanbert.data.batches.batch import LabelledBatch, MLMBatch, PairBatch, PredictBatch
+from leanbert.data.labelled import blank_labelled
+from leanbert.data.pairs import blank_pairs
 from leanbert.models.packed_inputs import PackedInputs
 
 
@@ -32,3 +34,20 @@ def test_predict_batch_keeps_its_texts() -> None:
     assert len(moved) == 2
     assert moved.texts == ["a", "b"]
     assert moved.inputs.document_ids.device.type == "meta"
+
+
+def test_arrays_have_the_names_of_the_tensors() -> None:
+    arrays = blank_pairs(3, 8, 4, 0, 0)
+    batch = PairBatch.from_arrays(arrays)
+    assert {name: tuple(tensor.shape) for name, tensor in batch.tensors().items()} == {
+        name: array.shape for name, array in arrays.items()
+    }
+    assert (len(batch), batch.tokens) == (3, 3 * 8 + 3 * 4)
+    assert [piece.decoder_inputs.input_ids.shape for piece in batch.split(2)] == [(2, 4), (1, 4)]
+
+
+def test_lists_are_split_too_and_may_be_empty() -> None:
+    arrays = blank_labelled(3, 8, 2, "single", 5, 0)
+    pieces = LabelledBatch.from_arrays(arrays, cut=[[[1]], [[2]], []]).split(2)
+    assert [piece.cut for piece in pieces] == [[[[1]], [[2]]], [[]]]
+    assert [piece.cut for piece in LabelledBatch.from_arrays(arrays).split(2)] == [[], []]
