@@ -5,6 +5,7 @@ from torch import nn
 from leanbert.measure.oom_report import find_live, makers_by_size, oom_report
 from leanbert.measure.timeline import Storage
 from leanbert.measure.trace import LiveBytes
+from leanbert.tasks.techniques import advice
 from tests.tiny import PlainTask, tiny_model, unequal_batch
 
 ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
@@ -25,7 +26,7 @@ def test_the_report_ranks_and_advises():
         storage("parameters", 200, "encoder.embeddings.token.weight"),
         storage("optimizer", 400, "exp_avg of head.bias"),
     ]
-    lines = oom_report(ERROR, live, "in step 7").split("\n")
+    lines = oom_report(ERROR, live, "in step 7", advice()).split("\n")
     assert lines[0] == "Out of memory in step 7: CUDA out of memory. Tried to allocate 2.00 GiB."
     assert "Live tensors      1,300.0 MiB" in lines
     assert "  activations       700.0    53.8%" in lines
@@ -33,16 +34,16 @@ def test_the_report_ranks_and_advises():
     text = "600.0 activations bfloat16 (32, 128, 2048) encoder.blocks.3.feed_forward.input"
     assert " ".join(largest.split()) == text
     assert lines[lines.index("Activations by layer") + 1].split() == ["700.0", "encoder.blocks.3"]
-    advice = lines[lines.index("What would help most") + 1 :]
-    assert len(advice) == 2  # parameters are less than half of the largest
-    assert "activations: --config configs/memory/checkpointing.yaml" in advice[0]
-    assert "optimizer: --config configs/memory/adamw_8bit.yaml" in advice[1]
+    activations, optimizer = lines[lines.index("What would help most") + 1 :]  # parameters are less than half of these
+    assert activations.startswith("  activations: --config configs/memory/accumulation.yaml lowers activations, to")
+    assert "or --config configs/memory/checkpointing.yaml lowers" in activations
+    assert optimizer.startswith("  optimizer: --config configs/memory/adamw_8bit.yaml lowers optimizer state, to")
 
 
 def test_when_the_model_itself_does_not_fit_a_smaller_one_is_advised():
     for live in ([], [storage("other", 10)]):
-        *_, advice = oom_report(ERROR, live, "while the model was being built").split("\n")
-        assert advice.startswith("  parameters: --config configs/memory/bf16_true.yaml")
+        *_, last = oom_report(ERROR, live, "while the model was being built", advice()).split("\n")
+        assert last.startswith("  parameters: --config configs/memory/bf16_true.yaml")
 
 
 def test_live_tensors_are_found_without_a_trace():

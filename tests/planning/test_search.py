@@ -6,6 +6,7 @@ from leanbert.planning.device import Target
 from leanbert.planning.overlays import apply, read
 from leanbert.planning.predict import predict
 from leanbert.planning.search import ladder, micro_batches, search
+from leanbert.tasks.techniques import listed
 from tests.planning.test_predict import settings
 
 CPU = Target("cpu", 1_000_000, slack=0.25, slack_returned=0.05)
@@ -22,7 +23,7 @@ def products(monkeypatch):
     """Let this processor have 16-bit matrix products, or none."""
 
     def have(answer: bool) -> None:
-        monkeypatch.setattr(candidates, "has_16_bit_products", lambda device_type: answer)
+        monkeypatch.setattr(listed, "has_16_bit_products", lambda device_type: answer)
 
     have(True)
     return have
@@ -57,7 +58,7 @@ def test_what_is_there_already_is_not_added(products):
 
 
 def test_without_glibc_no_pages_are_returned(products, monkeypatch):
-    monkeypatch.setattr(candidates, "can_be_asked", lambda: False)
+    monkeypatch.setattr(listed, "can_be_asked", lambda: False)
     sets = ladder(settings(), CPU)
     assert len(sets) > 8
     assert not any("return_pages" in names for names in sets)

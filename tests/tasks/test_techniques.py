@@ -6,7 +6,7 @@ import pytest
 
 from leanbert.errors import UserError
 from leanbert.memory.offload import DiskStorage
-from leanbert.tasks.techniques import Surroundings, Techniques, apply, refuse
+from leanbert.tasks.techniques import TECHNIQUES, Surroundings, Technique, Techniques, apply, refuse
 from tests.corpus import write_corpus
 from tests.tiny import tiny_model
 from tests.training import fit, scalars
@@ -14,19 +14,9 @@ from tests.training import fit, scalars
 ROOT = Path(__file__).parents[2]
 SMALL = ("--data.batch_size=16",)  # so that the micro-batches of the overlays cut it
 
-EXACT = {
-    "accumulation": 1e-5,
-    "oom_recovery": 0.0,
-    "checkpointing": 1e-5,
-    "selective_checkpointing": 1e-5,
-    "offload": 1e-5,
-    "chunked_head": 1e-5,
-    "layer_major": 1e-5,
-    "optimizer_in_backward": 1e-5,
-    "return_pages": 0.0,
-}
-"""Techniques that do not change training, and how far float32 sums in another order move the loss of 4 steps."""
-APPROXIMATE = {
+UNTOUCHED = ("oom_recovery", "return_pages")
+"""Exact techniques that leave the order of sums as it is, so that losses are the same bit for bit."""
+MOVES = {
     "bf16_mixed": 0.02,
     "fp16_mixed": 0.02,
     "bf16_true": 0.05,
@@ -39,8 +29,13 @@ APPROXIMATE = {
     "pruning_2_4": 0.1,
     "structured_pruning": 0.1,
 }
-"""The others, and how far they may move it."""
-NOT_ON_CPU = {"offload_host"}
+"""How far approximate techniques may move the loss of 4 steps."""
+ON_CPU = [technique for technique in TECHNIQUES if technique.name != "offload_host"]
+
+
+def allowed(technique):
+    """Return how far a technique may move the loss: float32 sums in another order, at most, if it is exact."""
+    return (0.0 if technique.name in UNTOUCHED else 1e-5) if technique.exact else MOVES[technique.name]
 
 
 @pytest.fixture(scope="module")
@@ -63,18 +58,31 @@ def shipped():
     return {path.stem for path in (ROOT / "configs" / "memory").glob("*.yaml")}
 
 
-def test_every_overlay_is_in_a_table():
-    assert shipped() == set(EXACT) | set(APPROXIMATE) | NOT_ON_CPU
+def test_every_overlay_is_a_technique_of_the_list():
+    assert shipped() == {technique.name for technique in TECHNIQUES}
+    assert len(shipped()) == len(TECHNIQUES)
 
 
-@pytest.mark.parametrize("name", [*EXACT, *APPROXIMATE])
-def test_alone_and_resumed(folder, plain, name):
+def test_the_documents_have_the_table_of_the_list():
+    """When this fails, put the table below into docs/memory.md."""
+    lines = ["| overlay (`configs/memory/`) | lowers | costs | |", "| --- | --- | --- | --- |"]
+    for technique in TECHNIQUES:
+        kind = "exact" if technique.exact else "approximate"
+        lines.append(f"| `{technique.name}` | {technique.lowers} | {technique.costs} | {kind} |")
+    table = "\n".join(lines)
+    print(table)
+    assert f"\n\n{table}\n\n" in (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("technique", ON_CPU, ids=lambda technique: technique.name)
+def test_alone_and_resumed(folder, plain, technique):
+    name = technique.name
     cli = fit(folder, *SMALL, "--checkpoint.every_n_steps=2", overlays=(name,))
-    whole, allowed = losses(cli), {**EXACT, **APPROXIMATE}[name]
+    whole = losses(cli)
     assert whole.keys() == plain.keys()
     for step, value in whole.items():
-        assert value == pytest.approx(plain[step], rel=allowed, abs=0), step
-    if name in APPROXIMATE:
+        assert value == pytest.approx(plain[step], rel=allowed(technique), abs=0), step
+    if not technique.exact:
         assert whole != plain, "the technique has done nothing"
     middle = Path(cli.trainer.log_dir) / "checkpoints" / "step-00000002.ckpt"
     assert middle.is_file()
@@ -148,3 +156,18 @@ def test_techniques_are_applied_to_the_model(tmp_path):
     assert isinstance(model.encoder.storage, DiskStorage)
     assert all(block._compiled_call_impl is not None for block in model.encoder.blocks)
     assert list(model.state_dict()) == list(tiny_model(num_layers=3).state_dict())
+
+
+def test_a_technique_of_ones_own_is_refused_and_applied_like_ours():
+    own = Technique(
+        "mine", exact=False, lowers="nothing", costs="nothing",
+        conflicts=lambda techniques, around: [(techniques.keep != "all", "Mine: not with this. Leave it out.")],
+        apply=lambda model, techniques: setattr(model, "mine", techniques.head_chunk),
+    )  # fmt: skip
+    model = tiny_model()
+    apply(Techniques(head_chunk=7, own=[own]), model)
+    assert model.mine == 7
+    around = Surroundings("adamw", "32-true")
+    refuse(Techniques(own=[own]), around)
+    with pytest.raises(UserError, match="Mine: not with this"):
+        refuse(Techniques(keep="input", own=[own]), around)

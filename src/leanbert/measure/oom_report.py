@@ -19,16 +19,12 @@ LARGEST = 10
 Makers = Mapping[tuple[int, torch.dtype], Sequence[str]]
 """Modules that made activations of so many bytes and a dtype in a step that was traced."""
 
-ADVICE = {
-    "activations": "--config configs/memory/checkpointing.yaml computes activations again instead of keeping them; "
-    "smaller micro-batches or a shorter --data.max_length make each of them smaller.",
-    "optimizer": "--config configs/memory/adamw_8bit.yaml keeps the optimizer's state in 8 bits, a quarter of it.",
-    "gradients": "--config configs/memory/optimizer_in_backward.yaml updates each weight as soon as its gradient is "
-    "there, so that gradients never exist all at once.",
-    "parameters": "--config configs/memory/bf16_true.yaml halves weights, gradients and activations; or a smaller "
-    "model, --config configs/size/mini.yaml.",
-    "other": "tensors that the step did not make: look at the largest below, and at callbacks that keep tensors.",
+HINTS = {
+    "activations": "a shorter --data.max_length",
+    "parameters": "a smaller model, --config configs/size/mini.yaml",
+    "other": "tensors that the step did not make: look at the largest below, and at callbacks that keep tensors",
 }
+"""What helps besides techniques."""
 
 
 def find_live(
@@ -98,13 +94,14 @@ def makers_by_size(saved: Iterable[Storage]) -> dict[tuple[int, torch.dtype], li
     return makers
 
 
-def oom_report(error: BaseException, live: Sequence[Storage], when: str) -> str:
+def oom_report(error: BaseException, live: Sequence[Storage], when: str, advice: Mapping[str, Sequence[str]]) -> str:
     """Return the report as lines of text.
 
     Args:
         error: The failed allocation.
         live: What was live.
         when: The step, and what the list comes from.
+        advice: Techniques that help, by category.
 
     """
     sizes: Counter[str] = Counter()
@@ -126,13 +123,14 @@ def oom_report(error: BaseException, live: Sequence[Storage], when: str) -> str:
     if layers:
         lines += ["", "Activations by layer"]
         lines += [f"  {size / MIB:>10,.1f}   {layer}" for layer, size in layers.most_common(LARGEST)]
-    lines += ["", "What would help most", *_advice(sizes)]
+    lines += ["", "What would help most", *_advice(sizes, advice)]
     return "\n".join(lines)
 
 
-def _advice(sizes: Counter[str]) -> list[str]:
+def _advice(sizes: Counter[str], advice: Mapping[str, Sequence[str]]) -> list[str]:
     """Return advice for what the step holds most of, for others at least half as large, and for "other" if it is."""
     largest = max((size for name, size in sizes.items() if name != "other"), default=0)
-    if not largest:  # the model was being built
-        return [f"  parameters: {ADVICE['parameters']}"]
-    return [f"  {name}: {ADVICE[name]}" for name, size in sizes.most_common() if size and 2 * size >= largest]
+    names = [name for name, size in sizes.most_common() if size and 2 * size >= largest]
+    texts = {name: [*advice.get(name, ()), *([HINTS[name]] if name in HINTS else [])] for name in CATEGORIES}
+    # without any, the model was being built
+    return [f"  {name}: {'; or '.join(texts[name])}." for name in (names if largest else ["parameters"])]

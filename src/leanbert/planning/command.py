@@ -23,10 +23,11 @@ from leanbert.planning.distributed import DistributedPrediction, predict_distrib
 from leanbert.planning.figures import sweep_figure
 from leanbert.planning.overlays import apply
 from leanbert.planning.run_settings import RunSettings
-from leanbert.planning.search import COSTS, Candidate, Plan, search
+from leanbert.planning.search import Candidate, Plan, search
 from leanbert.planning.sweep import SIZES, Cell, parse_sweep, sweep, with_size
 from leanbert.planning.timing import RunLength, estimate, measure, peak_flops, run_seconds
 from leanbert.settings import device_type as device_type_of
+from leanbert.tasks.techniques import TECHNIQUES
 from leanbert.units import MIB, format_duration, format_size, parse_size
 
 MARGIN = 0.1
@@ -203,9 +204,9 @@ def describe(plan: Plan, target: Target) -> list[str]:
             f"{mark}{format_size(candidate.needs_bytes):>9}{format_size(candidate.prediction.peak_bytes):>12}"
             f"{candidate.micro_batch:>13,}{candidate.added_compute:>+9.0%}{fits:>6}  {names}"
         )
-    used = dict.fromkeys(name for candidate in plan.candidates for name in candidate.techniques)
-    lines += ["", "Besides compute they cost"]
-    lines += [f"  {name:<24}{COSTS[name]}" for name in used if COSTS[name]]
+    used = {name for candidate in plan.candidates for name in candidate.techniques}
+    lines += ["", "What they cost"]
+    lines += [f"  {technique.name:<24}{technique.costs}" for technique in TECHNIQUES if technique.name in used]
     if plan.budget_bytes is not None and plan.chosen is not None:
         lines += ["", f"Budget {format_size(plan.budget_bytes)}: {chosen_text(plan.chosen)}"]
     return lines

@@ -1,8 +1,6 @@
-"""Which sets of techniques a plan tries, in the order of what they cost, and the search for the cheapest that fits.
+"""The search for the cheapest set of techniques that fits, in the order of costs of `tasks.techniques`.
 
-The order: what is free, micro-batches, 16-bit products, selective then full checkpointing, the optimizer in the
-backward pass, low-bit optimizer state, 16-bit weights, offload, and last what changes the model. The effective batch
-never changes.
+The effective batch never changes.
 """
 
 from __future__ import annotations
@@ -13,34 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from leanbert.errors import UserError
-from leanbert.memory.allocator import can_be_asked
-from leanbert.memory.precision import has_16_bit_products
 from leanbert.optim.build import STATE_BITS
 from leanbert.planning import overlays
 from leanbert.planning.device import Target
 from leanbert.planning.predict import Prediction, predict
 from leanbert.planning.run_settings import RunSettings
-
-STATEFUL = ("adam", "adamw", "muon")
-"""Optimizers whose state low-bit AdamW can take the place of."""
-
-COSTS = {
-    "chunked_head": "",
-    "return_pages": "page faults: a step takes 1.1 to 1.6 times as long, by machine",
-    "accumulation": "small products use the device less well",
-    "bf16_mixed": "16-bit rounding of products",
-    "selective_checkpointing": "",
-    "checkpointing": "",
-    "layer_major": "",
-    "optimizer_in_backward": "no clipping of gradients, one device",
-    "adamw_8bit": "8-bit moments",
-    "adamw_4bit": "4-bit moments",
-    "bf16_true": "weights in bfloat16, rounded at random",
-    "offload": "the disk's speed",
-    "offload_host": "the bus to the host",
-    "structured_pruning": "half of the heads and neurons leave the model",
-}
-"""What each overlay costs besides compute, which is counted."""
+from leanbert.tasks.techniques import TECHNIQUES, Surroundings, Technique
 
 SMALL_EVALUATION = {"data": {"init_args": {"val_batch_size": 4}}}
 """Where training needs little, evaluation shall not need more; its result does not depend on the batch."""
@@ -80,35 +56,21 @@ class Plan:
 
 
 def ladder(settings: RunSettings, target: Target) -> list[tuple[str, ...]]:
-    """Return the sets of overlays to try, the cheapest first, the given configuration (no overlay) before all.
+    """Return the sets of overlays to try, the cheapest first, the given configuration (no overlay) before all."""
+    precision = settings.techniques.precision or str(settings.precision)
+    around = Surroundings(settings.task.optimizer_config.name, precision, target.device_type)
+    rungs = {technique: technique.rung(around) for technique in TECHNIQUES}
+    numbers = {technique: number for technique, number in rungs.items() if number is not None}
+    return [(), *(_set_at(number, numbers) for number in sorted(set(numbers.values())))]
 
-    For a CPU without 16-bit matrix products (a CPU target is this machine) 16 bits come last: they take longer than
-    all else.
-    """
-    own = settings.techniques.precision
-    optimizer = settings.task.optimizer_config.name
-    products = target.device_type != "cpu" or has_16_bit_products("cpu")
-    whole = own is None and str(settings.precision) in ("32-true", "32")
-    half = ("bf16_mixed",) if products and whole else ()
-    whole_weights = own is None and "true" in str(settings.precision).replace("32-true", "")
-    low_bits = ("adamw_8bit", "adamw_4bit") if optimizer in STATEFUL else ()
-    free = ("return_pages",) if target.device_type == "cpu" and can_be_asked() else ()
-    offload = "offload" if target.device_type == "cpu" else "offload_host"
-    in_slices = (*free, "chunked_head", "layer_major", "optimizer_in_backward")
-    last = low_bits[-1:]
-    sets = [(), ("chunked_head",), (*free, "chunked_head"), (*free, "accumulation"), (*free, "accumulation", *half)]
-    sets += [(*free, "accumulation", *half, kind) for kind in ("selective_checkpointing", "checkpointing")]
-    sets += [(*in_slices, *half), *((*in_slices, *half, bits) for bits in low_bits)]
-    bf16_weights = () if whole_weights else ("bf16_true",)
-    if products:
-        last = (*last, *bf16_weights)
-        sets.append((*in_slices, *last))
-    sets.append((*in_slices, *last, offload))
-    if not products:  # slower than the disk
-        last = (*last, *bf16_weights)
-        sets.append((*in_slices, *last, offload))
-    sets.append((*in_slices, *last, offload, "structured_pruning"))
-    return list(dict.fromkeys(sets))
+
+def _set_at(most: int, numbers: dict[Technique, int]) -> tuple[str, ...]:
+    """Return the names of the techniques up to a rung, without those that another one of them replaces."""
+    names: set[str] = set()
+    for technique in sorted(numbers, key=lambda technique: -numbers[technique]):
+        if numbers[technique] <= most and names.isdisjoint(technique.replaced_by):
+            names.add(technique.name)
+    return tuple(technique.name for technique in numbers if technique.name in names)
 
 
 def search(

@@ -22,6 +22,7 @@ from leanbert.measure.trace import LiveBytes, live_tensors
 from leanbert.memory.recovery import is_out_of_memory
 from leanbert.messages import say
 from leanbert.ranges import COUNT
+from leanbert.tasks.techniques import advice
 from leanbert.units import MIB
 
 SNAPSHOT_EVENTS = 100_000
@@ -223,7 +224,7 @@ class MemoryMonitor(Callback):
         else:
             kind = trainer.strategy.root_device.type
             live = find_live(_model(module), trainer.optimizers, kind, self._makers)
-        text = oom_report(error, live, when)
+        text = oom_report(error, live, when, advice())
         say(text)
         for writer in _writers(trainer):
             writer.add_text("memory/out_of_memory", f"```\n{text}\n```", trainer.global_step)
