@@ -37,7 +37,7 @@ def test_other_processes_at_the_same_moment_give_the_same_bytes(tmp_path: Path, 
     command = [sys.executable, "-c", PROGRAM, corpus, str(tmp_path / "there")]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     for process in [subprocess.Popen(command, **pipes) for _ in range(3)]:
-        output, error = process.communicate(timeout=60)
+        output, error = process.communicate(timeout=300)
         assert (process.returncode, output) == (0, ""), error
     assert prepare(corpus, tmp_path / "there") == here
     assert len(here) == 10  # two files of the tokenizer, and four each of train and val
@@ -143,7 +143,7 @@ def test_large_vocabularies_take_32_bits(tmp_path: Path, corpus: str) -> None:
     large.tokenizer = TextTokenizer.from_json(small.tokenizer.to_json())
     large.tokenizer.vocab_size = 65_537  # type: ignore[misc]
     large.hparams["text_field"] = "other"  # of another cache
-    assert (small.dtypes, large.dtypes) == ({"ids": "uint16"}, {"ids": "uint32"})
+    assert small.cache("train").dtypes == {"ids": "uint16"}
     cache = large.cache("train")
     assert cache.dtypes == {"ids": "uint32"}
     assert len(cache.counts("ids")) == 65_537

@@ -43,10 +43,12 @@ def examples_of(data: RowData, part: Part) -> ExampleCache:
     """Return the cache of the examples of a part, building it if it is not there."""
     tokenizers = [tokenizer.to_json() for tokenizer in data.tokenizers.values()]
     shape = [data.hparams[name] for name in data.shaped_by]
+    sizes = {column: tokenizer.vocab_size for column, tokenizer in data.columns.items()}
+    dtypes = {column: "uint16" if size <= 1 << 16 else "uint32" for column, size in sizes.items()}
     return build_examples(
         [_reading(data, part), tokenizers, shape],
-        data.dtypes,
-        {column: tokenizer.vocab_size for column, tokenizer in data.columns.items()},
+        {**dtypes, **data.other_columns},
+        sizes,
         lambda facts: data.encode(part, facts),
         data.cache_folder,
         f"data.{part}_files: {data.nothing}",

@@ -13,7 +13,7 @@ from leanbert.data.batches.labelled import Encoded, Shape, labelled_batch
 from leanbert.data.batches.loading import Make, in_batches
 from leanbert.data.labels import Numbering, Problem
 from leanbert.data.module import RowData
-from leanbert.data.settings import Part, must_be_cut
+from leanbert.data.settings import Part, TooLong, must_be_cut
 from leanbert.data.store.examples import Example, ExampleCache
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
@@ -53,16 +53,26 @@ class LabelledData(RowData):
     come. A cache numbers its labels by itself, so that it holds for any model; rows have the model's numbers.
 
     Args:
+        test_files: Test examples, for `test`.
+        too_long: What to do with an example that is longer than a row: truncate it (they are counted and told), or
+            refuse.
         label_names: Names of labels that are written as numbers from 0, in their order.
         settings: See `RowData`.
 
     """
 
+    shaped_by: ClassVar = ("max_length", "too_long")
     of_words: ClassVar[bool] = False
     """Whether labels are of words: what only evaluation has, or does not fit, counts as missed. Else: an error."""
 
-    def __init__(self, label_names: list[str] | None = None, **settings: Any) -> None:
-        super().__init__(label_names=label_names, **settings)
+    def __init__(
+        self,
+        test_files: str | list[str] | None = None,
+        too_long: TooLong = "truncate",
+        label_names: list[str] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(test_files=test_files, too_long=too_long, label_names=label_names, **settings)
         self.labels: list[str] = []
         self._start: list[str] = []  # of the model that training starts from
         self._known_by = "the training examples"
@@ -86,11 +96,15 @@ class LabelledData(RowData):
     # ---- examples
 
     @property
-    def dtypes(self) -> dict[str, str]:
-        """Columns of the cache and their types."""
+    def other_columns(self) -> dict[str, str]:  # type: ignore[override]
+        """Columns of the cache besides the ids, and their types."""
         targets = "float32" if self.problem == "regression" else "int32"
-        cut = {"cut": "int32"} if self.of_words else {}
-        return {**super().dtypes, "segments": "uint8", "index": "int32", "targets": targets, **cut}
+        return {
+            "segments": "uint8",
+            "index": "int32",
+            "targets": targets,
+            **({"cut": "int32"} if self.of_words else {}),
+        }
 
     def read(self, part: Part) -> Iterator[tuple[str, Any, Any]]:
         """Yield ("file:line", example, its labels as written) of the examples of a part."""

@@ -23,7 +23,7 @@ from leanbert.data.statistics import knows_more
 from leanbert.data.store.documents import encode_documents, progress_bar
 from leanbert.data.store.examples import Example, ExampleCache
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
-from leanbert.data.tokenizers.training import Kind, sample_evenly
+from leanbert.data.tokenizers.training import sample_evenly
 from leanbert.errors import UserError
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.ranges import PART, SHARE, check_ranges
@@ -50,27 +50,17 @@ class MaskedLMData(RowData):
         text_field: JSON field or column that holds the text; `a.b` is the field b inside the field a.
         document_separator: What separates documents in text files: a blank line, or the line's end.
         val_share: Share of documents held out where there are no `val_files`, chosen by their hash.
-        tokenizer: tokenizer.json, vocab.txt, a folder with one, or a .ckpt. Default: trained on the corpus.
-        tokenizer_kind: Kind of tokenizer to train; auto: WordPiece, or byte-level BPE for text without spaces.
-        lowercase: Whether a trained tokenizer lowercases.
-        strip_accents: Whether a trained tokenizer strips accents. Default: WordPiece does where it lowercases.
-        vocab_size: Entries of a trained tokenizer.
-        max_length: Tokens in a row.
-        batch_size: Rows in one optimizer step, over all devices.
-        val_batch_size: Rows in one evaluation batch, over all devices. Default: `batch_size`.
         mask_rate: Share of tokens to predict.
         mask_split: Share of them replaced by the mask token, by a random token, and left.
         whole_word: Mask whole words.
         val_mask_rate: Share of tokens to predict in evaluation, where masks never change.
-        num_workers: Processes that load batches. Default: 0 on a CPU, 2 with an accelerator.
-        cache_dir: Folder of tokenizers and token caches. Default: leanbert in the user's cache folder.
-        seed: Decides the order of rows and the masks of training (the CLI sets it to seed_everything if it is 0).
+        settings: See `RowData`.
+
     """
 
     sample = "docstrings"
     unit: ClassVar = "documents"
     nothing: ClassVar = "the corpus is empty. Give files with text"
-    shaped_by: ClassVar = ()  # rows are cut out of the stream
 
     def __init__(
         self,
@@ -80,24 +70,17 @@ class MaskedLMData(RowData):
         text_field: str = "text",
         document_separator: Separator = "blank_line",
         val_share: float = 0.02,
-        tokenizer: str | None = None,
-        tokenizer_kind: Kind = "auto",
-        lowercase: bool = True,
-        strip_accents: bool | None = None,
-        vocab_size: int = 8192,
-        max_length: int = 128,
-        batch_size: int = 32,
-        val_batch_size: int | None = None,
         mask_rate: float = 0.2,
         mask_split: tuple[float, float, float] = (0.8, 0.1, 0.1),
         whole_word: bool = False,
         val_mask_rate: float = 0.15,
-        num_workers: int | None = None,
-        cache_dir: str | None = None,
-        seed: int = 0,
+        **settings: Any,
     ) -> None:
-        settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        super().__init__(**settings)
+        super().__init__(
+            train_files=train_files, val_files=val_files, predict_files=predict_files, text_field=text_field,
+            document_separator=document_separator, val_share=val_share, mask_rate=mask_rate, mask_split=mask_split,
+            whole_word=whole_word, val_mask_rate=val_mask_rate, **settings,
+        )  # fmt: skip
         check_ranges("data", self.hparams, {"mask_rate": PART, "val_mask_rate": PART, "mask_split": SHARE})
         split = tuple(mask_split)
         if len(split) != 3 or abs(sum(split) - 1) > 1e-6:
@@ -161,7 +144,7 @@ class MaskedLMData(RowData):
 
     # ---- rows
 
-    def rows(self, part: Part) -> int:
+    def number_of_rows(self, part: Part) -> int:
         """Return the number of rows into which the documents of a part are cut."""
         return row_count(self.cache(part).size("ids"), self.hparams["max_length"])
 

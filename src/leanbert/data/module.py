@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +18,7 @@ from leanbert.data.caching import examples_of, trained_tokenizer
 from leanbert.data.formats.corpora import Corpus, as_list
 from leanbert.data.loaders import evaluation_loader, training_loader
 from leanbert.data.samples.embedded import Sample, embedded_files
-from leanbert.data.settings import Part, TooLong, check_settings, given_files
+from leanbert.data.settings import Part, adopt_fixed, check_settings, files_of
 from leanbert.data.statistics import CorpusStatistics, count
 from leanbert.data.store.cache import cache_folder
 from leanbert.data.store.examples import Example, ExampleCache
@@ -37,7 +38,6 @@ class RowData(LightningDataModule):
         train_files: Files of examples (.jsonl, .csv, .tsv, each also with .gz, and .parquet), globs of them, or
             hf:NAME_OR_FOLDER[:[CONFIGURATION:]SPLIT]. Default: an embedded sample.
         val_files: Validation examples. Default: those of the embedded sample, or `val_share` of the training examples.
-        test_files: Test examples, for `test`.
         predict_files: What to answer: files as of training, whose answers may be missing, or text, one input a line;
             - is standard input, which is text.
         val_share: Share of the training examples that is held out for validation where `val_files` is not given.
@@ -48,8 +48,6 @@ class RowData(LightningDataModule):
         strip_accents: Whether a trained tokenizer strips accents. Default: WordPiece does where it lowercases.
         vocab_size: Entries of a trained tokenizer, at most.
         max_length: Tokens in a row.
-        too_long: What to do with an example that is longer than a row: truncate it (they are counted and told), or
-            refuse.
         batch_size: Rows of one optimizer step over all devices.
         val_batch_size: Rows of one evaluation batch over all devices. Default: batch_size.
         num_workers: Processes that make batches. Default: 0 on a CPU, else 2.
@@ -66,14 +64,15 @@ class RowData(LightningDataModule):
     """What the data are counted in."""
     nothing: ClassVar[str] = "there is no example in it. Give files with examples"
     """What is wrong with files without any."""
-    shaped_by: ClassVar[tuple[str, ...]] = ("max_length", "too_long")
+    other_columns: Mapping[str, str] = MappingProxyType({})
+    """Columns of the cache besides those of ids, and their types."""
+    shaped_by: ClassVar[tuple[str, ...]] = ()
     """Settings that shape a cached example, besides those by which files are read."""
 
     def __init__(
         self,
         train_files: str | list[str] | None = None,
         val_files: str | list[str] | None = None,
-        test_files: str | list[str] | None = None,
         predict_files: str | list[str] | None = None,
         val_share: float = 0.05,
         tokenizer: str | None = None,
@@ -82,7 +81,6 @@ class RowData(LightningDataModule):
         strip_accents: bool | None = None,
         vocab_size: int = 8192,
         max_length: int = 128,
-        too_long: TooLong = "truncate",
         batch_size: int = 32,
         val_batch_size: int | None = None,
         num_workers: int | None = None,
@@ -98,7 +96,7 @@ class RowData(LightningDataModule):
         self.tokenizer: TextTokenizer
         self.statistics: dict[str, CorpusStatistics] = {}
         self.caches: dict[str, ExampleCache] = {}
-        self._packings: dict[Part, tuple[Any, Packing]] = {}
+        self._packings: dict[Any, Packing] = {}
 
     # ---- what a kind of data supplies
 
@@ -163,19 +161,8 @@ class RowData(LightningDataModule):
         return cache_folder(self.hparams["cache_dir"])
 
     def files(self, part: Part) -> list[str]:
-        """Return the files of a part; validation may be held out of the training files.
-
-        Raises:
-            UserError: They are not set.
-        """
-        given = given_files(self.hparams, part)
-        if given is not None:
-            return given
-        if self.hparams["train_files"] is None:
-            return [str(embedded_files(self.sample, self.cache_folder)[part])]
-        if part == "val":
-            return given_files(self.hparams, "train") or []
-        raise UserError(f"data.{part}_files: not set. Give the files of {part} examples")
+        """Return the files of a part; validation may be held out of the training files."""
+        return files_of(self.hparams, part, lambda: embedded_files(self.sample, self.cache_folder))
 
     def corpus(self, part: Part) -> Corpus:
         """Return the files of a part, and how they are read."""
@@ -212,12 +199,6 @@ class RowData(LightningDataModule):
             self.check(part, self.caches[part])
         return self.caches[part]
 
-    @property
-    def dtypes(self) -> dict[str, str]:
-        """Columns of the cache and their types."""
-        sizes = {column: tokenizer.vocab_size for column, tokenizer in self.columns.items()}
-        return {column: "uint16" if size <= 1 << 16 else "uint32" for column, size in sizes.items()}
-
     def check(self, part: Part, cache: ExampleCache) -> None:
         """Say what the facts of a part's cache have to say: how many examples were cut."""
         if cache.facts.get("cut"):
@@ -247,22 +228,22 @@ class RowData(LightningDataModule):
     def packing(self, part: Part) -> Packing:
         """Return which examples share a row: neighbours in evaluation, in training a random choice."""
         seed = self.hparams["seed"] if part == "train" else None
-        decided_by = (self.cache(part).folder, self.room, self.slots, seed)  # settings may change, and are compared
-        if part not in self._packings or self._packings[part][0] != decided_by:
-            self._packings[part] = decided_by, pack_examples(self.needed(part), self.room, self.slots, seed)
-        return self._packings[part][1]
+        key = (self.cache(part).folder, self.room, self.slots, seed)  # settings may change
+        if key not in self._packings:
+            self._packings[key] = pack_examples(self.needed(part), self.room, self.slots, seed)
+        return self._packings[key]
 
-    def rows(self, part: Part) -> int:
-        """Return the number of rows of a part."""
+    def number_of_rows(self, part: Part) -> int:
+        """Return how many rows a part has."""
         return self.packing(part).rows
 
     def training_rows(self) -> Rows:
         """Return the rows to train on, in an order that changes with each epoch."""
-        return Rows(self.rows("train"), self.batches_of("train", training=True), self.hparams["seed"])
+        return Rows(self.number_of_rows("train"), self.batches_of("train", training=True), self.hparams["seed"])
 
     def evaluation_rows(self, part: Part) -> Rows:
         """Return the rows of a part in the order of the files."""
-        return Rows(self.rows(part), self.batches_of(part, training=False))
+        return Rows(self.number_of_rows(part), self.batches_of(part, training=False))
 
     @property
     def batches_per_epoch(self) -> int:
@@ -288,11 +269,7 @@ class RowData(LightningDataModule):
 
     def adopt(self, facts: Mapping[str, Any]) -> None:
         """Take over the `facts` of the model that is used, and say which settings they replace."""
-        for name in self.fixed:
-            own, there = self.hparams[name], facts.get(name, self.hparams[name])
-            if own != there:
-                say(f"data.{name}: {there}, as the model was trained, not {own}")
-                self.hparams[name] = there
+        adopt_fixed(self.hparams, self.fixed, facts)
 
     def start_from(self, facts: Mapping[str, Any]) -> None:
         """Let the data suit a model of the same task, with these `facts`, that training starts from."""
@@ -310,7 +287,7 @@ class RowData(LightningDataModule):
             self.prepare()
             length = self.hparams["max_length"]
             self.statistics = {
-                part: count(self.cache(part), self.columns, self.rows(part), length) for part in self.parts
+                part: count(self.cache(part), self.columns, self.number_of_rows(part), length) for part in self.parts
             }
             return
         if self.hparams["tokenizer"] is not None:

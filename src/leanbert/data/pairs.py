@@ -11,7 +11,7 @@ import numpy as np
 
 from leanbert.data.batches.batch import PairBatch, PredictBatch
 from leanbert.data.batches.loading import Make, encode_lines, in_batches
-from leanbert.data.batches.pairs import PairShape, pair_batch
+from leanbert.data.batches.pairs import PairShape, output_frame, pair_batch
 from leanbert.data.caching import trained_tokenizer
 from leanbert.data.formats.corpora import Corpus, as_list
 from leanbert.data.formats.documents import document_hash
@@ -19,7 +19,7 @@ from leanbert.data.formats.examples import prediction_texts, read_records
 from leanbert.data.formats.fields import has_field, items_of, text_of
 from leanbert.data.formats.parallel import parallel_lines
 from leanbert.data.module import RowData
-from leanbert.data.settings import LENGTH, VOCABULARY, Part, given_files, must_be_cut
+from leanbert.data.settings import LENGTH, VOCABULARY, Part, TooLong, given_files, must_be_cut
 from leanbert.data.store.corpus_digest import corpus_digest
 from leanbert.data.store.examples import Example
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
@@ -43,29 +43,21 @@ class Pair(NamedTuple):
     references: list[str]
 
 
-def output_frame(tokenizer: TextTokenizer, name: str) -> tuple[list[int], list[int]]:
-    """Return the ids that begin and end an output; raises UserError if the tokenizer `name` puts none."""
-    begin, end = tokenizer.template
-    if not begin or not end:
-        raise UserError(
-            f"data.{name}: puts no token before or after a text: nothing to begin and end an output with. "
-            "Choose another one"
-        )
-    return begin, end
-
-
 class PairData(RowData):
     """Sources and targets, as two text files with a line each, or as fields of .jsonl, .csv and .tsv files.
 
     Args:
         sample: The embedded sample that is used without files: a synthetic language to translate into, or docstrings
             and their first lines.
+        test_files: Test examples, for `test`.
         train_target_files: Text files of the targets, line by line to `train_files`; unset: `train_files` have both.
         val_target_files: The same of validation.
         test_target_files: The same of the test.
         source_field: Field of the source.
         target_field: Field of the target.
         references_field: Field with a list of further right outputs, for evaluation; a line may do without.
+        too_long: What to do with an example that is longer than a row: truncate it (they are counted and told), or
+            refuse.
         max_target_length: Target tokens in a row. Default: max_length.
         target_tokenizer: Tokenizer of the targets alone, as of `tokenizer`; train: that of model.init_from if it has
             one, else one is trained on the training targets, and the sources' on sources. Default: one for both.
@@ -75,26 +67,29 @@ class PairData(RowData):
     """
 
     fixed: ClassVar = (*RowData.fixed, "max_target_length")
-    shaped_by: ClassVar = (*RowData.shaped_by, "max_target_length")
+    shaped_by: ClassVar = ("max_length", "too_long", "max_target_length")
 
     def __init__(
         self,
         sample: Literal["translation", "summarization"] = "translation",
+        test_files: str | list[str] | None = None,
         train_target_files: str | list[str] | None = None,
         val_target_files: str | list[str] | None = None,
         test_target_files: str | list[str] | None = None,
         source_field: str = "source",
         target_field: str = "target",
         references_field: str | None = None,
+        too_long: TooLong = "truncate",
         max_target_length: int | None = None,
         target_tokenizer: str | None = None,
         target_vocab_size: int | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(
-            sample=sample, train_target_files=train_target_files, val_target_files=val_target_files,
-            test_target_files=test_target_files, source_field=source_field, target_field=target_field,
-            references_field=references_field, max_target_length=max_target_length, target_tokenizer=target_tokenizer,
+            sample=sample, test_files=test_files, train_target_files=train_target_files,
+            val_target_files=val_target_files, test_target_files=test_target_files, source_field=source_field,
+            target_field=target_field, references_field=references_field, too_long=too_long,
+            max_target_length=max_target_length, target_tokenizer=target_tokenizer,
             target_vocab_size=target_vocab_size, **settings,
         )  # fmt: skip
         LENGTH.check("data.max_target_length", max_target_length)
@@ -186,9 +181,7 @@ class PairData(RowData):
         return TextTokenizer.from_file(self.hparams[TARGET], TARGET)
 
     def _trained(self, side: str, vocab_size: int | None = None) -> TextTokenizer:
-        def texts() -> Iterator[str]:
-            return (getattr(pair, side) for pair in self.pairs("train"))
-
+        texts = lambda: (getattr(pair, side) for pair in self.pairs("train"))  # noqa: E731
         return trained_tokenizer(self, texts, side, vocab_size=vocab_size)
 
     # ---- examples
@@ -236,8 +229,8 @@ class PairData(RowData):
         """Yield the pairs of a part.
 
         Raises:
-            UserError: Files of different length, a missing field; names file and line.
-            UserError: No validation or test pair has the further references that are set.
+            UserError: Files of different length, a missing field (names file and line), or further references are set
+                and no validation or test pair has some.
         """
         low, high = self.held_out(part)
         targets = self.target_files(part)

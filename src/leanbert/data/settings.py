@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from pathlib import Path
 from typing import Any, Literal
 
 from leanbert.data.formats.corpora import as_list, besides
 from leanbert.errors import UserError
+from leanbert.messages import say
 from leanbert.ranges import COUNT, PART, SEED, Range, check_ranges
 
 TooLong = Literal["truncate", "refuse"]
@@ -40,8 +42,33 @@ def given_files(settings: Mapping[str, Any], part: Part, kind: str = "files") ->
     given = as_list(settings[f"{part}_{kind}"])
     if part != "train" or given is None:
         return given
-    others = {f"data.{other}_{kind}": as_list(settings[f"{other}_{kind}"]) for other in ("val", "test")}
+    others = {f"data.{other}_{kind}": as_list(settings.get(f"{other}_{kind}")) for other in ("val", "test")}
     return besides(given, f"data.{part}_{kind}", {name: some for name, some in others.items() if some})
+
+
+def files_of(settings: Mapping[str, Any], part: Part, sample: Callable[[], Mapping[Any, Path]]) -> list[str]:
+    """Return the files of a part: those that are set, of the embedded `sample`, or those that training shares.
+
+    Raises:
+        UserError: They are not set.
+    """
+    given = given_files(settings, part)
+    if given is not None:
+        return given
+    if settings["train_files"] is None:
+        return [str(sample()[part])]
+    if part == "val":
+        return given_files(settings, "train") or []
+    raise UserError(f"data.{part}_files: not set. Give the files of {part} examples")
+
+
+def adopt_fixed(settings: MutableMapping[str, Any], fixed: Iterable[str], facts: Mapping[str, Any]) -> None:
+    """Take over the `fixed` settings with which a model was trained, and say which they replace."""
+    for name in fixed:
+        own, there = settings[name], facts.get(name, settings[name])
+        if own != there:
+            say(f"data.{name}: {there}, as the model was trained, not {own}")
+            settings[name] = there
 
 
 def must_be_cut(

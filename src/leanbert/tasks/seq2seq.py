@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from leanbert.data.batches.batch import IGNORED, PairBatch, PredictBatch
-from leanbert.data.pairs import output_frame
+from leanbert.data.batches.pairs import output_frame
 from leanbert.errors import UserError
 from leanbert.messages import say
 from leanbert.models.config import EncoderConfig

@@ -7,9 +7,10 @@ from importlib import metadata
 import pytest
 
 from leanbert.data.formats.documents import document_hash
-from leanbert.data.samples import docstring_examples
-from leanbert.data.samples.docstring_examples import embedded_examples, origins, summaries, without_repeats
+from leanbert.data.samples import docstring_examples, embedded
+from leanbert.data.samples.docstring_examples import origins, summaries, without_repeats
 from leanbert.data.samples.docstrings import read_docstrings
+from leanbert.data.samples.embedded import embedded_files
 
 BODY = "Each of the words in this body counts, and there must be at least twenty of them, so here come some more."
 
@@ -67,14 +68,14 @@ def test_labels_are_the_libraries_with_most_texts_and_balanced(monkeypatch):
 @pytest.fixture
 def few_libraries(monkeypatch):
     found = {name: metadata.distribution(name) for name in ("tqdm", "filelock", "packaging")}
-    monkeypatch.setattr(docstring_examples, "installed_libraries", lambda: found)
+    monkeypatch.setattr(embedded, "installed_libraries", lambda: found)
     monkeypatch.setattr(sys.modules[read_docstrings.__module__], "_standard_files", list)
 
 
 def test_files_are_made_once_and_split_by_the_text(tmp_path, monkeypatch, few_libraries):
-    files = {kind: embedded_examples(kind, tmp_path) for kind in ("summarization", "classification")}
+    files = {kind: embedded_files(kind, tmp_path) for kind in ("summarization", "classification")}
     monkeypatch.setattr(docstring_examples, "labelled_docstrings", None)
-    assert files["summarization"] == embedded_examples("summarization", tmp_path)
+    assert files["summarization"] == embedded_files("summarization", tmp_path)
     assert len({path for paths in files.values() for path in paths.values()}) == 6
     limits = {"train": (0.0, 0.9), "val": (0.9, 0.95), "test": (0.95, 1.0)}
     fields = {"summarization": ("document", "summary"), "classification": ("text", "label")}
@@ -95,5 +96,5 @@ def test_a_failed_harvest_leaves_nothing(tmp_path, monkeypatch, few_libraries):
 
     monkeypatch.setattr(docstring_examples, "origins", broken)
     with pytest.raises(RuntimeError):
-        embedded_examples("summarization", tmp_path)
+        embedded_files("summarization", tmp_path)
     assert [path.name for path in (tmp_path / "corpora").iterdir() if not path.name.endswith(".lock")] == []

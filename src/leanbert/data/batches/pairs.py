@@ -13,7 +13,20 @@ import torch
 from leanbert.data.batches.batch import IGNORED, PairBatch
 from leanbert.data.batches.packing import Packing, fill_rows, number_rows
 from leanbert.data.store.examples import ExampleCache
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
+from leanbert.errors import UserError
 from leanbert.models.packed_inputs import PackedInputs
+
+
+def output_frame(tokenizer: TextTokenizer, name: str) -> tuple[list[int], list[int]]:
+    """Return the ids that begin and end an output; raises UserError if the tokenizer `name` puts none."""
+    begin, end = tokenizer.template
+    if not begin or not end:
+        raise UserError(
+            f"data.{name}: puts no token before or after a text: nothing to begin and end an output with. "
+            "Choose another one"
+        )
+    return begin, end
 
 
 @dataclass(frozen=True)

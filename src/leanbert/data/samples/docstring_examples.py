@@ -9,18 +9,16 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import Distribution
+from itertools import pairwise
 
 from leanbert.data.formats.documents import document_hash, text_hash
-from leanbert.data.samples.docstrings import installed_libraries, labelled_docstrings, versions_key
-from leanbert.data.store.cache import made_once
+from leanbert.data.samples.docstrings import labelled_docstrings
 
 FORMAT = 2
 """Part of the folder's name: raise it when the choice of examples changes."""
 
-Kind = Literal["summarization", "classification"]
 Record = dict[str, str]
 Labelled = tuple[str, list[str]]
 """A library and the paragraphs of one of its docstrings."""
@@ -41,23 +39,16 @@ _SENTENCE_END_INSIDE = re.compile(r"[.!?:;]\s")
 _SUMMARY = re.compile(r"[A-Z].*[^.]\.")
 
 
-def embedded_examples(kind: Kind, cache_dir: Path) -> dict[str, Path]:
-    """Return the files "train", "val" and "test" (JSON lines), harvested if they are not in the cache.
+def docstring_records(libraries: Mapping[str, Distribution]) -> dict[str, dict[str, list[Record]]]:
+    """Return the records of "summarization" and "classification", by split: harvesting takes long, and serves both.
 
     Records are {"document", "summary"} for summarization and {"text", "label"} for classification.
     """
-    libraries = installed_libraries()
-    folder = cache_dir / "corpora" / f"docstring-examples-{FORMAT}-{versions_key(libraries)}"
-
-    def make(building: Path) -> dict[str, Any]:
-        docstrings = list(without_repeats(labelled_docstrings(libraries)))
-        # harvesting takes long, so both kinds are made at once
-        _write(building, "summarization", summaries(docstrings), "document")
-        _write(building, "classification", origins(docstrings), "text")
-        return {}
-
-    made_once(folder, make)
-    return {split: folder / _file_name(kind, split) for split in SPLITS}
+    docstrings = list(without_repeats(labelled_docstrings(libraries)))
+    return {
+        "summarization": _split(summaries(docstrings), "document"),
+        "classification": _split(origins(docstrings), "text"),
+    }
 
 
 def without_repeats(docstrings: Iterable[Labelled]) -> Iterator[Labelled]:
@@ -120,13 +111,11 @@ def _shuffled(records: Iterable[Record]) -> list[Record]:
     return sorted(records, key=lambda record: text_hash(json.dumps(record)))
 
 
-def _write(folder: Path, kind: Kind, records: list[Record], field: str) -> None:
-    low = 0.0
-    for split, high in SPLITS.items():
-        lines = (json.dumps(record) + "\n" for record in records if low <= document_hash(record[field]) < high)
-        (folder / _file_name(kind, split)).write_text("".join(lines), encoding="utf-8", newline="\n")
-        low = high
-
-
-def _file_name(kind: Kind, split: str) -> str:
-    return f"{kind}-{split}.jsonl"
+def _split(records: list[Record], field: str) -> dict[str, list[Record]]:
+    """Divide records by the hash of the text in a field."""
+    bounds = pairwise((0.0, *SPLITS.values()))
+    placed = [(document_hash(record[field]), record) for record in records]
+    return {
+        split: [record for place, record in placed if low <= place < high]
+        for split, (low, high) in zip(SPLITS, bounds, strict=True)
+    }

@@ -12,7 +12,7 @@ import platform
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def harvest(libraries: dict[str, metadata.Distribution]) -> list[str]:
     return list(_without_repeats(paragraphs for _, paragraphs in labelled_docstrings(libraries)))
 
 
-def labelled_docstrings(libraries: dict[str, metadata.Distribution]) -> Iterator[tuple[str, list[str]]]:
+def labelled_docstrings(libraries: Mapping[str, metadata.Distribution]) -> Iterator[tuple[str, list[str]]]:
     """Yield (library, paragraphs of prose) of each docstring, Python's own first, in the order of the files."""
     sources = {STANDARD_LIBRARY: _standard_files()}
     sources |= {name: _python_files(library) for name, library in libraries.items()}
@@ -88,7 +88,7 @@ def labelled_docstrings(libraries: dict[str, metadata.Distribution]) -> Iterator
             yield from ((name, paragraphs) for paragraphs in documents)
 
 
-def versions_key(libraries: dict[str, metadata.Distribution]) -> str:
+def versions_key(libraries: Mapping[str, metadata.Distribution]) -> str:
     """Return a name for what is harvested: it changes with the versions and with `FORMAT`."""
     versions = {name: library.version for name, library in libraries.items()}
     facts = json.dumps([FORMAT, platform.python_version(), versions])

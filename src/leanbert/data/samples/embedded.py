@@ -7,21 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from leanbert.data.samples.docstring_examples import embedded_examples
-from leanbert.data.samples.docstrings import embedded_corpus
-from leanbert.data.samples.synthetic import synthetic_roles, synthetic_translation
+from leanbert.data.samples.docstring_examples import FORMAT, docstring_records
+from leanbert.data.samples.docstrings import embedded_corpus, installed_libraries, versions_key
+from leanbert.data.samples.synthetic import SPLITS, synthetic_roles, synthetic_translation
 from leanbert.data.store.cache import made_once
 
 Sample = Literal["docstrings", "classification", "summarization", "translation", "srl"]
+Records = dict[str, list[dict[str, Any]]]
+"""Examples by split."""
 
-PARTS = ("train", "val", "test")
-
-SYNTHETIC_FORMAT = 1
+SYNTHETIC_FORMAT = 2
 """Part of the folder's name: raise it when the grammars change."""
-SYNTHETIC: dict[str, Callable[[], dict[str, list[dict[str, Any]]]]] = {
-    "translation": synthetic_translation,
-    "srl": synthetic_roles,
-}
+SYNTHETIC: dict[str, Callable[[], Records]] = {"translation": synthetic_translation, "srl": synthetic_roles}
 
 
 def embedded_files(sample: Sample, cache_dir: Path) -> dict[Any, Path]:
@@ -31,16 +28,19 @@ def embedded_files(sample: Sample, cache_dir: Path) -> dict[Any, Path]:
     (the library that a docstring is of) are real text; translation and semantic role labelling are synthetic.
     """
     if sample == "docstrings":
-        return dict.fromkeys(PARTS, embedded_corpus(cache_dir))
-    if sample == "classification" or sample == "summarization":
-        return dict(embedded_examples(sample, cache_dir))
-    folder = cache_dir / "corpora" / f"{sample}-{SYNTHETIC_FORMAT}"
+        return dict.fromkeys(SPLITS, embedded_corpus(cache_dir))
+    synthetic = SYNTHETIC.get(sample)
+    libraries = {} if synthetic else installed_libraries()
+    name = f"{sample}-{SYNTHETIC_FORMAT}" if synthetic else f"docstring-examples-{FORMAT}-{versions_key(libraries)}"
+    folder = cache_dir / "corpora" / name
 
     def make(building: Path) -> dict[str, Any]:
-        for part, records in SYNTHETIC[sample]().items():
-            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            (building / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
+        found = {sample: synthetic()} if synthetic else docstring_records(libraries)
+        for kind, parts in found.items():
+            for part, records in parts.items():
+                text = "".join(json.dumps(record) + "\n" for record in records)
+                (building / f"{kind}-{part}.jsonl").write_text(text, encoding="utf-8", newline="\n")
         return {}
 
     made_once(folder, make)
-    return {part: folder / f"{part}.jsonl" for part in PARTS}
+    return {part: folder / f"{sample}-{part}.jsonl" for part in SPLITS}

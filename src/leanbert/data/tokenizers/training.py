@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from leanbert.data.tokenizers.classes import SPECIAL_TOKENS, add_bert_template, bert_pipeline
 from leanbert.errors import UserError
+from leanbert.messages import say
 
 Kind = Literal["auto", "wordpiece", "bpe", "unigram"]
 
@@ -76,7 +77,10 @@ def train_tokenizer(
         characters, unspaced = _survey(_not_empty(texts()))
         if kind == "auto" and unspaced >= UNSPACED_SHARE and vocab_size >= LEAST["bpe"]:
             kind = "bpe"
-            _say_unspaced(unspaced)
+            say(
+                f"tokenizer   {unspaced:.0%} of the text has no spaces between words: byte-level BPE is trained in "
+                "place of WordPiece (data.tokenizer_kind)"
+            )
     bounded = _bounded(_not_empty(texts()))
     if kind == "bpe":
         tokenizer = _train_bpe(bounded, vocab_size, lowercase, bool(strip_accents))
@@ -115,15 +119,6 @@ def _survey(texts: Iterable[str]) -> _Survey:
             unspaced += sum(len(word[0]) for word in _LONG_WORD.finditer(text))
     unspaced += sum(count for character, count in counts.items() if _UNSPACED.match(character))
     return _Survey(counts, unspaced / max(1, sum(n for character, n in counts.items() if not character.isspace())))
-
-
-def _say_unspaced(share: float) -> None:
-    from leanbert.messages import say  # only here: a tokenizer must not pay for torch
-
-    say(
-        f"tokenizer   {share:.0%} of the text has no spaces between words: byte-level BPE is trained in place of "
-        "WordPiece (data.tokenizer_kind)"
-    )
 
 
 def _bounded(texts: Iterable[str]) -> Iterator[str]:
