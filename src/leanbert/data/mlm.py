@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,12 +91,12 @@ class MaskedLMData(RowData):
     def prepare(self) -> Prepared:
         """Make, or find, tokenizer and token caches; needs no device and prints nothing to standard output."""
         if self._prepared is None:
-            names = CorpusSettings.__dataclass_fields__
-            settings = {name: value for name, value in self.hparams.items() if name in names}
-            for name in ("train_files", "val_files"):
-                settings[name] = as_list(settings[name])
-            self._prepared = CorpusSettings(**settings).prepare()
+            self._prepared = self._corpus_settings().prepare()
         return self._prepared
+
+    def validation_texts(self) -> Iterator[str]:
+        """Yield the validation documents as they were written."""
+        return self._corpus_settings().validation_texts()
 
     def planned_vocabulary(self) -> int | None:
         """Return the size of the tokenizer that is given or prepared."""
@@ -152,6 +153,13 @@ class MaskedLMData(RowData):
     def _rows(self, cache: TokenCache, rate: float, seed: int | None = None) -> RowDataset:
         rule = self._masking_rule(rate)
         return RowDataset(cache, self.hparams["max_length"], self.tokenizer.pad_id, rule, seed)
+
+    def _corpus_settings(self) -> CorpusSettings:
+        names = CorpusSettings.__dataclass_fields__
+        settings = {name: value for name, value in self.hparams.items() if name in names}
+        for name in ("train_files", "val_files"):
+            settings[name] = as_list(settings[name])
+        return CorpusSettings(**settings)
 
     def _masking_rule(self, rate: float) -> MaskingRule:
         special = np.zeros(self.tokenizer.vocab_size, dtype=bool)

@@ -73,6 +73,11 @@ class CorpusSettings:
         val_cache = build_cache(val, val_content, tokenizer, self.cache_folder, "Validation text")
         return Prepared(tokenizer, train_cache, val_cache)
 
+    def validation_texts(self) -> Iterator[str]:
+        """Yield the validation documents as they were written, of a long one the first piece."""
+        _, val = self._splits()
+        return (piece.text for piece in val.pieces() if piece.begins)
+
     @cached_property
     def cache_folder(self) -> Path:
         """Where tokenizers and token caches are kept."""
