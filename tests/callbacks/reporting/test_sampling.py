@@ -50,6 +50,8 @@ def test_steps_are_sampled_as_often_as_is_asked() -> None:
     time = Time()
     clock = SampleClock(every_n_steps=4, clock=time)
     assert sampled_steps(clock, time, steps=13, cost=9.0) == [2, 4, 8, 12]
+    always = SampleClock(every_n_steps=1, clock=time)
+    assert sampled_steps(always, time, steps=13, cost=9.0) == list(range(1, 14))
 
 
 def test_in_a_process_that_goes_on_the_second_step_is_sampled_too() -> None:

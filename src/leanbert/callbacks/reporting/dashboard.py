@@ -122,8 +122,7 @@ def page_layout(metrics: Iterable[str], device_type: str) -> dict[str, dict[str,
         "at the peak, by category": [f"memory/category/{name}_mib" for name in CATEGORIES],
         "peak by phase": [f"memory/phase/{phase}_peak_mib" for phase in PHASES if phase != "validation"],
         "peak of validation": ["memory/phase/validation_peak_mib"],  # of fewer points, it would be cut off as outliers
-        "highest peak so far": ["memory/peak_mib"],
-        "resident": ["memory/rss_mib"],
+        "highest peak so far, and resident": ["memory/peak_mib", "memory/rss_mib"],
     }
     if device_type != "cpu":
         memory["of the device"] = ["memory/allocated_mib", "memory/reserved_mib"]

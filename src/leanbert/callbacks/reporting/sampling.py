@@ -47,5 +47,5 @@ class SampleClock:
         seconds = now - self._started
         if not sampled:
             self._plain_seconds.append(seconds)
-        elif self._steps > FIRST_STEPS:
+        elif self._steps > FIRST_STEPS and self.every_n_steps is None:
             self._due = now + max(0.0, seconds - median(self._plain_seconds)) / TIME_FRACTION
