@@ -50,6 +50,16 @@ def test_sizes_and_statistics(tmp_path: Path) -> None:
     assert sum(map(len, data.val_dataloader())) == val.rows
 
 
+def test_validation_texts_are_the_held_out_documents_as_they_were_written(tmp_path: Path) -> None:
+    data = ready(tmp_path)
+    texts = list(data.validation_texts())
+    written = (tmp_path / "corpus.txt").read_text(encoding="utf-8").split("\n\n")
+    assert texts == [text.strip("\n") for text in written if text.strip("\n") in texts]
+    assert len(texts) == data.statistics["val"].documents
+    ids = sum(len(ids) for ids in data.tokenizer.encode_batch(texts, literal=True))
+    assert ids == data.statistics["val"].tokens
+
+
 def test_at_least_99_percent_of_training_positions_are_tokens(tmp_path: Path) -> None:
     batches = list(ready(tmp_path).train_dataloader())
     real = torch.cat([(batch.inputs.document_ids >= 0).flatten() for batch in batches])

@@ -29,6 +29,7 @@ from leanbert import checkpoints, signals, strict_json
 from leanbert.callbacks.loop.checkpoint import RunCheckpoint
 from leanbert.callbacks.loop.interrupt import Interrupted, StopBetweenSteps
 from leanbert.callbacks.loop.validation import ValidateAtEnds
+from leanbert.callbacks.reporting.dashboard import Dashboard
 from leanbert.callbacks.reporting.plan import PlanReport
 from leanbert.callbacks.reporting.prediction import PredictionWriter
 from leanbert.callbacks.reporting.progress import ProgressBar
@@ -324,6 +325,7 @@ class CLI(LightningCLI):
                 StepMonitor(),
                 ValidateAtEnds(),
                 StartReport(),  # after the validation before step 1, from which it estimates the time
+                Dashboard(),  # after it, too: it lays out the metrics that there are
                 Samples(),
                 RunSummary(),
                 StopBetweenSteps(),
@@ -433,7 +435,8 @@ class CLI(LightningCLI):
         if checkpoint.average_path is not None:
             say(f"Average      {checkpoint.average_path}")
         if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
-            say(f"TensorBoard  tensorboard --logdir {shlex.quote(str(self.runs.folder.parent))}")
+            command = f"tensorboard --logdir {shlex.quote(str(self.runs.folder.parent))}"
+            say(f"TensorBoard  {command}, then http://localhost:6006/#custom_scalars")
         example = shlex.quote(self.model.example.replace("[MASK]", self.datamodule.tokenizer.mask_token))
         say(f"Answers      echo {example} | {program} predict {configs} --ckpt_path last --data.predict_files -")
 

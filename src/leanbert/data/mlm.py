@@ -161,6 +161,11 @@ class MaskedLMData(RowData):
             )
         return super().evaluation_rows(part)
 
+    def validation_texts(self) -> Iterator[str]:
+        """Yield the validation documents as they were written, of a long one the first piece."""
+        pieces = self.corpus("val").pieces(*self.held_out("val"))
+        return (piece.text for piece in pieces if piece.begins)
+
     def planned_vocabulary(self) -> int | None:
         """Return the size of the tokenizer that is given or prepared."""
         if self.caches:

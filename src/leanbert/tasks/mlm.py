@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from leanbert.data.batches.batch import IGNORED, MLMBatch, PredictBatch
+from leanbert.data.batches.loading import encode_lines
 from leanbert.models.config import EncoderConfig
 from leanbert.optim.build import OptimizerConfig, ScheduleConfig
 from leanbert.pretrained.build import build_model
@@ -15,6 +18,9 @@ from leanbert.ranges import COUNT
 from leanbert.tasks.base import Task
 from leanbert.tasks.metrics import MaskedLMMetrics
 from leanbert.tasks.tables import markdown_table
+
+SHOWN_CHARACTERS = 160
+"""Length of the beginning of a text that the table of filled masks shows, and the model reads."""
 
 
 class MaskedLM(Task):
@@ -48,6 +54,7 @@ class MaskedLM(Task):
         COUNT.check("model.top_k", top_k)
         self.top_k = top_k
         self.metrics: MaskedLMMetrics | None = None
+        self._hidden_words: list[HiddenWord] | None = None
 
     def build_model(self) -> nn.Module:
         """Return the model whose vocabulary is the tokenizer's."""
@@ -89,8 +96,15 @@ class MaskedLM(Task):
         self.log_evaluation("val", self.metrics.compute())
 
     def samples(self, batch: MLMBatch) -> dict[str, str]:
-        """Return a table with one target of each row."""
-        return {"samples/filled_masks": filled_masks_table(batch, self(batch), self._data.tokenizer)}
+        """Return a table of as many validation texts as the batch has rows, each with one word masked."""
+        data = self._data
+        length = data.hparams["max_length"]
+        if self._hidden_words is None:
+            self._hidden_words = hide_words(data.validation_texts(), data.tokenizer, len(batch), length)
+        if not self._hidden_words:
+            return {}
+        table = filled_masks_table(self.model, data.tokenizer, self._hidden_words, length, self.device)
+        return {"samples/filled_masks": table}
 
     def closing_words(self, metrics: dict[str, float]) -> str:
         """Return loss, that of unigram counts, and accuracy."""
@@ -102,6 +116,21 @@ class MaskedLM(Task):
     def predict_step(self, batch: PredictBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Return one answer per text; see `fill_masks`."""
         return fill_masks(self.model, self._data.tokenizer, batch, self.top_k)
+
+
+class HiddenWord(NamedTuple):
+    """A text, and the word `text[start:end]` to mask: `place` is the number of its token."""
+
+    text: str
+    place: int
+    start: int
+    end: int
+
+
+def candidates(model: nn.Module, batch: PredictBatch, index: Tensor, top_k: int) -> Any:
+    """Return `values`, the highest probabilities, and `indices`, their tokens, at places `index` [B, K]: [B, K, k]."""
+    logits = model(batch.inputs, index)  # [B, K, V]
+    return logits.float().softmax(-1).topk(min(top_k, logits.shape[-1]))
 
 
 def fill_masks(model: nn.Module, tokenizer: Any, batch: PredictBatch, top_k: int) -> list[dict[str, Any]]:
@@ -121,8 +150,7 @@ def fill_masks(model: nn.Module, tokenizer: Any, batch: PredictBatch, top_k: int
         return answers
     # the places of the masks first, in order: logits are made for these only
     index = masked.int().argsort(dim=1, descending=True, stable=True)[:, : max(counts)]  # [B, K]
-    logits = model(batch.inputs, index)  # [B, K, V]
-    best = logits.float().softmax(-1).topk(min(top_k, logits.shape[-1]))  # [B, K, top_k]
+    best = candidates(model, batch, index, top_k)
     for answer, count, probabilities, tokens in zip(
         answers, counts, best.values.tolist(), best.indices.tolist(), strict=True
     ):
@@ -136,33 +164,42 @@ def fill_masks(model: nn.Module, tokenizer: Any, batch: PredictBatch, top_k: int
     return answers
 
 
-def filled_masks_table(batch: MLMBatch, logits: Tensor, tokenizer: Any, context: int = 10) -> str:
-    """Return a Markdown table with one target of each row: text around the mask, truth, best three candidates.
+def hide_words(texts: Iterable[str], tokenizer: Any, count: int, length: int) -> list[HiddenWord]:
+    """Return one word of each of the first `count` texts: of those that are one token, the middle one.
 
     Args:
-        batch: Rows with targets, [B, S] and [B, M].
-        logits: Scores at the targets, [B, M, V].
-        tokenizer: The TextTokenizer that made the ids.
-        context: Tokens shown on each side of the mask.
+        texts: Documents, of which those without such a word are passed over, but not more than three in four.
+        tokenizer: The TextTokenizer.
+        count: Words wanted.
+        length: Tokens of a text that the model reads, with the template's.
 
     """
-    best = logits.float().softmax(-1).topk(3)  # [B, M, 3]
+    room = length - sum(map(len, tokenizer.template))
+    hidden = []
+    for text in islice(texts, 4 * count):
+        shown = text.strip()
+        if len(shown) > SHOWN_CHARACTERS:
+            shown = shown[:SHOWN_CHARACTERS].rsplit(maxsplit=1)[0]
+        words = [word for word in tokenizer.whole_words(shown) if word[0] < room]
+        if words:
+            hidden.append(HiddenWord(shown, *words[len(words) // 2]))
+    return hidden[:count]
+
+
+def filled_masks_table(
+    model: nn.Module, tokenizer: Any, words: list[HiddenWord], length: int, device: torch.device | str = "cpu"
+) -> str:
+    """Return a Markdown table of the texts with their masks, the words there, and the model's best three tokens."""
+    batch, _ = encode_lines([word.text for word in words], tokenizer, length, masks=False)
+    before = len(tokenizer.template[0])
+    index = torch.tensor([[before + word.place] for word in words])  # [B, 1]
+    batch.inputs.input_ids.scatter_(1, index, tokenizer.mask_id)
+    best = candidates(model, batch.to(device), index.to(device), 3)
     rows = []
-    for row in range(len(batch)):
-        slots = [m for m, target in enumerate(batch.targets[row].tolist()) if target != IGNORED]
-        if not slots:
-            continue
-        slot = slots[len(slots) // 2]  # the middle of the row has context on both sides
-        place = int(batch.target_index[row, slot])
-        ids = batch.inputs.input_ids[row].tolist()
-        left = tokenizer.decode(ids[max(0, place - context) : place])
-        right = tokenizer.decode(ids[place + 1 : place + 1 + context])
+    for word, values, tokens in zip(words, best.values[:, 0].tolist(), best.indices[:, 0].tolist(), strict=True):
+        masked = f"{word.text[: word.start]}[MASK]{word.text[word.end :]}"
         guesses = ", ".join(
-            f"{tokenizer.decode([token])} ({probability:.0%})"
-            for token, probability in zip(
-                best.indices[row, slot].tolist(), best.values[row, slot].tolist(), strict=True
-            )
+            f"{tokenizer.decode([token]).strip()} ({value:.0%})" for token, value in zip(tokens, values, strict=True)
         )
-        truth = tokenizer.decode([int(batch.targets[row, slot])])
-        rows.append((f"{left} **[{tokenizer.mask_token.strip('[]<>')}]** {right}", truth, guesses))
+        rows.append((masked, word.text[word.start : word.end], guesses))
     return markdown_table(("text", "truth", "model"), rows)

@@ -64,8 +64,9 @@ def run(tmp_path_factory):
 def test_sampled_steps_are_logged_by_the_tags_of_the_contract(run):
     task, _, events = run
     phases = [f"memory/phase/{name}_peak_mib" for name in PHASES[:3]]
-    for tag in (*CATEGORY_TAGS, *phases, "memory/peak_mib"):
+    for tag in (*CATEGORY_TAGS, *phases):
         assert [event.step for event in events.Scalars(tag)] == [2, 3], tag
+    assert [event.step for event in events.Scalars("memory/peak_mib")] == [2, 3, 4]
     assert [event.step for event in events.Scalars("memory/phase/validation_peak_mib")] == [4]
     first = {tag: events.Scalars(tag)[0].value for tag in (*CATEGORY_TAGS, *phases, "memory/peak_mib")}
     assert sum(first[tag] for tag in CATEGORY_TAGS) == pytest.approx(first["memory/peak_mib"], rel=1e-6)
@@ -75,17 +76,21 @@ def test_sampled_steps_are_logged_by_the_tags_of_the_contract(run):
     assert first["memory/category/optimizer_mib"] == pytest.approx(2 * parameters / 2**20, rel=1e-2)  # steps, too
 
 
-def test_figures_table_and_page_layout_are_written(run):
+def test_figures_and_table_are_written_once_where_the_peak_stays(run):
     _, _, events = run
     tags = events.Tags()
     assert {"memory/timeline", "memory/breakdown"} <= set(tags["images"])
-    image = events.Images("memory/timeline")[0]
+    (image,) = events.Images("memory/timeline")
     assert (image.step, image.width, image.height) == (2, 1000, 625)
     table = events.Tensors("memory/activations_by_layer/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "| encoder.blocks.1 |" in table
-    layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0].decode(errors="replace")
-    places = [layout.index(tag) for tag in ("memory/peak_mib", *CATEGORY_TAGS, "memory/phase/validation_peak_mib")]
-    assert places == sorted(places)
+
+
+def test_the_peak_is_the_highest_so_far(run):
+    _, monitor, events = run
+    peaks = [event.value for event in events.Scalars("memory/peak_mib")]
+    assert peaks == sorted(peaks)
+    assert peaks[-1] == pytest.approx(monitor.summary()["peak_bytes"] / 2**20)
 
 
 def test_the_summary_holds_whole_bytes(run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from leanbert.callbacks.values import log_values
+from leanbert.callbacks.reporting.sampling import SampleClock
+from leanbert.callbacks.values import log_values, tensorboard_writers
 from leanbert.errors import UserError
 from leanbert.measure.counters import cuda_allocator, device_bytes, restart_peak
 from leanbert.measure.figures import breakdown_figure, pixels, timeline_figure
@@ -20,10 +21,13 @@ from leanbert.measure.oom_report import Makers, find_live, makers_by_size, oom_r
 from leanbert.measure.timeline import CATEGORIES, PHASES, Timeline, layer_table
 from leanbert.measure.trace import LiveBytes, live_tensors
 from leanbert.memory.recovery import is_out_of_memory
-from leanbert.messages import say
+from leanbert.messages import say, say_once
 from leanbert.ranges import COUNT
 from leanbert.tasks.techniques import advice
 from leanbert.units import MIB
+
+REDRAW_FRACTION = 0.01
+"""Part of the peak by which it must have changed for figures to be drawn again."""
 
 SNAPSHOT_EVENTS = 100_000
 """Allocations and frees that a CUDA snapshot reaches back."""
@@ -32,12 +36,13 @@ SNAPSHOT_EVENTS = 100_000
 class MemoryMonitor(Callback):
     """Count every byte of live tensors in sampled steps; between them nothing is traced and nothing slows down.
 
-    The second step of a process is sampled (the first one creates the optimizer's state), and the first batch of each
-    validation. A sampled step computes what it would compute without: with torch.compile its blocks run uncompiled.
-    On CUDA the peaks of phases are the allocator's own, at every logged step.
+    The second step of a process is sampled (the first one creates the optimizer's state), later ones as often as 1.5 %
+    of the time allow (`SampleClock`), and the first batch of each validation. Figures are drawn where the peak has
+    changed. A sampled step computes what it would compute without: with torch.compile its blocks run uncompiled. On
+    CUDA the peaks of phases are the allocator's own, at every logged step.
 
     Args:
-        sample_every_n_steps: Steps between two later samples, each of which takes about a second.
+        sample_every_n_steps: Steps between two later samples. Default: as many as keep their cost low.
         cuda_snapshot: Keep a history of allocations and write `oom_snapshot.pickle`, for
             https://pytorch.org/memory_viz, when memory runs out; CUDA only.
 
@@ -46,16 +51,17 @@ class MemoryMonitor(Callback):
 
     """
 
-    def __init__(self, sample_every_n_steps: int = 1000, cuda_snapshot: bool = False) -> None:
+    def __init__(self, sample_every_n_steps: int | None = None, cuda_snapshot: bool = False) -> None:
         COUNT.check("MemoryMonitor.sample_every_n_steps", sample_every_n_steps)
-        self.sample_every_n_steps, self.cuda_snapshot = sample_every_n_steps, cuda_snapshot
+        self.cuda_snapshot = cuda_snapshot
+        self._clock = SampleClock(sample_every_n_steps)
         self.peaks: dict[str, dict[str, int]] = {}  # bytes by category at the highest peak of each phase
         self._device_peaks: dict[str, int] = {}  # bytes by phase that the device counted, the highest
         self._step_peaks: dict[str, int] = {}  # those of this step
         self._makers: Makers = {}
         self._trace: LiveBytes | None = None
         self._folder: Path | None = None
-        self._steps = 0
+        self._drawn_bytes = 0  # the peak that the last figures show
         self._at_borders = False
 
     # ---- results
@@ -87,17 +93,16 @@ class MemoryMonitor(Callback):
             torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_EVENTS)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lay out TensorBoard's page; keep the run's folder, which cannot be asked for after an exception."""
+        """Keep the run's folder, which cannot be asked for after an exception; choose how to time steps."""
+        if trainer.strategy.root_device.type == "cpu":
+            self._clock.clock = time.thread_time  # all is computed in this thread, and other processes do not count
         log_dir = trainer.log_dir  # exchanged between ranks
         self._folder = Path(log_dir) if log_dir is not None else None
-        for writer in _writers(trainer):
-            writer.add_custom_scalars(page_layout(trainer.strategy.root_device.type))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Begin a sample when one is due."""
-        self._steps += 1
         step = trainer.global_step + 1
-        if trainer.is_global_zero and (self._steps == 2 or step % self.sample_every_n_steps == 0):
+        if self._clock.begin(step) and trainer.is_global_zero:
             self._begin(trainer, pl_module, "forward")
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         self._at_borders = trainer.strategy.root_device.type == "cuda" and step % every == 0
@@ -125,7 +130,10 @@ class MemoryMonitor(Callback):
         if timeline is not None:
             self._makers = makers_by_size(timeline.saved)
             log_values(trainer, self._metrics(trainer, timeline))
-            self._show(trainer, timeline)
+            if abs(timeline.peak_bytes - self._drawn_bytes) > REDRAW_FRACTION * self._drawn_bytes:
+                self._drawn_bytes = timeline.peak_bytes
+                self._show(trainer, timeline)
+        self._clock.end(sampled=timeline is not None)
         if self._at_borders:
             phases = {f"memory/phase/{name}_peak_mib": size / MIB for name, size in self._step_peaks.items()}
             log_values(trainer, {**phases, **cuda_allocator(trainer.strategy.root_device)})
@@ -141,7 +149,8 @@ class MemoryMonitor(Callback):
         """Log the peak."""
         timeline = self._end()
         if timeline is not None:
-            log_values(trainer, {"memory/phase/validation_peak_mib": timeline.peak_bytes / MIB})
+            validation = {"memory/phase/validation_peak_mib": timeline.peak_bytes / MIB}
+            log_values(trainer, {**validation, **self._peak(trainer)})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table."""
@@ -189,11 +198,16 @@ class MemoryMonitor(Callback):
 
     def _metrics(self, trainer: Trainer, timeline: Timeline) -> dict[str, float]:
         metrics = {f"memory/category/{name}_mib": size / MIB for name, size in timeline.by_category.items()}
-        if "peak" not in device_bytes(trainer.strategy.root_device):  # where it is, it counts every step
-            metrics["memory/peak_mib"] = timeline.peak_bytes / MIB
-            for name, size in timeline.by_phase.items():
-                metrics[f"memory/phase/{name}_peak_mib"] = size / MIB
+        if peak := self._peak(trainer):
+            phases = {f"memory/phase/{name}_peak_mib": size / MIB for name, size in timeline.by_phase.items()}
+            metrics |= {**phases, **peak}
         return metrics
+
+    def _peak(self, trainer: Trainer) -> dict[str, float]:
+        """Return the highest peak so far, unless the device counts it at every step; none before the first sample."""
+        if not self.sampled or "peak" in device_bytes(trainer.strategy.root_device):
+            return {}
+        return {"memory/peak_mib": self.summary()["peak_bytes"] / MIB}
 
     def _show(self, trainer: Trainer, timeline: Timeline) -> None:
         """Draw the figures and write the table of layers."""
@@ -201,7 +215,7 @@ class MemoryMonitor(Callback):
         phases = {**timeline.categories_by_phase}
         if "validation" in self.peaks:
             phases["validation"] = self.peaks["validation"]
-        for writer in _writers(trainer):
+        for writer in tensorboard_writers(trainer):
             for tag, figure in (
                 ("memory/timeline", timeline_figure(timeline, f"Live tensors during step {step:,}")),
                 ("memory/breakdown", breakdown_figure(phases, f"Where the memory goes, step {step:,}")),
@@ -226,7 +240,7 @@ class MemoryMonitor(Callback):
             live = find_live(_model(module), trainer.optimizers, kind, self._makers)
         text = oom_report(error, live, when, advice())
         say(text)
-        for writer in _writers(trainer):
+        for writer in tensorboard_writers(trainer):
             writer.add_text("memory/out_of_memory", f"```\n{text}\n```", trainer.global_step)
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -234,28 +248,6 @@ class MemoryMonitor(Callback):
             (self._folder / f"oom{rank}.txt").write_text(text + "\n", encoding="utf-8")
             if self.cuda_snapshot:
                 torch.cuda.memory._dump_snapshot(str(self._folder / f"oom_snapshot{rank}.pickle"))
-
-
-def page_layout(device_type: str) -> dict[str, dict[str, list[Any]]]:
-    """Return the custom-scalars layout of the memory page: sections and charts in the order in which one asks.
-
-    A tag has a chart to itself: TensorBoard scales a chart by its common values and would hide the largest category.
-    """
-    tags = {
-        "Memory (MiB)": ["memory/peak_mib", "memory/rss_mib"],
-        "Memory: at the peak, by category (MiB)": [f"memory/category/{name}_mib" for name in CATEGORIES],
-        "Memory: peak by phase (MiB)": [f"memory/phase/{phase}_peak_mib" for phase in PHASES],
-    }
-    if device_type != "cpu":
-        tags["Memory: device (MiB)"] = ["memory/allocated_mib", "memory/reserved_mib"]
-    if device_type == "cuda":
-        tags["Memory: device (MiB)"] += ["memory/active_mib", "memory/fragmented_mib", "memory/device_used_mib"]
-        tags["Memory: allocation retries"] = ["memory/allocation_retries"]
-    return {section: {_chart_name(tag): ["Multiline", [tag]] for tag in members} for section, members in tags.items()}
-
-
-def _chart_name(tag: str) -> str:
-    return tag.rpartition("/")[2].removesuffix("_mib").removesuffix("_peak").replace("_", " ")
 
 
 def terminal_table(peaks: Mapping[str, Mapping[str, int]]) -> list[str]:
@@ -273,12 +265,6 @@ def _model(module: Any) -> nn.Module:
     return getattr(module, "model", None) or module
 
 
-def _writers(trainer: Trainer) -> list[Any]:
-    if not trainer.is_global_zero:
-        return []
-    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-
-
 def _say_if_compiled(module: nn.Module) -> None:
     if any(getattr(part, "_compiled_call_impl", None) is not None for part in module.modules()):
-        say("Memory       this step is sampled: compiled blocks run uncompiled, and may need more than compiled ones")
+        say_once("Memory       in sampled steps compiled blocks run uncompiled, and may need more than compiled ones")

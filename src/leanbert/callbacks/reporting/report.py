@@ -168,7 +168,6 @@ def run_summary(trainer: Trainer, module: Any, status: str) -> dict[str, Any]:
     monitor = next(callback for callback in callbacks if isinstance(callback, StepMonitor))
     checkpoint = next(callback for callback in callbacks if isinstance(callback, RunCheckpoint))
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    batch_size = data.hparams["batch_size"]
     summary = {
         "status": status,
         "metrics": tagged(trainer.callback_metrics),
@@ -177,8 +176,8 @@ def run_summary(trainer: Trainer, module: Any, status: str) -> dict[str, Any]:
         "seconds": monitor.seconds,
         "tokens_per_second": monitor.tokens_per_second,
         "parameters": module.model.num_parameters,
-        "micro_batch_sequences": module.micro_batch or module.techniques.slice_rows or batch_size // trainer.world_size,
-        "effective_batch_sequences": batch_size,
+        "micro_batch_sequences": micro_batch_sequences(trainer, module),
+        "effective_batch_sequences": data.hparams["batch_size"],
         "peak_rss_bytes": peak_rss_bytes(),
         "checkpoint": checkpoint.last_path,
     }
@@ -189,6 +188,13 @@ def run_summary(trainer: Trainer, module: Any, status: str) -> dict[str, Any]:
             summary["predicted_peak_bytes"] = callback.predicted_bytes
     peak = device_bytes(module.device).get("peak")  # counts every step, not the sampled ones only
     return summary if peak is None else {**summary, "peak_bytes": peak}
+
+
+def micro_batch_sequences(trainer: Trainer, module: Any) -> int:
+    """Return the sequences that go through a block at a time on each device."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    whole = data.hparams["batch_size"] // trainer.world_size
+    return int(module.micro_batch or module.techniques.slice_rows or whole)
 
 
 def tagged(metrics: dict[str, Any]) -> dict[str, float]:

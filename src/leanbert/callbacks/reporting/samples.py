@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 
+from leanbert.callbacks.values import tensorboard_writers
 from leanbert.ranges import COUNT
 
 
@@ -39,8 +39,8 @@ class Samples(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the tables."""
-        writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if not writers or self._batch is None or not trainer.is_global_zero:
+        writers = tensorboard_writers(trainer)
+        if not writers or self._batch is None:
             return
         batch = self._batch.split(min(len(self._batch), self.count))[0]
         with torch.no_grad():

@@ -17,8 +17,9 @@ from leanbert.units import MIB
 class StepMonitor(Callback):
     """Log `train/*` and `memory/*` every `trainer.log_every_n_steps`, at the number of completed steps.
 
-    Time spent in validation and in writing checkpoints is not counted; `tokens_per_second` leaves out the first
-    `warmup_steps` of this process, in which kernels are chosen and memory is first touched.
+    Time spent in validation and in writing checkpoints is not counted. `train/tokens_per_second` is of the steps since
+    the last value, `train/mean_tokens_per_second` of all, as `tokens_per_second` here: but for the first `warmup_steps`
+    of this process, in which kernels are chosen and memory is first touched.
     """
 
     warmup_steps = 10
@@ -95,6 +96,7 @@ class StepMonitor(Callback):
             "train/loss": loss,
             "train/learning_rate": outputs["learning_rate"],
             "train/tokens_per_second": speed,
+            **({} if self.tokens_per_second is None else {"train/mean_tokens_per_second": self.tokens_per_second}),
             **{f"memory/{name}_mib": size / MIB for name, size in memory.items()},
         }
         log_values(trainer, values)

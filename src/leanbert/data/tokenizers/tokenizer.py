@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -191,6 +192,19 @@ class TextTokenizer:
         with explained(self._source, "the tokenizer fails on a text"):
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def whole_words(self, text: str) -> list[tuple[int, int, int]]:
+        """Return (number of the token, start, end) of the words in `text`, only letters, that are one token each."""
+        self._tokenizer.encode_special_tokens = True
+        with explained(self._source, "the tokenizer fails on a text"):
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        pieces = Counter(encoding.word_ids)
+        found = []
+        for number, (word, (start, end)) in enumerate(zip(encoding.word_ids, encoding.offsets, strict=True)):
+            letters = text[start:end].lstrip()  # some tokenizers count the space before as of the word
+            if pieces[word] == 1 and letters.isalpha():
+                found.append((number, end - len(letters), end))
+        return found
 
     def encode_words(self, words: Sequence[str]) -> list[list[int]]:
         """Return the ids of each word as inside a sentence; at least one: the unknown token's, or padding."""

@@ -1,0 +1,146 @@
+"""What TensorBoard shows first: a page of curves, loss and quality above memory, and a row to compare runs by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from leanbert.callbacks.reporting.report import micro_batch_sequences
+from leanbert.callbacks.values import tensorboard_writers
+from leanbert.measure.timeline import CATEGORIES, PHASES
+
+SETTINGS_SHOWN = ("techniques", "optimizer", "precision", "micro_batch", "parameters")
+"""Settings that the HParams page shows at once; the others are there to be ticked."""
+
+RESULTS_SHOWN = ("val/loss", "memory/peak_mib", "train/mean_tokens_per_second")
+"""Tags whose last values the HParams page shows for each run."""
+
+SURROUNDINGS = ("lightning.", "leanbert.callbacks.loop.", "leanbert.callbacks.reporting.")
+"""Modules of the callbacks that are no technique: they change neither memory nor weights."""
+
+
+class Dashboard(Callback):
+    """Lay out TensorBoard's page of custom scalars, and write the run's row of the HParams page.
+
+    Both are of the run itself: there are no runs below it.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write layout and settings: the validation before step 1 has told which metrics there are."""
+        for writer in tensorboard_writers(trainer):
+            writer.add_custom_scalars(page_layout(trainer.callback_metrics, pl_module.device.type))
+            for summary in hparams_start(compared_settings(trainer, pl_module)):
+                writer.file_writer.add_summary(summary)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write that the run has finished; of one that was stopped there is no end, for it may go on."""
+        for writer in tensorboard_writers(trainer):
+            writer.file_writer.add_summary(hparams_end())
+
+
+def compared_settings(trainer: Trainer, module: Any) -> dict[str, str | float]:
+    """Return what may differ between the runs of a task, by name: techniques first, then sizes."""
+    classes = [type(callback) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    names = [own.__name__ for own in classes if not own.__module__.startswith(SURROUNDINGS)]
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    config = module.model.config
+    return {
+        "techniques": ", ".join(names) or "none",
+        "optimizer": module.optimizer_config.name,
+        "precision": str(trainer.precision),
+        "learning_rate": module.optimizer_config.lr,
+        "layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "parameters": module.model.num_parameters,
+        "max_length": data.hparams["max_length"],
+        "batch_size": data.hparams["batch_size"],
+        "micro_batch": micro_batch_sequences(trainer, module),
+        "devices": trainer.world_size,
+        "seed": module.seed,
+    }
+
+
+def hparams_start(settings: Mapping[str, str | float]) -> list[Any]:
+    """Return the summaries that open a run's row on the HParams page: its columns, and the `settings` in them.
+
+    `SummaryWriter.add_hparams` writes them into a run below the run, and an end at once.
+    """
+    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2  # only here: it takes a while
+
+    columns = api_pb2.Experiment(
+        hparam_infos=[
+            api_pb2.HParamInfo(
+                name=name,
+                type=api_pb2.DATA_TYPE_STRING if isinstance(value, str) else api_pb2.DATA_TYPE_FLOAT64,
+                differs=name in SETTINGS_SHOWN,
+            )
+            for name, value in settings.items()
+        ],
+        metric_infos=[api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in RESULTS_SHOWN],
+    )
+    start = plugin_data_pb2.SessionStartInfo()
+    for name, value in settings.items():
+        setattr(start.hparams[name], "string_value" if isinstance(value, str) else "number_value", value)
+    return [
+        _hparams_summary(metadata.EXPERIMENT_TAG, experiment=columns),
+        _hparams_summary(metadata.SESSION_START_INFO_TAG, session_start_info=start),
+    ]
+
+
+def hparams_end() -> Any:
+    """Return the summary that closes the row of a run that has finished."""
+    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+
+    end = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS)
+    return _hparams_summary(metadata.SESSION_END_INFO_TAG, session_end_info=end)
+
+
+def _hparams_summary(tag: str, **content: Any) -> Any:
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+
+    data = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(**content))
+    return Summary(value=[Summary.Value(tag=tag, metadata=data)])
+
+
+def page_layout(metrics: Iterable[str], device_type: str) -> dict[str, dict[str, list[Any]]]:
+    """Return the layout of the page of custom scalars: sections and charts in the order in which one asks.
+
+    TensorBoard's other pages sort tags by name, and memory comes first.
+
+    Args:
+        metrics: Tags of the validation among others.
+        device_type: What the run trains on.
+
+    """
+    found = [tag for tag in metrics if tag.startswith("val/") and tag.count("/") == 1]
+    losses = [tag for tag in found if tag.endswith("loss")]
+    memory = {
+        "at the peak, by category": [f"memory/category/{name}_mib" for name in CATEGORIES],
+        "peak by phase": [f"memory/phase/{phase}_peak_mib" for phase in PHASES if phase != "validation"],
+        "peak of validation": ["memory/phase/validation_peak_mib"],  # of fewer points, it would be cut off as outliers
+        "highest peak so far, and resident": ["memory/peak_mib", "memory/rss_mib"],
+    }
+    if device_type != "cpu":
+        memory["of the device"] = ["memory/allocated_mib", "memory/reserved_mib"]
+    if device_type == "cuda":
+        memory["of the device"] += ["memory/active_mib", "memory/fragmented_mib", "memory/device_used_mib"]
+    sections = {
+        "Loss": {"loss": ["train/loss", *losses]},
+        "Quality": {tag.removeprefix("val/"): [tag] for tag in found if tag not in losses},
+        "Memory (MiB)": memory,
+        "Speed": {
+            "tokens per second": ["train/tokens_per_second", "train/mean_tokens_per_second"],
+            "learning rate": ["train/learning_rate"],
+        },
+    }
+    if device_type == "cuda":
+        sections["Speed"]["allocation retries"] = ["memory/allocation_retries"]
+    return {
+        section: {title: ["Multiline", tags] for title, tags in charts.items()}
+        for section, charts in sections.items()
+        if charts
+    }
