@@ -29,23 +29,27 @@ def test_the_layout_has_loss_and_quality_above_memory(run):
     (event,) = events.Tensors("custom_scalars__config__")
     layout = Layout.FromString(tensor_util.make_ndarray(event.tensor_proto).item())
     charts = {part.title: {c.title: list(c.multiline.tag) for c in part.chart} for part in layout.category}
-    assert list(charts) == ["Loss", "Quality", "Memory (MiB)", "Speed"]
-    assert charts["Loss"] == {"loss": ["train/loss", "val/loss", "val/unigram_loss"]}
-    assert charts["Quality"] == {"perplexity": ["val/perplexity"], "accuracy": ["val/accuracy"]}
+    assert list(charts) == ["Loss and quality", "Memory (MiB)", "Speed"]
+    assert charts["Loss and quality"] == {
+        "loss": ["train/loss", "val/loss", "val/unigram_loss"],
+        "perplexity": ["val/perplexity"],
+        "accuracy": ["val/accuracy"],
+    }
     logged = set(events.Tags()["scalars"])
     assert {tag for part in charts.values() for tags in part.values() for tag in tags} <= logged
 
 
-def test_a_device_has_charts_of_its_own_and_no_metrics_no_section():
+def test_a_device_has_charts_of_its_own():
     cpu, cuda = page_layout([], "cpu"), page_layout([], "cuda")
-    assert list(cpu) == ["Loss", "Memory (MiB)", "Speed"]
-    assert cpu["Loss"] == {"loss": ["Multiline", ["train/loss"]]}
+    assert list(cpu) == list(cuda)
+    assert cpu["Loss and quality"] == {"loss": ["Multiline", ["train/loss"]]}
     assert set(cuda["Memory (MiB)"]) - set(cpu["Memory (MiB)"]) == {"of the device"}
     assert set(cuda["Speed"]) - set(cpu["Speed"]) == {"allocation retries"}
 
 
 def test_metrics_of_parts_are_not_laid_out():
-    assert list(page_layout(["val/f1", "val/f1/ARG0", "train/loss", "average/f1"], "cpu")["Quality"]) == ["f1"]
+    charts = page_layout(["val/f1", "val/f1/ARG0", "train/loss", "average/f1"], "cpu")["Loss and quality"]
+    assert list(charts) == ["loss", "f1"]
 
 
 def test_the_row_has_techniques_and_sizes(run):

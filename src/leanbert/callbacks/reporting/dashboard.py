@@ -129,8 +129,10 @@ def page_layout(metrics: Iterable[str], device_type: str) -> dict[str, dict[str,
     if device_type == "cuda":
         memory["of the device"] += ["memory/active_mib", "memory/fragmented_mib", "memory/device_used_mib"]
     sections = {
-        "Loss": {"loss": ["train/loss", *losses]},
-        "Quality": {tag.removeprefix("val/"): [tag] for tag in found if tag not in losses},
+        "Loss and quality": {
+            "loss": ["train/loss", *losses],
+            **{tag.removeprefix("val/"): [tag] for tag in found if tag not in losses},
+        },
         "Memory (MiB)": memory,
         "Speed": {
             "tokens per second": ["train/tokens_per_second", "train/mean_tokens_per_second"],
@@ -140,7 +142,5 @@ def page_layout(metrics: Iterable[str], device_type: str) -> dict[str, dict[str,
     if device_type == "cuda":
         sections["Speed"]["allocation retries"] = ["memory/allocation_retries"]
     return {
-        section: {title: ["Multiline", tags] for title, tags in charts.items()}
-        for section, charts in sections.items()
-        if charts
+        section: {title: ["Multiline", tags] for title, tags in charts.items()} for section, charts in sections.items()
     }
