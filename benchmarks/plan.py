@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 
 from leanbert.cli.app import CLI, quiet_libraries
+from leanbert.cli.options import Options
 from leanbert.measure.trace import live_tensors
 from leanbert.memory.precision import has_16_bit_products
 from leanbert.planning.predict import Prediction, predict
@@ -170,7 +171,7 @@ class Predicting(CLI):
 
     prediction: Prediction
 
-    def plan(self, **_: Any) -> None:
+    def plan(self, options: Options) -> None:
         """Predict."""
         self.prediction = predict(self.run_settings())
 

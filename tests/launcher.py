@@ -51,6 +51,7 @@ def serving(path: Path, environment: dict[str, str]) -> Iterator[None]:
 
 def serve(path: str) -> list[str] | None:
     """Answer callers until standard input ends. In the process of a command return its arguments."""
+    importlib.import_module("leanbert.cli.deferred").install()
     importlib.import_module("leanbert.cli.app")  # what all commands share
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait

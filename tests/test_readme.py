@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tests import launcher
-from tests.cli.test_app import ROOT, environment
+from tests.cli.program import ROOT, environment
 from tests.corpus import write_corpus
 from tests.training import TINY
 

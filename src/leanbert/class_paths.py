@@ -68,7 +68,7 @@ def in_arguments(arguments: list[str]) -> list[str]:
 
 def _takes_class(option: str) -> bool:
     name = option.removeprefix("--")
-    return name != option and (name in SETTINGS or name.rpartition(".")[2] == "class_path")
+    return name != option and (name in SETTINGS or name.rpartition(".")[2] in ("class_path", "help"))
 
 
 def find_class(name: str) -> Any:

@@ -6,10 +6,8 @@ import json
 import os
 import pickle
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,51 +15,14 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import leanbert
-from leanbert.optim.build import ScheduleConfig, learning_rate_factor
 from tests import launcher
+from tests.cli.program import command, environment, refused, run
 from tests.corpus import write_corpus
 from tests.tiny import whole_rows
 from tests.training import TINY
 from tests.training import read_scalars as scalars
 
-ROOT = Path(__file__).parents[2]
-
-
 pytestmark = pytest.mark.usefixtures("launcher_socket")
-
-
-def command(program, subcommand, *arguments):
-    return [sys.executable, str(program), subcommand, "--config", "configs/mlm.yaml", *arguments]
-
-
-def environment(**changes):
-    return {**os.environ, "OMP_NUM_THREADS": "1", **changes}
-
-
-def run(folder, *arguments, expect=0, program=launcher.__file__, **kwargs):
-    result = subprocess.run(
-        command(program, *arguments), cwd=folder, env=environment(), capture_output=True, text=True,
-        timeout=300, **kwargs
-    )  # fmt: skip
-    assert result.returncode == expect, result.stderr[-3000:]
-    return result
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder / "train.txt")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(corpus):
-    """A finished run of 30 steps, validated every 10, and what it printed."""
-    result = run(
-        corpus, "fit", *TINY, "--data.train_files=train.txt", "--trainer.max_steps=30",
-        "--trainer.val_check_interval=10", "--checkpoint.every_n_steps=7",
-    )  # fmt: skip
-    return corpus / "runs" / "mlm" / "version_0", result
 
 
 def test_fit_prints_a_report_and_how_to_go_on(trained):
@@ -243,134 +204,11 @@ def test_prepare_builds_what_fit_then_finds(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.bin")} == made
 
 
-@pytest.mark.parametrize("name", ["mini", "small", "base", "large"])
-def test_print_config_takes_the_size(tmp_path, name):
-    result = run(tmp_path, "fit", "--config", f"configs/size/{name}.yaml", "--print_config")
-    sizes = {"mini": (4, 256), "small": (4, 512), "base": (12, 768), "large": (24, 1024)}[name]
-    assert f"num_layers: {sizes[0]}\n" in result.stdout
-    assert f"hidden_size: {sizes[1]}\n" in result.stdout
-
-
-def test_help_and_mistakes_name_all_subcommands(tmp_path):
-    names = ("fit", "validate", "test", "predict", "prepare", "plan", "export")
-    for arguments, code in (["--help"], 0), (["fti"], 2):
-        result = subprocess.run(
-            [sys.executable, launcher.__file__, *arguments], cwd=tmp_path, env=environment(), capture_output=True,
-            text=True,
-        )  # fmt: skip
-        assert result.returncode == code
-        assert all(name in result.stdout + result.stderr for name in names)
-
-
-# ---- interrupted and resumed
-
-RESUME = [
-    *TINY, "--data.train_files=train.txt", "--trainer.max_steps=24", "--trainer.val_check_interval=6",
-    "--checkpoint.every_n_steps=3", "--model.encoder.dropout=0.1",
-    "--model.encoder.attention_dropout=0.1",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def undisturbed(corpus):
-    run(corpus, "fit", *RESUME, "--trainer.default_root_dir=undisturbed")
-    return scalars(corpus / "undisturbed" / "mlm" / "version_0")
-
-
-def start(corpus, *arguments):
-    """Start a process of its own, which signals reach."""
-    return subprocess.Popen(
-        command(launcher.PROGRAM, *arguments), cwd=corpus, env=environment(), stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def wait_for(path: Path, process, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, process.stderr.read()[-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def same_losses(expected, actual):
-    for tag in ("train/loss", "train/learning_rate", "val/loss", "val/accuracy"):
-        assert actual[tag] == expected[tag], tag
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("seen", [6, 15])  # right after a validation is due, and in the middle
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(corpus, undisturbed, workers, seen):
-    root = f"killed-{workers}-{seen}"
-    settings = [*RESUME, f"--trainer.default_root_dir={root}", f"--data.num_workers={workers}"]
-    process = start(corpus, "fit", *settings)
-    checkpoints = corpus / root / "mlm" / "version_0" / "checkpoints"
-    wait_for(checkpoints / f"step-{seen:08d}.ckpt", process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (checkpoints / "step-00000024.ckpt").exists(), "killed too late to test anything"
-    run(corpus, "fit", *settings, "--ckpt_path=last")
-    assert [path.name for path in (corpus / root / "mlm").iterdir()] == ["version_0"]
-    same_losses(undisturbed, scalars(corpus / root / "mlm" / "version_0"))
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_prints_the_command_that_goes_on(corpus, undisturbed, number):
-    settings = [*RESUME, f"--trainer.default_root_dir=interrupted-{number}"]
-    process = start(corpus, "fit", *settings)
-    folder = corpus / f"interrupted-{number}" / "mlm" / "version_0"
-    wait_for(folder / "checkpoints" / "step-00000003.ckpt", process)
-    process.send_signal(number)
-    errors = process.communicate(timeout=120)[1]
-    assert process.returncode == 128 + number
-    assert errors.strip().splitlines()[-1].strip().endswith("--ckpt_path last"), errors
-    assert "Traceback" not in errors
-    assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
-    run(corpus, "fit", *settings, "--ckpt_path=last")
-    same_losses(undisturbed, scalars(folder))
-    assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
-
-
-def test_a_finished_run_is_extended(corpus):
-    """Rates are those of the longer schedule at each step, the losses those of a run with these rates."""
-    schedule = ["--model.schedule.name=constant", "--model.schedule.warmup_steps=2"]
-    settings = [*RESUME, *schedule, "--trainer.default_root_dir=extended"]
-    run(corpus, "fit", *settings, "--trainer.max_steps=8")
-    run(corpus, "fit", *settings, "--trainer.max_steps=12", "--ckpt_path=last")
-    run(corpus, "fit", *settings, "--trainer.max_steps=12", "--trainer.default_root_dir=straight")
-    extended = scalars(corpus / "extended" / "mlm" / "version_0")["train/loss"]
-    assert extended == scalars(corpus / "straight" / "mlm" / "version_0")["train/loss"]
-    assert set(extended) == set(range(1, 13))
-
-
-def test_an_extended_run_takes_the_rates_of_the_longer_schedule(corpus):
-    settings = [*RESUME, "--model.schedule.warmup_steps=2", "--trainer.default_root_dir=stretched"]
-    run(corpus, "fit", *settings, "--trainer.max_steps=6")
-    run(corpus, "fit", *settings, "--trainer.max_steps=20", "--ckpt_path=last", "--model.optimizer.lr=1e-3")
-    rates = scalars(corpus / "stretched" / "mlm" / "version_0")["train/learning_rate"]
-    config = ScheduleConfig(warmup_steps=2)
-    expected = [3e-3 * learning_rate_factor(config, step, 6) for step in range(6)]
-    expected += [1e-3 * learning_rate_factor(config, step, 20) for step in range(6, 20)]
-    assert [rates[step] for step in range(1, 21)] == pytest.approx(expected)
-
-
 def test_a_finished_run_is_left_as_it_is(trained, corpus):
     before = {path: path.read_bytes() for path in trained[0].rglob("*") if path.is_file()}
     fit = ["fit", *TINY, "--data.train_files=train.txt", "--trainer.max_steps=30"]
     assert "Finished: step 30" in run(corpus, *fit, "--ckpt_path=last").stderr
     assert {path: path.read_bytes() for path in trained[0].rglob("*") if path.is_file()} == before
-
-
-def test_going_back_sets_later_checkpoints_aside(corpus):
-    settings = [*RESUME, "--trainer.default_root_dir=back", "--trainer.max_steps=9", "--checkpoint.keep=3"]
-    run(corpus, "fit", *settings)
-    folder = corpus / "back" / "mlm" / "version_0" / "checkpoints"
-    run(corpus, "fit", *settings, f"--ckpt_path={folder / 'step-00000003.ckpt'}", "--trainer.max_steps=5")
-    names = sorted(path.name for path in folder.iterdir())
-    assert names == [
-        "abandoned-best.ckpt", "abandoned-step-00000006.ckpt", "abandoned-step-00000009.ckpt", "best.ckpt",
-        "step-00000003.ckpt", "step-00000005.ckpt",
-    ]  # fmt: skip
 
 
 def test_a_saved_config_serves_every_subcommand(trained, corpus):
@@ -439,83 +277,9 @@ def test_compiled_blocks_train(corpus):
     assert losses == pytest.approx(scalars(corpus / "eager" / "mlm" / "version_0")["train/loss"], abs=0.02)
 
 
-# ---- bad input: one line, exit code 2, the setting and the fix
-
-
 class Bomb:
     def __reduce__(self):
         return (os.system, ("touch bomb",))
-
-
-def refused(folder, *arguments, says):
-    result = run(folder, *arguments, expect=2)
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1, result.stderr
-    assert result.stderr.strip().splitlines()[-1] == lines[0]
-    assert "Traceback" not in result.stderr
-    for text in says:
-        assert text in lines[0], lines[0]
-    return lines[0]
-
-
-SETTINGS = [
-    (["--trainer.accumulate_grad_batches=2"], ["trainer.accumulate_grad_batches", "data.batch_size"]),
-    (["--model.optimizer.name=lion"], ["model.optimizer", "adamw", "lion"]),
-    (["--model.encoder.hidden_size=30", "--model.encoder.num_heads=4"], ["hidden_size", "30", "4"]),
-    (["--data.max_length=1024"], ["data.max_length", "1024", "512"]),
-    (["--data.no_such_setting=1"], ["no_such_setting"]),
-    (["--data.mask_rate=1.5"], ["data.mask_rate", "1.5"]),
-    (["--data.train_files=nowhere/*.txt"], ["nowhere/*.txt"]),
-    (["--ckpt_path=none.ckpt"], ["none.ckpt"]),
-    (["--ckpt_path=last"], ["--ckpt_path last"]),
-    (["--checkpoint.keep=0"], ["checkpoint.keep"]),
-    (["--data.mask_rate=null"], ["data.mask_rate", "null"]),
-    (["--config=configs/srl.yaml", "--data.init_args.vocab_size=null"], ["data.vocab_size", "null"]),
-    (["--model.encoder.num_layers=null"], ["model.encoder.num_layers", "None"]),
-    (["--ckpt_path=2"], ["2: no such checkpoint"]),
-    (["--model.optimizer.lr=-1"], ["model.optimizer.lr", "-1"]),
-    (["--model.schedule.decay_share=2"], ["model.schedule.decay_share", "2"]),
-    (["--trainer.enable_checkpointing=false"], ["trainer.enable_checkpointing", "checkpoint.every_n_steps"]),
-    (["--config=configs/none.yaml"], ["configs/none.yaml", "configs/mlm.yaml"]),
-    (["--trainer.accelerator=gpu"], ["gpu"]),
-    (["--trainer.accelerator=abacus"], ["trainer.accelerator", "abacus", "cpu"]),
-    (["--trainer.strategy=fsdp"], ["trainer.strategy", "fsdp", "ddp"]),
-    (["--trainer.strategy=magic"], ["trainer.strategy", "magic"]),
-    (["--trainer.strategy=ddp_spawn"], ["trainer.strategy", "ddp_spawn"]),
-    (
-        ["--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy", "--trainer.devices=2"],
-        ["trainer.strategy", "ModelParallelStrategy"],
-    ),
-    (["--model=lightning.pytorch.demos.boring_classes.BoringModel"], ["model.class_path", "BoringModel", "Task"]),
-    (["--trainer.default_root_dir="], ["trainer.default_root_dir"]),
-    (["--trainer.default_root_dir=/proc/leanbert"], ["/proc/leanbert"]),
-    ([f"--trainer.default_root_dir={'x' * 5000}"], ["trainer.default_root_dir"]),
-    (["--trainer.default_root_dir=~nosuchuser/x"], ["trainer.default_root_dir", "nosuchuser"]),
-]
-
-
-@pytest.mark.parametrize(("arguments", "says"), SETTINGS, ids=lambda value: value[0] if len(value) == 1 else "")
-def test_bad_settings(tmp_path, arguments, says):
-    write_corpus(tmp_path / "train.txt")
-    refused(tmp_path, "fit", *TINY, "--data.train_files=train.txt", *arguments, says=says)
-
-
-def test_yaml_that_does_not_parse_and_unknown_keys(tmp_path):
-    (tmp_path / "broken.yaml").write_text("trainer:\n  max_steps: [1\n")
-    refused(tmp_path, "fit", "--config=broken.yaml", says=["broken.yaml"])
-    (tmp_path / "unknown.yaml").write_text("trainer:\n  max_stepz: 1\n")
-    refused(tmp_path, "fit", "--config=unknown.yaml", says=["max_stepz"])
-    overlay = "trainer:\n  callbacks+:\n    - class_path: lightning.pytorch.callbacks.LearningRateMonitor\n"
-    (tmp_path / "overlay.yaml").write_text(overlay)
-    refused(tmp_path, "fit", "--config=overlay.yaml", "--config=overlay.yaml", says=["LearningRateMonitor", "2 times"])
-
-
-def test_yaml_that_grows_without_bound(tmp_path):
-    laughs = ["a0: &a0 [1, 2, 3]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 10))]
-    texts = {"deep": f"trainer: {'[' * 3000}{']' * 3000}\n", "round": "trainer: &a [*a]\n", "laughs": "\n".join(laughs)}
-    for name, reason in ("deep", "nested too deeply"), ("round", "nested too deeply"), ("laughs", "aliases"):
-        (tmp_path / f"{name}.yaml").write_text(texts[name])
-        refused(tmp_path, "fit", f"--config={name}.yaml", says=[f"{name}.yaml", reason])
 
 
 def test_bad_checkpoints(trained, corpus):

@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from leanbert.cli.app import CLI, quiet_libraries
+from leanbert.cli.options import Options
 from leanbert.data.samples.synthetic import synthetic_roles
 from leanbert.errors import UserError
 from leanbert.planning.predict import predict
@@ -54,7 +55,7 @@ PLANS = [
 class Settings(CLI):
     """The command line, which keeps what `plan` would plan."""
 
-    def plan(self, **options: Any) -> None:
+    def plan(self, options: Options) -> None:
         """Plan nothing."""
         self.settings = self.run_settings()
 

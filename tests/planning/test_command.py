@@ -9,14 +9,15 @@ import pytest
 import yaml
 
 from leanbert.callbacks.reporting.plan import error_percent
-from leanbert.cli.app import CLI, complete, quiet_libraries
+from leanbert.cli.app import CLI, quiet_libraries
+from leanbert.cli.arguments import complete
 from leanbert.errors import UserError
 from leanbert.planning.device import target_of
 from leanbert.planning.search import _Trials, ladder
 from leanbert.settings import add_overlay
 from leanbert.units import MIB, parse_size
 from tests import launcher
-from tests.cli.test_app import run
+from tests.cli.program import run
 from tests.corpus import write_corpus
 from tests.training import read_scalars
 
@@ -125,7 +126,7 @@ def test_every_rung_of_the_ladder_goes_through_fit(tmp_path, monkeypatch, task):
     trials = _Trials(run_settings, target_of("cpu"))
     for number, techniques in enumerate(ladder(run_settings, target_of("cpu"))[1:]):
         overlay = trials._overlay(techniques, 4)
-        monkeypatch.setattr("leanbert.cli.app.subprocess.run", choose(overlay))
+        monkeypatch.setattr("leanbert.cli.budget.subprocess.run", choose(overlay))
         root = tmp_path / str(number)
         trained = CLI(["fit", *settings, f"--trainer.default_root_dir={root}", "--budget=1GiB"])
         (summary,) = root.glob("*/version_0/summary.json")
@@ -145,7 +146,7 @@ def test_the_subcommand_alone_is_another_one_in_the_process_that_plans(tmp_path,
         return subprocess.CompletedProcess(command, 7)
 
     quiet_libraries()
-    monkeypatch.setattr("leanbert.cli.app.subprocess.run", note)
+    monkeypatch.setattr("leanbert.cli.budget.subprocess.run", note)
     monkeypatch.setattr("sys.argv", ["train.py"])
     given = ["fit", "--config=configs/mlm.yaml", "--data.text_field", "fit", "--budget=1GiB"]
     with pytest.raises(SystemExit) as stopped:

@@ -8,17 +8,22 @@ import sys
 
 from leanbert import signals
 from leanbert.cli import deferred
+from leanbert.cli.ending import one_line_errors
+from leanbert.cli.help import answer
 
 
 def main() -> None:
-    """Run the command line of `sys.argv`; see `leanbert.cli.app.main`."""
+    """Run the command line of `sys.argv`; bad input ends with one line on standard error and exit code 2."""
     signals.install()
     signals.watch()
     prepare_streams()
-    deferred.install()
-    from leanbert.cli import app as cli
+    with one_line_errors():
+        if answer(sys.argv[1:]):
+            return
+        deferred.install()
+        from leanbert.cli import app
 
-    cli.main()
+        app.run(sys.argv[1:])
 
 
 def prepare_streams() -> None:

@@ -12,7 +12,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
@@ -35,17 +35,16 @@ def install() -> None:
     """Import what is needed of torchmetrics; nothing happens where it is imported already."""
     if PACKAGE in sys.modules:
         return
-    finder = _Finder()
-    sys.meta_path.insert(0, finder)
+    sys.meta_path.insert(0, _PACKAGES)
     try:
         for module, name in OWN.items():
             found = importlib.import_module(f"{PACKAGE}.{module}")
             setattr(sys.modules[PACKAGE], name, getattr(found, name))
         for module in MODULES:
             importlib.import_module(f"{PACKAGE}.{module}")
-        finder.complete = True
+        _PACKAGES.complete = True
     except (ImportError, AttributeError):  # a version that is made otherwise is imported as usual
-        sys.meta_path.remove(finder)
+        sys.meta_path.remove(_PACKAGES)
         for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
             del sys.modules[name]
 
@@ -54,41 +53,18 @@ class _Deferred(ModuleType):
     """A package whose `__init__` runs when something is asked for that it does not have yet."""
 
     def __getattr__(self, name: str) -> Any:
-        finder = self.__spec__.loader.finder
-        if finder.complete:
-            finder.import_all()
-        else:
-            _run(self)
+        if _PACKAGES.complete and _PACKAGES in sys.meta_path:
+            _PACKAGES.import_all()
+        _PACKAGES.run(self)
         return getattr(self, name)
 
 
-def _run(module: ModuleType) -> None:
-    if isinstance(module, _Deferred):
-        own = module.__spec__.loader.own
-        module.__class__ = ModuleType
-        module.__spec__.loader = module.__loader__ = own
-        own.exec_module(module)
+class _Packages(MetaPathFinder, Loader):
+    """Finds torchmetrics: until it is `complete` packages are made and not run, after it another module wants all."""
 
-
-class _Loader:
-    """Makes a package and runs nothing."""
-
-    def __init__(self, own: Any, finder: _Finder) -> None:
-        self.own, self.finder = own, finder
-
-    def create_module(self, spec: ModuleSpec) -> None:
-        return None
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__class__ = _Deferred
-        if module.__name__ == PACKAGE:
-            module._logger = logging.getLogger(PACKAGE)  # type: ignore[attr-defined]
-
-
-class _Finder:
-    """Finds modules of torchmetrics: until `complete` its packages are deferred, after it another module wants all."""
-
-    complete = False
+    def __init__(self) -> None:
+        self.complete = False
+        self._loaders: dict[str, Any] = {}  # that run a package's `__init__`, by its name
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name.partition(".")[0] != PACKAGE:
@@ -98,13 +74,33 @@ class _Finder:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.submodule_search_locations is not None:
-            spec.loader = _Loader(spec.loader, self)  # type: ignore[assignment]
+            self._loaders[name], spec.loader = spec.loader, self
         return spec
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__class__ = _Deferred
+        if module.__name__ == PACKAGE:
+            module._logger = logging.getLogger(PACKAGE)  # type: ignore[attr-defined]
+
+    def run(self, module: ModuleType) -> None:
+        """Run a package's `__init__`, unless that was done."""
+        if isinstance(module, _Deferred):
+            own = self._loaders[module.__name__]
+            module.__class__ = ModuleType  # type: ignore[assignment]
+            module.__loader__ = own
+            if module.__spec__ is not None:
+                module.__spec__.loader = own
+            own.exec_module(module)
 
     def import_all(self) -> None:
         """Run what was deferred, the package itself last, whose `__init__` begins with the others."""
-        with suppress(ValueError):  # removed already
-            sys.meta_path.remove(self)
+        sys.meta_path.remove(self)
         package, *inner = [module for module in list(sys.modules.values()) if isinstance(module, _Deferred)]
         for module in (*inner, package):
-            _run(module)
+            self.run(module)
+
+
+_PACKAGES = _Packages()

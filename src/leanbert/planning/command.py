@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import psutil
@@ -22,6 +20,7 @@ from leanbert.planning.device import DeviceType, Target
 from leanbert.planning.distributed import DistributedPrediction, predict_distributed
 from leanbert.planning.figures import sweep_figure
 from leanbert.planning.overlays import apply
+from leanbert.planning.request import PlanRequest
 from leanbert.planning.run_settings import RunSettings
 from leanbert.planning.search import Candidate, Plan, search
 from leanbert.planning.sweep import SIZES, Cell, parse_sweep, sweep, with_size
@@ -32,21 +31,6 @@ from leanbert.units import MIB, format_duration, format_size, parse_size
 
 MARGIN = 0.1
 """Share of what the device has free that `--budget auto` leaves to others."""
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """What the user asks of `plan`, by the names of its options; see `Trainer.plan`."""
-
-    budget: str | None = None
-    json: Path | None = None
-    save: Path | None = None
-    figure: Path | None = None
-    sweep: Sequence[str] | None = None
-    measure: bool = False
-    first: bool = False
-    device: str | None = None
-    share: float = 0.3
 
 
 def run_plan(
@@ -131,7 +115,7 @@ def run_sweep(settings: RunSettings, target: Target, request: PlanRequest) -> li
     budget = budget_bytes(request.budget, target.device_type)
     if budget is None:
         raise UserError("sweep: into which budget? Give --budget 8GiB, or --budget auto.")
-    sizes, lengths = parse_sweep(list(request.sweep or ()), settings)
+    sizes, lengths = parse_sweep(request.sweep or [], settings)
     cells = sweep(settings, target, budget, sizes, lengths, progress)
     print(f"Largest micro-batch (sequences) that fits into {format_size(budget)} on {target.device_type}")
     print(f"{'':<8}" + "".join(f"{length:>10,}" for length in lengths) + "  tokens a sequence")

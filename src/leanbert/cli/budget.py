@@ -1,0 +1,67 @@
+"""What planning asks of the settings, and what a budget does to them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from typing import Any
+
+import yaml
+
+from leanbert.callbacks.reporting.plan import PlanReport
+from leanbert.errors import UserError
+from leanbert.files import scratch_folder
+from leanbert.planning.timing import RunLength, count_validations, limited
+from leanbert.settings import add_overlay
+
+
+def count_devices(settings: Any) -> int:
+    """Return on how many devices the run is planned. Raises UserError where they cannot share the batch evenly."""
+    trainer = settings["trainer"]
+    devices = settings["devices"] or trainer["devices"]
+    if isinstance(devices, str):
+        devices = int(devices) if devices.isdigit() else 1
+    count = max(1, len(devices) if isinstance(devices, list) else devices) * (settings["nodes"] or trainer["num_nodes"])
+    rows = settings["data"]["init_args"]["batch_size"]
+    if count < 1 or rows % count:
+        raise UserError(
+            f"data.batch_size: {rows} is not divisible by {count} devices. Set a multiple of {max(1, count)}."
+        )
+    return count
+
+
+def apply_budget(settings: Any, arguments: list[str]) -> PlanReport:
+    """Plan the run in a process of its own, whose memory is gone with it, and add the chosen techniques to it.
+
+    `settings` are those of `fit`, which `arguments` have called; a plan that fails ends this process as it did its own.
+    """
+    with scratch_folder() as folder:
+        answer, overlay = folder / "plan.json", folder / "overlay.yaml"
+        place = arguments.index("fit")
+        command = [sys.executable, sys.argv[0], *arguments[:place], "plan", *arguments[place + 1 :]]
+        options = ("--prepare=true", "--first=true", f"--json={answer}", f"--save={overlay}")
+        done = subprocess.run([*command, *options], stdout=sys.stderr)
+        if done.returncode:
+            sys.exit(done.returncode)
+        plan, chosen = json.loads(answer.read_text()), yaml.safe_load(overlay.read_text()) or {}
+    add_overlay(settings, chosen)
+    return PlanReport(plan["predicted_peak_bytes"], plan["predicted_needs_bytes"], plan["budget_bytes"], plan)
+
+
+def run_length(trainer: Any, datamodule: Any) -> RunLength:
+    """Return how many steps and validations `fit` would do with these settings of the trainer; prepares the corpus."""
+    data = copy.deepcopy(datamodule)
+    data.setup("fit")
+    steps = trainer["max_steps"] if trainer["max_steps"] > 0 else trainer["max_epochs"] * data.batches_per_epoch
+    rows = data.hparams["val_batch_size"] or data.hparams["batch_size"]
+    interval = trainer["val_check_interval"]
+    return RunLength(
+        steps=steps,
+        validations=count_validations(
+            steps, 1.0 if interval is None else interval, every_n_epochs=trainer["check_val_every_n_epoch"],
+            batches_per_epoch=data.batches_per_epoch,
+        ),
+        batches_per_validation=limited(-(-data.statistics["val"].rows // rows), trainer["limit_val_batches"]),
+    )  # fmt: skip

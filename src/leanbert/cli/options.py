@@ -1,0 +1,91 @@
+"""The options of each subcommand, beside the settings of model, data, trainer and checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from leanbert.planning.request import PlanRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `prepare`."""
+
+    ckpt_path: str | None = None
+    """Checkpoint whose tokenizer is used: a file, or `last`, `best` or `average` of the newest run."""
+    weights_only: bool | None = None
+    """Not used: checkpoints never execute code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions(Options):
+    """Options of `fit`."""
+
+    ckpt_path: str | None = None
+    """Checkpoint to go on from: a file, or `last` or `best` of the newest run; auto: last, or a new run where there is
+    none."""
+    budget: str | None = None
+    """Memory that the run may need, such as 8GiB: the cheapest set of techniques that fits is applied, as `plan` shows
+    it. auto: what the device has free, less a tenth. On a CPU it is resident memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(Options):
+    """Options of `validate` and `test`."""
+
+    ckpt_path: str | None = None
+    """Checkpoint to evaluate: a file, or `last`, `best` or `average` of the newest run; else --model.init_from."""
+    verbose: bool = True
+    """Not used: the metrics are one JSON line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(Options):
+    """Options of `predict`."""
+
+    ckpt_path: str | None = None
+    """Checkpoint that answers: a file, or `last`, `best` or `average` of the newest run; else --model.init_from."""
+    return_predictions: bool | None = None
+    """Not used: answers are written as they come."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(PlanRequest, Options):
+    """Options of `plan`."""
+
+    ckpt_path: str | None = None
+    """Checkpoint whose architecture counts: a file, or `last`, `best` or `average` of the newest run."""
+    target: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Kind of device, which need not be here. auto: that of trainer.accelerator."""
+    nodes: int | None = None
+    """Machines that share the batch. Default: trainer.num_nodes."""
+    devices: int | None = None
+    """Devices of each. Default: trainer.devices. With more than one in all the plan says what each needs and sends
+    under DDP and FSDP2."""
+    prepare: bool = False
+    """Prepare the corpus first, so that the size of the tokenizer trained on it counts instead of data.vocab_size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Options):
+    """Options of `export`."""
+
+    ckpt_path: str | None = None
+    """Checkpoint to export: a file, or `last`, `best` or `average` of the newest run; else --model.init_from."""
+    output: str
+    """Folder to write; it is created."""
+    format: Literal["hf"] = "hf"
+    """hf: config.json, model.safetensors and the tokenizer, as `transformers` loads them."""
+
+
+OPTIONS: dict[str, type[Options]] = {
+    "fit": FitOptions,
+    "validate": EvaluateOptions,
+    "test": EvaluateOptions,
+    "predict": PredictOptions,
+    "prepare": Options,
+    "plan": PlanOptions,
+    "export": ExportOptions,
+}
+"""Options by subcommand."""

@@ -1,0 +1,114 @@
+"""Going on: from a checkpoint, in the run it belongs to, or from a trained model; and the command that does so."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from leanbert import checkpoints
+from leanbert.cli.help import program_name
+from leanbert.errors import UserError
+from leanbert.messages import leads
+from leanbert.models.config import EncoderConfig
+from leanbert.pretrained.build import read_architecture, starting_config
+from leanbert.runs import NAMES, Found, Run, TaskRuns
+
+
+class Start:
+    """What a subcommand starts from: nothing, or a checkpoint, and the run that training goes on in."""
+
+    def __init__(self) -> None:
+        self.path: str | None = None
+        self.checkpoint: dict[str, Any] | None = None
+        self.run: Run | None = None
+        self.step = 0
+
+    def find(self, which: str, runs: TaskRuns, *, trains: bool) -> None:
+        """Find and read the checkpoint, and lock its run where training goes on in it.
+
+        Raises:
+            UserError: There is none, it is damaged, or training cannot go on from it.
+        """
+        found: Found | None = None
+        if which not in NAMES:
+            found = Found(Path(which), checkpoints.load(which))
+            self.run = runs.owner(found.path) if trains else None
+            if self.run is not None and leads():
+                self.run.lock()
+        elif trains:
+            self.run, found = runs.find_to_train(which, lock=leads())
+        else:
+            found = runs.find(which)
+        if found is None:
+            return
+        self.path, self.checkpoint = str(found.path), found.checkpoint
+        if trains and not self.checkpoint.keys() >= set(checkpoints.TRAINING_STATE):
+            raise UserError(
+                f"--ckpt_path: {self.path} holds weights only, from which training cannot go on. "
+                "Use last, or start a new run from it with --model.init_from."
+            )
+
+    def hand_over(self, model: Any, data: Any, *, resumes: bool, shrinks: bool) -> None:
+        """Give model and data what the checkpoint fixes.
+
+        A run `resumes` where its training goes on; `shrinks`: the model is pruned while it is trained.
+        """
+        assert self.checkpoint is not None
+        stored = self.checkpoint["leanbert"]
+        data.take_tokenizers(self.path, stored, resumes=resumes)
+        data.adopt({"max_length": stored["max_length"], **stored.get("data", {})})
+        if resumes and model.init_from is None:
+            model.shrinks = shrinks
+            model.resume_from(stored)  # before anything in the run's folder is touched
+        else:
+            model.encoder_config = EncoderConfig(**stored["encoder"])
+            model.adopt(stored.get("model", {}))
+        model.init_from = None
+        self.step = self.checkpoint["global_step"]
+        self.checkpoint = None  # Lightning has it
+
+
+def adopt_start(model: Any, data: Any, subcommand: str) -> None:
+    """Take architecture, labels and the like from `model.init_from`, used as it is or where training starts.
+
+    Raises UserError where it has learnt another task than the one that shall answer.
+    """
+    stored = read_architecture(Path(model.init_from))
+    trains = subcommand in ("fit", "prepare", "plan")
+    if subcommand != "fit":  # which reads it with the weights
+        config = starting_config(model.encoder_config, stored)
+        model.encoder_config = EncoderConfig(**asdict(config))
+    if stored.task == model.name:
+        (data.start_from if trains else data.adopt)(stored.facts)
+        if subcommand != "fit":
+            model.adopt(stored.facts)
+    elif subcommand == "predict":
+        raise UserError(
+            f"model.init_from: a model of task {stored.task}, which has nothing of {model.name} learnt. "
+            "Give a trained one, or --ckpt_path."
+        )
+
+
+def resume_command(arguments: list[str]) -> str:
+    """Return the command that goes on with the run that `arguments` started."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip or argument.startswith("--ckpt_path="):
+            skip = False
+        elif argument == "--ckpt_path":
+            skip = True
+        else:
+            kept.append(argument)
+    return f"{program_name()} {shlex.join([*kept, '--ckpt_path', 'last'])}"
+
+
+def config_arguments(arguments: list[str]) -> str:
+    """Return the `--config` options and the run's root among `arguments`, as a shell would take them."""
+    kept: list[str] = []
+    for index, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name in ("--config", "-c", "--trainer.default_root_dir"):
+            kept += [name, value or arguments[index + 1]]
+    return shlex.join(kept)

@@ -1,0 +1,76 @@
+"""Settings from files and command line. Bad ones: one line, exit code 2, the setting and the fix."""
+
+import pytest
+
+from tests.cli.program import refused, run
+from tests.corpus import write_corpus
+from tests.training import TINY
+
+pytestmark = pytest.mark.usefixtures("launcher_socket")
+
+SETTINGS = [
+    (["--trainer.accumulate_grad_batches=2"], ["trainer.accumulate_grad_batches", "data.batch_size"]),
+    (["--model.optimizer.name=lion"], ["model.optimizer", "adamw", "lion"]),
+    (["--model.encoder.hidden_size=30", "--model.encoder.num_heads=4"], ["hidden_size", "30", "4"]),
+    (["--data.max_length=1024"], ["data.max_length", "1024", "512"]),
+    (["--data.no_such_setting=1"], ["no_such_setting"]),
+    (["--data.mask_rate=1.5"], ["data.mask_rate", "1.5"]),
+    (["--data.train_files=nowhere/*.txt"], ["nowhere/*.txt"]),
+    (["--ckpt_path=none.ckpt"], ["none.ckpt"]),
+    (["--ckpt_path=last"], ["--ckpt_path last"]),
+    (["--checkpoint.keep=0"], ["checkpoint.keep"]),
+    (["--data.mask_rate=null"], ["data.mask_rate", "null"]),
+    (["--config=configs/srl.yaml", "--data.init_args.vocab_size=null"], ["data.vocab_size", "null"]),
+    (["--model.encoder.num_layers=null"], ["model.encoder.num_layers", "None"]),
+    (["--ckpt_path=2"], ["2: no such checkpoint"]),
+    (["--model.optimizer.lr=-1"], ["model.optimizer.lr", "-1"]),
+    (["--model.schedule.decay_share=2"], ["model.schedule.decay_share", "2"]),
+    (["--trainer.enable_checkpointing=false"], ["trainer.enable_checkpointing", "checkpoint.every_n_steps"]),
+    (["--config=configs/none.yaml"], ["configs/none.yaml", "configs/mlm.yaml"]),
+    (["--trainer.accelerator=gpu"], ["gpu"]),
+    (["--trainer.accelerator=abacus"], ["trainer.accelerator", "abacus", "cpu"]),
+    (["--trainer.strategy=fsdp"], ["trainer.strategy", "fsdp", "ddp"]),
+    (["--trainer.strategy=magic"], ["trainer.strategy", "magic"]),
+    (["--trainer.strategy=ddp_spawn"], ["trainer.strategy", "ddp_spawn"]),
+    (
+        ["--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy", "--trainer.devices=2"],
+        ["trainer.strategy", "ModelParallelStrategy"],
+    ),
+    (["--model=lightning.pytorch.demos.boring_classes.BoringModel"], ["model.class_path", "BoringModel", "Task"]),
+    (["--trainer.default_root_dir="], ["trainer.default_root_dir"]),
+    (["--trainer.default_root_dir=/proc/leanbert"], ["/proc/leanbert"]),
+    ([f"--trainer.default_root_dir={'x' * 5000}"], ["trainer.default_root_dir"]),
+    (["--trainer.default_root_dir=~nosuchuser/x"], ["trainer.default_root_dir", "nosuchuser"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), SETTINGS, ids=lambda value: value[0] if len(value) == 1 else "")
+def test_bad_settings(tmp_path, arguments, says):
+    write_corpus(tmp_path / "train.txt")
+    refused(tmp_path, "fit", *TINY, "--data.train_files=train.txt", *arguments, says=says)
+
+
+def test_yaml_that_does_not_parse_and_unknown_keys(tmp_path):
+    (tmp_path / "broken.yaml").write_text("trainer:\n  max_steps: [1\n")
+    refused(tmp_path, "fit", "--config=broken.yaml", says=["broken.yaml"])
+    (tmp_path / "unknown.yaml").write_text("trainer:\n  max_stepz: 1\n")
+    refused(tmp_path, "fit", "--config=unknown.yaml", says=["max_stepz"])
+    overlay = "trainer:\n  callbacks+:\n    - class_path: lightning.pytorch.callbacks.LearningRateMonitor\n"
+    (tmp_path / "overlay.yaml").write_text(overlay)
+    refused(tmp_path, "fit", "--config=overlay.yaml", "--config=overlay.yaml", says=["LearningRateMonitor", "2 times"])
+
+
+def test_yaml_that_grows_without_bound(tmp_path):
+    laughs = ["a0: &a0 [1, 2, 3]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 10))]
+    texts = {"deep": f"trainer: {'[' * 3000}{']' * 3000}\n", "round": "trainer: &a [*a]\n", "laughs": "\n".join(laughs)}
+    for name, reason in ("deep", "nested too deeply"), ("round", "nested too deeply"), ("laughs", "aliases"):
+        (tmp_path / f"{name}.yaml").write_text(texts[name])
+        refused(tmp_path, "fit", f"--config={name}.yaml", says=[f"{name}.yaml", reason])
+
+
+@pytest.mark.parametrize("name", ["mini", "small", "base", "large"])
+def test_print_config_takes_the_size(tmp_path, name):
+    result = run(tmp_path, "fit", "--config", f"configs/size/{name}.yaml", "--print_config")
+    sizes = {"mini": (4, 256), "small": (4, 512), "base": (12, 768), "large": (24, 1024)}[name]
+    assert f"num_layers: {sizes[0]}\n" in result.stdout
+    assert f"hidden_size: {sizes[1]}\n" in result.stdout
