@@ -167,7 +167,7 @@ def import_all() -> None:
     import leanbert.api
     import leanbert.cli.app
     import leanbert.planning.command
-    from leanbert.callbacks import memory_monitor  # noqa: F401
+    from leanbert.callbacks.reporting import memory_monitor  # noqa: F401
     from leanbert.tasks import classification, mlm, seq2seq, tagging  # noqa: F401
 
     torch.set_num_threads(1)

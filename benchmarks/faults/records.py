@@ -78,9 +78,9 @@ def records_read(task: str, module: Any, path: str) -> list[references.Record]:
             texts = [*texts, piece.text] if piece.begins else [*texts[:-1], texts[-1] + piece.text]
         return references.plain((text,) for text in texts)
     if task == "classification":
-        return references.plain((texts[0], label) for _, texts, label in module._read([path], 0.0, 1.0))
+        return references.plain((texts[0], label) for _, texts, label in module.reader.read([path], 0.0, 1.0))
     if task in ("tagging", "srl"):
-        found = module.read([path], 0.0, 1.0)
+        found = module.reader.read([path])
         if task == "srl":
             return references.plain((s.tokens, s.predicate, _types(labels)) for _, s, labels in found)
         return references.plain((s.tokens, _types(labels)) for _, s, labels in found)

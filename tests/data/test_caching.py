@@ -9,6 +9,7 @@ import pytest
 
 from leanbert.data import mlm
 from leanbert.data.mlm import MaskedLMData
+from leanbert.data.store.cache import cache_folder
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from tests.data.corpora import ENGLISH, sentences, write_corpus
@@ -45,10 +46,10 @@ def test_other_processes_at_the_same_moment_give_the_same_bytes(tmp_path: Path, 
 
 def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert MaskedLMData().cache_folder == Path("/somewhere/leanbert")
+    assert cache_folder(None) == Path("/somewhere/leanbert")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert MaskedLMData().cache_folder == Path.home() / ".cache" / "leanbert"
-    assert MaskedLMData(cache_dir="~/x").cache_folder == Path.home() / "x"
+    assert cache_folder(None) == Path.home() / ".cache" / "leanbert"
+    assert cache_folder("~/x") == Path.home() / "x"
 
 
 @pytest.mark.parametrize(

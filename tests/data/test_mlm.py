@@ -43,7 +43,7 @@ def test_sizes_and_statistics(tmp_path: Path) -> None:
     assert train.rows == -(-train.tokens // 32)
     assert train.tokens_per_row == train.tokens / train.rows
     assert train.tokens_per_row / 32 > 0.99
-    assert train.unknown_share == data.unigram_counts[1] / data.unigram_counts[np.r_[1, 5:300]].sum() < 0.01
+    assert train.unknown_fraction == data.unigram_counts[1] / data.unigram_counts[np.r_[1, 5:300]].sum() < 0.01
     assert data.unigram_counts.sum() == train.tokens
     loader = data.train_dataloader()
     assert len(loader) == len(list(loader)) == data.batches_per_epoch == train.rows // 8
@@ -135,7 +135,7 @@ def test_the_unknown_share_is_of_text_and_not_of_the_template(tmp_path: Path) ->
     path = write_corpus(tmp_path / "dna.txt", ["acgt" * 40 + " acgt" * 3] * 20)
     data = ready(tmp_path, train_files=str(path), val_files=str(path), tokenizer_kind="wordpiece", vocab_size=40)
     assert data.statistics["train"].tokens == 20 * 6  # [CLS] [UNK] acgt acgt acgt [SEP]
-    assert data.statistics["train"].unknown_share == 0.25
+    assert data.statistics["train"].unknown_fraction == 0.25
 
 
 def test_text_of_which_every_token_is_unknown_is_refused(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_accents_of_a_given_tokenizer_are_no_setting() -> None:
 def test_languages(tmp_path: Path, words: Any, kind: str) -> None:
     path = write_corpus(tmp_path / "text.txt", sentences(words, 300))
     data = ready(tmp_path, train_files=str(path), tokenizer_kind=kind, lowercase=False, vocab_size=500)
-    assert data.statistics["train"].unknown_share < 0.001
+    assert data.statistics["train"].unknown_fraction < 0.001
     assert data.statistics["train"].documents > 200
     batch = next(iter(data.val_dataloader()))
     assert batch.inputs.input_ids.shape[1] == 32

@@ -183,7 +183,9 @@ def test_fields_of_own_files_beside_an_embedded_sample_are_those_that_are_set(tm
     embedded = {"translation": {"source": "a", "target": "b"}, "summarization": {"document": "a", "summary": "b"}}
     file = tmp_path / "embedded.jsonl"
     write(file, [embedded[sample]])
-    monkeypatch.setattr("leanbert.data.module.embedded_files", lambda *_: dict.fromkeys(("train", "val", "test"), file))
+    monkeypatch.setattr(
+        "leanbert.data.settings.embedded_files", lambda *_: dict.fromkeys(("train", "val", "test"), file)
+    )
     own = write(tmp_path / "own.jsonl", [{"en": "c", "de": "d"}])
     data = PairData(sample, test_files=own, source_field="en", target_field="de", cache_dir=str(tmp_path / "c"))
     assert [texts(data.pairs(part)) for part in ("train", "val", "test")] == [[("a", "b")], [("a", "b")], [("c", "d")]]

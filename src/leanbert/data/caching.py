@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leanbert.data.store.cache import made_once
+from leanbert.data.store.cache import cache_folder, made_once
 from leanbert.data.store.checksums import digest_of
 from leanbert.data.store.corpus_digest import corpus_digest
 from leanbert.data.store.examples import ExampleCache, build_examples
@@ -28,7 +28,7 @@ def trained_tokenizer(
     chosen = {name: data.hparams[name] for name in ("vocab_size", "lowercase", "strip_accents")}
     chosen |= {"kind": data.hparams["tokenizer_kind"], "vocab_size": vocab_size or chosen["vocab_size"]}
     key = [TRAINING_FORMAT, version("tokenizers"), _reading(data, "train"), *which, chosen]
-    folder = data.cache_folder / "tokenizers" / digest_of(key)
+    folder = cache_folder(data.hparams["cache_dir"]) / "tokenizers" / digest_of(key)
 
     def make(building: Path) -> dict[str, Any]:
         text = TextTokenizer.train(texts, **chosen).to_json()
@@ -50,12 +50,12 @@ def examples_of(data: RowData, part: Part) -> ExampleCache:
         {**dtypes, **data.other_columns},
         sizes,
         lambda facts: data.encode(part, facts),
-        data.cache_folder,
+        cache_folder(data.hparams["cache_dir"]),
         f"data.{part}_files: {data.nothing}",
     )
 
 
 def _reading(data: RowData, part: Part) -> list[Any]:
     """Return what decides the texts of a part: contents of the files, and how they are read."""
-    digest = corpus_digest(data.corpus(part), data.cache_folder)
+    digest = corpus_digest(data.corpus(part), cache_folder(data.hparams["cache_dir"]))
     return [type(data).__name__, digest, *data.held_out(part), data.key(part)]

@@ -10,7 +10,7 @@ import numpy as np
 
 from leanbert.data.batches.batch import Batch, LabelledBatch
 from leanbert.data.batches.labelled import Encoded, Shape, labelled_batch
-from leanbert.data.batches.loading import Make, in_batches
+from leanbert.data.batches.loading import ENCODED_TOGETHER, Make, in_batches
 from leanbert.data.labels import Numbering, Problem
 from leanbert.data.module import RowData
 from leanbert.data.settings import Part, TooLong, must_be_cut
@@ -18,9 +18,6 @@ from leanbert.data.store.examples import Example, ExampleCache
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.messages import say
-
-ENCODED_TOGETHER = 1024
-"""Examples whose texts are given to the tokenizer at a time."""
 
 NAMED_IN_ERRORS = 8
 """Labels that a message lists, at most."""

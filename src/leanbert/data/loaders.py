@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from leanbert.data.batches.loading import PositionSampler, Rows
+from leanbert.data.formats.corpora import as_list
 from leanbert.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,6 +40,14 @@ def evaluation_loader(data: RowData, part: Part) -> DataLoader[Any]:
     rows = data.evaluation_rows(part)
     batches = -(-rows.rows // batch_size)
     return _loader(data, rows, PositionSampler(batch_size, batches, end=rows.rows, rank=rank, world_size=world_size))
+
+
+def prediction_loader(data: RowData) -> DataLoader[Any]:
+    """Return batches of what is in `predict_files`, in order."""
+    files = as_list(data.hparams["predict_files"])
+    if not files:
+        raise UserError("data.predict_files: nothing to predict. Give text files, or - for standard input")
+    return DataLoader(data.prediction_batches(files, data.hparams["batch_size"]), batch_size=None)
 
 
 def _loader(data: RowData, rows: Rows, sampler: PositionSampler) -> DataLoader[Any]:

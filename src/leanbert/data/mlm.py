@@ -32,7 +32,7 @@ SAMPLE_BYTES = 256 << 20
 """A tokenizer is trained on about so much text, spread evenly over a larger corpus."""
 
 COMPRESSION = 3
-"""How much text a compressed byte stands for, about, when the share to sample is reckoned."""
+"""How much text a compressed byte stands for, about, when the fraction to sample is reckoned."""
 
 
 class MaskedLMData(RowData):
@@ -139,7 +139,7 @@ class MaskedLMData(RowData):
         if stage != "predict":
             self.unigram_counts = self.cache("train").counts("ids")
         for name, statistics in self.statistics.items():
-            if statistics.unknown_share == 1.0:
+            if statistics.unknown_fraction == 1.0:
                 raise UserError(f"data.{name}_files: every token is unknown. Set {knows_more(self.hparams)}")
 
     # ---- rows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -15,12 +14,11 @@ from leanbert.data.batches.batch import Batch
 from leanbert.data.batches.loading import Make, PredictionInputs, Rows
 from leanbert.data.batches.packing import Packing, pack_examples
 from leanbert.data.caching import examples_of, trained_tokenizer
-from leanbert.data.formats.corpora import Corpus, as_list
-from leanbert.data.loaders import evaluation_loader, training_loader
-from leanbert.data.samples.embedded import Sample, embedded_files
+from leanbert.data.formats.corpora import Corpus
+from leanbert.data.loaders import evaluation_loader, prediction_loader, training_loader
+from leanbert.data.samples.embedded import Sample
 from leanbert.data.settings import Part, adopt_fixed, check_settings, files_of
 from leanbert.data.statistics import CorpusStatistics, count
-from leanbert.data.store.cache import cache_folder
 from leanbert.data.store.examples import Example, ExampleCache
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.data.tokenizers.training import Kind
@@ -52,7 +50,7 @@ class RowData(LightningDataModule):
         val_batch_size: Rows of one evaluation batch over all devices. Default: batch_size.
         num_workers: Processes that make batches. Default: 0 on a CPU, else 2.
         cache_dir: Folder of tokenizers and caches. Default: ~/.cache/leanbert.
-        seed: Seed of the order of rows (the CLI sets it to seed_everything if it is 0).
+        seed: Decides the order of rows, and masks in training (the CLI sets it to seed_everything if it is 0).
 
     """
 
@@ -88,9 +86,9 @@ class RowData(LightningDataModule):
         seed: int = 0,
         **own: Any,
     ) -> None:
+        common = {name: value for name, value in locals().items() if name not in ("self", "own", "__class__")}
         super().__init__()
-        given = {name: value for name, value in locals().items() if name in _COMMON}
-        self.save_hyperparameters(given | own, logger=False)
+        self.save_hyperparameters(common | own, logger=False)
         check_settings(self.hparams)
         self.samples_consumed = 0
         self.tokenizer: TextTokenizer
@@ -143,8 +141,7 @@ class RowData(LightningDataModule):
     def take_tokenizers(self, path: str, stored: dict[str, Any], *, resumes: bool) -> None:
         """Use the tokenizers of the checkpoint at `path`, whose "leanbert" part is `stored`, and never train any.
 
-        Raises:
-            UserError: The run `resumes`, and its settings ask for other ones.
+        Raises UserError if the run `resumes` and its settings ask for other ones.
         """
         self.hparams["tokenizer"] = path
 
@@ -155,14 +152,9 @@ class RowData(LightningDataModule):
 
     # ---- files and caches
 
-    @property
-    def cache_folder(self) -> Path:
-        """Where tokenizers and caches are kept."""
-        return cache_folder(self.hparams["cache_dir"])
-
     def files(self, part: Part) -> list[str]:
         """Return the files of a part; validation may be held out of the training files."""
-        return files_of(self.hparams, part, lambda: embedded_files(self.sample, self.cache_folder))
+        return files_of(self.hparams, part, self.sample)
 
     def corpus(self, part: Part) -> Corpus:
         """Return the files of a part, and how they are read."""
@@ -189,11 +181,7 @@ class RowData(LightningDataModule):
         return evaluated.get(self.trainer and self.trainer.state.fn, ("train", "val"))
 
     def cache(self, part: Part) -> ExampleCache:
-        """Return the examples of a part.
-
-        Raises:
-            UserError: Its files are not set, or cannot be read.
-        """
+        """Return the examples of a part. Raises UserError if its files are not set, or cannot be read."""
         if part not in self.caches:
             self.caches[part] = examples_of(self, part)
             self.check(part, self.caches[part])
@@ -253,10 +241,7 @@ class RowData(LightningDataModule):
     # ---- what planning and checkpoints ask for
 
     def planned_vocabulary(self) -> int | None:
-        """Return the size of the tokenizer, and prepare what a plan needs to know of the examples.
-
-        None: there is none yet; one will be trained, with `vocab_size` entries at most.
-        """
+        """Return the size of the tokenizer, having prepared what a plan needs; None: one will be trained."""
         self.prepare()
         return self.tokenizer.vocab_size
 
@@ -285,10 +270,7 @@ class RowData(LightningDataModule):
         """Load what was prepared; prediction needs the tokenizer only, and never trains one."""
         if stage != "predict":
             self.prepare()
-            length = self.hparams["max_length"]
-            self.statistics = {
-                part: count(self.cache(part), self.columns, self.number_of_rows(part), length) for part in self.parts
-            }
+            self.statistics = {part: count(self, part) for part in self.parts}
             return
         if self.hparams["tokenizer"] is not None:
             self.tokenizer = TextTokenizer.from_file(self.hparams["tokenizer"])
@@ -309,14 +291,8 @@ class RowData(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return what is in `predict_files`, `batch_size` at a time, in order."""
-        files = as_list(self.hparams["predict_files"])
-        if not files:
-            raise UserError("data.predict_files: nothing to predict. Give text files, or - for standard input")
-        return DataLoader(self.prediction_batches(files, self.hparams["batch_size"]), batch_size=None)
+        return prediction_loader(self)
 
     def prediction_batches(self, files: list[str], batch_size: int) -> PredictionInputs:
         """Return batches of what is to be answered, in order."""
         return PredictionInputs(lambda: self.inputs(files), self.encode_inputs, batch_size, self.hparams["max_length"])
-
-
-_COMMON = frozenset(RowData.__init__.__annotations__) - {"return", "own"}

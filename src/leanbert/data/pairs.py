@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 
 from leanbert.data.batches.batch import PairBatch, PredictBatch
-from leanbert.data.batches.loading import Make, encode_lines, in_batches
+from leanbert.data.batches.loading import ENCODED_TOGETHER, Make, encode_lines, in_batches
 from leanbert.data.batches.pairs import PairShape, output_frame, pair_batch
 from leanbert.data.caching import trained_tokenizer
 from leanbert.data.formats.corpora import Corpus, as_list
@@ -20,13 +20,12 @@ from leanbert.data.formats.fields import has_field, items_of, text_of
 from leanbert.data.formats.parallel import parallel_lines
 from leanbert.data.module import RowData
 from leanbert.data.settings import LENGTH, VOCABULARY, Part, TooLong, given_files, must_be_cut
+from leanbert.data.store.cache import cache_folder
 from leanbert.data.store.corpus_digest import corpus_digest
 from leanbert.data.store.examples import Example
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 
-ENCODED_TOGETHER = 1024
-"""Pairs whose texts are given to the tokenizer at a time."""
 TRAIN = "train"
 """Value of `data.target_tokenizer`: train one."""
 TARGET = "target_tokenizer"
@@ -163,16 +162,12 @@ class PairData(RowData):
         """Use the tokenizers of a checkpoint; raises UserError if the run `resumes` with other settings of them."""
         super().take_tokenizers(path, stored, resumes=resumes)
         given, there = self.hparams[TARGET], stored.get(TARGET)
+        of_own = "one of its own for targets", "Set it to train, which takes the checkpoint's"
+        has, fix = ("one tokenizer for sources and targets", "Leave it out") if there is None else of_own
         if resumes and (given is not None) != (there is not None):
-            has, fix = ("one tokenizer for sources and targets", "Leave it out")
-            if there is not None:
-                has, fix = ("one of its own for targets", "Set it to train, which takes the checkpoint's")
             raise UserError(f"data.target_tokenizer: is {given or 'not set'}, but the checkpoint has {has}. {fix}")
         if resumes and given not in (None, TRAIN) and TextTokenizer.from_file(given, TARGET).to_json() != there:
-            raise UserError(
-                f"data.target_tokenizer: {given} is another one than the checkpoint's. "
-                "Set it to train, which takes the checkpoint's"
-            )
+            raise UserError(f"data.target_tokenizer: {given} is another one than the checkpoint's. {fix}")
         self.hparams[TARGET] = None if there is None else path
 
     def _make_target_tokenizer(self) -> TextTokenizer:
@@ -193,7 +188,7 @@ class PairData(RowData):
         # one by one: their order says which belong together
         sides = {"files": self.files(part), "target_files": targets} if targets else {}
         corpora = [Corpus((p,), setting=f"data.{part}_{side}", suffixes=("",)) for side in sides for p in sides[side]]
-        digests = [corpus_digest(corpus, self.cache_folder) for corpus in corpora]
+        digests = [corpus_digest(corpus, cache_folder(self.hparams["cache_dir"])) for corpus in corpora]
         return [digests, *(self.hparams[name] for name in names)]
 
     def target_files(self, part: Part) -> list[str] | None:

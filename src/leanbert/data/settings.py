@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any, Literal
 
 from leanbert.data.formats.corpora import as_list, besides
+from leanbert.data.samples.embedded import Sample, embedded_files
+from leanbert.data.store.cache import cache_folder
 from leanbert.errors import UserError
 from leanbert.messages import say
 from leanbert.ranges import COUNT, PART, SEED, Range, check_ranges
@@ -46,7 +47,7 @@ def given_files(settings: Mapping[str, Any], part: Part, kind: str = "files") ->
     return besides(given, f"data.{part}_{kind}", {name: some for name, some in others.items() if some})
 
 
-def files_of(settings: Mapping[str, Any], part: Part, sample: Callable[[], Mapping[Any, Path]]) -> list[str]:
+def files_of(settings: Mapping[str, Any], part: Part, sample: Sample) -> list[str]:
     """Return the files of a part: those that are set, of the embedded `sample`, or those that training shares.
 
     Raises:
@@ -56,7 +57,7 @@ def files_of(settings: Mapping[str, Any], part: Part, sample: Callable[[], Mappi
     if given is not None:
         return given
     if settings["train_files"] is None:
-        return [str(sample()[part])]
+        return [str(embedded_files(sample, cache_folder(settings["cache_dir"]))[part])]
     if part == "val":
         return given_files(settings, "train") or []
     raise UserError(f"data.{part}_files: not set. Give the files of {part} examples")

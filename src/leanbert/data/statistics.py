@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from leanbert.data.store.examples import ExampleCache
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from leanbert.data.module import RowData
+    from leanbert.data.settings import Part
 
 
 @dataclass(frozen=True)
 class CorpusStatistics:
     """Size of prepared data; `tokens_per_row` is the mean of real tokens in a row of `max_length`.
 
-    `unknown_share` is of the tokens that stand for text: those of the template are none.
+    `unknown_fraction` is of the tokens that stand for text: those of the template are none.
     """
 
     documents: int
     tokens: int
-    unknown_share: float
+    unknown_fraction: float
     rows: int
     tokens_per_row: float
 
 
-def count(cache: ExampleCache, tokenizers: Mapping[str, TextTokenizer], rows: int, length: int) -> CorpusStatistics:
-    """Return the statistics of columns of ids, each with its tokenizer, which fill `rows` rows of `length` tokens."""
-    tokens = sum(cache.size(column) for column in tokenizers)
-    counted = [count_unknown(cache.counts(column), tokenizer) for column, tokenizer in tokenizers.items()]
+def count(data: RowData, part: Part) -> CorpusStatistics:
+    """Return the statistics of a part."""
+    cache, rows = data.cache(part), data.number_of_rows(part)
+    tokens = sum(cache.size(column) for column in data.columns)
+    counted = [count_unknown(cache.counts(column), tokenizer) for column, tokenizer in data.columns.items()]
     unknown, text = (sum(numbers) for numbers in zip(*counted, strict=True))
-    per_row = min(tokens / rows / len(tokenizers), length)
+    per_row = min(tokens / rows / len(data.columns), data.hparams["max_length"])
     return CorpusStatistics(cache.count, tokens, unknown / max(1, text), rows, per_row)
 
 

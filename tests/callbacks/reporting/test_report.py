@@ -7,7 +7,7 @@ from leanbert.callbacks.reporting.report import _warn_of_unknown
 
 
 def data(train: float, val: float, tokenizer: str | None = None) -> Any:
-    shares = {"train": SimpleNamespace(unknown_share=train), "val": SimpleNamespace(unknown_share=val)}
+    shares = {"train": SimpleNamespace(unknown_fraction=train), "val": SimpleNamespace(unknown_fraction=val)}
     return SimpleNamespace(statistics=shares, hparams={"tokenizer": tokenizer})
 
 

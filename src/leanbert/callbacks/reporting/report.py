@@ -87,14 +87,16 @@ def start_report(trainer: Trainer, module: Any, seconds_per_token: float | None)
 
 def _describe_corpus(statistics: Any, unit: str, length: int) -> str:
     return (
-        f"{statistics.documents:,} {unit}, {statistics.tokens:,} tokens ({statistics.unknown_share:.2%} unknown), "
+        f"{statistics.documents:,} {unit}, {statistics.tokens:,} tokens ({statistics.unknown_fraction:.2%} unknown), "
         f"{statistics.rows:,} rows of {length} ({statistics.tokens_per_row / length:.1%} real tokens)"
     )
 
 
 def _warn_of_unknown(data: Any) -> list[str]:
     """Return what to do where the tokenizer does not know the text."""
-    name, share = max(((name, part.unknown_share) for name, part in data.statistics.items()), key=lambda item: item[1])
+    name, share = max(
+        ((name, part.unknown_fraction) for name, part in data.statistics.items()), key=lambda item: item[1]
+    )
     if share <= MUCH_UNKNOWN:
         return []
     return [

@@ -24,6 +24,9 @@ Item = TypeVar("Item")
 MASK_PLACEHOLDER = "[MASK]"
 """What users write, whatever the tokenizer's own mask token is."""
 
+ENCODED_TOGETHER = 1024
+"""Examples whose texts are given to the tokenizer at a time."""
+
 _EVALUATION = 0x5EED
 
 

@@ -22,7 +22,7 @@ _CHOICE, _FATE, _REPLACEMENT, _COUNT = 1, 2, 3, 4  # separate streams of random 
 class MaskingRule:
     """How to mask.
 
-    `rate` is the share of a row's tokens to predict, `split` what share of them becomes the mask token, a
+    `rate` is the fraction of a row's tokens to predict, `split` what fraction of them becomes the mask token, a
     random token of the whole vocabulary, and stays; `special` is bool [V], the tokens never chosen;
     `continues`, bool [V] or None, says which tokens continue a word: with it words are chosen whole.
     """
@@ -39,7 +39,7 @@ class MaskingRule:
 
 
 def target_slots(rate: float, length: int) -> int:
-    """Return M, the targets of a full row of `length` tokens of which a share of `rate` is masked."""
+    """Return M, the targets of a full row of `length` tokens of which a fraction of `rate` is masked."""
     return max(1, round(rate * length))
 
 
@@ -128,10 +128,10 @@ def _whole_words(
 def _tokens_by_size(tokens: np.ndarray, key: np.ndarray, quota: np.ndarray) -> np.ndarray:
     """Return how many of the `tokens` in words of each size are chosen, int64 [B, longest + 1] both."""
     taken, room = np.zeros_like(tokens), quota.copy()
-    share = quota / np.maximum(tokens.sum(axis=1), 1)
+    fraction = quota / np.maximum(tokens.sum(axis=1), 1)
     owed = np.zeros(len(tokens))
     for size in np.flatnonzero(tokens.any(axis=0))[::-1]:
-        owed += share * tokens[:, size]
+        owed += fraction * tokens[:, size]
         number = room if size == 1 else np.floor(owed / size + uniform(mix(key, _COUNT, size))).astype(np.int64)
         number = np.clip(number, 0, np.minimum(tokens[:, size], room) // size)
         taken[:, size] = number * size

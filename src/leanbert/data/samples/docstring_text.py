@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 SMALLEST_WORDS = 4
-SMALLEST_LETTER_SHARE = 0.75
+SMALLEST_LETTER_FRACTION = 0.75
 """Of a paragraph's characters other than spaces; formulas, tables and code have fewer letters."""
 
 _UNDERLINE = re.compile(r"\s*([-=~^*#\"'`+])\1{2,}\s*$")
@@ -76,4 +76,4 @@ def _is_prose(paragraph: str) -> bool:
     solid = paragraph.replace(" ", "")
     letters = sum(map(str.isalpha, solid))
     words = paragraph.count(" ") + 1 if paragraph.isprintable() else 0  # control characters are no text
-    return words >= SMALLEST_WORDS and letters >= SMALLEST_LETTER_SHARE * len(solid)
+    return words >= SMALLEST_WORDS and letters >= SMALLEST_LETTER_FRACTION * len(solid)

@@ -28,8 +28,8 @@ _SMALLEST = len(SPECIAL_TOKENS) + 8
 LEAST = {"auto": _SMALLEST, "wordpiece": _SMALLEST, "bpe": len(SPECIAL_TOKENS) + 256, "unigram": _SMALLEST}
 """Smallest vocabularies: byte-level BPE begins with all bytes."""
 
-UNSPACED_SHARE = 0.1
-"""From this share of characters in text without spaces on, "auto" is byte-level BPE."""
+UNSPACED_FRACTION = 0.1
+"""From this fraction of characters in text without spaces on, "auto" is byte-level BPE."""
 
 LONGEST_WORD = 1000
 """Longer runs without white space, or of nothing else, are cut when a tokenizer is trained."""
@@ -43,8 +43,8 @@ _UNSPACED = re.compile(f"[{_UNSPACED_SCRIPTS}]")
 _LONG_WORD = re.compile(rf"[^\W_{_CHINESE}{_UNSPACED_SCRIPTS}]{{{_LONGEST_OF_WORDPIECE + 1},}}")
 _ENDLESS = re.compile(rf"\S{{{LONGEST_WORD}}}(?=\S)|\s{{{LONGEST_WORD}}}(?=\s)")
 
-ALPHABET_SHARE = 0.5
-"""Largest share of the vocabulary that single characters may take (Chinese would take all of it)."""
+ALPHABET_FRACTION = 0.5
+"""Largest fraction of the vocabulary that single characters may take (Chinese would take all of it)."""
 
 # Where tokens carry the space before a word, the mask takes it too, as it stands for such a token.
 _SPACED_SPECIALS = [AddedToken(token, special=True, lstrip=token == "[MASK]") for token in SPECIAL_TOKENS]
@@ -75,7 +75,7 @@ def train_tokenizer(
     characters: Counter[str] = Counter()
     if kind in ("auto", "wordpiece"):
         characters, unspaced = _survey(_not_empty(texts()))
-        if kind == "auto" and unspaced >= UNSPACED_SHARE and vocab_size >= LEAST["bpe"]:
+        if kind == "auto" and unspaced >= UNSPACED_FRACTION and vocab_size >= LEAST["bpe"]:
             kind = "bpe"
             say(
                 f"tokenizer   {unspaced:.0%} of the text has no spaces between words: byte-level BPE is trained in "
@@ -93,18 +93,18 @@ def train_tokenizer(
     return tokenizer
 
 
-def sample_evenly(texts: Iterable[str], share: float) -> Iterator[str]:
-    """Yield about `share` of the texts, spread evenly, always the same ones."""
+def sample_evenly(texts: Iterable[str], fraction: float) -> Iterator[str]:
+    """Yield about `fraction` of the texts, spread evenly, always the same ones."""
     credit = 0.0
     for text in texts:
-        credit += min(share, 1.0)
+        credit += min(fraction, 1.0)
         if credit >= 1.0:
             credit -= 1.0
             yield text
 
 
 class _Survey(NamedTuple):
-    """How often each character occurs, and the share of them (white space aside) in text without spaces."""
+    """How often each character occurs, and the fraction of them (white space aside) in text without spaces."""
 
     characters: Counter[str]
     unspaced: float
@@ -142,7 +142,7 @@ def _train_wordpiece(
     texts: Iterator[str], characters: Counter[str], vocab_size: int, pipeline: Callable[[Any], Tokenizer]
 ) -> Tokenizer:
     tokenizer = pipeline(models.WordPiece(unk_token="[UNK]"))
-    alphabet = _alphabet(characters, tokenizer, int(vocab_size * ALPHABET_SHARE))
+    alphabet = _alphabet(characters, tokenizer, int(vocab_size * ALPHABET_FRACTION))
     # The trainer numbers "##c" pieces as it meets them, in a random order, and breaks ties by number: given
     # as special tokens they are numbered here. Only the five real ones stay special.
     continuing = ["##" + character for character in alphabet if _joins(character, tokenizer)]
