@@ -41,6 +41,7 @@ from leanbert.models.mlm import MaskedLanguageModel
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.optim.build import OptimizerConfig, build_optimizer
 from leanbert.pretrained.build import build_model
+from leanbert.tasks.techniques import TECHNIQUES
 from leanbert.units import MIB
 from plan import SIXTEEN_BITS, Predicting
 from report import table, write_section
@@ -55,27 +56,12 @@ SIZES = {  # layers, hidden, heads, sequences a step, vocabulary, steps
 }
 LENGTH = 128
 LEARNING_ROWS, LEARNING_LENGTH = 16, 64  # sequences a step of --learning, and their tokens
-EXACT = [
-    "accumulation",
-    "chunked_head",
-    "selective_checkpointing",
-    "checkpointing",
-    "layer_major",
-    "offload",
-    "optimizer_in_backward",
-    "return_pages",
-]
-APPROXIMATE = [
-    "bf16_mixed",
-    "bf16_true",
-    "adamw_8bit",
-    "adamw_4bit",
-    "adama",
-    "adafactor",
-    "pruning",
-    "structured_pruning",
-    "lean",
-]
+LEFT_OUT = ("oom_recovery", "fp16_mixed", "offload_host", "pruning_2_4")  # need an accelerator, or lower nothing alone
+KINDS = {
+    technique.name: "exact" if technique.exact else "approximate"
+    for technique in TECHNIQUES
+    if technique.name not in LEFT_OUT
+}
 NOTES = (
     "Bytes are exact and repeatable. `optimizer_in_backward` lowers nothing alone where the peak is at the begin of "
     "the backward pass: with `checkpointing`, where it is at the end, it takes the gradients away. Of two overlays "
@@ -156,7 +142,7 @@ def ratio(value: float, base: float) -> str:
 def bytes_and_time(root: Path, size: str) -> str:
     """Return the table of one size."""
     results = {}
-    for name in ["plain", *EXACT, *APPROXIMATE]:
+    for name in ["plain", *KINDS]:
         overlays = () if name == "plain" else (name,)
         if name in SIXTEEN_BITS and not has_16_bit_products("cpu"):
             result = planned(root, size, overlays)
@@ -169,7 +155,7 @@ def bytes_and_time(root: Path, size: str) -> str:
     rows = []
     for name, result in results.items():
         categories = [f"{result['by_category'][part] / MIB:,.0f}" for part in CATEGORIES]
-        kind = "" if name == "plain" else "exact" if name in EXACT else "approximate"
+        kind = KINDS.get(name, "")
         measured = ["predicted", "", ""]
         if "step_seconds" in result:
             times = ratio(result["step_seconds"], plain["step_seconds"])
@@ -237,9 +223,7 @@ CATEGORIES = ["parameters", "gradients", "optimizer", "activations", "other"]
 
 def pairs(root: Path) -> str:
     """Return the peak live bytes of every pair that can be combined, relative to plain, on tiny."""
-    names = [
-        name for name in [*EXACT, *APPROXIMATE] if name not in ("lean", "return_pages", "pruning", "structured_pruning")
-    ]
+    names = [name for name in KINDS if name not in ("lean", "return_pages", "pruning", "structured_pruning")]
     quiet_libraries()
     plain, products = peak_here(root, ()), has_16_bit_products("cpu")
     cells: dict[tuple[str, str], str] = {}
@@ -259,7 +243,7 @@ def pairs(root: Path) -> str:
 
 def learning(root: Path, options: argparse.Namespace) -> str:
     """Return validation losses of mini after `--steps`, same seed and batches."""
-    names = options.techniques or ["plain", *EXACT, *APPROXIMATE]
+    names = options.techniques or ["plain", *KINDS]
     losses = {}
     for name in names:
         print(f"learning: {name}", file=sys.stderr, flush=True)
@@ -274,7 +258,7 @@ def learning(root: Path, options: argparse.Namespace) -> str:
         losses[name] = result["metrics"]["val/loss"]
         print(f"  {losses[name]:.4f}", file=sys.stderr, flush=True)
     rows = [
-        [name, "" if name == "plain" else "exact" if name in EXACT else "approximate", f"{loss:.4f}",
+        [name, KINDS.get(name, ""), f"{loss:.4f}",
          f"{loss - losses['plain']:+.4f}" if "plain" in losses else ""]
         for name, loss in losses.items()
     ]  # fmt: skip

@@ -140,6 +140,10 @@ def test_refused_surroundings(folder, overlay, arguments, reason):
         ({"slice_rows": 2}, {"shards": True}, "not gathered"),
         ({"recovery": True}, {"shards": True}, "smaller micro-batch before the run"),
         ({"storage": "host"}, {}, "to=disk"),
+        ({"masks": True}, {"shards": True}, "MagnitudePruning has to see them whole"),
+        ({"removal_step": 1}, {"shards": True}, "StructuredPruning has to see them whole"),
+        ({"removal_step": 1}, {"world_size": 2}, "at_step: is 1, but several devices exchange"),
+        ({"removal_step": 1, "masks": True}, {}, "MagnitudePruning would no longer fit"),
     ],
 )
 def test_refusals_that_need_other_devices(techniques, around, reason):

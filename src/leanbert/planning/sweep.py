@@ -20,6 +20,8 @@ SIZES = ("mini", "small", "base", "large")
 AXES = ("size", "max_length")
 MOST = 2**16
 """Micro-batch above which none is looked for."""
+ENOUGH = 8
+"""Micro-batches that are tried as if needs were affine."""
 
 
 @dataclass(frozen=True)
@@ -120,21 +122,21 @@ def _cell(settings: RunSettings, target: Target, budget_bytes: int, size: str, l
 def largest_that_fits(needs_bytes: Callable[[int], int], budget_bytes: int) -> int:
     """Return the largest micro-batch, at most `MOST`, of which `needs_bytes` is within the budget; 0 if 1 is not.
 
-    What a run needs is nearly affine in its micro-batch, so the one to try next is where a line through the ends of
-    the range meets the budget.
+    What a run needs is nearly affine in its micro-batch, so the one to try next is where a line through the two tried
+    last meets the budget; where it is not, the range is halved.
     """
     low, high = 1, MOST
-    least, most = needs_bytes(low), needs_bytes(high)
-    if least > budget_bytes:
+    tried = [(rows, needs_bytes(rows)) for rows in (low, high)]
+    if tried[0][1] > budget_bytes:
         return 0
-    if most <= budget_bytes:
+    if tried[1][1] <= budget_bytes:
         return MOST
     while high - low > 1:  # low fits, high does not
-        crossing = low + int((high - low) * (budget_bytes - least) / (most - least))
-        middle = min(max(crossing, low + 1), high - 1)
-        needed = needs_bytes(middle)
-        if needed <= budget_bytes:
-            low, least = middle, needed
-        else:
-            high, most = middle, needed
+        rows = (low + high) // 2
+        (first, one), (second, other) = tried[-2:]
+        if one != other and len(tried) < ENOUGH:
+            meets = second + (budget_bytes - other) * (second - first) // (other - one)
+            rows = min(max(meets, low + 1), high - 1)
+        tried.append((rows, needs_bytes(rows)))
+        low, high = (rows, high) if tried[-1][1] <= budget_bytes else (low, rows)
     return low

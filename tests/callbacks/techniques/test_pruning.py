@@ -7,7 +7,6 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import FSDPStrategy
 
 import leanbert
 from leanbert.callbacks.techniques.pruning import MagnitudePruning, StructuredPruning
@@ -200,13 +199,6 @@ def test_a_run_that_ends_too_early_is_refused(setting):
         fit(MagnitudePruning(**{setting: 11}))
 
 
-def test_sharded_weights_are_refused():
-    trainer = SimpleNamespace(strategy=FSDPStrategy(), max_steps=10)
-    for callback in (MagnitudePruning(), StructuredPruning(at_step=1)):
-        with pytest.raises(UserError, match=r"^trainer\.strategy: "):
-            callback.setup(trainer, Module(), "fit")
-
-
 def test_nothing_to_prune_raises():
     module = Module()
     module.model.encoder.blocks = torch.nn.ModuleList()
@@ -332,8 +324,6 @@ def test_senseless_settings_of_structured_pruning_are_named(setting, values):
 def test_what_cannot_be_combined_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"^StructuredPruning\.at_step: is 10, but the run has 10 steps"):
         fit(StructuredPruning(at_step=10))
-    with pytest.raises(UserError, match=r"^StructuredPruning\.at_step: is 5, but the masks"):
-        fit(StructuredPruning(at_step=5), MagnitudePruning())
     fit(Watch(), steps=5, folder=tmp_path, save_every=5)
     with pytest.raises(UserError, match=r"^StructuredPruning\.at_step: 5, but the checkpoint is of step 5"):
         fit(StructuredPruning(at_step=5), ckpt_path=tmp_path / "step=5.ckpt")

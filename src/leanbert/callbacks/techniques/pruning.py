@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from leanbert.callbacks.techniques.base import TechniqueCallback
@@ -78,15 +77,19 @@ class MagnitudePruning(TechniqueCallback):
         """Take over the sparsity."""
         self.sparsity = state_dict["sparsity"]
 
+    def register(self, techniques: Techniques) -> None:
+        """Tell that there are masks."""
+        techniques.masks = True
+
     def reach_peak(self) -> None:
         """Have the final masks."""
         self.sparsity = self.final_sparsity
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raise UserError if the run ends too early, or its strategy shards the weights."""
+        """Register; raise UserError if the run ends too early."""
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        _refuse_sharding(trainer, pl_module, "MagnitudePruning")
         for setting in ("start_step", "end_step"):
             if 0 < trainer.max_steps < (getattr(self, setting) or 0):
                 raise UserError(
@@ -193,26 +196,19 @@ class StructuredPruning(TechniqueCallback):
         self._scores = None if scores is None else Importance(*scores)
 
     def register(self, techniques: Techniques) -> None:
-        """Ask the task to prune what it builds."""
+        """Ask the task to prune what it builds, or tell when the model in training is pruned."""
         if self.at_step == 0:
             techniques.structured = (self.heads, self.neurons)
+        techniques.removal_step = self.at_step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Register; raise UserError for what a later removal cannot be combined with."""
+        """Register; raise UserError if the run ends too early."""
         super().setup(trainer, pl_module, stage)
-        if stage != "fit" or self.at_step == 0:
-            return
-        _refuse_sharding(trainer, pl_module, "StructuredPruning")
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        problem = None
-        if 0 < trainer.max_steps <= self.at_step:
-            problem = f"the run has {trainer.max_steps} steps. Give less, so that it can recover"
-        elif trainer.world_size > 1:
-            problem = "several devices exchange gradients of fixed shapes. Give 0, or use one device"
-        elif any(isinstance(callback, MagnitudePruning) for callback in callbacks):
-            problem = "the masks of MagnitudePruning would no longer fit. Give 0"
-        if problem:
-            raise UserError(f"StructuredPruning.at_step: is {self.at_step}, but {problem}.")
+        if stage == "fit" and self.at_step and 0 < trainer.max_steps <= self.at_step:
+            raise UserError(
+                f"StructuredPruning.at_step: is {self.at_step}, but the run has {trainer.max_steps} steps. Give less, "
+                "so that it can recover."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise UserError if the removal lies behind and has not been done."""
@@ -243,12 +239,6 @@ class StructuredPruning(TechniqueCallback):
             f"step {self.at_step}: {sizes[0]} of {old.num_heads} heads and {sizes[1]:,} of {old.intermediate_size:,} "
             f"neurons stay in each block, {model.num_parameters:,} of {before:,} parameters"
         )
-
-
-def _refuse_sharding(trainer: Trainer, task: Any, name: str) -> None:
-    planned = getattr(task, "planned_sharding", False)  # a plan has no such strategy
-    if planned or isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
-        raise UserError(f"trainer.strategy: shards the weights, and {name} has to see them whole. Use ddp.")
 
 
 def _require(holds: bool, message: str) -> None:

@@ -18,6 +18,10 @@ class Techniques:
 
     structured: tuple[float, float] | None = None
     """Shares of attention heads and of feed-forward neurons that are removed from the new model."""
+    removal_step: int = 0
+    """Optimizer steps after which they are removed from the model in training; 0: they are not."""
+    masks: bool = False
+    """Single weights are set to zero step by step."""
     keep: Keep = "all"
     """Activations that checkpointed blocks keep."""
     keep_every: int = 1

@@ -15,10 +15,9 @@ from leanbert.memory.allocator import can_be_asked
 from leanbert.memory.checkpointing import set_checkpointing
 from leanbert.memory.offload import DiskStorage, to_host
 from leanbert.memory.precision import has_16_bit_products
-from leanbert.optim.build import STATE_BITS
+from leanbert.tasks.techniques import conflicts
 from leanbert.tasks.techniques.contract import Surroundings, Technique, Techniques
 
-Conflicts = list[tuple[bool, str]]
 STATEFUL = ("adam", "adamw", "muon")
 """Optimizers whose state low-bit AdamW can take the place of."""
 
@@ -37,120 +36,6 @@ def _bf16_true_rung(around: Surroundings) -> int | None:
     if "true" in around.precision and around.precision != "32-true":
         return None
     return 10 if _has_products(around) else 12
-
-
-def _accumulation_conflicts(t: Techniques, around: Surroundings) -> Conflicts:
-    return [
-        (
-            t.in_backward == "update" and t.micro_batch is not None,
-            "OptimizerInBackward: with gradient accumulation a parameter would be updated after each micro-batch. Use "
-            "LayerMajor instead of GradientAccumulation (exact), or OptimizerInBackward.accumulate=true (AdamA).",
-        ),
-    ]
-
-
-def _adama_conflicts(t: Techniques, around: Surroundings) -> Conflicts:
-    adama = t.in_backward == "accumulate"
-    return [
-        (
-            adama and t.micro_batch is None,
-            "OptimizerInBackward.accumulate: has no effect without GradientAccumulation. Leave it out.",
-        ),
-        (
-            adama and around.optimizer not in ("adamw", "adamw8bit"),
-            f"OptimizerInBackward.accumulate: AdamA needs Adam's moments, in more than 4 bits, for they are rounded "
-            f"after each micro-batch, not {around.optimizer}. Set model.optimizer.name to adamw or adamw8bit.",
-        ),
-    ]
-
-
-def _in_backward_conflicts(t: Techniques, around: Surroundings) -> Conflicts:
-    in_backward = t.in_backward is not None
-    return [
-        (
-            in_backward and around.clips,
-            "OptimizerInBackward: the norm of all gradients is never known. Leave trainer.gradient_clip_val out.",
-        ),
-        (
-            in_backward and around.precision == "16-mixed",
-            "OptimizerInBackward: 16-mixed must see all gradients before it updates. Use bf16-mixed or bf16-true.",
-        ),
-        (
-            in_backward and around.world_size > 1,
-            "OptimizerInBackward: gradients would be used before the ranks have exchanged them. Use one device.",
-        ),
-        (
-            in_backward and t.recovery,
-            "OutOfMemoryRecovery: with OptimizerInBackward some parameters are updated already when memory runs "
-            "out. Leave one of them out.",
-        ),
-    ]
-
-
-def _layer_major_conflicts(t: Techniques, around: Surroundings) -> Conflicts:
-    layer_major = t.slice_rows is not None
-    return [
-        (
-            layer_major and (t.micro_batch is not None or t.recovery),
-            "LayerMajor: has a micro-batch of its own. Leave GradientAccumulation and OutOfMemoryRecovery out.",
-        ),
-        (
-            layer_major and t.keep != "all",
-            "LayerMajor: keeps only the inputs of blocks already. Leave ActivationCheckpointing out.",
-        ),
-        (
-            layer_major and around.shards,
-            "LayerMajor: runs blocks inside an autograd function, where sharded parameters are not gathered. Use "
-            "ActivationCheckpointing with FSDP2.",
-        ),
-    ]
-
-
-def _recovery_conflicts(t: Techniques, around: Surroundings) -> Conflicts:
-    return [
-        (
-            t.recovery and around.shards,
-            "OutOfMemoryRecovery: sharded ranks exchange parameters inside the failed pass and cannot replay it. "
-            "Choose a smaller micro-batch before the run.",
-        ),
-    ]
-
-
-def _adafactor_conflicts(t: Techniques, around: Surroundings) -> Conflicts:
-    return [
-        (
-            around.shards and around.optimizer == "adafactor",
-            "model.optimizer.name: torch's adafactor cannot update sharded parameters. Use adamw or muon, or ddp.",
-        ),
-    ]
-
-
-def _sliced_update_conflicts(t: Techniques, around: Surroundings) -> Conflicts:
-    return [
-        (
-            around.shards and (around.optimizer in STATE_BITS or around.precision == "bf16-true"),
-            "trainer.strategy: updates in slices (adamw8bit, adamw4bit, bf16-true) cannot run on sharded parameters. "
-            "Use adamw or muon with 32-true or bf16-mixed, or ddp.",
-        ),
-    ]
-
-
-def _selective_conflicts(t: Techniques, around: Surroundings) -> Conflicts:
-    return [
-        (
-            t.keep == "products" and around.compiles,
-            "ActivationCheckpointing: a compiled block hides its products from keep=products. Use keep=input.",
-        ),
-    ]
-
-
-def _host_conflicts(t: Techniques, around: Surroundings) -> Conflicts:
-    return [
-        (
-            t.storage == "host" and around.device_type == "cpu",
-            "ActivationOffload: on a CPU activations are in host memory already. Use to=disk.",
-        ),
-    ]
 
 
 def _chunk_head(model: Any, t: Techniques) -> None:
@@ -187,13 +72,13 @@ TECHNIQUES = (
     ),
     Technique(
         "accumulation", exact=True, lowers="activations, to those of a micro-batch",
-        costs="small products use the device less well", conflicts=_accumulation_conflicts, eases="activations",
+        costs="small products use the device less well", conflicts=conflicts.accumulation, eases="activations",
         rung=_at(3), replaced_by=("layer_major",),
     ),
     Technique(
         "oom_recovery", exact=True,
         lowers="nothing by itself: when memory runs out, the step is replayed with half the micro-batch",
-        costs="a replayed step", conflicts=_recovery_conflicts,
+        costs="a replayed step", conflicts=conflicts.recovery,
     ),
     Technique(
         "chunked_head", exact=True, lowers="logits, to those of 256 targets", costs="nothing", apply=_chunk_head,
@@ -201,7 +86,7 @@ TECHNIQUES = (
     ),
     Technique(
         "selective_checkpointing", exact=True, lowers="activations, to the outputs of matrix products",
-        costs="a few percent of compute", conflicts=_selective_conflicts,
+        costs="a few percent of compute", conflicts=conflicts.selective,
         rung=_at(5), replaced_by=("checkpointing", "layer_major"),
     ),
     Technique(
@@ -212,11 +97,11 @@ TECHNIQUES = (
     Technique(
         "layer_major", exact=True,
         lowers="the same, block by block over slices of the batch, so that gradients can go block by block",
-        costs="one more forward pass of the blocks", conflicts=_layer_major_conflicts, apply=_slice, rung=_at(7),
+        costs="one more forward pass of the blocks", conflicts=conflicts.layer_major, apply=_slice, rung=_at(7),
     ),
     Technique(
         "optimizer_in_backward", exact=True, lowers="gradients, to one parameter's",
-        costs="no clipping of gradients, one device", conflicts=_in_backward_conflicts, eases="gradients", rung=_at(7),
+        costs="no clipping of gradients, one device", conflicts=conflicts.in_backward, eases="gradients", rung=_at(7),
     ),
     Technique(
         "bf16_mixed", exact=False, lowers="activations, by about half", costs="16-bit rounding of products",
@@ -228,24 +113,24 @@ TECHNIQUES = (
     ),
     Technique(
         "adamw_8bit", exact=False, lowers="optimizer state, to a quarter", costs="8-bit moments, a slower update",
-        conflicts=_sliced_update_conflicts, eases="optimizer",
+        conflicts=conflicts.sliced_update, eases="optimizer",
         rung=_at(8, lambda around: around.optimizer in STATEFUL), replaced_by=("adamw_4bit",),
     ),
     Technique(
         "adamw_4bit", exact=False, lowers="optimizer state, to an eighth", costs="4-bit moments, a slower update",
-        conflicts=_sliced_update_conflicts, rung=_at(9, lambda around: around.optimizer in STATEFUL),
+        conflicts=conflicts.sliced_update, rung=_at(9, lambda around: around.optimizer in STATEFUL),
     ),
     Technique(
         "adafactor", exact=False, lowers="optimizer state, to nearly nothing",
-        costs="another optimizer: needs its own rate", conflicts=_adafactor_conflicts,
+        costs="another optimizer: needs its own rate", conflicts=conflicts.adafactor,
     ),
     Technique(
         "adama", exact=False, lowers="gradients, with micro-batches", costs="second moment of micro-batches",
-        conflicts=_adama_conflicts,
+        conflicts=conflicts.adama,
     ),
     Technique(
         "bf16_true", exact=False, lowers="parameters and gradients, by half",
-        costs="weights in bfloat16, rounded at random", conflicts=_sliced_update_conflicts, eases="parameters",
+        costs="weights in bfloat16, rounded at random", conflicts=conflicts.sliced_update, eases="parameters",
         rung=_bf16_true_rung,
     ),
     Technique(
@@ -254,13 +139,20 @@ TECHNIQUES = (
     ),
     Technique(
         "offload_host", exact=True, lowers="activations, to an accelerator's host", costs="the bus to the host",
-        conflicts=_host_conflicts, rung=_at(11, lambda around: around.device_type != "cpu"),
+        conflicts=conflicts.host, rung=_at(11, lambda around: around.device_type != "cpu"),
     ),
-    Technique("pruning", exact=False, lowers="weights that count, not bytes while training", costs="accuracy"),
-    Technique("pruning_2_4", exact=False, lowers="weights that count, not bytes while training", costs="accuracy"),
+    Technique(
+        "pruning", exact=False, lowers="weights that count, not bytes while training", costs="accuracy",
+        conflicts=conflicts.pruning,
+    ),
+    Technique(
+        "pruning_2_4", exact=False, lowers="weights that count, not bytes while training", costs="accuracy",
+        conflicts=conflicts.pruning,
+    ),
     Technique(
         "structured_pruning", exact=False, lowers="everything: heads and neurons are removed",
-        costs="accuracy: half of the heads and neurons leave the model", apply=_prune, rung=_at(13),
+        costs="accuracy: half of the heads and neurons leave the model", conflicts=conflicts.structured, apply=_prune,
+        rung=_at(13),
     ),
     Technique("lean", exact=False, lowers="all of it", costs="compute, precision"),
 )  # fmt: skip
