@@ -45,9 +45,9 @@ def test_parameters_of_the_modern_mini():
 
 def test_modern_blocks_begin_as_the_identity():
     model = build_model(EncoderConfig(**SIZES), 99).eval()
-    ids = torch.randint(99, (2, 8))
-    embedded = model.encoder.embeddings(ids, torch.arange(8)[None], None)
-    assert torch.equal(model.encode(ids), model.encoder.final_norm(embedded))
+    inputs = whole_rows(torch.randint(99, (2, 8)))
+    embedded = model.encoder.embeddings(inputs)
+    assert torch.equal(model.encode(inputs), model.encoder.final_norm(embedded))
     assert model.encoder.embeddings.token.weight[:99].std().item() == pytest.approx(0.02, rel=0.05)
 
 
@@ -78,7 +78,7 @@ def default_dtype(request):
 def test_first_heads_of_bert_begin_by_looking_at_neighbours(length, default_dtype):
     torch.manual_seed(0)
     model = build_model(EncoderConfig(preset="bert", num_layers=1), 500).eval()
-    hidden = model.encoder.embeddings(torch.randint(500, (1, length)), torch.arange(length)[None], None)
+    hidden = model.encoder.embeddings(whole_rows(torch.randint(500, (1, length))))
     attention = model.encoder.blocks[0].attention
     query, key, _ = attention.qkv(hidden).view(length, 3, 4, 64).permute(1, 2, 0, 3)  # [4, S, d] each
     probability = (query.float() @ key.float().mT / 8).softmax(-1)

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class PackedInputs:
     """Rows of whole documents, one after the other; all tensors are int64 [B, S].
 
     `position_ids` begin at 0 in each document. Attention stays inside equal `document_ids`; -1 is padding, which sees
     only padding. `segment_ids`: None where all are 0.
+
+    Not frozen: Lightning's plugins for 16 bits refuse a batch with a frozen dataclass in it.
     """
 
     input_ids: Tensor

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import torch
+from lightning.pytorch.plugins.precision import HalfPrecision
 
 from leanbert.data.batches.batch import LabelledBatch, MLMBatch, PairBatch, PredictBatch
 from leanbert.data.labelled import blank_labelled
@@ -51,3 +52,9 @@ def test_lists_are_split_too_and_may_be_empty() -> None:
     pieces = LabelledBatch.from_arrays(arrays, cut=[[[1]], [[2]], []]).split(2)
     assert [piece.cut for piece in pieces] == [[[[1]], [[2]]], [[]]]
     assert [piece.cut for piece in LabelledBatch.from_arrays(arrays).split(2)] == [[], []]
+
+
+def test_lightning_converts_a_batch_to_16_bits() -> None:
+    arrays = blank_labelled(3, 8, 2, "regression", 5, 0)
+    batch = HalfPrecision("bf16-true").convert_input(LabelledBatch.from_arrays(arrays))
+    assert (batch.targets.dtype, batch.inputs.input_ids.dtype) == (torch.bfloat16, torch.int64)
