@@ -1,4 +1,4 @@
-"""Text to token ids and back, around one `tokenizers.Tokenizer`; training one is in `tokenizer_training`."""
+"""Text to token ids and back, around one `tokenizers.Tokenizer`; training one is in `training`."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class TextTokenizer:
 
     @classmethod
     def train(cls, texts: Any, **settings: Any) -> TextTokenizer:
-        """Train a tokenizer: see `tokenizer_training.train_tokenizer`, which this calls."""
+        """Train a tokenizer: see `training.train_tokenizer`, which this calls."""
         from leanbert.data.tokenizers.training import train_tokenizer
 
         return cls(train_tokenizer(texts, **settings))
