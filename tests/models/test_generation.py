@@ -233,8 +233,8 @@ def test_dropping_what_has_ended_has_no_effect(monkeypatch, preset, beams, share
     monkeypatch.setattr(generation, "DROPPED_TOGETHER", 1)  # when all have ended: never
     expected, counts = generate(model, batch, TOKENS, config), []
     monkeypatch.setattr(generation, "DROPPED_TOGETHER", share)
-    keep = Cache.keep
-    monkeypatch.setattr(Cache, "keep", lambda cache, kept: (counts.append(len(kept)), keep(cache, kept)))
+    keep = Cache.select
+    monkeypatch.setattr(Cache, "select", lambda cache, kept: (counts.append(len(kept)), keep(cache, kept)))
     assert_equal(generate(model, batch, TOKENS, config), expected)
     assert counts[-1] == 0
     assert (len(counts) == 1) == (share == 1)
