@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from leanbert.callbacks.reporting.plan import error_percent
+from leanbert.class_paths import whole_path
 from leanbert.cli.app import CLI, quiet_libraries
 from leanbert.cli.arguments import complete
 from leanbert.errors import UserError
@@ -131,7 +132,7 @@ def test_every_rung_of_the_ladder_goes_through_fit(tmp_path, monkeypatch, task):
         trained = CLI(["fit", *settings, f"--trainer.default_root_dir={root}", "--budget=1GiB"])
         (summary,) = root.glob("*/version_0/summary.json")
         assert json.loads(summary.read_text())["status"] == "finished", techniques
-        wanted = {entry["class_path"] for entry in overlay.get("trainer", {}).get("callbacks+", [])}
+        wanted = {whole_path(entry["class_path"]) for entry in overlay.get("trainer", {}).get("callbacks+", [])}
         made = {f"{type(c).__module__}.{type(c).__name__}" for c in trained.trainer.callbacks}
         assert wanted <= made
         optimizer = overlay.get("model", {}).get("init_args", {}).get("optimizer", {})

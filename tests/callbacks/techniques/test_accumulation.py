@@ -16,7 +16,7 @@ from tests.corpus import write_corpus
 from tests.limit import AllocatorLimit
 from tests.training import TINY, fit, scalars
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 MICRO = "accumulation/micro_batch_sequences"
 CALLBACK = "leanbert.callbacks.techniques.accumulation.GradientAccumulation"
