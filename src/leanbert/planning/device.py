@@ -35,8 +35,8 @@ class Target:
         return self.base_bytes + round(live_bytes * (1 + slack))
 
 
-GROWTH_BYTES = 70 * MIB
-"""What a process grows by after its imports: loader, loggers, kernels' buffers."""
+GROWTH_BYTES = 100 * MIB
+"""What a process grows by after its imports: loader, loggers, kernels' buffers, the library that draws its figures."""
 
 
 def target_of(device_type: DeviceType, process_bytes: int | None = None) -> Target:
