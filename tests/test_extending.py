@@ -33,7 +33,7 @@ def folder(tmp_path, monkeypatch):
 class Planned(CLI):
     """`plan`, which keeps the prediction."""
 
-    def plan(self, **_):
+    def plan(self, options):
         self.prediction = predict(self.run_settings())
 
 

@@ -15,6 +15,7 @@ from benchmarks.faults.forks import Outcome
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_a_sample_goes_right(tmp_path):
     counts = {"kills": 5, "mutations": 30, "concurrent": 3, "signals": 3}
     words = ["benchmarks/faults.py", *counts, "--count", *map(str, counts.values()), f"--output={tmp_path / 'results'}"]

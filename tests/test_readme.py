@@ -14,6 +14,8 @@ from tests.cli.program import ROOT, environment
 from tests.corpus import write_corpus
 from tests.training import TINY
 
+FOLLOWED_ELSEWHERE = "extending.md"
+"""By `test_extending.py`, which writes the files that it shows."""
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAIN_JOB = "python train.py fit --config configs/mlm.yaml"
 EXPORT = "python train.py export --config configs/mlm.yaml --ckpt_path best --format hf --output exports/mlm"
@@ -51,7 +53,12 @@ def test_the_first_command_is_the_installation_and_the_main_job():
     assert blocks(DOCUMENTS[0], "bash")[0] == f"pip install -e . && {MAIN_JOB}\n"
 
 
-@pytest.mark.parametrize("document", filter(commands, DOCUMENTS), ids=lambda document: document.name)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "document",
+    [document for document in DOCUMENTS if commands(document) and document.name != FOLLOWED_ELSEWHERE],
+    ids=lambda document: document.name,
+)
 def test_commands_and_snippets_run_in_order(document, folder):
     lines = commands(document)
     if any("exports/mlm" in line for line in lines):

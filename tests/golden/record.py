@@ -35,7 +35,7 @@ TASKS = ("mlm", "translation", "summarization", "srl", "classification")
 OVERLAYS = sorted(path.stem for path in Path("configs/memory").glob("*.yaml"))
 TINY = (
     "--model.encoder.num_layers=2", "--model.encoder.hidden_size=32", "--model.encoder.num_heads=2",
-    "--data.max_length=48", "--data.batch_size=6", "--data.vocab_size=300",
+    "--data.max_length=48", "--data.vocab_size=300",
     "--trainer.max_steps=20", "--trainer.log_every_n_steps=1", "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
 )  # fmt: skip
@@ -89,7 +89,8 @@ def write_files(folder: Path) -> None:
 
 def losses(folder: Path, task: str, overlay: str) -> list[float] | str:
     """Return the training losses of a run, or why it is refused."""
-    options = [*command(folder, task, f"memory/{overlay}"), *TINY, *OWN.get(task, ())]
+    rows = 12 if overlay in ("accumulation", "adama") else 6  # micro-batches of 8
+    options = [*command(folder, task, f"memory/{overlay}"), *TINY, *OWN.get(task, ()), f"--data.batch_size={rows}"]
     try:
         return list(
             scalars(CLI(["fit", *options, f"--trainer.default_root_dir={folder / 'runs' / overlay}"]))[

@@ -109,6 +109,7 @@ def choose(overlay):
     return planned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["mlm", "translation"])
 def test_every_rung_of_the_ladder_goes_through_fit(tmp_path, monkeypatch, task):
     """Also where the configuration sets no optimizer, and an overlay does."""

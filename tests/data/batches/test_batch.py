@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from lightning.pytorch.plugins.precision import HalfPrecision
 
-from leanbert.data.batches.batch import LabelledBatch, MLMBatch, PairBatch, PredictBatch
-from leanbert.data.labelled import blank_labelled
-from leanbert.data.pairs import blank_pairs
+from leanbert.data.batches.batch import MLMBatch, PredictBatch
+from leanbert.data.batches.labelled import Shape
+from leanbert.data.batches.pairs import PairShape
 from leanbert.models.packed_inputs import PackedInputs
 
 
@@ -37,24 +39,23 @@ def test_predict_batch_keeps_its_texts() -> None:
     assert moved.inputs.document_ids.device.type == "meta"
 
 
-def test_arrays_have_the_names_of_the_tensors() -> None:
-    arrays = blank_pairs(3, 8, 4, 0, 0)
-    batch = PairBatch.from_arrays(arrays)
+def test_tensors_have_names_and_pieces() -> None:
+    batch = PairShape((8, 4), (0, 0)).blank(3)
+    inputs = ("input_ids", "position_ids", "document_ids")
     assert {name: tuple(tensor.shape) for name, tensor in batch.tensors().items()} == {
-        name: array.shape for name, array in arrays.items()
-    }
+        **dict.fromkeys(inputs, (3, 8)), **{f"decoder_{name}": (3, 4) for name in inputs}, "targets": (3, 4),
+    }  # fmt: skip
     assert (len(batch), batch.tokens) == (3, 3 * 8 + 3 * 4)
     assert [piece.decoder_inputs.input_ids.shape for piece in batch.split(2)] == [(2, 4), (1, 4)]
 
 
 def test_lists_are_split_too_and_may_be_empty() -> None:
-    arrays = blank_labelled(3, 8, 2, "single", 5, 0)
-    pieces = LabelledBatch.from_arrays(arrays, cut=[[[1]], [[2]], []]).split(2)
+    batch = Shape(8, 2, 0, "single", 5).blank(3)
+    assert [piece.cut for piece in batch.split(2)] == [[], []]
+    pieces = replace(batch, cut=[[[1]], [[2]], []]).split(2)
     assert [piece.cut for piece in pieces] == [[[[1]], [[2]]], [[]]]
-    assert [piece.cut for piece in LabelledBatch.from_arrays(arrays).split(2)] == [[], []]
 
 
 def test_lightning_converts_a_batch_to_16_bits() -> None:
-    arrays = blank_labelled(3, 8, 2, "regression", 5, 0)
-    batch = HalfPrecision("bf16-true").convert_input(LabelledBatch.from_arrays(arrays))
+    batch = HalfPrecision("bf16-true").convert_input(Shape(8, 2, 0, "regression", 5).blank(3))
     assert (batch.targets.dtype, batch.inputs.input_ids.dtype) == (torch.bfloat16, torch.int64)
