@@ -122,6 +122,7 @@ def test_what_is_no_text_is_called_by_its_name(tmp_path: Path, case: str) -> Non
         (gzip.compress(b'{"a": 1}\n')[:-8] + b"12345678", "x.jsonl.gz:2: the compressed file is cut short or damaged"),
         (gzip.compress(b'{"a": 1}\n') + b"more", "x.jsonl.gz:2: the compressed file is cut short or damaged"),
     ],
+    ids=["empty", "plain", "pointer", "cut", "checksum", "trailing"],
 )
 def test_damaged_gzip(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "x.jsonl.gz"
