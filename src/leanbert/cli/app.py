@@ -152,23 +152,23 @@ class CLI(Setup):
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on standard error and exit code 2."""
     restore = signals.install()
+    given = sys.argv[1:] if arguments is None else arguments
     try:
         with one_line_errors():
-            run(sys.argv[1:] if arguments is None else arguments)
+            if not answer(given):
+                run(given)
     finally:
         if arguments is not None:  # called by a program, which goes on
             restore()
 
 
 def run(arguments: list[str]) -> None:
-    """Do what the arguments say.
+    """Do what the arguments say, which `help.answer` has not answered.
 
     Raises:
         UserError: Bad input.
         SystemExit: A signal has stopped the run, which is saved.
     """
-    if answer(arguments):
-        return
     quiet_libraries()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows the dataclasses' field texts
     try:
