@@ -106,9 +106,9 @@ def test_empty_files_are_refused(tmp_path: Path, corpus: str) -> None:
         prepare(corpus, tmp_path / "cache", val_files=[empty])
 
 
-def test_held_out_text_does_not_train_the_tokenizer(
-    tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts that tokenizers are trained on."""
     seen: list[str] = []
     train = TextTokenizer.train
 
@@ -117,21 +117,17 @@ def test_held_out_text_does_not_train_the_tokenizer(
         return train(texts, **settings)
 
     monkeypatch.setattr(TextTokenizer, "train", spy)
+    return seen
+
+
+def test_held_out_text_does_not_train_the_tokenizer(tmp_path: Path, corpus: str, seen: list[str]) -> None:
     prepare(corpus, tmp_path / "cache")
     assert 150 < len(seen) < 200
 
 
 def test_large_corpora_train_the_tokenizer_on_a_sample(
-    tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, corpus: str, seen: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[str] = []
-    train = TextTokenizer.train
-
-    def spy(texts, **settings):  # type: ignore[no-untyped-def]
-        seen.extend(texts())
-        return train(texts, **settings)
-
-    monkeypatch.setattr(TextTokenizer, "train", spy)
     monkeypatch.setattr(mlm, "SAMPLE_BYTES", Path(corpus).stat().st_size // 4)
     prepare(corpus, tmp_path / "cache")
     assert 40 <= len(seen) <= 50
