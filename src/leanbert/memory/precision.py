@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 import torch
 
 DefaultPrecision = Literal["bf16-mixed", "32-true"]
+_LIMITS_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
+"""Values of `ONEDNN_MAX_CPU_ISA`, by which a user limits oneDNN to older instructions than the CPU has."""
 
 
 def default_precision(device_type: str) -> DefaultPrecision:
@@ -18,14 +21,18 @@ def default_precision(device_type: str) -> DefaultPrecision:
     """
     if device_type == "cuda":
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    if device_type == "cpu" and (_cpu_has("_is_avx512_bf16_supported") or _cpu_has("_is_amx_tile_supported")):
-        return "bf16-mixed"
-    return "32-true"
+    return "bf16-mixed" if device_type == "cpu" and _cpu_computes_bf16() else "32-true"
 
 
 def has_16_bit_products(device_type: str) -> bool:
     """Return whether bfloat16 matrix products are no slower than those in float32; without AVX-512 a CPU has none."""
     return device_type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def _cpu_computes_bf16() -> bool:
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _LIMITS_WITHOUT_BF16 or not has_16_bit_products("cpu"):
+        return False
+    return _cpu_has("_is_avx512_bf16_supported") or _cpu_has("_is_amx_tile_supported")
 
 
 def _cpu_has(check: str) -> bool:
