@@ -174,4 +174,4 @@ def test_what_was_taken_is_given_back():
 def test_nothing_that_takes_time_is_imported_before_signals_are_answered():
     program = "import sys; from leanbert.cli import main; print(*[n for n in sys.modules if n.startswith('leanbert')])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) == {"leanbert", "leanbert.cli", "leanbert.signals"}
+    assert set(done.stdout.split()) == {"leanbert", "leanbert.errors", "leanbert.cli", "leanbert.signals"}
