@@ -11,9 +11,9 @@ from leanbert.data.batches.batch import IGNORED, WordBatch
 from leanbert.data.batches.labelled import Encoded
 from leanbert.data.batches.sentences import Mark, Sentence, encode_sentences, word_batch
 from leanbert.data.formats.conll import COLUMNS, DOCSTART, is_columns, read_columns
-from leanbert.data.formats.corpora import Corpus
+from leanbert.data.formats.corpora import expanded
 from leanbert.data.formats.documents import Skipped, document_hash
-from leanbert.data.formats.examples import prediction_inputs, read_records
+from leanbert.data.formats.examples import prediction_inputs, prediction_names, read_records
 from leanbert.data.formats.fields import Record, has_field, items_of, value_of
 from leanbert.data.formats.readers import json_object
 from leanbert.data.formats.span_labels import TO_FIND, TagReader
@@ -90,7 +90,7 @@ class SentenceReader:
         """Yield what is to be answered: records and columns as of training, lines of words or of a JSON object."""
         skipped = Skipped()
         optional = [name for name in (self.labels_field, self.predicate_field) if name is not None]
-        for file in _each("data.predict_files", files):
+        for file in prediction_names(files):
             if is_columns(file):
                 for _, rows in read_columns([file], [self.word_column]):
                     yield Sentence([row[0] for row in rows])
@@ -105,10 +105,10 @@ class SentenceReader:
         skipped.tell()
 
     def _records(self, files: list[str]) -> Iterator[Tagged]:
-        each = list(_each("data.train_files", files))
-        columns = [file for file in each if is_columns(file, (*COLUMNS, ".txt"))]
+        names = expanded(files, "data.train_files")
+        columns = sorted({name for name in names if is_columns(name, (*COLUMNS, ".txt"))})
         yield from self.columns(columns)
-        others = [file for file in each if file not in columns]
+        others = [name for name in names if name not in columns]
         fields = [self.tokens_field, self.labels_field, *([self.predicate_field] if self.predicate_field else [])]
         for place, record in read_records(others, "data.train_files", fields) if others else ():
             for field in (self.tokens_field, self.labels_field):
@@ -160,10 +160,3 @@ def predicate_place(place: str, value: Any, words: int) -> int:
 
 def _predicate_tags(words: int, predicates: set[int]) -> list[str]:
     return [f"B-{TO_FIND}" if place in predicates else "O" for place in range(words)]
-
-
-def _each(setting: str, files: Sequence[str]) -> Iterator[str]:
-    """Yield the files and data sets of patterns, and "-", in their order."""
-    for file in files:
-        corpus = None if file == "-" else Corpus((file,), setting=setting, suffixes=("",))
-        yield from ["-"] if corpus is None else [*map(str, corpus.files), *corpus.datasets]

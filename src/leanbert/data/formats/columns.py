@@ -33,7 +33,7 @@ def parquet_records(
         from pyarrow import parquet
     except ImportError as error:
         raise UserError(f'{path}: .parquet needs pyarrow. Run: pip install "leanbert[parquet]"') from error
-    with open_binary(path, lambda _: None) as stream:
+    with open_binary(path) as stream:
         head = stream.read(64)
     what = None if head.startswith(b"PAR1") else what_it_is(head)
     if what is not None:
