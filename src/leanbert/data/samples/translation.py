@@ -30,8 +30,8 @@ PRONOUNS = {"he": False, "she": False, "they": True}  # whether they are plural
 JOINTS = ("and", "because", "but")
 
 _VERBS = {
-    True: [tuple(forms.split()) for forms in entries(TRANSITIVE)],
-    False: [tuple(forms.split()) for forms in entries(INTRANSITIVE)],
+    has_object: [forms.split() for forms in entries(table)]
+    for has_object, table in ((True, TRANSITIVE), (False, INTRANSITIVE))
 }
 _CLASS = {noun: "oa"[number % 3 == 0] for number, noun in enumerate(NOUNS)}
 
@@ -75,7 +75,7 @@ def _clause(draw: Draw) -> tuple[str, str]:
     else:
         subject = _noun_phrase(draw)
     transitive = draw.chance(0.7)
-    verb, translated = _verb(draw, *draw.one_of(_VERBS[transitive]), plural=subject.plural)
+    verb, translated = _verb(draw, draw.one_of(_VERBS[transitive]), subject.plural)
     source, target = [subject.source, verb], [subject.target]
     if transitive:
         thing = _noun_phrase(draw, case="n")
@@ -106,7 +106,8 @@ def _noun_phrase(draw: Draw, case: str = "") -> _Phrase:
     return _Phrase(" ".join(source), " ".join(target), plural)
 
 
-def _verb(draw: Draw, base: str, third: str, simple_past: str, plural: bool) -> tuple[str, str]:
+def _verb(draw: Draw, forms: list[str], plural: bool) -> tuple[str, str]:
+    base, third, simple_past = forms
     past, negated = draw.chance(0.5), draw.chance(0.2)
     target = _TARGET[base] + ("iv" if past else "el") + "r" * plural
     if negated:
