@@ -25,9 +25,7 @@ def parquet_records(
 ) -> Iterator[tuple[str, Record]]:
     """Yield ("file, row N", record) of a .parquet file: the columns of the fields.
 
-    Raises:
-        UserError: pyarrow is not there, the file cannot be read, or has not the `wanted` fields.
-
+    Raises UserError: pyarrow is not there, the file cannot be read, or has not the `wanted` fields.
     """
     try:
         from pyarrow import parquet

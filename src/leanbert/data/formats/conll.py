@@ -37,10 +37,8 @@ def read_sentences(files: Sequence[str]) -> Iterator[tuple[str, list[list[str]]]
     """Yield ("file:line" of its first word, columns by word) of each sentence.
 
     `#begin document`, `#end document` and `-DOCSTART-` stand between sentences, comments (`# key = value`) at their
-    beginning; other lines that begin with # are words.
-
-    Raises:
-        UserError: A line has more or fewer columns than the sentence. Names file and line.
+    beginning; other lines that begin with # are words. Raises UserError: a line has more or fewer columns than the
+    sentence. Names file and line.
     """
     for name in files:
         lines: list[Line] = []
@@ -75,8 +73,7 @@ def _cells(line: str) -> list[str]:
 def read_columns(files: Sequence[str], wanted: Sequence[int]) -> Iterator[tuple[str, list[Row]]]:
     """Yield ("file:line", wanted columns by word) of each sentence.
 
-    Raises:
-        UserError: There is no such column, or nothing in it. Names file and line.
+    Raises UserError: there is no such column, or nothing in it. Names file and line.
     """
     for where, rows in read_sentences(files):
         try:
@@ -116,8 +113,7 @@ def read_roles(files: Sequence[str], word: int, first: int, last: bool) -> Itera
 def bio_of_brackets(where: str, cells: Sequence[str]) -> list[str]:
     """Return the BIO tags of a column such as `(A0*`, `*`, `*)`, `(V*)`.
 
-    Raises:
-        UserError: A cell is not of this form, or a bracket is not closed.
+    Raises UserError: a cell is not of this form, or a bracket is not closed.
     """
     labels, role = [], None
     for number, cell in enumerate(cells):

@@ -144,11 +144,8 @@ def as_list(files: str | list[str] | None) -> list[str] | None:
 def besides(patterns: Sequence[str], setting: str, others: Mapping[str, Sequence[str]]) -> list[str]:
     """Return the patterns of training files without the files of evaluation, of `others` by setting, among them.
 
-    A file that is named itself, not found by a glob, stays: it is meant to be learned by heart. Both are said.
-
-    Raises:
-        UserError: There is no other file.
-
+    A file that is named itself, not found by a glob, stays: it is meant to be learned by heart. Both are said. Raises
+    UserError: there is no other file.
     """
     owners: dict[object, str] = {}
     for other, some in others.items():
@@ -186,11 +183,8 @@ def held_out_border(corpus: Corpus, fraction: float) -> float:
     """Return the hash below which documents are held out: the `fraction`, or just above the lowest if none is below.
 
     The hash is that of the text (of a long document's first piece), so that what is held out depends neither on order
-    nor on file names, and equal texts are on one side.
-
-    Raises:
-        UserError: There is no document, or none is left to train on.
-
+    nor on file names, and equal texts are on one side. Raises UserError: there is no document, or none is left to train
+    on.
     """
     lowest, highest = 1.0, -1.0
     for piece in corpus.pieces():

@@ -23,11 +23,8 @@ def read_records(
 
     Cells of tables are texts; a field of JSON or of a column may be anything. A `wanted` field has something in it, and
     is found in the record by its whole name, `a.b` too. A record that is blank in one of its `texts` is left out, and
-    counted in a line. Other fields may be missing.
-
-    Raises:
-        UserError: A pattern matches no file; a file has no such fields, or cannot be read. Names file and line.
-
+    counted in a line. Other fields may be missing. Raises UserError: a pattern matches no file; a file has no such
+    fields, or cannot be read. Names file and line.
     """
     skipped = Skipped()
     for name in Corpus(tuple(files), setting=setting).names:

@@ -16,8 +16,7 @@ _NONE = object()
 def value_of(where: str, record: Record, field: str) -> Any:
     """Return what a field holds; `a.b` is the field b inside the field a, unless a name has the dot itself.
 
-    Raises:
-        UserError: There is no such field. Names the `where` and the fields that are there.
+    Raises UserError: there is no such field. Names the `where` and the fields that are there.
     """
     value = _find(record, field)
     if value is _NONE:
@@ -33,8 +32,7 @@ def has_field(record: Record, field: str) -> bool:
 def text_of(where: str, record: Record, field: str) -> str:
     """Return the text in a field; null is none, "".
 
-    Raises:
-        UserError: There is no such field, or something else in it, or text that cannot be written as UTF-8.
+    Raises UserError: there is no such field, or something else in it, or text that cannot be written as UTF-8.
     """
     value = value_of(where, record, field)
     if value is None:
@@ -57,8 +55,7 @@ def items_of(where: str, record: Record, field: str, kind: type) -> list[Any]:
 def columns_of(where: str, names: Sequence[str], wanted: Sequence[str], optional: Sequence[str] = ()) -> list[str]:
     """Return the columns of a table that hold the fields, which may be inside them.
 
-    Raises:
-        UserError: There is no column for a `wanted` field, or there are two of one name.
+    Raises UserError: there is no column for a `wanted` field, or there are two of one name.
     """
     found = [name for name in names if any(_holds(name, field) for field in (*wanted, *optional))]
     for field in wanted:

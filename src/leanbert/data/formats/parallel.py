@@ -15,10 +15,7 @@ def parallel_lines(sources: list[str], targets: list[str], part: str) -> Iterato
     """Yield ("file:line", source, target) of text files, in the order in which they are given.
 
     Any name will do, such as train.en: they are lines of text. Pairs with a blank side are left out, and counted.
-
-    Raises:
-        UserError: There are more files, or lines, on one side. Names the setting or the line.
-
+    Raises UserError: there are more files, or lines, on one side. Names the setting or the line.
     """
     here, there = expanded(sources, f"data.{part}_files"), expanded(targets, f"data.{part}_target_files")
     if len(here) != len(there):

@@ -54,8 +54,7 @@ class TagReader:
     def read(self, where: str, labels: Sequence[str]) -> list[str]:
         """Return the tags of a sentence in BIO.
 
-        Raises:
-            UserError: A tag is not legal. Names the `where`, the tag, its index and the fix.
+        Raises UserError: a tag is not legal. Names the `where`, the tag, its index and the fix.
         """
         found, inside, before = [], "", OUTSIDE  # the role that goes on; the last tag
         for index, label in enumerate(labels):

@@ -26,10 +26,8 @@ Rows = Iterator[tuple[int, list[str]]]
 def table_records(lines: Lines, name: str, kind: str, wanted: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield ("file:line", cells by column) of a file whose `kind` is .csv or .tsv; blank lines are skipped.
 
-    Raises:
-        UserError: A column of a `wanted` field is not in the header, or two have one name; a row has other cells than
-            the header; a quote is not closed. Names file and line, of a row its first.
-
+    Raises UserError: a column of a `wanted` field is not in the header, or two have one name; a row has other cells
+    than the header; a quote is not closed. Names file and line, of a row its first.
     """
     rows = _tab_rows(lines) if kind == ".tsv" else _quoted_rows(lines, name, wanted)
     header: list[str] = []

@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -44,10 +43,9 @@ def embedded_corpus(cache_dir: Path) -> Path:
     libraries = installed_libraries()
     folder = cache_dir / "corpora" / f"docstrings-{versions_key(libraries)}"
 
-    def make(building: Path) -> dict[str, Any]:
+    def make(building: Path) -> None:
         text = "\n\n".join(harvest(libraries)) + "\n"
         (building / FILE).write_text(text, encoding="utf-8", newline="\n")
-        return {}
 
     made_once(folder, make)
     return folder / FILE
