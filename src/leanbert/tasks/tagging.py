@@ -55,7 +55,7 @@ class TokenClassification(Labelling):
             for guess, truth, cut in sentences:
                 tags = [*(names[tag] for tag in guess), *(OUTSIDE for _ in cut)]
                 self.count(counts, tags, [names[tag] for tag in (*truth, *cut)])
-        words = self._data.cache(part).facts["cut_words"]
+        words = self._data.cache(part).notes.cut_words
         return {**by_name(counts.compute()), **self.further_scores(), **({"cut_words": float(words)} if words else {})}
 
     def count(self, counts: SpanCounts, guess: list[str], truth: list[str]) -> None:
