@@ -24,10 +24,10 @@ from leanbert.errors import UserError
 from leanbert.files import expand, write_text_atomically
 from leanbert.models.base import EncoderModel
 from leanbert.models.generation import GenerationConfig
-from leanbert.pretrained.build import rebuild
-from leanbert.pretrained.huggingface.convert import read_huggingface, write_huggingface
+from leanbert.models.stored import ModelMetadata
+from leanbert.pretrained.build import read_model, rebuild
+from leanbert.pretrained.huggingface.convert import write_huggingface
 from leanbert.pretrained.huggingface.tasks import generation_settings
-from leanbert.pretrained.weights import unpack
 from leanbert.runs import Run, find_last
 from leanbert.tasks.classification import classify
 from leanbert.tasks.mlm import fill_masks
@@ -54,20 +54,20 @@ class Pretrained:
     Args:
         model: The model; its `task` decides which methods answer, the others raise `UserError`.
         tokenizer: Its tokenizer.
-        facts: What else was kept with it: "max_length" and, by task, "problem", "threshold", "mark", "generation".
-        target_tokenizer: That of what a model of sequence to sequence writes; None: it has one for both.
+        metadata: What else was kept with it, such as the length of the rows that it was trained on.
+        target_tokenizer: The tokenizer of what a sequence-to-sequence model writes; None: it has one for both.
 
     """
 
     def __init__(
-        self, model: EncoderModel, tokenizer: TextTokenizer, facts: Mapping[str, Any] | None = None,
+        self, model: EncoderModel, tokenizer: TextTokenizer, metadata: ModelMetadata | None = None,
         target_tokenizer: TextTokenizer | None = None,
     ) -> None:  # fmt: skip
         self.target_tokenizer = tokenizer if target_tokenizer is None else target_tokenizer
-        self.model, self.tokenizer, self.facts = model.eval(), tokenizer, dict(facts or {})
-        self.task = model.task
+        self.model, self.tokenizer, self.task = model.eval(), tokenizer, model.task
+        self.metadata = metadata or ModelMetadata(model.task)
         positions = model.config.max_positions
-        self.max_length: int = min(self.facts.get("max_length", positions), positions)
+        self.max_length = min(self.metadata.max_length or positions, positions)
 
     def to(self, device: str | torch.device) -> Pretrained:
         """Move the model and return self."""
@@ -103,11 +103,11 @@ class Pretrained:
         """
         self._require("classify", "classification")
         groups = [[text] if isinstance(text, str) else list(text) for text in _listed(texts)]
-        problem, threshold = self.facts.get("problem", "single"), self.facts.get("threshold", 0.5)
+        problem, threshold = self.metadata.problem or "single", self.metadata.threshold
 
         def answer(part: list[list[str]]) -> Answers:
             batch = encode_groups(part, self.tokenizer, self.max_length)[0].to(self._device)
-            return classify(self.model, batch, problem, threshold)
+            return classify(self.model, batch, problem, 0.5 if threshold is None else threshold)
 
         return self._answers(groups, batch_size, answer)
 
@@ -134,7 +134,7 @@ class Pretrained:
         Where no predicate is given all are found, and each has an answer; without any it is one with `None`.
         """
         self._require("label_roles", "srl")
-        mark = self.facts.get("mark", "tokens")
+        mark = self.metadata.mark or "tokens"
 
         def answer(part: list[Sentence]) -> Answers:
             return label_roles(self.model, self._decoder, part, self.tokenizer, self.max_length, mark)
@@ -174,9 +174,9 @@ class Pretrained:
             tokens = special_tokens(targets)
             ids |= {"decoder_start_token_id": tokens.bos, "eos_token_id": tokens.eos}
         source_ids = None if targets is tokenizer else _special_ids(tokenizer)
-        write_huggingface(self.model, folder, ids, self.facts, source_ids)
+        write_huggingface(self.model, folder, ids, self.metadata, source_ids)
         if self.task == "seq2seq":
-            searching = generation_settings(self.facts, ids, tokens.suppressed, self.max_length)
+            searching = generation_settings(self.metadata, ids, tokens.suppressed, self.max_length)
             write_text_atomically(Path(folder) / "generation_config.json", json.dumps(searching, indent=2) + "\n")
         tokenizer.save(folder, segments=self.task != "seq2seq" and self.model.config.type_vocab_size > 1)
         if targets is not tokenizer:
@@ -191,7 +191,7 @@ class Pretrained:
         known = {field.name for field in fields(GenerationConfig)}
         if strange := sorted(changes.keys() - known):
             raise UserError(f"{strange[0]}: no setting of generation. There are {', '.join(sorted(known))}")
-        stored = {name: value for name, value in self.facts.get("generation", {}).items() if name in known}
+        stored = {name: value for name, value in (self.metadata.generation or {}).items() if name in known}
         config = replace(GenerationConfig(**stored), **changes).check()
         texts = _listed(texts)
         order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
@@ -242,26 +242,18 @@ def load(path: str | Path) -> Pretrained:
         UserError: The path is none of these, or is damaged.
     """
     path = expand(path, "path")
-    if (path / "config.json").is_file():
-        tokenizer = TextTokenizer.from_file(path)
-        stored = read_huggingface(path)
-        targets = TextTokenizer.from_file(path, TARGET) if (path / TARGET).is_dir() else None
-    else:
+    if not (path / "config.json").is_file():
         if (path / "checkpoints").is_dir():
             path = _best_or_last(path)
         if not path.is_file():
             raise UserError(f"{path}: no run, checkpoint or Hugging Face folder. Give the path of one.")
-        checkpoint = checkpoints.load(path)
-        tokenizer = TextTokenizer.from_json(checkpoint["leanbert"]["tokenizer"], source=str(path))
-        stored = unpack(checkpoint, path)
-        text = checkpoint["leanbert"].get(TARGET)
-        targets = None if text is None else TextTokenizer.from_json(text, source=str(path))
-    if "target_vocab_size" not in stored.facts:
-        return Pretrained(rebuild(stored, tokenizer.vocab_size, path), tokenizer, stored.facts)
-    if targets is None:
+    stored, tokenizer = read_model(path), TextTokenizer.from_file(path)
+    if stored.metadata.target_vocab_size is None:
+        return Pretrained(rebuild(stored, tokenizer.vocab_size), tokenizer, stored.metadata)
+    if path.is_dir() and not (path / TARGET).is_dir():
         raise UserError(f"{path}: the decoder has tokens of its own, but there is no {TARGET} with them. Save it there")
-    model = rebuild(stored, tokenizer.vocab_size, path, targets.vocab_size)
-    return Pretrained(model, tokenizer, stored.facts, targets)
+    targets = TextTokenizer.from_file(path, TARGET)
+    return Pretrained(rebuild(stored, tokenizer.vocab_size, targets.vocab_size), tokenizer, stored.metadata, targets)
 
 
 def _special_ids(tokenizer: TextTokenizer) -> dict[str, int | None]:

@@ -5,8 +5,6 @@ Shapes: B batch, S sequence, M targets per row, D hidden.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +12,7 @@ from leanbert.models.config import ResolvedConfig
 from leanbert.models.decoder import Decoder, DecoderBlock
 from leanbert.models.encoder import Block, Encoder
 from leanbert.models.packed_inputs import PackedInputs
-from leanbert.models.stored import Stored
+from leanbert.models.stored import StateDict, Stored
 
 ENCODER = "encoder."
 """Prefix of the encoder's weights."""
@@ -66,10 +64,10 @@ class EncoderModel(nn.Module):
 
     def inherits(self, name: str, stored: Stored) -> bool:
         """Whether weight `name` of a stored model is taken over when training starts from it."""
-        return stored.task == self.task or name.startswith(ENCODER)
+        return stored.metadata.task == self.task or name.startswith(ENCODER)
 
-    def check_stored(self, stored: Stored, source: Path) -> None:
-        """Raise `UserError`, naming `source`, if a stored model of the same task is made otherwise than this one."""
+    def check_stored(self, stored: Stored, state: StateDict) -> None:
+        """Raise `UserError` if a stored model of the same task, whose weights are `state`, is made otherwise."""
 
     def warm_start(self) -> None:
         """Start what the model has besides the encoder, which comes from a model of another task."""
