@@ -192,7 +192,7 @@ class Pretrained:
         if strange := sorted(changes.keys() - known):
             raise UserError(f"{strange[0]}: no setting of generation. There are {', '.join(sorted(known))}")
         stored = {name: value for name, value in (self.metadata.generation or {}).items() if name in known}
-        config = replace(GenerationConfig(**stored), **changes).check()
+        config = replace(GenerationConfig(**stored), **changes)
         texts = _listed(texts)
         order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
 

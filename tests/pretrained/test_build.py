@@ -162,7 +162,7 @@ def test_missing_and_unexpected_weights_are_named():
 
 
 def test_checkpoints_of_unknown_tasks_or_without_labels_are_refused(tmp_path):
-    config = EncoderConfig(**SIZES).resolved().with_vocabulary(99)
+    config = EncoderConfig(**SIZES, vocab_size=99).resolved()
     reasons = {"parsing": "task 'parsing', which is unknown", "tagging": "task tagging without its labels"}
     for task, message in reasons.items():
         with pytest.raises(UserError, match=f"^a model of {message}"):

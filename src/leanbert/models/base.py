@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.decoder import Decoder, DecoderBlock
 from leanbert.models.encoder import Block, Encoder
+from leanbert.models.heads import MaskedLMHead
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.stored import StateDict, Stored
 
@@ -43,8 +44,10 @@ class EncoderModel(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Parameters as published and exported: without the padding rows of the vocabulary."""
+        """Parameters as published and exported, shared ones once: without the padding rows of the vocabulary."""
         padding = sum((len(table) - tokens) * table.shape[1] for table, tokens in self.token_tables)
+        if isinstance(head := getattr(self, "head", None), MaskedLMHead):
+            padding += len(head.bias) - head.vocab_size
         return sum(parameter.numel() for parameter in self.parameters()) - padding
 
     @property

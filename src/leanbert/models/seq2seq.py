@@ -5,6 +5,7 @@ Shapes: B batch, S source tokens, T target tokens, D hidden, V vocabulary of tar
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,15 +58,10 @@ class Seq2SeqModel(EncoderModel):
         self.task = task
         self.target_vocab_size = target_vocab_size
         self.decoder = Decoder(config, decoder_layers or config.num_layers, target_vocab_size)
-        self.head = MaskedLMHead(config if target_vocab_size is None else config.with_vocabulary(target_vocab_size))
+        self.head = MaskedLMHead(config if target_vocab_size is None else replace(config, vocab_size=target_vocab_size))
         self.pointer = Pointer(config) if copy else None
         if start == "shared":
             self._share()
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters as exported, shared ones once: each row of the vocabulary has a bias in the head."""
-        return super().num_parameters - (len(self.head.bias) - self.head.vocab_size)
 
     @property
     def target_table(self) -> Tensor:

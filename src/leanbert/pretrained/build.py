@@ -57,7 +57,7 @@ def build_model(
     """
     if init_from is None:
         rows = max(config.vocab_size or 0, vocab_size)  # an imported model may have more rows than its tokenizer
-        model = make(config.resolved().with_vocabulary(rows))
+        model = make(replace(config, vocab_size=rows).resolved())
         initialise(model)
         if unigram_counts is not None:
             set_unigram_bias(model, unigram_counts)
@@ -148,7 +148,7 @@ def starting_config(config: EncoderConfig, stored: Stored) -> ResolvedConfig:
     """Return the architecture of a stored model, with the dropout that `config` sets."""
     rates = {"dropout": config.dropout, "attention_dropout": config.attention_dropout}
     changed: dict[str, Any] = {name: rate for name, rate in rates.items() if rate is not None}
-    return replace(stored.config, **changed).resolved()
+    return replace(stored.config, **changed)
 
 
 def rebuild(stored: Stored, vocab_size: int, target_vocab_size: int | None = None) -> Any:

@@ -97,7 +97,7 @@ class Seq2Seq(Task):
         self.decoder_layers, self.decoder_start, self.copy = decoder_layers, decoder_start, copy
         self.label_smoothing, self.quality = label_smoothing, quality
         self.bleu_tokenize, self.rouge_tokenize = bleu_tokenize, rouge_tokenize
-        self.generation = (generation or GenerationConfig()).check()
+        self.generation = generation or GenerationConfig()
         self.validation_sources = validation_sources
         self._stored_targets = 0  # tokens that a stored decoder knows, which may be more than its tokenizer has
 
