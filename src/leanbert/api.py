@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from leanbert import checkpoints
+from leanbert.checkpoints import BEST
 from leanbert.data.batches.batch import PredictBatch
 from leanbert.data.batches.loading import encode_lines
 from leanbert.data.batches.sentences import Sentence, word_batch
@@ -28,10 +27,10 @@ from leanbert.models.stored import ModelMetadata
 from leanbert.pretrained.build import read_model, rebuild
 from leanbert.pretrained.huggingface.convert import write_huggingface
 from leanbert.pretrained.huggingface.tasks import generation_settings
-from leanbert.runs import Run, find_last
+from leanbert.runs import Run
 from leanbert.tasks.classification import classify
 from leanbert.tasks.mlm import fill_masks
-from leanbert.tasks.seq2seq import special_tokens, write
+from leanbert.tasks.seq2seq import generate_texts, special_tokens
 from leanbert.tasks.spans import BioDecoder
 from leanbert.tasks.tagging import label_roles, tag_sentences
 
@@ -80,11 +79,9 @@ class Pretrained:
         Texts longer than the model's positions are cut.
         """
         self._require("fill_mask", "mlm")
-
-        def answer(part: list[str]) -> Answers:
-            return fill_masks(self.model, self.tokenizer, self._lines(part), top_k)
-
-        return self._answers(texts, batch_size, answer)
+        return self._answers(
+            texts, batch_size, lambda part: fill_masks(self.model, self.tokenizer, self._lines(part), top_k)
+        )
 
     def encode(self, texts: Sequence[str], batch_size: int = 32) -> Tensor:
         """Return one vector per text, float32 [N, D]: the mean of the encoder's last hidden states over its tokens.
@@ -117,11 +114,11 @@ class Pretrained:
         `{"tokens", "labels", "text"}`, where the text has the tagged spans in brackets. Words beyond the length of the
         training are O.
         """
-        self._require("tag", "tagging")
+        decoder = self._decoder("tag", "tagging")
 
         def answer(part: list[Sentence]) -> Answers:
             batch = word_batch(part, self.tokenizer, self.max_length, "tokens").to(self._device)
-            return tag_sentences(self.model, self._decoder, batch)
+            return tag_sentences(self.model, decoder, batch)
 
         return self._answers(_sentences(sentences), batch_size, answer)
 
@@ -133,13 +130,11 @@ class Pretrained:
         A sentence is a text with spaces between its words, a list of words, or `{"tokens": [...], "predicate": 1}`.
         Where no predicate is given all are found, and each has an answer; without any it is one with `None`.
         """
-        self._require("label_roles", "srl")
-        mark = self.metadata.mark or "tokens"
-
-        def answer(part: list[Sentence]) -> Answers:
-            return label_roles(self.model, self._decoder, part, self.tokenizer, self.max_length, mark)
-
-        return self._answers(_sentences(sentences), batch_size, answer)
+        decoder, mark = self._decoder("label_roles", "srl"), self.metadata.mark or "tokens"
+        return self._answers(
+            _sentences(sentences), batch_size,
+            lambda part: label_roles(self.model, decoder, part, self.tokenizer, self.max_length, mark),
+        )  # fmt: skip
 
     def translate(
         self, texts: Sequence[str], beams: int | None = None, batch_size: int = 128, **generation: Any
@@ -149,15 +144,13 @@ class Pretrained:
         `beams` and further settings of `GenerationConfig` (such as `length_penalty`) are by default those of the
         training. Texts longer than those of the training are cut.
         """
-        self._require("translate", "seq2seq")
-        return self._write(texts, batch_size, {**generation, **({} if beams is None else {"beams": beams})})
+        return self._generate("translate", texts, batch_size, {**generation, "beams": beams})
 
     def summarize(
         self, texts: Sequence[str], beams: int | None = None, batch_size: int = 128, **generation: Any
     ) -> Answers:
         """Return `{"source", "output", "score"}` for each text; see `translate`."""
-        self._require("summarize", "seq2seq")
-        return self._write(texts, batch_size, {**generation, **({} if beams is None else {"beams": beams})})
+        return self._generate("summarize", texts, batch_size, {**generation, "beams": beams})
 
     def export(self, folder: str | Path) -> None:
         """Write a Hugging Face folder with weights, configuration and tokenizer.
@@ -186,22 +179,24 @@ class Pretrained:
         if self.task != task:
             raise UserError(f"{method}: this is a model of task {self.task}. Call {METHODS[self.task]}, or encode")
 
-    def _write(self, texts: Sequence[str], batch_size: int, changes: dict[str, Any]) -> Answers:
-        """Write with texts of about the same length together, and answer in their order."""
+    def _generate(self, method: str, texts: Sequence[str], batch_size: int, changes: dict[str, Any]) -> Answers:
+        """Generate with texts of about the same length together, and answer in their order."""
+        self._require(method, "seq2seq")
+        changes = {name: value for name, value in changes.items() if value is not None}
         known = {field.name for field in fields(GenerationConfig)}
         if strange := sorted(changes.keys() - known):
             raise UserError(f"{strange[0]}: no setting of generation. There are {', '.join(sorted(known))}")
         stored = {name: value for name, value in (self.metadata.generation or {}).items() if name in known}
         config = replace(GenerationConfig(**stored), **changes)
         texts = _listed(texts)
-        order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
+        order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
 
         def answer(part: list[str]) -> Answers:
             batch, _ = encode_lines(part, self.tokenizer, self.max_length, masks=False)
-            return write(self.model, self.target_tokenizer, batch.to(self._device), config)
+            return generate_texts(self.model, self.target_tokenizer, batch.to(self._device), config)
 
-        found = self._answers([texts[place] for place in order], batch_size, answer)
-        return [found[place] for place in sorted(range(len(order)), key=order.__getitem__)]
+        found = dict(zip(order, self._answers([texts[index] for index in order], batch_size, answer), strict=True))
+        return [found[index] for index in range(len(texts))]
 
     def _answers(self, items: Sequence[Item], batch_size: int, answer: Callable[[list[Item]], Answers]) -> Answers:
         with torch.inference_mode():
@@ -221,16 +216,12 @@ class Pretrained:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    @cached_property
-    def _tags(self) -> BioDecoder:
+    def _decoder(self, method: str, task: str) -> BioDecoder:
+        self._require(method, task)
         try:
-            return BioDecoder(self.model.labels)  # type: ignore[arg-type]
+            return BioDecoder(self.model.labels).to(self._device)  # type: ignore[arg-type]
         except ValueError as error:
-            raise UserError(f"{METHODS[self.task]}: {error}. Load a model with such labels") from None
-
-    @property
-    def _decoder(self) -> BioDecoder:
-        return self._tags.to(self._device)
+            raise UserError(f"{method}: {error}. Load a model with such labels") from None
 
 
 def load(path: str | Path) -> Pretrained:
@@ -244,7 +235,8 @@ def load(path: str | Path) -> Pretrained:
     path = expand(path, "path")
     if not (path / "config.json").is_file():
         if (path / "checkpoints").is_dir():
-            path = _best_or_last(path)
+            run = Run(path)
+            path = best if (best := run.checkpoints / BEST).is_file() else run.find("last").path
         if not path.is_file():
             raise UserError(f"{path}: no run, checkpoint or Hugging Face folder. Give the path of one.")
     stored, tokenizer = read_model(path), TextTokenizer.from_file(path)
@@ -259,16 +251,6 @@ def load(path: str | Path) -> Pretrained:
 def _special_ids(tokenizer: TextTokenizer) -> dict[str, int | None]:
     ids = {"pad_token_id": tokenizer.pad_id, "cls_token_id": tokenizer.cls_id, "sep_token_id": tokenizer.sep_id}
     return {name: index for name, index in ids.items() if index is not None}
-
-
-def _best_or_last(run: Path) -> Path:
-    best = run / "checkpoints" / checkpoints.BEST
-    if best.is_file():
-        return best
-    found = find_last(Run(run))
-    if isinstance(found, str):
-        raise UserError(f"{found}.")
-    return found.path
 
 
 def _listed(texts: Sequence[Item]) -> list[Item]:

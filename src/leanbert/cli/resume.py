@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from leanbert.cli.help import program_name
 from leanbert.data.module import RowData
 from leanbert.errors import UserError
 from leanbert.messages import leads
-from leanbert.models.config import EncoderConfig
 from leanbert.pretrained.build import read_model, starting_config
 from leanbert.pretrained.weights import unpack
 from leanbert.runs import NAMES, Found, Run, TaskRuns
@@ -67,7 +65,7 @@ class Start:
             model.shrinks = shrinks
             model.resume_from(stored)  # before anything in the run's folder is touched
         else:
-            model.encoder_config = EncoderConfig(**asdict(stored.config))
+            model.encoder_config = stored.config
             model.adopt(stored.metadata)
         model.init_from = None
         self.step = self.checkpoint["global_step"]
@@ -82,12 +80,10 @@ def adopt_start(model: Task, data: RowData, source: str, subcommand: str) -> Non
     stored = read_model(source)
     metadata = stored.metadata
     trains = subcommand in ("fit", "prepare", "plan")
-    if subcommand != "fit":  # which reads it with the weights
-        config = starting_config(model.encoder_config, stored)
-        model.encoder_config = EncoderConfig(**asdict(config))
+    model.encoder_config = starting_config(model.encoder_config, stored)
     if metadata.task == model.name:
         (data.start_from if trains else data.adopt)(metadata)
-        if subcommand != "fit":
+        if subcommand != "fit":  # which refuses another decoder than is set
             model.adopt(metadata)
     elif subcommand == "predict":
         raise UserError(

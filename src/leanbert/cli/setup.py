@@ -64,29 +64,26 @@ class Setup(LightningCLI):
         self.planned_devices = 1
         self.plan_report: PlanReport | None = None
         try:
-            self._run_command()
+            super().__init__(
+                trainer_class=Trainer,
+                datamodule_class=LightningDataModule,
+                subclass_mode_data=True,
+                args=in_arguments(complete(find_shipped(arguments))),
+                seed_everything_default=0,
+                save_config_callback=ConfigFile,
+                parser_class=Parser,
+                parser_kwargs={"description": "LeanBERT trains BERT encoders inside a device-memory budget."},
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                trainer_defaults={
+                    "default_root_dir": "runs",
+                    "use_distributed_sampler": False,  # ranks take their share of a stream, see MaskedLMData
+                    "num_sanity_val_steps": 0,  # validation before step 1 is the check
+                },
+            )
         finally:
             if self.start.run is not None:
                 self.start.run.release()
-
-    def _run_command(self) -> None:
-        super().__init__(
-            trainer_class=Trainer,
-            datamodule_class=LightningDataModule,
-            subclass_mode_data=True,
-            args=in_arguments(complete(find_shipped(self.arguments))),
-            seed_everything_default=0,
-            save_config_callback=ConfigFile,
-            parser_class=Parser,
-            parser_kwargs={"description": "LeanBERT trains BERT encoders inside a device-memory budget."},
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            trainer_defaults={
-                "default_root_dir": "runs",
-                "use_distributed_sampler": False,  # ranks take their share of a stream, see MaskedLMData
-                "num_sanity_val_steps": 0,  # validation before step 1 is the check
-            },
-        )
 
     # ---- parsers
 

@@ -236,7 +236,7 @@ class Seq2Seq(Task):
         return self._answers(batch, self.generation)
 
     def _answers(self, batch: PredictBatch, config: GenerationConfig) -> list[dict[str, Any]]:
-        return write(self.model, self._data.target_tokenizer, batch, config)
+        return generate_texts(self.model, self._data.target_tokenizer, batch, config)
 
 
 def special_tokens(tokenizer: Any) -> SpecialTokens:
@@ -249,10 +249,10 @@ def special_tokens(tokenizer: Any) -> SpecialTokens:
     return SpecialTokens(begin[0], end[-1], [i for i in tokenizer.special_ids if i != end[-1]])
 
 
-def write(model: Any, tokenizer: Any, batch: PredictBatch, config: GenerationConfig) -> list[dict[str, Any]]:
+def generate_texts(model: Any, tokenizer: Any, batch: PredictBatch, config: GenerationConfig) -> list[dict[str, Any]]:
     """Return `{"source", "output", "score"}` for each text; the score is log-probability over length to a power.
 
-    `tokenizer` is that of outputs.
+    `tokenizer` is the one of outputs.
     """
     found = generate(model, batch.inputs, special_tokens(tokenizer), config)
     return [

@@ -30,10 +30,18 @@ ADD_MODEL_TYPE = 'If it is a BERT, add "model_type": "bert"'
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 
 
+HEADS: dict[Kind, str] = {
+    "mlm": "ForMaskedLM",
+    "text": "ForSequenceClassification",
+    "word": "ForTokenClassification",
+}
+"""How the classes of a family are named, after its own name."""
+
+
 class Family(NamedTuple):
     """The classes of one architecture: how their settings and weights are named."""
 
-    classes: Mapping[Kind, str]
+    name: str
     bare: tuple[str, ...]  # further classes that are read as masked language models
     known_by: frozenset[str]  # settings that tell it where config.json does not name its model_type
     prefix: str  # of the encoder's weights, absent where it was saved without a head
@@ -42,14 +50,15 @@ class Family(NamedTuple):
     settings: Callable[[ResolvedConfig], dict[str, Any]]
     ignored: tuple[str, ...]  # weights that play no part in our models, or repeat others
 
+    @property
+    def classes(self) -> dict[Kind, str]:
+        """Names of the classes by what they have besides the encoder."""
+        return {kind: self.name + head for kind, head in HEADS.items()}
+
 
 FAMILIES = {
     "bert": Family(
-        {
-            "mlm": "BertForMaskedLM",
-            "text": "BertForSequenceClassification",
-            "word": "BertForTokenClassification",
-        },
+        "Bert",
         ("BertModel", "BertForPreTraining"),
         frozenset({"hidden_size", "num_hidden_layers", "hidden_dropout_prob", "type_vocab_size"}),
         "bert.",
@@ -59,11 +68,7 @@ FAMILIES = {
         ("bert.pooler.", "bert.embeddings.position_ids", "cls.seq_relationship.", "cls.predictions.decoder."),
     ),
     "modernbert": Family(
-        {
-            "mlm": "ModernBertForMaskedLM",
-            "text": "ModernBertForSequenceClassification",
-            "word": "ModernBertForTokenClassification",
-        },
+        "ModernBert",
         ("ModernBertModel",),
         frozenset({"hidden_size", "num_hidden_layers", "norm_eps", "local_attention"}),
         "model.",
@@ -100,8 +105,8 @@ class Layout(NamedTuple):
 
 def read_layout(settings: dict[str, Any], path: Path) -> Layout:
     """Return what `config.json` at `path` describes; raises `UserError` for a class that we do not have."""
-    kind_of_model, guessed = _model_type(settings, path), settings.get("model_type") is None
-    if kind_of_model == "encoder-decoder":
+    model_type, guessed = _model_type(settings, path), settings.get("model_type") is None
+    if model_type == "encoder-decoder":
         config, layers, tokens = read_decoder(settings, path)
         metadata = read_metadata(settings, "seq2seq", path, decoder_layers=layers)
         if separate := metadata.target_vocab_size is not None or tokens != config.vocab_size:
@@ -109,7 +114,7 @@ def read_layout(settings: dict[str, Any], path: Path) -> Layout:
         names = encoder_decoder_names(config, layers, separate)
         tied = _tied(settings, path) and _tied(settings["decoder"], path)
         return Layout(config, metadata, names, IGNORED_BESIDE_DECODER, "encoder.", tied, guessed)
-    family = FAMILIES[kind_of_model]
+    family = FAMILIES[model_type]
     kind = _kind(settings, family, path)
     config = family.read_settings(settings, path)
     labels = {} if kind == "mlm" else read_labels(settings, kind, path)
