@@ -8,6 +8,7 @@ from leanbert.data.batches.batch import IGNORED
 from leanbert.data.batches.packing import pack_examples
 from leanbert.data.pairs import PairData
 from leanbert.errors import UserError
+from leanbert.models.stored import ModelMetadata
 
 RECORDS = [
     {"source": "a b", "target": "c"},
@@ -246,6 +247,21 @@ def test_pairs_that_are_too_long_are_cut_counted_and_told(tmp_path, capsys):
     data_of(tmp_path, records, max_length=16, max_target_length=8).setup("fit")
     told = "2 examples were longer than data.max_length (16 tokens) or data.max_target_length (8 tokens) and were cut"
     assert capsys.readouterr().err.splitlines().count(told) == 2  # training and validation
+
+
+def test_lengths_are_the_models(tmp_path, capsys):
+    """A model that says its length and none of targets has one for both; one that says nothing leaves them be."""
+    for said, expected in (
+        ({}, (12, 9)),
+        ({"max_length": 10}, (10, 10)),
+        ({"max_length": 10, "max_target_length": 8}, (10, 8)),
+        ({"max_length": 12, "max_target_length": 9}, (12, 9)),
+    ):
+        data = data_of(tmp_path, max_target_length=9)
+        data.adopt(ModelMetadata("seq2seq", **said))
+        assert data.room == expected
+        replaced = capsys.readouterr().err.count("as the model was trained")
+        assert replaced == (expected[0] != 12) + (expected[1] != 9)
 
 
 def test_bad_lengths():

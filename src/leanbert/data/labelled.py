@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
@@ -18,6 +19,7 @@ from leanbert.data.store.examples import Example, ExampleCache, Notes
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.messages import say
+from leanbert.models.stored import ModelMetadata
 
 NAMED_IN_ERRORS = 8
 """Labels that a message lists, at most."""
@@ -138,19 +140,19 @@ class LabelledData(RowData):
 
     # ---- the labels
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self, task: str) -> ModelMetadata:
         """Return the labels besides."""
-        return {**super().facts(), "labels": self.labels}
+        return replace(super().metadata(task), labels=self.labels)
 
-    def adopt(self, facts: Mapping[str, Any]) -> None:
+    def adopt(self, metadata: ModelMetadata) -> None:
         """Take over the labels of a checkpoint besides."""
-        super().adopt(facts)
-        self.labels, self._known_by = list(facts["labels"]), "the model"
+        super().adopt(metadata)
+        self.labels, self._known_by = metadata.labels or [], "the model"
 
-    def start_from(self, facts: Mapping[str, Any]) -> None:
+    def start_from(self, metadata: ModelMetadata) -> None:
         """Number labels as the model does that training starts from, if it knows them all, and so keep its head."""
-        if facts.get("problem", "single") == self.problem:
-            self._start = list(facts["labels"])
+        if (metadata.problem or "single") == self.problem:
+            self._start = metadata.labels or []
 
     def names(self, part: Part) -> list[str]:
         """Return the labels, and after them those that only a part for evaluation has."""

@@ -11,9 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from leanbert.errors import UserError
-
-Problem = Literal["single", "multi", "regression"]
-"""One label of several, any number of them, or numbers."""
+from leanbert.models.stored import Problem
 
 Form = Literal["names", "yes or no for each label"]
 """How several labels are written: those that are given, or of each label whether it is."""

@@ -19,12 +19,13 @@ from leanbert.data.formats.examples import prediction_texts, read_records
 from leanbert.data.formats.fields import has_field, items_of, text_of
 from leanbert.data.formats.parallel import parallel_lines
 from leanbert.data.module import RowData
-from leanbert.data.settings import LENGTH, VOCABULARY, Part, TooLong, given_files, must_be_cut
+from leanbert.data.settings import LENGTH, VOCABULARY, Part, TooLong, given_files, must_be_cut, take_over
 from leanbert.data.store.cache import cache_folder
 from leanbert.data.store.checksums import corpus_digest
 from leanbert.data.store.examples import Example, Notes
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
+from leanbert.models.stored import ModelMetadata
 
 TRAIN = "train"
 """Value of `data.target_tokenizer`: train one."""
@@ -118,6 +119,12 @@ class PairData(RowData):
         """The settings of length, with their values."""
         length = self.hparams["max_target_length"]
         return super().limits if length is None else f"{super().limits} or data.max_target_length ({length} tokens)"
+
+    def adopt(self, metadata: ModelMetadata) -> None:
+        """Take over the lengths of sources and of targets, which were the same where the model says no other."""
+        super().adopt(metadata)
+        if metadata.max_length is not None:
+            take_over(self.hparams, "max_target_length", metadata.max_target_length)
 
     # ---- tokenizers
 

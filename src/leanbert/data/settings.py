@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, Literal
 
 from leanbert.data.formats.corpora import as_list, besides
@@ -62,13 +62,11 @@ def files_of(settings: Mapping[str, Any], part: Part, sample: Sample) -> list[st
     raise UserError(f"data.{part}_files: not set. Give the files of {part} examples")
 
 
-def adopt_fixed(settings: MutableMapping[str, Any], fixed: Iterable[str], facts: Mapping[str, Any]) -> None:
-    """Take over the `fixed` settings with which a model was trained, and say which they replace."""
-    for name in fixed:
-        own, there = settings[name], facts.get(name, settings[name])
-        if own != there:
-            say(f"data.{name}: {there}, as the model was trained, not {own}")
-            settings[name] = there
+def take_over(settings: MutableMapping[str, Any], name: str, trained: object) -> None:
+    """Take over the setting with which a model was `trained`, and say what it replaces."""
+    if settings[name] != trained:
+        say(f"data.{name}: {trained}, as the model was trained, not {settings[name]}")
+        settings[name] = trained
 
 
 def must_be_cut(

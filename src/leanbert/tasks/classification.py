@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from leanbert.data.batches.batch import IGNORED, LabelledBatch, PredictBatch
 from leanbert.data.labels import Problem
 from leanbert.errors import UserError
 from leanbert.models.config import EncoderConfig
+from leanbert.models.stored import ModelMetadata
 from leanbert.optim.build import OptimizerConfig, ScheduleConfig
 from leanbert.ranges import NOT_NEGATIVE, PART
 from leanbert.tasks.labelling import Labelling
@@ -65,9 +67,9 @@ class TextClassification(Labelling):
             raise UserError(f"model.class_weights: {what}. Name labels of data with one label for each text")
         return model
 
-    def model_facts(self) -> dict[str, Any]:
-        """Return the threshold."""
-        return {"threshold": self.threshold}
+    def metadata(self) -> ModelMetadata:
+        """Return the threshold besides."""
+        return replace(super().metadata(), threshold=self.threshold)
 
     def count_targets(self, batch: LabelledBatch) -> Tensor:
         """Return the number of labels, shape [], or the sum of their weights."""
