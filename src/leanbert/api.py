@@ -64,7 +64,8 @@ class Pretrained:
         target_tokenizer: TextTokenizer | None = None,
     ) -> None:  # fmt: skip
         self.target_tokenizer = tokenizer if target_tokenizer is None else target_tokenizer
-        self.model, self.tokenizer, self.facts = model.eval(), tokenizer, dict(facts or {})
+        self.model: Any = model.eval()  # of its task's class
+        self.tokenizer, self.facts = tokenizer, dict(facts or {})
         self.task = model.task
         positions = model.config.max_positions
         self.max_length: int = min(self.facts.get("max_length", positions), positions)
@@ -224,7 +225,7 @@ class Pretrained:
     @cached_property
     def _tags(self) -> BioDecoder:
         try:
-            return BioDecoder(self.model.labels)  # type: ignore[arg-type]
+            return BioDecoder(self.model.labels)
         except ValueError as error:
             raise UserError(f"{METHODS[self.task]}: {error}. Load a model with such labels") from None
 

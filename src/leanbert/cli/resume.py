@@ -60,8 +60,7 @@ class Start:
         data.take_tokenizers(self.path, stored, resumes=resumes)
         data.adopt({"max_length": stored["max_length"], **stored.get("data", {})})
         if resumes and model.init_from is None:
-            model.shrinks = shrinks
-            model.resume_from(stored)  # before anything in the run's folder is touched
+            model.resume_from(stored, shrinks=shrinks)  # before anything in the run's folder is touched
         else:
             model.encoder_config = EncoderConfig(**stored["encoder"])
             model.adopt(stored.get("model", {}))
