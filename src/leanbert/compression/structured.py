@@ -116,8 +116,8 @@ def sizes_kept(config: ResolvedConfig, fraction_heads: float, fraction_neurons: 
     neurons = max(1, config.intermediate_size - round(fraction_neurons * config.intermediate_size))
     if (heads, neurons) == (config.num_heads, config.intermediate_size):
         raise UserError(
-            f"StructuredPruning.heads: {fraction_heads} of {heads} heads and {fraction_neurons} of {neurons} neurons is "
-            "less than one. Give larger shares."
+            f"StructuredPruning.heads: {fraction_heads} of {heads} heads and {fraction_neurons} of {neurons} neurons "
+            "is less than one. Give larger shares."
         )
     return heads, neurons
 
