@@ -27,7 +27,7 @@ from leanbert.pretrained.weights import read_checkpoint
 OFFSETS = (-1, 1, -2, 2)
 """Neighbours at which the first heads of a model with learned positions look at first."""
 POSITION_RMS = 0.1
-"""Size of their positions at first: five times that of tokens, which grow."""
+"""Size of their positions at first: five times as large as tokens, which grow."""
 NEIGHBOUR_GAIN = 0.8
 """Size of their query and key weights: enough for most of the attention to fall on the neighbour."""
 
@@ -46,9 +46,9 @@ def build_model(
         config: Architecture of a new model.
         vocab_size: Tokens of the tokenizer, V.
         make: Makes an `EncoderModel` of a whole configuration.
-        init_from: Hugging Face folder or LeanBERT checkpoint: its architecture and weights replace those of `config`,
-            of which only `dropout` and `attention_dropout`, where set, count. Of a model of another task the encoder is
-            taken, and what its head has in common (`EncoderModel.inherits`).
+        init_from: Hugging Face folder or LeanBERT checkpoint: it brings architecture and weights; of `config` only
+            `dropout` and `attention_dropout`, where set, count. Of a model of another task the encoder is taken, and
+            what its head has in common (`EncoderModel.inherits`).
         unigram_counts: Integers [V]: a new masked language model's output bias begins at the log frequencies.
 
     Raises:
