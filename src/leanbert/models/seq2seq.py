@@ -21,7 +21,7 @@ from leanbert.models.heads import MaskedLMHead
 from leanbert.models.kernels.loss import Mixture
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.pointer import Copied, Pointer, add_copied, copied_log_probs
-from leanbert.models.stored import Start, StateDict, Stored
+from leanbert.models.stored import ModelMetadata, Start, StateDict, Stored
 
 INHERITED_HEAD = "head."
 PASSED_ON = 0.7
@@ -80,11 +80,11 @@ class Seq2SeqModel(EncoderModel):
         """Encoder and decoder."""
         return [self.encoder, self.decoder]
 
-    def inherits(self, name: str, stored: Stored) -> bool:
+    def inherits(self, name: str, metadata: ModelMetadata) -> bool:
         """Whether weight `name` of a stored model is taken over: of a masked language model the head of its tokens."""
-        if stored.metadata.task == "mlm" and self.target_vocab_size is None and name.startswith(INHERITED_HEAD):
+        if metadata.task == "mlm" and self.target_vocab_size is None and name.startswith(INHERITED_HEAD):
             return True
-        return super().inherits(name, stored)
+        return super().inherits(name, metadata)
 
     def check_stored(self, stored: Stored, state: StateDict) -> None:
         """Raise `UserError` if a stored decoder has another depth or vocabulary, or weights that ours has shared."""

@@ -180,7 +180,7 @@ def _load(config: EncoderConfig, vocab_size: int, make: Callable[[ResolvedConfig
     if same_task:
         model.check_stored(stored, everything)
     initialise(model)
-    state = {name: tensor for name, tensor in everything.items() if model.inherits(name, stored)}
+    state = {name: tensor for name, tensor in everything.items() if model.inherits(name, stored.metadata)}
     load_weights(model, state, source, partial=not same_task or len(state) < len(everything))
     if not same_task:
         model.warm_start()
