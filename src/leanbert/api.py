@@ -63,7 +63,8 @@ class Pretrained:
         target_tokenizer: TextTokenizer | None = None,
     ) -> None:  # fmt: skip
         self.target_tokenizer = tokenizer if target_tokenizer is None else target_tokenizer
-        self.model, self.tokenizer, self.task = model.eval(), tokenizer, model.task
+        self.model: Any = model.eval()  # of its task's class
+        self.tokenizer, self.task = tokenizer, model.task
         self.metadata = metadata or ModelMetadata(model.task)
         positions = model.config.max_positions
         self.max_length = min(self.metadata.max_length or positions, positions)
@@ -219,7 +220,7 @@ class Pretrained:
     def _decoder(self, method: str, task: str) -> BioDecoder:
         self._require(method, task)
         try:
-            return BioDecoder(self.model.labels).to(self._device)  # type: ignore[arg-type]
+            return BioDecoder(self.model.labels)
         except ValueError as error:
             raise UserError(f"{method}: {error}. Load a model with such labels") from None
 

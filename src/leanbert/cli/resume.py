@@ -62,8 +62,7 @@ class Start:
         data.take_tokenizers(path, self.checkpoint["leanbert"], resumes=resumes)
         data.adopt(stored.metadata)
         if resumes and model.init_from is None:
-            model.shrinks = shrinks
-            model.resume_from(stored)  # before anything in the run's folder is touched
+            model.resume_from(stored, shrinks=shrinks)  # before anything in the run's folder is touched
         else:
             model.encoder_config = stored.config
             model.adopt(stored.metadata)

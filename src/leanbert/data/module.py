@@ -19,7 +19,7 @@ from leanbert.data.loaders import evaluation_loader, prediction_loader, training
 from leanbert.data.samples.embedded import Sample
 from leanbert.data.settings import Part, check_settings, files_of, take_over
 from leanbert.data.statistics import CorpusStatistics, count
-from leanbert.data.store.examples import Example, ExampleCache
+from leanbert.data.store.examples import Example, ExampleCache, Notes
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.data.tokenizers.training import Kind
 from leanbert.errors import UserError
@@ -107,8 +107,8 @@ class RowData(LightningDataModule):
         """Yield the texts that a tokenizer is trained on."""
         raise NotImplementedError
 
-    def encode(self, part: Part, facts: dict[str, Any]) -> Iterator[Example]:
-        """Yield the examples of a part, and put into `facts` what its cache keeps; the tokenizers are there."""
+    def encode(self, part: Part, notes: Notes) -> Iterator[Example]:
+        """Yield the examples of a part, and write what is known of them; the tokenizers are there."""
         raise NotImplementedError
 
     def batches_of(self, part: Part, training: bool) -> Make:
@@ -189,9 +189,9 @@ class RowData(LightningDataModule):
         return self.caches[part]
 
     def check(self, part: Part, cache: ExampleCache) -> None:
-        """Say what the facts of a part's cache have to say: how many examples were cut."""
-        if cache.facts.get("cut"):
-            say(f"{cache.facts['cut']:,} examples were longer than {self.limits} and were cut")
+        """Say what is to be known of a part: how many examples were cut."""
+        if cache.notes.cut:
+            say(f"{cache.notes.cut:,} examples were longer than {self.limits} and were cut")
 
     @property
     def limits(self) -> str:

@@ -50,8 +50,7 @@ def given_files(settings: Mapping[str, Any], part: Part, kind: str = "files") ->
 def files_of(settings: Mapping[str, Any], part: Part, sample: Sample) -> list[str]:
     """Return the files of a part: those that are set, of the embedded `sample`, or those that training shares.
 
-    Raises:
-        UserError: They are not set.
+    Raises UserError: they are not set.
     """
     given = given_files(settings, part)
     if given is not None:
@@ -71,15 +70,14 @@ def take_over(settings: MutableMapping[str, Any], name: str, trained: object) ->
 
 
 def must_be_cut(
-    settings: Mapping[str, Any], place: str, needed: int, length: int, setting: str = "data.max_length"
+    settings: Mapping[str, Any], where: str, needed: int, length: int, setting: str = "data.max_length"
 ) -> bool:
     """Return whether an example that needs so many tokens must be cut to `length`, which the `setting` says.
 
-    Raises:
-        UserError: It is too long, and such are refused.
+    Raises UserError: it is too long, and such are refused.
     """
     if needed > length and settings["too_long"] == "refuse":
         raise UserError(
-            f"{place}: {needed} tokens, but a row has {length}. Raise {setting}, or truncate (data.too_long)"
+            f"{where}: {needed} tokens, but a row has {length}. Raise {setting}, or truncate (data.too_long)"
         )
     return needed > length

@@ -6,23 +6,23 @@ from dataclasses import asdict, replace
 from textwrap import shorten
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from leanbert.data.batches.batch import IGNORED, PairBatch, PredictBatch
 from leanbert.data.batches.pairs import output_frame
+from leanbert.data.pairs import PairData
+from leanbert.data.settings import Part
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.messages import say
-from leanbert.models.config import EncoderConfig
 from leanbert.models.generation import GenerationConfig, SpecialTokens, generate
 from leanbert.models.seq2seq import Seq2SeqModel
 from leanbert.models.stored import ModelMetadata, Start, Stored
-from leanbert.optim.build import OptimizerConfig, ScheduleConfig
 from leanbert.pretrained.build import build_model, read_model
 from leanbert.ranges import COUNT, RATE, WHOLE
-from leanbert.tasks.base import Task
-from leanbert.tasks.metrics import MeanLoss
+from leanbert.tasks.base import Answer, Task
+from leanbert.tasks.metrics import ExactSums
 from leanbert.tasks.output_metrics import OutputMetrics, Quality, bleu_signature
 from leanbert.tasks.output_tokens import BleuTokens, RougeTokens, bleu_tokenizer
 from leanbert.tasks.tables import markdown_table
@@ -34,16 +34,10 @@ LONGEST_SHOWN = 240
 """Characters of a source in TensorBoard: a longer document would leave no room for what was made of it."""
 
 
-class Seq2Seq(Task):
+class Seq2Seq(Task[PairBatch]):
     """An encoder and a decoder that writes the target, trained with the right target before each token.
 
     Args:
-        encoder: Architecture of the encoder and, but for the number of blocks, of the decoder.
-        optimizer: Optimizer and its settings.
-        schedule: Learning rate by step.
-        init_from: Hugging Face folder or LeanBERT checkpoint whose encoder to start from.
-        compile: Compile each block with torch.compile: faster steps after about a minute of compilation.
-        seed: Seed of initial weights and dropout (the CLI sets it to seed_everything if it is 0).
         decoder_layers: Blocks of the decoder. Default: as many as the encoder has.
         decoder_start: Where the decoder's weights come from: encoder (copies), shared (with the encoder, which saves
             parameters), random. With encoder, and nothing to start from, it is random.
@@ -59,20 +53,17 @@ class Seq2Seq(Task):
         generation: How `test` and `predict` search for outputs.
         validation_sources: Generate for so many validation sources, greedily, at each validation. Default: for all; 0:
             for none.
+        settings: See `Task`.
 
     """
 
     name: ClassVar[str] = "seq2seq"
     example: ClassVar[str] = "The cook gives the guest a cake ."
+    model: Seq2SeqModel
+    _data: PairData
 
     def __init__(
         self,
-        encoder: EncoderConfig | None = None,
-        optimizer: OptimizerConfig | None = None,
-        schedule: ScheduleConfig | None = None,
-        init_from: str | None = None,
-        compile: bool = False,
-        seed: int = 0,
         decoder_layers: int | None = None,
         decoder_start: Start = "encoder",
         copy: bool = False,
@@ -82,8 +73,9 @@ class Seq2Seq(Task):
         rouge_tokenize: RougeTokens = "auto",
         generation: GenerationConfig | None = None,
         validation_sources: int | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(encoder, optimizer, schedule, init_from, compile, seed)
+        super().__init__(**settings)
         if label_smoothing is None:
             label_smoothing = 0.0 if copy else 0.1
         if copy and label_smoothing:
@@ -101,7 +93,7 @@ class Seq2Seq(Task):
         self.validation_sources = validation_sources
         self._stored_targets = 0  # tokens that a stored decoder knows, which may be more than its tokenizer has
 
-    def build_model(self) -> nn.Module:
+    def build_model(self) -> Seq2SeqModel:
         """Return the model whose vocabularies are the tokenizers'; the decoder starts as is set."""
         targets = None
         if self._data.separate:
@@ -135,14 +127,14 @@ class Seq2Seq(Task):
         self.copy = bool(metadata.copy)
         self._stored_targets = metadata.target_vocab_size or 0
 
-    def resume_from(self, stored: Stored) -> None:
+    def resume_from(self, stored: Stored, *, shrinks: bool) -> None:
         """Check `stored` and take over the vocabularies too."""
-        super().resume_from(stored)
+        super().resume_from(stored, shrinks=shrinks)
         self._stored_targets = stored.metadata.target_vocab_size or 0
 
-    def check_resumable(self, stored: Stored) -> None:
+    def check_resumable(self, stored: Stored, *, shrinks: bool = False) -> None:
         """Raise UserError if `stored` is of another task or architecture, or its decoder is made otherwise."""
-        super().check_resumable(stored)
+        super().check_resumable(stored, shrinks=shrinks)
         metadata = stored.metadata
         start = metadata.decoder_start or self.decoder_start
         own: dict[str, tuple[object, object]] = {
@@ -158,8 +150,8 @@ class Seq2Seq(Task):
                 )
 
     def build_metrics(self) -> None:
-        """Make the mean loss, and the measures of generated outputs."""
-        self.mean_loss = MeanLoss()
+        """Make the sums of the loss, and the measures of generated outputs."""
+        self.sums = ExactSums("loss", "targets")
         self.outputs = OutputMetrics(self.quality, self.bleu_tokenize, self.rouge_tokenize)
         self._shown: list[tuple[str, str, str]] = []
 
@@ -182,30 +174,25 @@ class Seq2Seq(Task):
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Add a batch to the loss, which is not smoothed here."""
-        self.mean_loss.update(self._loss_sum(batch, 0.0), self.count_targets(batch))
+        self.sums.add(loss=self._loss_sum(batch, 0.0), targets=self.count_targets(batch))
 
-    def on_validation_epoch_end(self) -> None:
-        """Generate, and log the metrics at the number of completed steps."""
-        greedy = GenerationConfig(length_ratio=self.generation.length_ratio, length_more=self.generation.length_more)
-        self._finish("val", greedy, self.validation_sources)
+    test_step = validation_step
 
-    def test_step(self, batch: PairBatch, batch_idx: int) -> None:
-        """Do as in validation."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Generate as set, and log the metrics."""
-        self._finish("test", self.generation, None)
-
-    def _finish(self, part: Any, config: GenerationConfig, most: int | None) -> None:
-        loss = self.mean_loss.compute()
-        values = {"loss": loss, "perplexity": float(torch.tensor(loss).exp())}
+    def metrics_of(self, part: Part) -> dict[str, float]:
+        """Return the loss, and the measures of outputs that are generated now: in validation greedily."""
+        sums = self.sums.totals()
+        loss = sums["loss"] / sums["targets"]
+        values = {"loss": float(loss), "perplexity": float(loss.exp())}
+        config, most = self.generation, None
+        if part == "val":
+            config = GenerationConfig(length_ratio=config.length_ratio, length_more=config.length_more)
+            most = self.validation_sources
         if most != 0:
             self.generate_part(part, config, most)
             values.update(self.outputs.compute())
-        self.log_evaluation(part, values)
+        return values
 
-    def generate_part(self, part: Any, config: GenerationConfig, most: int | None) -> None:
+    def generate_part(self, part: Part, config: GenerationConfig, most: int | None) -> None:
         """Add the outputs for a part's sources (None: all), each rank for its share of the batches."""
         if self.quality == "bleu" and self.bleu_tokenize != "auto":
             bleu_tokenizer(self.bleu_tokenize)  # what it lacks is said before anything is generated
@@ -231,15 +218,15 @@ class Seq2Seq(Task):
         rows = [(shorten(source, LONGEST_SHOWN, placeholder=" ..."), *answer) for source, *answer in self._shown]
         return {"samples/outputs": markdown_table(("source", "reference", "output"), rows)}
 
-    def predict_step(self, batch: PredictBatch, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: PredictBatch, batch_idx: int) -> list[Answer]:
         """Return `{"source", "output", "score"}` for each text."""
         return self._answers(batch, self.generation)
 
-    def _answers(self, batch: PredictBatch, config: GenerationConfig) -> list[dict[str, Any]]:
+    def _answers(self, batch: PredictBatch, config: GenerationConfig) -> list[Answer]:
         return generate_texts(self.model, self._data.target_tokenizer, batch, config)
 
 
-def special_tokens(tokenizer: Any) -> SpecialTokens:
+def special_tokens(tokenizer: TextTokenizer) -> SpecialTokens:
     """Return the ids that begin and end a target, and those that are not text.
 
     Raises:
@@ -249,7 +236,9 @@ def special_tokens(tokenizer: Any) -> SpecialTokens:
     return SpecialTokens(begin[0], end[-1], [i for i in tokenizer.special_ids if i != end[-1]])
 
 
-def generate_texts(model: Any, tokenizer: Any, batch: PredictBatch, config: GenerationConfig) -> list[dict[str, Any]]:
+def generate_texts(
+    model: Seq2SeqModel, tokenizer: TextTokenizer, batch: PredictBatch, config: GenerationConfig
+) -> list[Answer]:
     """Return `{"source", "output", "score"}` for each text; the score is log-probability over length to a power.
 
     `tokenizer` is the one of outputs.
