@@ -95,7 +95,7 @@ class Setup(LightningCLI):
         return {name: set() for name in ([called] if called in SUBCOMMANDS else SUBCOMMANDS)}
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        """Add the parsers of subcommands with our options; Lightning's would be those of the trainer's methods."""
+        """Add the parsers of subcommands with our options, where Lightning's have those of the trainer's methods."""
         self._subcommand_parsers = {}
         commands = parser.add_subcommands()
         for name in self.subcommands():
@@ -167,7 +167,9 @@ class Setup(LightningCLI):
                 self.plan_report = apply_budget(settings, self.arguments)
         else:
             self.save_config_callback = None  # only a run has a folder
-            warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint.*")  # those of training
+            warnings.filterwarnings(
+                "ignore", ".*callbacks used to create the checkpoint.*"
+            )  # of training: nothing is trained
 
     def _check(self, settings: Any, trainer: Any) -> None:
         """Raise UserError for settings that cannot be right together."""
@@ -241,7 +243,7 @@ class Setup(LightningCLI):
 
 
 def _take_tokenizers(data: Any, source: str | None) -> None:
-    """Let data without tokenizers of its own have those of the model that it starts from."""
+    """Let data without tokenizers of its own have the tokenizers of the model that it starts from."""
     if data["tokenizer"] is None:
         data["tokenizer"] = source
     may_have_own = source is not None and data.get("target_tokenizer", "") in (None, TRAIN)
