@@ -59,6 +59,7 @@ class Start:
         stored = self.checkpoint["leanbert"]
         data.take_tokenizers(self.path, stored, resumes=resumes)
         data.adopt({"max_length": stored["max_length"], **stored.get("data", {})})
+        model.resumes = resumes
         if resumes and model.init_from is None:
             model.resume_from(stored, shrinks=shrinks)  # before anything in the run's folder is touched
         else:

@@ -69,7 +69,7 @@ class Task(SteppedModule[B]):
         self.model = None  # type: ignore[assignment]  # until configure_model has run
         self.techniques = Techniques()  # callbacks register here in `setup`
         self.step_state = StepState()
-        self.resumes = False  # the weights come from a checkpoint of the same run, pruned if it was
+        self.resumes = False  # the weights come from a checkpoint of the same run, and are pruned if it was
 
     # ---- what a task supplies
 
@@ -222,4 +222,3 @@ class Task(SteppedModule[B]):
         own, there = self.encoder_config, stored["encoder"]
         sizes = {name: there[name] for name in ("head_size", *SHRINKING) if shrinks and name in there}
         self.encoder_config = replace(own, vocab_size=there["vocab_size"], **sizes)
-        self.resumes = True

@@ -243,7 +243,7 @@ def special_tokens(tokenizer: TextTokenizer) -> SpecialTokens:
 def write(model: Seq2SeqModel, tokenizer: TextTokenizer, batch: PredictBatch, config: GenerationConfig) -> list[Answer]:
     """Return `{"source", "output", "score"}` for each text; the score is log-probability over length to a power.
 
-    `tokenizer` is that of outputs.
+    `tokenizer` is the outputs'.
     """
     found = generate(model, batch.inputs, special_tokens(tokenizer), config)
     return [
