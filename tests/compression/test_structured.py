@@ -350,7 +350,7 @@ def test_a_pruned_translation_model_leaves_with_equal_logits(tmp_path):
     model, batch = seq2seq_of({"preset": "bert"}), packed_batch()
     prune_structured(model, *sizes_kept(model.config, 0.5, 0.5))
     write_huggingface(model, tmp_path)
-    again = rebuild(read_huggingface(tmp_path), 100, tmp_path).eval()
+    again = rebuild(read_huggingface(tmp_path), 100).eval()
     assert (again.config.num_heads, again.config.intermediate_size) == (HEADS, 24)
     difference = seq2seq_logits(again.double(), batch) - seq2seq_logits(model, batch)
     assert difference.abs().max() <= 1e-5

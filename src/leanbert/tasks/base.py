@@ -6,6 +6,7 @@ A task adds a model, `count_targets`, `loss_sum` and its evaluation.
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
@@ -18,8 +19,10 @@ from leanbert.errors import UserError
 from leanbert.memory.step import seed_position
 from leanbert.models.base import EncoderModel
 from leanbert.models.config import EncoderConfig
+from leanbert.models.stored import ModelMetadata, Stored
 from leanbert.optim.build import OptimizerConfig, Schedule, ScheduleConfig, build_optimizer, effective_warmup
 from leanbert.optim.in_backward import accumulate_in_backward, update_in_backward
+from leanbert.pretrained.weights import unpack
 from leanbert.ranges import SEED
 from leanbert.tasks.step import B, SteppedModule, StepState
 from leanbert.tasks.techniques import Surroundings, Techniques, apply, refuse
@@ -171,22 +174,23 @@ class Task(SteppedModule[B]):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what makes the file whole by itself: architecture, tokenizers, position in the data."""
+        of_data = self._data.metadata(self.name).said()
         checkpoint["leanbert"] = {
             "task": self.name,
             "encoder": asdict(self.model.config),
             **{name: tokenizer.to_json() for name, tokenizer in self._data.tokenizers.items()},
             "max_length": self._data.hparams["max_length"],
             "samples_consumed": self._data.samples_consumed,
-            "data": self._data.facts(),
-            "model": self.model_facts(),
+            "data": of_data,
+            "model": {name: value for name, value in self.metadata().said().items() if name not in of_data},
         }
 
-    def model_facts(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of the model besides its encoder: primitives, such as the decoder's layers."""
-        return {}
+    def metadata(self) -> ModelMetadata:
+        """Return what a checkpoint keeps of data and model besides tokenizers and encoder."""
+        return self._data.metadata(self.name)
 
-    def adopt(self, facts: dict[str, Any]) -> None:
-        """Take over what the `facts` of a checkpoint say of the weights; how to answer is as this run sets it."""
+    def adopt(self, metadata: ModelMetadata) -> None:
+        """Take over what a stored model says of its weights; how to answer is as this run sets it."""
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the architectures agree and go on at the stored position of the data.
@@ -195,20 +199,19 @@ class Task(SteppedModule[B]):
             UserError: The checkpoint is of another task or shape.
 
         """
-        stored = checkpoint["leanbert"]
-        self.check_resumable(stored)
-        self._data.samples_consumed = stored["samples_consumed"]
+        self.check_resumable(unpack(checkpoint, Path("--ckpt_path")))
+        self._data.samples_consumed = checkpoint["leanbert"]["samples_consumed"]
 
-    def check_resumable(self, stored: dict[str, Any], *, shrinks: bool = False) -> None:
-        """Raise UserError if `stored`, a checkpoint's "leanbert" part, is of another task or architecture.
+    def check_resumable(self, stored: Stored, *, shrinks: bool = False) -> None:
+        """Raise UserError if `stored` is of another task or architecture.
 
         Dropout may differ, and the vocabulary is the checkpoint's. Where the run `shrinks` the model, the checkpoint
         may have fewer heads and neurons.
         """
-        if stored["task"] != self.name:
-            raise UserError(f"--ckpt_path: a checkpoint of task {stored['task']}, not {self.name}. Use its config.")
+        if (task := stored.metadata.task) != self.name:
+            raise UserError(f"--ckpt_path: a checkpoint of task {task}, not {self.name}. Use its config.")
         for setting, value in asdict(self.encoder_config.resolved()).items():
-            there = stored["encoder"].get(setting, value)
+            there = getattr(stored.config, setting)
             smaller = shrinks and setting in SHRINKING and there < value
             if there != value and "dropout" not in setting and setting != "vocab_size" and not smaller:
                 raise UserError(
@@ -216,9 +219,8 @@ class Task(SteppedModule[B]):
                     "Give the same size and data settings, or start from it with --model.init_from."
                 )
 
-    def resume_from(self, stored: dict[str, Any], *, shrinks: bool) -> None:
+    def resume_from(self, stored: Stored, *, shrinks: bool) -> None:
         """Check `stored` and take over what it decides: the vocabulary, and the sizes that pruning has left."""
         self.check_resumable(stored, shrinks=shrinks)
-        own, there = self.encoder_config, stored["encoder"]
-        sizes = {name: there[name] for name in ("head_size", *SHRINKING) if shrinks and name in there}
-        self.encoder_config = replace(own, vocab_size=there["vocab_size"], **sizes)
+        names = ("vocab_size", *(("head_size", *SHRINKING) if shrinks else ()))
+        self.encoder_config = replace(self.encoder_config, **{name: getattr(stored.config, name) for name in names})

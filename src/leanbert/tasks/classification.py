@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from leanbert.data.labels import Problem
 from leanbert.data.settings import Part
 from leanbert.errors import UserError
 from leanbert.models.classifier import Classifier
+from leanbert.models.stored import ModelMetadata
 from leanbert.ranges import NOT_NEGATIVE, PART
 from leanbert.tasks.base import Answer
 from leanbert.tasks.labelling import Labelling
@@ -54,9 +56,9 @@ class TextClassification(Labelling[tuple[Tensor, Tensor]]):
             raise UserError(f"model.class_weights: {what}. Name labels of data with one label for each text")
         return model
 
-    def model_facts(self) -> dict[str, Any]:
-        """Return the threshold."""
-        return {"threshold": self.threshold}
+    def metadata(self) -> ModelMetadata:
+        """Return the threshold besides."""
+        return replace(super().metadata(), threshold=self.threshold)
 
     def count_targets(self, batch: LabelledBatch) -> Tensor:
         """Return the number of labels, shape [], or the sum of their weights."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
 from textwrap import shorten
 from typing import Any, ClassVar
 
@@ -18,8 +17,9 @@ from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.messages import say
 from leanbert.models.generation import GenerationConfig, SpecialTokens, generate
-from leanbert.models.seq2seq import Seq2SeqModel, Start
-from leanbert.pretrained.build import build_model, read_architecture
+from leanbert.models.seq2seq import Seq2SeqModel
+from leanbert.models.stored import ModelMetadata, Start, Stored
+from leanbert.pretrained.build import build_model, read_model
 from leanbert.ranges import COUNT, RATE, WHOLE
 from leanbert.tasks.base import Answer, Task
 from leanbert.tasks.metrics import ExactSums
@@ -89,7 +89,7 @@ class Seq2Seq(Task[PairBatch]):
         self.decoder_layers, self.decoder_start, self.copy = decoder_layers, decoder_start, copy
         self.label_smoothing, self.quality = label_smoothing, quality
         self.bleu_tokenize, self.rouge_tokenize = bleu_tokenize, rouge_tokenize
-        self.generation = (generation or GenerationConfig()).check()
+        self.generation = generation or GenerationConfig()
         self.validation_sources = validation_sources
         self._stored_targets = 0  # tokens that a stored decoder knows, which may be more than its tokenizer has
 
@@ -106,45 +106,41 @@ class Seq2Seq(Task[PairBatch]):
         )
         return model
 
-    def model_facts(self) -> dict[str, Any]:
-        """Return how the decoder is made, and how outputs are searched for."""
-        targets = self.model.target_vocab_size
-        return {
-            "decoder_layers": len(self.model.decoder.blocks),
-            "decoder_start": self.decoder_start,
-            "generation": asdict(self.generation),
-            **({} if targets is None else {"target_vocab_size": targets}),
-            **({"copy": True} if self.copy else {}),
-        }
+    def metadata(self) -> ModelMetadata:
+        """Return how the decoder is made, and how outputs are searched for, besides."""
+        return replace(
+            super().metadata(), decoder_layers=len(self.model.decoder.blocks), decoder_start=self.decoder_start,
+            target_vocab_size=self.model.target_vocab_size, copy=self.copy or None, generation=asdict(self.generation),
+        )  # fmt: skip
 
     def _start_targets(self) -> int:
         """Return the tokens that the decoder of `init_from` knows, 0 if it has none of its own."""
         if self.init_from is None:
             return 0
-        stored = read_architecture(Path(self.init_from))
-        return int(stored.facts.get("target_vocab_size", 0)) if stored.task == self.name else 0
+        metadata = read_model(self.init_from).metadata
+        return (metadata.target_vocab_size or 0) if metadata.task == self.name else 0
 
-    def adopt(self, facts: dict[str, Any]) -> None:
+    def adopt(self, metadata: ModelMetadata) -> None:
         """Take over how the decoder is made."""
-        self.decoder_layers = facts.get("decoder_layers", self.decoder_layers)
-        self.decoder_start = facts.get("decoder_start", self.decoder_start)
-        self.copy = facts.get("copy", False)
-        self._stored_targets = facts.get("target_vocab_size", 0)
+        self.decoder_layers = metadata.decoder_layers or self.decoder_layers
+        self.decoder_start = metadata.decoder_start or self.decoder_start
+        self.copy = bool(metadata.copy)
+        self._stored_targets = metadata.target_vocab_size or 0
 
-    def resume_from(self, stored: dict[str, Any], *, shrinks: bool) -> None:
+    def resume_from(self, stored: Stored, *, shrinks: bool) -> None:
         """Check `stored` and take over the vocabularies too."""
         super().resume_from(stored, shrinks=shrinks)
-        self._stored_targets = stored.get("model", {}).get("target_vocab_size", 0)
+        self._stored_targets = stored.metadata.target_vocab_size or 0
 
-    def check_resumable(self, stored: dict[str, Any], *, shrinks: bool = False) -> None:
+    def check_resumable(self, stored: Stored, *, shrinks: bool = False) -> None:
         """Raise UserError if `stored` is of another task or architecture, or its decoder is made otherwise."""
         super().check_resumable(stored, shrinks=shrinks)
-        facts, layers = stored.get("model", {}), self.decoder_layers or stored["encoder"]["num_layers"]
-        start = facts.get("decoder_start", self.decoder_start)
-        own: dict[str, tuple[Any, Any]] = {
-            "decoder_layers": (layers, facts.get("decoder_layers", layers)),
+        metadata = stored.metadata
+        start = metadata.decoder_start or self.decoder_start
+        own: dict[str, tuple[object, object]] = {
+            "decoder_layers": (self.decoder_layers or stored.config.num_layers, metadata.decoder_layers),
             "decoder_start": (self.decoder_start, start if "shared" in (start, self.decoder_start) else None),
-            "copy": (self.copy, facts.get("copy", False)),
+            "copy": (self.copy, bool(metadata.copy)),
         }
         for setting, (value, there) in own.items():
             if there is not None and there != value:
@@ -227,7 +223,7 @@ class Seq2Seq(Task[PairBatch]):
         return self._answers(batch, self.generation)
 
     def _answers(self, batch: PredictBatch, config: GenerationConfig) -> list[Answer]:
-        return write(self.model, self._data.target_tokenizer, batch, config)
+        return generate_texts(self.model, self._data.target_tokenizer, batch, config)
 
 
 def special_tokens(tokenizer: TextTokenizer) -> SpecialTokens:
@@ -240,10 +236,12 @@ def special_tokens(tokenizer: TextTokenizer) -> SpecialTokens:
     return SpecialTokens(begin[0], end[-1], [i for i in tokenizer.special_ids if i != end[-1]])
 
 
-def write(model: Seq2SeqModel, tokenizer: TextTokenizer, batch: PredictBatch, config: GenerationConfig) -> list[Answer]:
+def generate_texts(
+    model: Seq2SeqModel, tokenizer: TextTokenizer, batch: PredictBatch, config: GenerationConfig
+) -> list[Answer]:
     """Return `{"source", "output", "score"}` for each text; the score is log-probability over length to a power.
 
-    `tokenizer` is the outputs'.
+    `tokenizer` is the one of outputs.
     """
     found = generate(model, batch.inputs, special_tokens(tokenizer), config)
     return [

@@ -61,7 +61,7 @@ class TokenClassification(Labelling[Sentences]):
             for sentences in kept
             for guess, truth, cut in sentences
         ]
-        words = self._data.cache(part).facts["cut_words"]
+        words = self._data.cache(part).notes.cut_words
         return {**self.scores(tagged), **({"cut_words": float(words)} if words else {})}
 
     def scores(self, tagged: Tagged) -> dict[str, float]:
