@@ -16,14 +16,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from leanbert.measure.timeline import Event, Storage, Timeline
+from leanbert.measure.torch_compat import (
+    FakeTensor,
+    OpOverload,
+    TorchDispatchMode,
+    in_backward_pass,
+    runs_first,
+    tensors_in,
+    unwrapped,
+    wraps_tensors,
+)
 
 aten = torch.ops.aten
 SHARDED = {"all_gather_copy_in": "parameters", "split_with_sizes_copy": "parameters", "chunk_cat": "gradients"}
@@ -131,8 +138,9 @@ class LiveBytes:
         self._set_phase()
 
     def _set_phase(self) -> None:
-        in_backward = torch._C._current_graph_task_id() != -1  # an accumulated or recomputed forward in it, too
-        now = "backward" if in_backward and self.explicit_phase == "forward" else self.explicit_phase
+        now = self.explicit_phase
+        if now == "forward" and in_backward_pass():  # an accumulated or recomputed forward in it, too
+            now = "backward"
         if now != self._phase:
             self._settle()
             self._phase = now
@@ -155,9 +163,7 @@ class LiveBytes:
                         record.category, record.module = "gradients", name
 
         handle = parameter.register_post_accumulate_grad_hook(label)
-        hooks: Any = parameter._post_accumulate_grad_hooks
-        for key in [key for key in hooks if key != handle.id]:
-            hooks[key] = hooks.pop(key)  # after this one: an optimizer in the backward pass frees the gradient
+        runs_first(handle, parameter)  # an optimizer in the backward pass frees the gradient
         return handle.remove
 
     # ---- storages
@@ -167,7 +173,7 @@ class LiveBytes:
         self._settle()
         self._set_phase()
         self._operation += 1
-        inputs = list(_tensors((args, kwargs)))
+        inputs = list(tensors_in((args, kwargs)))
         for tensor in inputs:
             self._found(tensor, "other", "")
         result = func(*args, **kwargs)
@@ -177,7 +183,7 @@ class LiveBytes:
         category = "optimizer" if self._phase == "optimizer" else "activations"
         if func is aten._to_copy.default and any(self._is_parameter(tensor) for tensor in inputs):
             category = "other"  # autocast keeps a low-precision copy of each weight
-        for tensor in _tensors(result):
+        for tensor in tensors_in(result):
             for storage in storages(tensor, self.device_type):
                 self._made(storage, tensor.shape, tensor.dtype, category)
         if func.namespace == "fsdp":
@@ -196,7 +202,7 @@ class LiveBytes:
         self._made(storage, torch.Size([storage.nbytes()]), torch.uint8, "activations")
 
     def _relabel(self, tree: Any, category: str | None) -> None:
-        for tensor in _tensors(tree) if category else ():
+        for tensor in tensors_in(tree) if category else ():
             for storage in storages(tensor, self.device_type):
                 record = self._live[id(storage)][0]
                 if record.category in ("activations", "other"):
@@ -265,10 +271,12 @@ class _Mode(TorchDispatchMode):
         self.trace = trace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # a fake tensor is asked where it is, more often than all else
+            return args[0].device
         if wraps_tensors(types):
             return NotImplemented
         kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled() and isinstance(func, torch._ops.OpOverload):
+        if torch.is_inference_mode_enabled() and isinstance(func, OpOverload):
             with self:  # composite operations arrive whole here; their parts allocate
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -293,11 +301,6 @@ def _watch_resizes(trace: LiveBytes) -> Iterator[None]:
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
 
 
-def wraps_tensors(types: Iterable[type]) -> bool:
-    """Whether an operation is on wrappers such as DTensor: a mode returns NotImplemented, and sees the inner ones."""
-    return any(hasattr(kind, "__tensor_flatten__") for kind in types)
-
-
 def known_tensors(model: nn.Module, optimizers: Iterable[Optimizer]) -> Iterator[tuple[str, str, Tensor]]:
     """Yield (category, name, tensor) of the model's parameters, buffers and gradients and of the optimizers' state."""
     names: dict[Tensor, str] = {}
@@ -311,7 +314,7 @@ def known_tensors(model: nn.Module, optimizers: Iterable[Optimizer]) -> Iterator
     for optimizer in optimizers:
         for owner, state in optimizer.state.items():
             for key, value in state.items() if isinstance(state, dict) else ():
-                for tensor in _tensors(value):
+                for tensor in tensors_in(value):
                     yield "optimizer", f"{key} of {names.get(owner, 'a parameter')}", tensor
 
 
@@ -322,16 +325,9 @@ def live_tensors() -> list[Tensor]:
 
 
 def storages(tensor: Tensor, device_type: str) -> Iterator[torch.UntypedStorage]:
-    """Yield the storages of a tensor on `device_type` that hold bytes; of a subclass, those of its inner tensors."""
-    if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            if isinstance(inner := getattr(tensor, name), Tensor):  # of a DTensor, not its mesh
-                yield from storages(inner, device_type)
-    elif tensor.device.type == device_type and tensor.layout is torch.strided:
-        storage = tensor.untyped_storage()
-        if storage.nbytes():
-            yield storage
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor))
+    """Yield the storages of a tensor on `device_type` that hold bytes; of a wrapper, those of its inner tensors."""
+    for inner in unwrapped(tensor):
+        if inner.device.type == device_type and inner.layout is torch.strided:
+            storage = inner.untyped_storage()
+            if storage.nbytes():
+                yield storage

@@ -1,7 +1,7 @@
 """One training step on tensors without memory: what `fit` would run, traced before anything is allocated.
 
 The task, its step, its optimizer, Lightning's precision plugin and the callbacks are those of the run; only weights and
-batch are fake (`torch._subclasses.FakeTensorMode`). Whatever a callback changes, the trace sees.
+batch are fake (`FakeTensorMode`). Whatever a callback changes, the trace sees.
 `timing` takes the same steps with values.
 """
 
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,11 +21,11 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from leanbert.distributed.sharding import Collectives, shard
 from leanbert.errors import UserError
 from leanbert.measure.timeline import Timeline
+from leanbert.measure.torch_compat import FakeTensor, FakeTensorMode, OpOverload, unset_fake_temporarily
 from leanbert.measure.trace import LiveBytes
 from leanbert.memory.offload import DiskStorage, to_host
 from leanbert.optim.build import trainable
@@ -93,7 +94,17 @@ class _Fake(FakeTensorMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             kind = args[0].dtype
             return 1.0 if kind.is_floating_point else True if kind is torch.bool else 1
+        if _changes_values_only(func) and isinstance(args[0], FakeTensor):
+            return args[0]
         return super().__torch_dispatch__(func, types, args, kwargs or {})
+
+
+@cache
+def _changes_values_only(func: OpOverload) -> bool:
+    """Return whether an operation gives back its first argument with its shape: most of those of an update do."""
+    name, results = func._schema.name, func._schema.returns
+    in_place = name.startswith("aten::") and name.endswith("_") and not name.endswith("__")
+    return in_place and len(results) == 1 and torch.Tag.inplace_view not in func.tags
 
 
 class _Place:
