@@ -33,7 +33,7 @@ def in_backward_pass() -> bool:
 
 def runs_first(handle: RemovableHandle, parameter: Tensor) -> None:
     """Let a hook on a parameter's gradient run before the others, `_post_accumulate_grad_hooks` (2.1)."""
-    hooks: dict[int, object] = parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+    hooks: dict[int, object] = parameter._post_accumulate_grad_hooks
     for key in [key for key in hooks if key != handle.id]:
         hooks[key] = hooks.pop(key)
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -59,12 +59,10 @@ class _Nowhere(DiskStorage):
 
     def _write(self, tensor: Tensor, size: int) -> Any:
         self.written_bytes += size
-        return _Place(tensor)
+        return partial(torch.empty, tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
     def _unpack(self, stored: Any) -> Tensor:
-        if isinstance(stored, Tensor):
-            return stored
-        return torch.empty(stored.shape, dtype=stored.dtype, device=stored.device)
+        return stored if isinstance(stored, Tensor) else stored()
 
 
 class _Fake(FakeTensorMode):
@@ -105,11 +103,6 @@ def _changes_values_only(func: OpOverload) -> bool:
     name, results = func._schema.name, func._schema.returns
     in_place = name.startswith("aten::") and name.endswith("_") and not name.endswith("__")
     return in_place and len(results) == 1 and torch.Tag.inplace_view not in func.tags
-
-
-class _Place:
-    def __init__(self, tensor: Tensor) -> None:
-        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
 
 
 def dry_run(settings: RunSettings, rows: int) -> DryRun:

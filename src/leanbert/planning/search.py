@@ -6,7 +6,7 @@ The effective batch never changes.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +79,7 @@ def search(
     settings: RunSettings,
     target: Target,
     budget_bytes: int | None,
-    progress: Callable[[list[tuple[str, ...]]], Iterator[tuple[str, ...]]] = iter,
+    progress: Callable[[list[tuple[str, ...]]], Iterable[tuple[str, ...]]] = iter,
     *,
     first: bool = False,
 ) -> Plan:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 import yaml
 
@@ -75,7 +74,7 @@ def sweep(
     budget_bytes: int,
     sizes: list[str],
     lengths: list[int],
-    progress: Callable[[list[Any]], Iterator[Any]] = iter,
+    progress: Callable[[list[tuple[str, int]]], Iterable[tuple[str, int]]] = iter,
 ) -> list[Cell]:
     """Return the cells of the grid, by size, then by length.
 
