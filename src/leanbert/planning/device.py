@@ -35,7 +35,7 @@ class Target:
         return self.base_bytes + round(live_bytes * (1 + slack))
 
 
-GROWTH_BYTES = 100 * MIB
+GROWTH_BYTES = 128 * MIB
 """What a process grows by after its imports: loader, loggers, kernels' buffers, the library that draws its figures."""
 
 
