@@ -39,7 +39,7 @@ def install() -> None:
         return
     sys.meta_path.insert(0, _PACKAGES)
     try:
-        requirements = importlib.import_module(f"{PACKAGE}.utilities.imports")
+        requirements: Any = importlib.import_module(f"{PACKAGE}.utilities.imports")
         matplotlib, requirements._MATPLOTLIB_AVAILABLE = requirements._MATPLOTLIB_AVAILABLE, False
         for module, name in OWN.items():
             found = importlib.import_module(f"{PACKAGE}.{module}")

@@ -17,11 +17,14 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
+from leanbert.data.batches.batch import Batch
+from leanbert.data.module import RowData
 from leanbert.distributed.sharding import Collectives, shard
 from leanbert.errors import UserError
 from leanbert.measure.timeline import Timeline
@@ -30,6 +33,7 @@ from leanbert.measure.trace import LiveBytes
 from leanbert.memory.offload import DiskStorage, to_host
 from leanbert.optim.build import trainable
 from leanbert.planning.run_settings import RunSettings, technique_callbacks
+from leanbert.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -117,24 +121,23 @@ def dry_run(settings: RunSettings, rows: int) -> DryRun:
 
     """
     task, data, trainer = stage(settings, rows)
-    blank: Any = data.blank_batch  # type: ignore[attr-defined]
     with warnings.catch_warnings(), _Fake() as mode:
         warnings.simplefilter("ignore")
         set_up(task, trainer)
         _forgo_values(task, trainer)
         build(task, trainer, settings.mesh)
         _store_nowhere(task)
-        batch = blank(rows)
+        batch = data.blank_batch(rows)
         begin(task, trainer, batch)
         if settings.mesh is not None:  # sharding allocates in the first step what later ones find
-            take_step(task, trainer, blank(1))
+            take_step(task, trainer, data.blank_batch(1))
         with LiveBytes(task.model, trainer.strategy.optimizers, existing=_existing(task, batch)) as trace:
             mode.flops = trace.flops
             collectives = Collectives(trace)
             with collectives if settings.mesh is not None else nullcontext():  # another mode takes time
                 take_step(task, trainer, batch)
         step = trace.timeline().with_state_before()
-        validation = _validate(task, trainer, blank(settings.validation_rows, validation=True))
+        validation = _validate(task, trainer, data.blank_batch(settings.validation_rows, validation=True))
     update = trace.flops["optimizer"]
     return DryRun(
         step,
@@ -150,7 +153,7 @@ def dry_run(settings: RunSettings, rows: int) -> DryRun:
 
 def stage(
     settings: RunSettings, rows: int, layers: int | None = None, *, real: bool = False
-) -> tuple[Any, LightningDataModule, Trainer]:
+) -> tuple[Task, RowData, Trainer]:
     """Return copies of task and data, and a trainer with the run's precision and callbacks; no weights yet.
 
     Args:
@@ -169,7 +172,7 @@ def stage(
     task.planned_device, task.planned_world_size = settings.device_type, settings.devices
     task.planned_sharding = settings.mesh is not None
     data.hparams["batch_size"] = rows
-    data.pretend_prepared(settings.vocab_size)  # type: ignore[attr-defined]
+    data.pretend_prepared(settings.vocab_size)
     callbacks = copy.deepcopy(technique_callbacks(settings.callbacks))
     trainer = _trainer(settings, callbacks, settings.device_type if real else "cpu")
     trainer.strategy.connect(task)
@@ -186,7 +189,7 @@ def _trainer(settings: RunSettings, callbacks: Sequence[Callback], device_type: 
     )  # fmt: skip
 
 
-def set_up(task: Any, trainer: Trainer) -> None:
+def set_up(task: Task, trainer: Trainer) -> None:
     """Let the callbacks register what they ask for. Raises UserError for what they refuse, or cannot be planned."""
     for callback in technique_callbacks(trainer.callbacks):  # type: ignore[attr-defined]
         callback.setup(trainer, task, "fit")
@@ -196,7 +199,7 @@ def set_up(task: Any, trainer: Trainer) -> None:
         )
 
 
-def build(task: Any, trainer: Trainer, mesh: Any = None) -> None:
+def build(task: Task, trainer: Trainer, mesh: DeviceMesh | None = None) -> None:
     """Make weights, metrics and optimizer on the trainer's device, sharded over a mesh if there is one."""
     strategy: Any = trainer.strategy
     with strategy.tensor_init_context(), strategy.precision_plugin.module_init_context():
@@ -206,23 +209,23 @@ def build(task: Any, trainer: Trainer, mesh: Any = None) -> None:
     strategy.optimizers = [task.configure_optimizers()["optimizer"]]
 
 
-def _forgo_values(task: Any, trainer: Trainer) -> None:
+def _forgo_values(task: Task, trainer: Trainer) -> None:
     """Leave out loss scaling, which reads values; make the metrics with values, for they copy in a way of their own."""
     plugin: Any = trainer.strategy.precision_plugin
     if isinstance(plugin, MixedPrecision):
         plugin.scaler = None  # holds no memory
     with unset_fake_temporarily():
         task.build_metrics()
-    task.build_metrics = lambda: None
+    task.build_metrics = lambda: None  # type: ignore[method-assign]
 
 
-def _store_nowhere(task: Any) -> None:
+def _store_nowhere(task: Task) -> None:
     for stack in task.model.stacks:
         if stack.storage is to_host or isinstance(stack.storage, DiskStorage):
             stack.storage = _Nowhere()
 
 
-def begin(task: Any, trainer: Trainer, batch: Any) -> None:
+def begin(task: Task, trainer: Trainer, batch: Batch) -> None:
     """Do what comes before the first step."""
     for callback in technique_callbacks(trainer.callbacks):  # type: ignore[attr-defined]
         callback.reach_peak()
@@ -231,7 +234,7 @@ def begin(task: Any, trainer: Trainer, batch: Any) -> None:
     task.train()
 
 
-def take_step(task: Any, trainer: Trainer, batch: Any, after_backward: Callable[[], object] = lambda: None) -> None:
+def take_step(task: Task, trainer: Trainer, batch: Batch, after_backward: Callable[[], object] = lambda: None) -> None:
     """Do what Lightning does for a batch in automatic optimization; `after_backward` comes before the update."""
     strategy: Any = trainer.strategy
     optimizer = strategy._lightning_optimizers[0]
@@ -245,7 +248,7 @@ def take_step(task: Any, trainer: Trainer, batch: Any, after_backward: Callable[
     task.optimizer_step(0, 0, optimizer, closure)
 
 
-def _validate(task: Any, trainer: Trainer, batch: Any) -> Timeline:
+def _validate(task: Task, trainer: Trainer, batch: Batch) -> Timeline:
     task.eval()
     optimizers, existing = trainer.strategy.optimizers, _existing(task, batch)
     with torch.no_grad(), LiveBytes(task.model, optimizers, existing=existing, first_phase="validation") as trace:
@@ -253,7 +256,7 @@ def _validate(task: Any, trainer: Trainer, batch: Any) -> Timeline:
     return trace.timeline()
 
 
-def _existing(task: Any, batch: Any) -> list[Tensor]:
+def _existing(task: Task, batch: Batch) -> list[Tensor]:
     """Return the tensors of a batch, and those of a task that are not its model's (metrics)."""
     model = {id(tensor) for tensor in (*task.model.parameters(), *task.model.buffers())}
     own = [t for module in task.modules() for t in vars(module).values() if isinstance(t, Tensor)]

@@ -113,9 +113,8 @@ def _time_stack(
     """Return the median seconds of the passes of a step, of its update, and of a validation batch."""
     gc.collect()  # the stack before: task and trainer hold each other
     task, data, trainer = stage(settings, rows, layers, real=True)
-    blank: Any = data.blank_batch  # type: ignore[attr-defined]
     device = trainer.strategy.root_device
-    sizes = [tokenizer.vocab_size for tokenizer in data.tokenizers.values()]  # type: ignore[attr-defined]
+    sizes = [tokenizer.vocab_size for tokenizer in data.tokenizers.values()]
 
     def now() -> float:
         if device.type != "cpu":
@@ -143,11 +142,11 @@ def _time_stack(
         set_up(task, trainer)
         build(task, trainer)
         trainer.strategy.model_to_device()  # weights are there already, metrics are not
-        batch = fill(blank(rows), *sizes).to(device)
+        batch = fill(data.blank_batch(rows), *sizes).to(device)
         begin(task, trainer, batch)
         passes, updates = zip(*_repeat(step, clock), strict=True)
         task.eval()
-        held_out = fill(blank(settings.validation_rows, validation=True), *sizes).to(device)
+        held_out = fill(data.blank_batch(settings.validation_rows, validation=True), *sizes).to(device)
         with torch.no_grad():
             return median(passes), median(updates), median(_repeat(validation, clock))
 
