@@ -81,16 +81,17 @@ class _Fake(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self.flops: Counter[str] = Counter()
 
-    def shorten(self, slices: list[slice]) -> Iterator[slice]:
-        """Yield the first slice, the second, which stands for all others of its length, and a shorter last one."""
-        alike = [part for part in slices[1:] if part.stop - part.start == slices[0].stop - slices[0].start]
-        yield from slices[:1]
-        if alike:
+    def shorten(self, slices: list[slice], alike: bool) -> Iterator[slice]:
+        """Yield the first slice if it is not `alike`, the next, which stands for all of its length, a shorter last."""
+        lead = 0 if alike else 1
+        same = [part for part in slices[lead:] if part.stop - part.start == slices[0].stop - slices[0].start]
+        yield from slices[:lead]
+        if same:
             before = self.flops.copy()
-            yield alike[0]
+            yield same[0]
             for name, count in self.flops.items():
-                self.flops[name] += (len(alike) - 1) * (count - before[name])
-        yield from slices[1 + len(alike) :]
+                self.flops[name] += (len(same) - 1) * (count - before[name])
+        yield from slices[lead + len(same) :]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
