@@ -177,7 +177,8 @@ def run(arguments: list[str]) -> None:
         SystemExit: A signal has stopped the run, which is saved.
     """
     quiet_libraries()
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows the dataclasses' field texts
+    helps = any(part in word for word in arguments for part in ("-h", ".help", "print_config="))
+    set_parsing_settings(docstring_parse_attribute_docstrings=helps)  # the dataclasses' field texts, slow to read
     try:
         CLI(arguments)
     except Interrupted as stopped:
