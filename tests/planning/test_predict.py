@@ -72,7 +72,7 @@ def test_a_run_has_the_predicted_peak(tmp_path, names):
     measured = next(c for c in run.trainer.callbacks if type(c).__name__ == "MemoryMonitor").summary()
     found = predict(
         RunSettings(
-            run.model.__class__(run.model.encoder_config, run.model.optimizer_config),
+            run.model.__class__(encoder=run.model.encoder_config, optimizer=run.model.optimizer_config),
             MaskedLMData(vocab_size=300, max_length=32, batch_size=16,
                          val_batch_size=run.datamodule.hparams["val_batch_size"]),
             settings(*names).callbacks,
