@@ -9,7 +9,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from leanbert.data.batches.loading import PositionSampler, Rows
-from leanbert.data.formats.corpora import as_list
 from leanbert.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,10 +24,7 @@ def training_loader(data: RowData) -> DataLoader[Any]:
             f"data.batch_size: {batch_size} is the batch over all devices and not divisible by their number "
             f"({world_size}). Set a multiple of {world_size}"
         )
-
-    def start() -> int:
-        return data.samples_consumed
-
+    start = lambda: data.samples_consumed  # noqa: E731
     sampler = PositionSampler(batch_size, data.batches_per_epoch, start=start, rank=rank, world_size=world_size)
     return _loader(data, data.training_rows(), sampler)
 
@@ -40,14 +36,6 @@ def evaluation_loader(data: RowData, part: Part) -> DataLoader[Any]:
     rows = data.evaluation_rows(part)
     batches = -(-rows.rows // batch_size)
     return _loader(data, rows, PositionSampler(batch_size, batches, end=rows.rows, rank=rank, world_size=world_size))
-
-
-def prediction_loader(data: RowData) -> DataLoader[Any]:
-    """Return batches of what is in `predict_files`, in order."""
-    files = as_list(data.hparams["predict_files"])
-    if not files:
-        raise UserError("data.predict_files: nothing to predict. Give text files, or - for standard input")
-    return DataLoader(data.prediction_batches(files, data.hparams["batch_size"]), batch_size=None)
 
 
 def _loader(data: RowData, rows: Rows, sampler: PositionSampler) -> DataLoader[Any]:

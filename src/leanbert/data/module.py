@@ -14,8 +14,8 @@ from leanbert.data.batches.batch import Batch
 from leanbert.data.batches.loading import Make, PredictionInputs, Rows
 from leanbert.data.batches.packing import Packing, pack_examples
 from leanbert.data.caching import examples_of, trained_tokenizer
-from leanbert.data.formats.corpora import Corpus
-from leanbert.data.loaders import evaluation_loader, prediction_loader, training_loader
+from leanbert.data.formats.corpora import Corpus, as_list
+from leanbert.data.loaders import evaluation_loader, training_loader
 from leanbert.data.samples.embedded import Sample
 from leanbert.data.settings import Part, adopt_fixed, check_settings, files_of
 from leanbert.data.statistics import CorpusStatistics, count
@@ -291,8 +291,9 @@ class RowData(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return what is in `predict_files`, `batch_size` at a time, in order."""
-        return prediction_loader(self)
-
-    def prediction_batches(self, files: list[str], batch_size: int) -> PredictionInputs:
-        """Return batches of what is to be answered, in order."""
-        return PredictionInputs(lambda: self.inputs(files), self.encode_inputs, batch_size, self.hparams["max_length"])
+        files = as_list(self.hparams["predict_files"])
+        if not files:
+            raise UserError("data.predict_files: nothing to predict. Give text files, or - for standard input")
+        length, batch_size = self.hparams["max_length"], self.hparams["batch_size"]
+        inputs = PredictionInputs(lambda: self.inputs(files), self.encode_inputs, batch_size, length)
+        return DataLoader(inputs, batch_size=None)

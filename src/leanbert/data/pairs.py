@@ -15,9 +15,8 @@ from leanbert.data.batches.pairs import PairShape, output_frame, pair_batch
 from leanbert.data.caching import trained_tokenizer
 from leanbert.data.formats.corpora import Corpus, as_list
 from leanbert.data.formats.documents import document_hash
-from leanbert.data.formats.examples import prediction_texts, read_records
+from leanbert.data.formats.examples import parallel_lines, prediction_texts, read_records
 from leanbert.data.formats.fields import has_field, items_of, text_of
-from leanbert.data.formats.parallel import parallel_lines
 from leanbert.data.module import RowData
 from leanbert.data.settings import LENGTH, VOCABULARY, Part, TooLong, given_files, must_be_cut
 from leanbert.data.store.cache import cache_folder
@@ -146,9 +145,14 @@ class PairData(RowData):
         if not self.separate:
             super().make_tokenizers()
             return
-        self._target = self._make_target_tokenizer()
-        given = self.hparams["tokenizer"]
-        self.tokenizer = self._trained("source") if given is None else TextTokenizer.from_file(given)
+        self._target = self._tokenizer_of("target", TARGET, TRAIN, self.hparams["target_vocab_size"])
+        self.tokenizer = self._tokenizer_of("source", "tokenizer", None)
+
+    def _tokenizer_of(self, side: str, name: str, train: str | None, vocab_size: int | None = None) -> TextTokenizer:
+        if self.hparams[name] != train:
+            return TextTokenizer.from_file(self.hparams[name], name)
+        texts = lambda: (getattr(pair, side) for pair in self.pairs("train"))  # noqa: E731
+        return trained_tokenizer(self, texts, side, vocab_size=vocab_size)
 
     def setup(self, stage: str) -> None:
         """Load what was prepared; prediction needs the tokenizers only."""
@@ -156,7 +160,7 @@ class PairData(RowData):
         if stage == "predict" and self.separate:
             if self.hparams[TARGET] == TRAIN:
                 raise UserError("data.target_tokenizer: predict needs the model's. Give --ckpt_path, or its path")
-            self._target = self._make_target_tokenizer()
+            self._target = TextTokenizer.from_file(self.hparams[TARGET], TARGET)
 
     def take_tokenizers(self, path: str, stored: dict[str, Any], *, resumes: bool) -> None:
         """Use the tokenizers of a checkpoint; raises UserError if the run `resumes` with other settings of them."""
@@ -169,15 +173,6 @@ class PairData(RowData):
         if resumes and given not in (None, TRAIN) and TextTokenizer.from_file(given, TARGET).to_json() != there:
             raise UserError(f"data.target_tokenizer: {given} is another one than the checkpoint's. {fix}")
         self.hparams[TARGET] = None if there is None else path
-
-    def _make_target_tokenizer(self) -> TextTokenizer:
-        if self.hparams[TARGET] == TRAIN:
-            return self._trained("target", self.hparams["target_vocab_size"])
-        return TextTokenizer.from_file(self.hparams[TARGET], TARGET)
-
-    def _trained(self, side: str, vocab_size: int | None = None) -> TextTokenizer:
-        texts = lambda: (getattr(pair, side) for pair in self.pairs("train"))  # noqa: E731
-        return trained_tokenizer(self, texts, side, vocab_size=vocab_size)
 
     # ---- examples
 
@@ -226,27 +221,27 @@ class PairData(RowData):
         set and no validation or test pair has some.
         """
         low, high = self.held_out(part)
-        targets = self.target_files(part)
-        if targets is not None and self._further(part) is not None:
-            raise self._no_references(part, "are lines of text, which have no fields")
-        found = self._records(part)
-        if targets is not None:
+        targets, further = self.target_files(part), self._further(part)
+        if targets is None:
+            found = self._records(part, further)
+        elif further is None:
             found = (Pair(*line, [line[2]]) for line in parallel_lines(self.files(part), targets, part))
+        else:
+            raise self._no_references(part, "are lines of text, which have no fields")
         return (pair for pair in found if low <= document_hash(pair.source) < high)
 
-    def _records(self, part: Part) -> Iterator[Pair]:
+    def _records(self, part: Part, further: str | None) -> Iterator[Pair]:
         source, target = self.hparams["source_field"], self.hparams["target_field"]
         if self.hparams["train_files"] is None and self.hparams[f"{part}_files"] is None:
             source, target = EMBEDDED_FIELDS[self.hparams["sample"]]
-        further = self._further(part)
         lacking = further is not None
         optional = () if further is None else (further,)
         for where, record in read_records(self.files(part), f"data.{part}_files", (), (source, target), optional):
-            own = text_of(where, record, target)
-            more: list[str] = []
+            right = [text_of(where, record, target)]
             if further is not None and has_field(record, further):
-                lacking, more = False, items_of(where, record, further, str)
-            yield Pair(where, text_of(where, record, source), own, list(dict.fromkeys([own, *more])))
+                lacking = False
+                right += items_of(where, record, further, str)
+            yield Pair(where, text_of(where, record, source), right[0], list(dict.fromkeys(right)))
         if lacking:
             raise self._no_references(part, "have no such field")
 
