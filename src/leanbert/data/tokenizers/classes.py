@@ -50,10 +50,6 @@ def _build_bert(source: dict[str, Any], config: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _frame_bert(tokenizer: Tokenizer, source: dict[str, Any], config: dict[str, Any]) -> None:
-    add_bert_template(tokenizer, str(config["cls_token"]), str(config["sep_token"]))
-
-
 def _build_byte_level(source: dict[str, Any], config: dict[str, Any]) -> Tokenizer:
     model = models.BPE(source["vocab"], source["merges"], continuing_subword_prefix="", end_of_word_suffix="")
     tokenizer = Tokenizer(model)
@@ -90,7 +86,10 @@ def _roles(**tokens: str) -> dict[str, str]:
 
 
 BERT = Family(
-    _roles(pad="[PAD]", unk="[UNK]", cls="[CLS]", sep="[SEP]", mask="[MASK]"), ("vocab.txt",), _build_bert, _frame_bert
+    _roles(pad="[PAD]", unk="[UNK]", cls="[CLS]", sep="[SEP]", mask="[MASK]"),
+    ("vocab.txt",),
+    _build_bert,
+    lambda tokenizer, _, config: add_bert_template(tokenizer, str(config["cls_token"]), str(config["sep_token"])),
 )
 ROBERTA = Family(
     _roles(bos="<s>", eos="</s>", unk="<unk>", sep="</s>", pad="<pad>", cls="<s>", mask="<mask>"),

@@ -39,6 +39,9 @@ _WORD_MARKS = ("Ġ", "Ċ", "ĉ", "č")
 """How byte-level BPE spells space, line feed, tab and carriage return."""
 
 
+_FLAGS = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
+
+
 class TextTokenizer:
     """A tokenizer with its special tokens found and its own template (such as `[CLS] ... [SEP]`) respected.
 
@@ -214,7 +217,9 @@ class TextTokenizer:
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             # With this entry transformers looks into no older file that may lie in the folder.
-            "added_tokens_decoder": {index: _flags(token) for index, token in sorted(added.items())},
+            "added_tokens_decoder": {
+                index: {flag: getattr(token, flag) for flag in _FLAGS} for index, token in sorted(added.items())
+            },
         }
         # It recognises in text what it finds named: a token that is not recognised here must not be there.
         config.update({f"{role}_token": token for role, token in self._special.items() if token in self._added})
@@ -243,11 +248,6 @@ class TextTokenizer:
             frame = [*self.template[0], *self.template[1]]
         if any(index >= self.vocab_size for index in frame):
             raise UserError(f"{self._source}: its template writes ids that no token has. Copy or make it again")
-
-
-def _flags(token: AddedToken) -> dict[str, Any]:
-    names = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
-    return {name: getattr(token, name) for name in names}
 
 
 def _checkpoint_json(path: Path, name: str) -> str:
