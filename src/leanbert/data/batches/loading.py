@@ -6,6 +6,7 @@ Letters: B rows, S row length, M targets per row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -53,24 +54,19 @@ class Rows(Dataset[Any]):
         return self.make(numbers, mix(self.seed, epochs, numbers))
 
 
+@dataclass(eq=False)
 class PositionSampler(DistributedSampler[np.ndarray]):
     """Yields `batches` arrays of stream positions, from `start()` on; a rank takes every `world_size`-th one.
 
     It is a `DistributedSampler` in name, so that Lightning leaves it in place on several devices.
     """
 
-    def __init__(
-        self,
-        batch_size: int,
-        batches: int,
-        *,
-        start: Callable[[], int] = int,
-        end: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.batch_size, self.batches, self.start, self.end = batch_size, batches, start, end
-        self.rank, self.world_size = rank, world_size
+    batch_size: int
+    batches: int
+    start: Callable[[], int] = int
+    end: int | None = None
+    rank: int = 0
+    world_size: int = 1
 
     def __iter__(self) -> Iterator[np.ndarray]:
         first = self.start()
@@ -94,25 +90,17 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
+@dataclass(eq=False)
 class PredictionInputs(IterableDataset[Any]):
-    """Batches of what `predict` is to answer, as it comes.
+    """Batches of what `predict` is to answer, as it comes: `inputs` yields it, for each pass.
 
-    Args:
-        inputs: Yields it, for each pass.
-        encode: Makes a batch of some, and says how many were cut.
-        batch_size: Inputs of a batch.
-        length: Tokens to which `encode` cuts.
-
+    `encode` makes a batch of some, cut to `length` tokens, and says how many were cut.
     """
 
-    def __init__(
-        self,
-        inputs: Callable[[], Iterable[Item]],
-        encode: Callable[[list[Item]], tuple[Any, int]],
-        batch_size: int,
-        length: int,
-    ) -> None:
-        self.inputs, self.encode, self.batch_size, self.length = inputs, encode, batch_size, length
+    inputs: Callable[[], Iterable[Any]]
+    encode: Callable[[list[Any]], tuple[Any, int]]
+    batch_size: int
+    length: int
 
     def __iter__(self) -> Iterator[Any]:
         cut = 0

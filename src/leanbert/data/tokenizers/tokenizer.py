@@ -38,7 +38,6 @@ _ROLES = {
 _WORD_MARKS = ("Ġ", "Ċ", "ĉ", "č")
 """How byte-level BPE spells space, line feed, tab and carriage return."""
 
-
 _FLAGS = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
 
 
