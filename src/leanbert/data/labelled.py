@@ -45,9 +45,9 @@ class ExampleReader(Protocol):
 class LabelledData(RowData):
     """What the data modules of labelled texts and of labelled words share.
 
-    After `prepare` there is `labels`, in the order of the model's scores: those of the checkpoint or of the model that
-    training starts from, if it knows all of training, else those of the training examples, in the order in which they
-    come. A cache numbers its labels by itself, so that it holds for any model; rows have the model's numbers.
+    After `prepare` there is `labels`, in the order of the model's scores: the labels of the checkpoint or of the model
+    that training starts from, if it knows all of training, else the training examples' labels in the order in which
+    they come. A cache numbers its labels by itself, so that it holds for any model; rows have the model's numbers.
 
     Args:
         test_files: Test examples, for `test`.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import DataLoader
 
+from leanbert.data.batches.batch import Batch
 from leanbert.data.batches.loading import PositionSampler, Rows
 from leanbert.errors import UserError
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from leanbert.data.module import Part, RowData
 
 
-def training_loader(data: RowData) -> DataLoader[Any]:
+def training_loader(data: RowData) -> DataLoader[Batch]:
     """Return batches of the training stream, each time from `samples_consumed` on, for one epoch's steps."""
     rank, world_size = _rank(data)
     batch_size = data.hparams["batch_size"]
@@ -29,7 +30,7 @@ def training_loader(data: RowData) -> DataLoader[Any]:
     return _loader(data, data.training_rows(), sampler)
 
 
-def evaluation_loader(data: RowData, part: Part) -> DataLoader[Any]:
+def evaluation_loader(data: RowData, part: Part) -> DataLoader[Batch]:
     """Return all rows of a part in order."""
     rank, world_size = _rank(data)
     batch_size = data.hparams["val_batch_size"] or data.hparams["batch_size"]
@@ -38,7 +39,7 @@ def evaluation_loader(data: RowData, part: Part) -> DataLoader[Any]:
     return _loader(data, rows, PositionSampler(batch_size, batches, end=rows.rows, rank=rank, world_size=world_size))
 
 
-def _loader(data: RowData, rows: Rows, sampler: PositionSampler) -> DataLoader[Any]:
+def _loader(data: RowData, rows: Rows, sampler: PositionSampler) -> DataLoader[Batch]:
     device = "cpu" if data.trainer is None else str(data.trainer.strategy.root_device.type)
     workers = data.hparams["num_workers"]
     if workers is None:

@@ -35,12 +35,12 @@ class RowData(LightningDataModule):
     Args:
         train_files: Files of examples (.jsonl, .csv, .tsv, each also with .gz, and .parquet), globs of them, or
             hf:NAME_OR_FOLDER[:[CONFIGURATION:]SPLIT]. Default: an embedded sample.
-        val_files: Validation examples. Default: those of the embedded sample, or `val_share` of the training examples.
+        val_files: Validation examples. Default: the embedded sample's, or `val_share` of the training examples.
         predict_files: What to answer: files as of training, whose answers may be missing, or text, one input a line;
             - is standard input, which is text.
         val_share: Share of the training examples that is held out for validation where `val_files` is not given.
-        tokenizer: tokenizer.json, vocab.txt, a folder with one, or a checkpoint. Default: that of model.init_from, or
-            one is trained on the training examples.
+        tokenizer: tokenizer.json, vocab.txt, a folder with one, or a checkpoint. Default: model.init_from's, or one
+            is trained on the training examples.
         tokenizer_kind: Kind of tokenizer to train; auto: WordPiece, or byte-level BPE for text without spaces.
         lowercase: Whether a trained tokenizer lowercases.
         strip_accents: Whether a trained tokenizer strips accents. Default: WordPiece does where it lowercases.
@@ -57,13 +57,13 @@ class RowData(LightningDataModule):
     sample: Sample
     """Name of the embedded sample."""
     fixed: ClassVar[tuple[str, ...]] = ("max_length",)
-    """Settings that decide how text is encoded for the model: those of its checkpoint hold wherever it is used."""
+    """Settings that decide how text is encoded for the model: its checkpoint's values hold wherever it is used."""
     unit: ClassVar[str] = "examples"
     """What the data are counted in."""
     nothing: ClassVar[str] = "there is no example in it. Give files with examples"
     """What is wrong with files without any."""
     other_columns: Mapping[str, str] = MappingProxyType({})
-    """Columns of the cache besides those of ids, and their types."""
+    """Columns of the cache besides the ids, and their types."""
     shaped_by: ClassVar[tuple[str, ...]] = ()
     """Settings that shape a cached example, besides those by which files are read."""
 
@@ -98,7 +98,7 @@ class RowData(LightningDataModule):
 
     # ---- what a kind of data supplies
 
-    def key(self, part: Part) -> list[Any]:
+    def key(self, part: Part) -> list[object]:
         """Return the settings by which the files of a part are read."""
         raise NotImplementedError
 
@@ -277,19 +277,19 @@ class RowData(LightningDataModule):
         if not hasattr(self, "tokenizer"):
             raise UserError("data.tokenizer: predict needs the model's tokenizer. Give --ckpt_path, or its path")
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> DataLoader[Batch]:
         """Return batches of the training stream, each time from `samples_consumed` on, for one epoch's steps."""
         return training_loader(self)
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> DataLoader[Batch]:
         """Return all validation rows in order."""
         return evaluation_loader(self, "val")
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> DataLoader[Batch]:
         """Return all test rows in order."""
         return evaluation_loader(self, "test")
 
-    def predict_dataloader(self) -> DataLoader[Any]:
+    def predict_dataloader(self) -> DataLoader[Batch]:
         """Return what is in `predict_files`, `batch_size` at a time, in order."""
         files = as_list(self.hparams["predict_files"])
         if not files:

@@ -57,8 +57,8 @@ class PairData(RowData):
         too_long: What to do with an example that is longer than a row: truncate it (they are counted and told), or
             refuse.
         max_target_length: Target tokens in a row. Default: max_length.
-        target_tokenizer: Tokenizer of the targets alone, as of `tokenizer`; train: that of model.init_from if it has
-            one, else one is trained on the training targets, and the sources' on sources. Default: one for both.
+        target_tokenizer: Tokenizer of the targets alone, as of `tokenizer`; train: model.init_from's if it has one,
+            else one is trained on the training targets, and the sources' on sources. Default: one for both.
         target_vocab_size: Entries of a trained tokenizer of the targets, at most. Default: vocab_size.
         settings: See `RowData`.
 
@@ -127,7 +127,7 @@ class PairData(RowData):
 
     @property
     def target_tokenizer(self) -> TextTokenizer:
-        """The tokenizer of targets, which may be that of sources."""
+        """The tokenizer of targets, which may be the sources' too."""
         return self.tokenizer if self._target is None else self._target
 
     @property
@@ -176,7 +176,7 @@ class PairData(RowData):
 
     # ---- examples
 
-    def key(self, part: Part) -> list[Any]:
+    def key(self, part: Part) -> list[object]:
         """Return the settings of reading, and the target files."""
         targets = self.target_files(part)
         names = ("source_field", "target_field", *(() if part == "train" else ("references_field",)))

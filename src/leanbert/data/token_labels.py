@@ -50,7 +50,7 @@ class TokenLabelData(LabelledData):
             **settings,
         )  # fmt: skip
 
-    def key(self, part: Part) -> list[Any]:
+    def key(self, part: Part) -> list[object]:
         """Return the settings of reading, and whether words that do not fit count."""
         return [*(self.hparams[name] for name in (*TAGS, "label_column")), part != "train"]
 
@@ -108,7 +108,7 @@ class SemanticRoleData(LabelledData):
         """How the predicate is marked."""
         return self.hparams["mark"]
 
-    def key(self, part: Part) -> list[Any]:
+    def key(self, part: Part) -> list[object]:
         """Return the settings of reading, and whether words that do not fit count."""
         names = ("predicate_field", "mark", "find_predicates", "role_columns", "last_column")
         return [*(self.hparams[name] for name in (*TAGS, *names)), part != "train"]

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch.utils.data import Dataset, DistributedSampler, IterableDataset
 
-from leanbert.data.batches.batch import PredictBatch
+from leanbert.data.batches.batch import Batch, PredictBatch
 from leanbert.data.batches.packing import fill_rows, number_rows
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.messages import say
@@ -31,11 +31,11 @@ ENCODED_TOGETHER = 1024
 _EVALUATION = 0x5EED
 
 
-Make = Callable[[np.ndarray, np.ndarray], Any]
+Make = Callable[[np.ndarray, np.ndarray], Batch]
 """Makes the batch of the rows with these numbers, int64 [B]; a key, uint64 [B], decides what is random in each."""
 
 
-class Rows(Dataset[Any]):
+class Rows(Dataset[Batch]):
     """Rows of cached examples; the index is an array of stream positions, the item a whole batch.
 
     Position p of the training stream is row `permutation(seed, p // rows)[p % rows]`. Without a `seed`, for
@@ -45,7 +45,7 @@ class Rows(Dataset[Any]):
     def __init__(self, rows: int, make: Make, seed: int | None = None) -> None:
         self.rows, self.make, self.seed = rows, make, seed
 
-    def __getitem__(self, positions: np.ndarray) -> Any:
+    def __getitem__(self, positions: np.ndarray) -> Batch:
         """Return the batch of the rows at `positions`, int64 [B]."""
         if self.seed is None:
             return self.make(positions, mix(_EVALUATION, positions))
@@ -91,18 +91,18 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 @dataclass(eq=False)
-class PredictionInputs(IterableDataset[Any]):
+class PredictionInputs(IterableDataset[Batch]):
     """Batches of what `predict` is to answer, as it comes: `inputs` yields it, for each pass.
 
     `encode` makes a batch of some, cut to `length` tokens, and says how many were cut.
     """
 
     inputs: Callable[[], Iterable[Any]]
-    encode: Callable[[list[Any]], tuple[Any, int]]
+    encode: Callable[[list[Any]], tuple[Batch, int]]
     batch_size: int
     length: int
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         cut = 0
         for some in in_batches(self.inputs(), self.batch_size):
             batch, truncated = self.encode(some)

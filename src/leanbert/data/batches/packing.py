@@ -70,7 +70,7 @@ def _document_begins(offsets: np.ndarray, starts: np.ndarray, length: int) -> np
 
 
 def fill_rows(rows: Sequence[Sequence[np.ndarray]], length: int, fill: int) -> np.ndarray:
-    """Return sequences, those of each row one after the other, and `fill` after the last: int64 [B, length]."""
+    """Return the sequences of each row one after the other, and `fill` after the last: int64 [B, length]."""
     filled = np.full((len(rows), length), fill, dtype=np.int64)
     for row, sequences in zip(filled, rows, strict=True):
         values = np.concatenate([*sequences, row[:0]])
@@ -92,7 +92,7 @@ OPEN_ROWS = 256
 
 @dataclass(frozen=True)
 class Packing:
-    """Which examples share a row: those of row r are `order[starts[r] : starts[r + 1]]`; both are int64."""
+    """Which examples share a row: row r has `order[starts[r] : starts[r + 1]]`; both are int64."""
 
     order: np.ndarray
     starts: np.ndarray

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
@@ -53,7 +52,7 @@ class ExampleCache:
     `NAME.bin` holds the values of a column one after the other, `NAME.offsets.bin` the `count + 1` int64 places where
     examples begin, and the end; `NAME.counts.bin`, of columns of ids, int64 [V] how often each id occurs. Files are
     mapped for each read and let go after it, so that resident memory does not grow with what was read; the object
-    itself pickles as a path and a few numbers. `dtypes` are those of the columns.
+    itself pickles as a path and a few numbers. `dtypes` are the columns' NumPy types.
     """
 
     folder: Path
@@ -88,7 +87,7 @@ class ExampleCache:
 
 
 def build_examples(
-    key: Sequence[Any],
+    key: Sequence[object],
     dtypes: Mapping[str, str],
     vocabularies: Mapping[str, int],
     encode: Callable[[Notes], Iterable[Example]],
@@ -111,7 +110,7 @@ def build_examples(
     """
     folder = cache_dir / "examples" / digest_of([FORMAT, tokenizers.__version__, *key])
 
-    def make(building: Path) -> dict[str, Any]:
+    def make(building: Path) -> dict[str, object]:
         notes = Notes()
         count = _write(building, dtypes, vocabularies, encode(notes))
         if count == 0:

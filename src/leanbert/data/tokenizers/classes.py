@@ -10,10 +10,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from leanbert.data.tokenizers.probe import parse_tokenizer
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-"""BERT's, and those of the tokenizers trained here, with ids 0 to 4."""
+"""Special tokens of BERT and of the tokenizers trained here, with ids 0 to 4."""
 
 
-def bert_pipeline(model: Any, lowercase: bool, strip_accents: bool | None = None, chinese: bool = True) -> Tokenizer:
+def bert_pipeline(
+    model: models.Model, lowercase: bool, strip_accents: bool | None = None, chinese: bool = True
+) -> Tokenizer:
     """Return a tokenizer with BERT's normaliser (Chinese characters apart) and pre-tokenizer around `model`."""
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.BertNormalizer(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
@@ -21,19 +21,15 @@ from leanbert.errors import UserError
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Special tokens that files name by their role, in the order in which transformers adds missing ones."""
 
+Read = tuple[Tokenizer, dict[str, str]]
+"""A tokenizer, and the special tokens that its files name, by role such as "mask_token"."""
+
 _LFS_POINTER = "version https://git-lfs.github.com/spec/"
 _SENTENCEPIECE = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 _WHITE_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 
 
-class Files(NamedTuple):
-    """A tokenizer, and the special tokens that its files name, by role such as "mask_token"."""
-
-    tokenizer: Tokenizer
-    named: dict[str, str]
-
-
-def read_files(path: Path, setting: str) -> Files:
+def read_files(path: Path, setting: str) -> Read:
     """Read a folder, a tokenizer.json as it is, or a vocab.txt with the configuration beside it.
 
     Raises `UserError` where ids could differ from those in transformers, and for whatever cannot be read.
@@ -42,7 +38,7 @@ def read_files(path: Path, setting: str) -> Files:
         return _read_folder(path, setting)
     config = _settings(path.parent)
     if path.suffix == ".json":
-        return Files(parse_tokenizer(read_text(path), str(path)), _named(config))
+        return parse_tokenizer(read_text(path), str(path)), _named(config)
     family = _family(path.parent, setting, config)
     if family not in (None, BERT):
         raise UserError(f"data.{setting}: {path} is a part of a tokenizer. Give its folder, {path.parent}")
@@ -63,7 +59,7 @@ def read_text(path: Path) -> str:
 # ---- folders
 
 
-def _read_folder(folder: Path, setting: str) -> Files:
+def _read_folder(folder: Path, setting: str) -> Read:
     config = _settings(folder)
     family = _family(folder, setting, config)
     whole = folder / "tokenizer.json"
@@ -73,7 +69,7 @@ def _read_folder(folder: Path, setting: str) -> Files:
         tokenizer = parse_tokenizer(read_text(whole), str(whole))
         with explained(str(folder)):
             _complete(tokenizer, config)
-        return Files(tokenizer, _named(config))
+        return tokenizer, _named(config)
     files = tuple(folder / name for name in (family or BERT).files)
     if all(path.is_file() for path in files):
         return _rebuilt(family, folder, files, config)
@@ -179,7 +175,7 @@ def _token(value: Any, **flags: bool) -> Any:
     return _added({**value, **flags}) if isinstance(value, dict) and "content" in value else value
 
 
-def _rebuilt(family: Family | None, folder: Path, files: tuple[Path, ...], config: dict[str, Any]) -> Files:
+def _rebuilt(family: Family | None, folder: Path, files: tuple[Path, ...], config: dict[str, Any]) -> Read:
     """Return the tokenizer that the class makes of a vocabulary and its settings; None: BERT, cased by its looks."""
     source = _source(files)
     if family is None:
@@ -192,7 +188,7 @@ def _rebuilt(family: Family | None, folder: Path, files: tuple[Path, ...], confi
         tokenizer = family.build(source, config)
         _complete(tokenizer, config)
         family.frame(tokenizer, source, config)
-    return Files(tokenizer, _named(config))
+    return tokenizer, _named(config)
 
 
 def _require(family: Family, vocabulary: dict[str, int], config: dict[str, Any], path: Path) -> None:

@@ -85,8 +85,8 @@ class TextTokenizer:
     def from_file(cls, path: str | Path, name: str = "tokenizer") -> TextTokenizer:
         """Read a Hugging Face folder, a tokenizer.json, a vocab.txt (WordPiece with BERT's template), or a .ckpt.
 
-        A folder gives the ids that `AutoTokenizer` of transformers gives. `name` is that of the setting: with
-        "target_tokenizer" it is that of targets if folder or .ckpt has such a one.
+        A folder gives the ids that `AutoTokenizer` of transformers gives. `name` names the setting: with
+        "target_tokenizer" the targets' tokenizer is read if folder or .ckpt has one.
         Raises `UserError` if there is none, or it cannot be read, or its ids could be other than transformers'.
         """
         path = expand(path, f"data.{name}")
