@@ -98,7 +98,8 @@ class LabelReader(Numbering):
     def _several(self, where: str, value: object) -> list[str]:
         items = self._items(where, value)
         form = certain_form(items)
-        self._form = self._form or form or self._form_of_others()
+        others = (certain_form(self._items("", other)) for other in self.values())
+        self._form = self._form or form or next(filter(None, others), None)
         if items and self._form is None:
             raise self._error(where, value, f"which may be two labels or a yes and a no. Write {FORMS}")
         if self._form == "names":
@@ -126,10 +127,6 @@ class LabelReader(Numbering):
         if not plain or any(isinstance(item, float) and item not in (0.0, 1.0) for item in items):
             raise self._error(where, value, f"no list of labels. Write {FORMS}")
         return [item.strip() if isinstance(item, str) else item for item in items if item != ""]
-
-    def _form_of_others(self) -> Form | None:
-        forms = (certain_form(self._items("", value)) for value in self.values())
-        return next((form for form in forms if form), None)
 
     def _values(self, where: str, value: object) -> list[float]:
         items = parse_list(value) if isinstance(value, str) else value

@@ -33,10 +33,9 @@ def training_loader(data: RowData) -> DataLoader[Batch]:
 def evaluation_loader(data: RowData, part: Part) -> DataLoader[Batch]:
     """Return all rows of a part in order."""
     rank, world_size = _rank(data)
-    batch_size = data.hparams["val_batch_size"] or data.hparams["batch_size"]
-    rows = data.evaluation_rows(part)
-    batches = -(-rows.rows // batch_size)
-    return _loader(data, rows, PositionSampler(batch_size, batches, end=rows.rows, rank=rank, world_size=world_size))
+    rows, batch_size = data.evaluation_rows(part), data.hparams["val_batch_size"] or data.hparams["batch_size"]
+    sampler = PositionSampler(batch_size, -(-rows.rows // batch_size), end=rows.rows, rank=rank, world_size=world_size)
+    return _loader(data, rows, sampler)
 
 
 def _loader(data: RowData, rows: Rows, sampler: PositionSampler) -> DataLoader[Batch]:

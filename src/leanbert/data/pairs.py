@@ -221,7 +221,8 @@ class PairData(RowData):
         set and no validation or test pair has some.
         """
         low, high = self.held_out(part)
-        targets, further = self.target_files(part), self._further(part)
+        targets = self.target_files(part)
+        further = None if part == "train" else self.hparams["references_field"]  # training does not look at them
         if targets is None:
             found = self._records(part, further)
         elif further is None:
@@ -244,10 +245,6 @@ class PairData(RowData):
             yield Pair(where, text_of(where, record, source), right[0], list(dict.fromkeys(right)))
         if lacking:
             raise self._no_references(part, "have no such field")
-
-    def _further(self, part: Part) -> str | None:
-        """Return the field of further references, which training does not look at."""
-        return None if part == "train" else self.hparams["references_field"]
 
     def _no_references(self, part: Part, problem: str) -> UserError:
         field, files = self.hparams["references_field"], ", ".join(self.files(part))
