@@ -52,13 +52,9 @@ class Numbering:
 class LabelReader(Numbering):
     """Numbers the labels of the examples of a part as they come, and says file and line of what is none.
 
-    Args:
-        problem: What kind of labels there are.
-        field: Their field, which errors name.
-        named: Gives the name of a label, with where it stands, for its errors.
-        names: Names of the labels where each example says yes or no to all; None: their numbers.
-        values: Yields the values of all examples: what [0, 1] means may depend on others.
-
+    `field` is named in errors; `named` gives the name of a label, with where it stands, for its errors; `names` are
+    those of the labels where each example says yes or no to all (None: their numbers); `values` yields the values of
+    all examples: what [0, 1] means may depend on others.
     """
 
     def __init__(

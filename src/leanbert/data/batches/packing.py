@@ -110,12 +110,9 @@ class Packing:
 def pack_examples(lengths: np.ndarray, room: tuple[int, ...], most: int, seed: int | None = None) -> Packing:
     """Put examples into rows, first fit (Johnson 1974) among the newest `OPEN_ROWS` rows.
 
-    Args:
-        lengths: int64 [N, C]: tokens of each example, in each of the C sequences that a row has (source, target).
-        room: Tokens that a row has in each of them. No example may need more.
-        most: Examples in a row, at most.
-        seed: Decides which share a row; None: neighbours do.
-
+    `lengths`, int64 [N, C], are the tokens of each example in each of the C sequences that a row has (source, target);
+    `room` is what a row has in each, and no example may need more; `most` examples are in a row. The `seed` decides
+    which share one; None: neighbours do.
     """
     count = len(lengths)
     numbers = np.arange(count)

@@ -88,12 +88,7 @@ def read_columns(files: Sequence[str], wanted: Sequence[int]) -> Iterator[tuple[
 def read_roles(files: Sequence[str], word: int, first: int, last: bool) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yield ("file:line", words, BIO tags) for each column of roles, which has one predicate's arguments in brackets.
 
-    Args:
-        files: Column files.
-        word: Column of the words, from 0.
-        first: First column of roles.
-        last: Whether the last column is one of them.
-
+    `word` is the column of the words, from 0, `first` the first of roles; `last` says whether the last is one of them.
     """
     without = 0
     for where, rows in read_sentences(files):

@@ -96,17 +96,12 @@ def build_examples(
 ) -> ExampleCache:
     """Return the cache of some examples, building it if it is not there.
 
-    Another process that builds the same waits; one that was killed leaves nothing that is taken for whole.
+    Another process that builds the same waits; one that was killed leaves nothing that is taken for whole. The `key`,
+    values that JSON has, decides its contents: digest of the files, settings, tokenizer. `vocabularies` are the columns
+    of ids, which are counted, and how many different ids there may be. `encode` yields the examples, and has written
+    all that is noted of them when it ends.
 
-    Args:
-        key: What decides its contents: digest of the files, settings, tokenizer; values that JSON has.
-        dtypes: Columns and their NumPy types.
-        vocabularies: Columns of ids, which are counted, and how many different ids there may be.
-        encode: Yields the examples, and has written all that is noted of them when it ends.
-        cache_dir: Folder of all caches.
-        without_any: The error if there is no example.
-
-    Raises UserError: there is no example, the disk is full, or what `encode` raises.
+    Raises UserError: there is no example (`without_any` says so), the disk is full, or what `encode` raises.
     """
     folder = cache_dir / "examples" / digest_of([FORMAT, tokenizers.__version__, *key])
 
