@@ -36,7 +36,8 @@ def settings_of(folder: Path, **settings: Any) -> dict[str, Any]:
 
 def answered(data: Any, *files: str) -> list[Any]:
     """The texts or sentences of all batches of prediction."""
-    batches = data.prediction_batches(list(files), 2)
+    data.hparams.update(predict_files=list(files), batch_size=2)
+    batches = data.predict_dataloader()
     return [item for batch in batches for item in getattr(batch, "sentences", None) or batch.texts]
 
 
@@ -192,7 +193,8 @@ def test_masks_to_fill_in_records(tmp_path: Path) -> None:
     assert data.statistics["train"].documents == 6
     for path in paths.values():
         assert answered(data, path) == [f"a [MASK] {n}" for n in range(3)]
-    (batch,) = data.prediction_batches([paths["hf"]], 4)
+    data.hparams.update(predict_files=[paths["hf"]], batch_size=4)
+    (batch,) = data.predict_dataloader()
     assert (batch.inputs.input_ids == data.tokenizer.mask_id).sum(1).tolist() == [1, 1, 1]
 
 

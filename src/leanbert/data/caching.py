@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from leanbert.data.store.cache import cache_folder, made_once
 from leanbert.data.store.checksums import corpus_digest, digest_of
@@ -53,7 +53,7 @@ def examples_of(data: RowData, part: Part) -> ExampleCache:
     )
 
 
-def _reading(data: RowData, part: Part) -> list[Any]:
+def _reading(data: RowData, part: Part) -> list[object]:
     """Return what decides the texts of a part: contents of the files, and how they are read."""
     digest = corpus_digest(data.corpus(part), cache_folder(data.hparams["cache_dir"]))
     return [type(data).__name__, digest, *data.held_out(part), data.key(part)]

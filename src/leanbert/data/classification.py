@@ -88,7 +88,7 @@ class ClassificationData(LabelledData):
         """Examples in a row, at most: short texts share one."""
         return max(1, int(self.hparams["max_length"]) // 8)
 
-    def key(self, part: Part) -> list[Any]:
+    def key(self, part: Part) -> list[object]:
         """Return the settings of reading."""
         return [self.hparams[name] for name in ("problem", "text_field", "pair_field", "label_field", "label_names")]
 

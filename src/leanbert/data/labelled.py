@@ -47,9 +47,9 @@ class ExampleReader(Protocol):
 class LabelledData(RowData):
     """What the data modules of labelled texts and of labelled words share.
 
-    After `prepare` there is `labels`, in the order of the model's scores: those of the checkpoint or of the model that
-    training starts from, if it knows all of training, else those of the training examples, in the order in which they
-    come. A cache numbers its labels by itself, so that it holds for any model; rows have the model's numbers.
+    After `prepare` there is `labels`, in the order of the model's scores: the labels of the checkpoint or of the model
+    that training starts from, if it knows all of training, else the training examples' labels in the order in which
+    they come. A cache numbers its labels by itself, so that it holds for any model; rows have the model's numbers.
 
     Args:
         test_files: Test examples, for `test`.
@@ -98,12 +98,8 @@ class LabelledData(RowData):
     def other_columns(self) -> dict[str, str]:  # type: ignore[override]
         """Columns of the cache besides the ids, and their types."""
         targets = "float32" if self.problem == "regression" else "int32"
-        return {
-            "segments": "uint8",
-            "index": "int32",
-            "targets": targets,
-            **({"cut": "int32"} if self.of_words else {}),
-        }
+        columns = {"segments": "uint8", "index": "int32", "targets": targets}
+        return {**columns, "cut": "int32"} if self.of_words else columns
 
     def read(self, part: Part) -> Iterator[tuple[str, Any, Any]]:
         """Yield ("file:line", example, its labels as written) of the examples of a part."""
@@ -129,7 +125,7 @@ class LabelledData(RowData):
             for (where, _, labels), (ids, segments, index, needed) in zip(batch, encoded, strict=True):
                 notes.cut += must_be_cut(self.hparams, where, needed, length)
                 cut = []
-                if self.of_words:  # labels are of words
+                if self.of_words:
                     labels, cut = labels[: len(index)], labels[len(index) :]
                 notes.cut_words += len(cut)
                 yield {
@@ -163,12 +159,12 @@ class LabelledData(RowData):
 
         Raises UserError: it is not among `data.label_names`, or no UTF-8 can spell it. Names the `where`.
         """
-        names = self.hparams["label_names"]
-        if not str(label).isascii() and str(label) != str(label).encode(errors="replace").decode():
+        names, text = self.hparams["label_names"], str(label)
+        if not text.isascii() and text != text.encode(errors="replace").decode():
             raise UserError(f"{where}: label {label!a} holds half a character. Write whole ones")
         if names is None or label in names:
-            return str(label)
-        if not str(label).isdecimal() or int(label) >= len(names):
+            return text
+        if not text.isdecimal() or int(label) >= len(names):
             raise UserError(
                 f"{where}: label {label!r} is neither a name nor a number of the {len(names)} of data.label_names "
                 f"({listed(names)}). Correct it, or complete the names"
@@ -210,29 +206,27 @@ class LabelledData(RowData):
 
     def _check_labels(self, part: Part, cache: ExampleCache) -> None:
         """Raise UserError for labels that the model does not have, or name those that only evaluation has."""
-        files = f"data.{part}_files"
+        files, unknown = f"data.{part}_files", self._unknown(cache)
         if self.problem == "regression":
             here, there = len(cache.notes.labels), len(self.labels)
             if here != there:
                 raise UserError(f"{files}: examples have {here} numbers, {self._known_by} {there}. Give {there}")
-        elif unknown := self._unknown(cache):
-            if part == "train" or not self.of_words:
-                numbering = self.numbering(part)
-                places = (p for p, _, labels in self.read(part) if unknown[0] in numbering.read(p, labels))
-                where = next(places, files)
-                raise UserError(
-                    f"{where}: label {unknown[0]!r} is not among the {len(self.labels)} of {self._known_by} "
-                    f"({listed(self.labels)}). Correct it, or train a new model with it"
-                )
+        elif unknown and self.of_words and part != "train":
             say(f"{files}: {listed(unknown)} not among the labels of {self._known_by}: count as missed")
+        elif unknown:
+            read = self.numbering(part).read
+            found = (where for where, _, labels in self.read(part) if unknown[0] in read(where, labels))
+            raise UserError(
+                f"{next(found, files)}: label {unknown[0]!r} is not among the {len(self.labels)} of {self._known_by} "
+                f"({listed(self.labels)}). Correct it, or train a new model with it"
+            )
 
     # ---- rows
 
     @property
     def shape(self) -> Shape:
         """What batches look like."""
-        length, pad_id = self.hparams["max_length"], self.tokenizer.pad_id
-        return Shape(length, self.slots, pad_id, self.problem, len(self.labels))
+        return Shape(self.room[0], self.slots, self.tokenizer.pad_id, self.problem, len(self.labels))
 
     def batches_of(self, part: Part, training: bool) -> Make:
         """Return what makes batches of a part, with the model's numbers of the labels."""

@@ -43,11 +43,12 @@ class Numbering:
         """Names of all labels so far."""
         return list(self._numbers)
 
-    def read(self, where: str, value: Any) -> list[str]:
+    def read(self, where: str, value: object) -> list[str]:
         """Return the names of labels that are given."""
-        return list(value)
+        assert isinstance(value, list)
+        return value
 
-    def targets(self, where: str, value: Any) -> list[float]:
+    def targets(self, where: str, value: object) -> list[float]:
         """Return the numbers of labels that are given."""
         return [self._numbers.setdefault(name, len(self._numbers)) for name in self.read(where, value)]
 
@@ -55,57 +56,54 @@ class Numbering:
 class LabelReader(Numbering):
     """Numbers the labels of the examples of a part as they come, and says file and line of what is none.
 
-    Args:
-        problem: What kind of labels there are.
-        field: Their field, which errors name.
-        named: Gives the name of a label, with where it stands, for its errors.
-        names: Names of the labels where each example says yes or no to all; None: their numbers.
-        values: Yields the values of all examples: what [0, 1] means may depend on others.
-
+    `field` is named in errors; `named` gives the name of a label, with where it stands, for its errors; `names` are
+    those of the labels where each example says yes or no to all (None: their numbers); `values` yields the values of
+    all examples: what [0, 1] means may depend on others.
     """
 
     def __init__(
         self, problem: Problem, field: str, named: Callable[[str, int | str], str], names: Sequence[str] | None,
-        values: Callable[[], Iterator[Any]],
+        values: Callable[[], Iterator[object]],
     ) -> None:  # fmt: skip
         self.problem, self.field, self.named, self.names, self.values = problem, field, named, names, values
         super().__init__()
         self._length = 0
         self._form: Form | None = None
-        self._first: tuple[str, Any] | None = None
+        self._first: tuple[str, object] | None = None
 
     @property
     def labels(self) -> list[str]:
         """Names of all labels so far; of numbers the field's, as often as an example has some."""
         return [self.field] * self._length if self.problem == "regression" else super().labels
 
-    def targets(self, where: str, value: Any) -> list[float]:
+    def targets(self, where: str, value: object) -> list[float]:
         """Return the numbers of the labels of an example, or the numbers that are its labels."""
         return self._values(where, value) if self.problem == "regression" else super().targets(where, value)
 
-    def read(self, where: str, value: Any) -> list[str]:
+    def read(self, where: str, value: object) -> list[str]:
         """Return the names of the labels of an example. Raises UserError, naming the `where`, if it has none."""
         return self._several(where, value) if self.problem == "multi" else [self._one(where, value)]
 
-    def _one(self, where: str, value: Any) -> str:
-        number = isinstance(value, float)
+    def _one(self, where: str, value: object) -> str:
         listed = isinstance(value, list | dict) or (isinstance(value, str) and _is_array(value))
-        if listed or value is None or not str(value).strip() or (number and not math.isfinite(value)):
+        if listed or value is None or not str(value).strip() or (isinstance(value, float) and not math.isfinite(value)):
             raise self._error(where, value, "no single label. Correct it, or set data.problem")
-        first_place, first = self._first = self._first or (where, value)
+        first_where, first = self._first = self._first or (where, value)
         if isinstance(value, bool) != isinstance(first, bool):  # else true and 1 would be two labels
-            raise self._error(where, value, f"where {first_place} has {first!r}. Write all in one form")
+            raise self._error(where, value, f"where {first_where} has {first!r}. Write all in one form")
         # a table of numbers in which one was missing comes as 1.0, 2.0
-        name = self.named(where, int(value) if number and value.is_integer() else str(value).strip())
+        whole = int(value) if isinstance(value, float) and value.is_integer() else None
+        name = self.named(where, str(value).strip() if whole is None else whole)
         other = name.removesuffix(".0") if name.endswith(".0") else f"{name}.0"
         if other in self._numbers:  # of two tables of text, one of which had a missing number
             raise self._error(where, value, f'where others have "{other}". Write all in one form')
         return name
 
-    def _several(self, where: str, value: Any) -> list[str]:
+    def _several(self, where: str, value: object) -> list[str]:
         items = self._items(where, value)
         form = certain_form(items)
-        self._form = self._form or form or self._form_of_others()
+        others = (certain_form(self._items("", other)) for other in self.values())
+        self._form = self._form or form or next(filter(None, others), None)
         if items and self._form is None:
             raise self._error(where, value, f"which may be two labels or a yes and a no. Write {FORMS}")
         if self._form == "names":
@@ -117,7 +115,7 @@ class LabelReader(Numbering):
             return names
         return self._given(where, value, items) if self._form else []
 
-    def _given(self, where: str, value: Any, items: list[Any]) -> list[str]:
+    def _given(self, where: str, value: object, items: list[object]) -> list[str]:
         """Return the labels of which an example says that they are given."""
         names = self.names or [str(number) for number in range(len(items))]
         count = len(self._numbers) or len(names)
@@ -127,7 +125,7 @@ class LabelReader(Numbering):
             self._numbers.setdefault(name, len(self._numbers))
         return [name for name, item in zip(names, items, strict=True) if _said(item)]
 
-    def _items(self, where: str, value: Any) -> list[Any]:
+    def _items(self, where: str, value: object) -> list[Any]:
         found = parse_list(value) if isinstance(value, str) else value
         if found is None and isinstance(value, str) and not _looks_like_list(value) and not _YES_OR_NO.fullmatch(value):
             found = [_bare(item) for item in map(str.strip, value.split(",")) if item]
@@ -139,11 +137,7 @@ class LabelReader(Numbering):
             raise self._error(where, value, f"no list of labels. Write {FORMS}")
         return [item.strip() if isinstance(item, str) else item for item in items if item != ""]
 
-    def _form_of_others(self) -> Form | None:
-        forms = (certain_form(self._items("", value)) for value in self.values())
-        return next((form for form in forms if form), None)
-
-    def _values(self, where: str, value: Any) -> list[float]:
+    def _values(self, where: str, value: object) -> list[float]:
         items = parse_list(value) if isinstance(value, str) else value
         items = [value] if items is None else items if isinstance(items, list) else [items]
         found = [finite(item) for item in items]
@@ -158,11 +152,11 @@ class LabelReader(Numbering):
             raise self._error(where, value, f"{len(found)} numbers, where others have {self._length}. Give as many")
         return found  # type: ignore[return-value]
 
-    def _error(self, where: str, value: Any, problem: str) -> UserError:
+    def _error(self, where: str, value: object, problem: str) -> UserError:
         return UserError(f'{where}: field "{self.field}" is {repr(value)[:80]}, {problem}')
 
 
-def certain_form(items: Sequence[Any]) -> Form | None:
+def certain_form(items: Sequence[object]) -> Form | None:
     """Return what a list of labels can only mean; None: [], [0, 1] and [1, 0] may be of both forms.
 
     Whole numbers are labels' numbers, which occur once; decimals and truth values say yes or no.
@@ -178,7 +172,7 @@ def certain_form(items: Sequence[Any]) -> Form | None:
     return "names" if len(items) == 1 else None
 
 
-def finite(value: Any) -> float | None:
+def finite(value: object) -> float | None:
     """Return a number that float32 holds; None if the value is none."""
     if isinstance(value, bool) or not isinstance(value, str | int | float) or "_" in str(value)[:400]:
         return None
@@ -189,7 +183,7 @@ def finite(value: Any) -> float | None:
     return number if abs(number) <= LARGEST else None  # not a number is not less either
 
 
-def parse_list(text: str) -> list[Any] | None:
+def parse_list(text: str) -> list[object] | None:
     """Return the items of a list that was written as text, as pandas does with Python's; None if it is no list.
 
     Items are quoted texts, numbers and truth values, with commas between them: nothing else is read, nothing evaluated.
@@ -197,7 +191,7 @@ def parse_list(text: str) -> list[Any] | None:
     text = text.strip()
     if not _looks_like_list(text) or _LIST.fullmatch(text) is None:
         return None
-    items: list[Any] = []
+    items: list[object] = []
     for item in re.findall(_ITEM, text[1:-1], re.DOTALL):
         quoted = item[0] in "'\""
         try:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import DataLoader
 
+from leanbert.data.batches.batch import Batch
 from leanbert.data.batches.loading import PositionSampler, Rows
-from leanbert.data.formats.corpora import as_list
 from leanbert.errors import UserError
 
 if TYPE_CHECKING:
     from leanbert.data.module import Part, RowData
 
 
-def training_loader(data: RowData) -> DataLoader[Any]:
+def training_loader(data: RowData) -> DataLoader[Batch]:
     """Return batches of the training stream, each time from `samples_consumed` on, for one epoch's steps."""
     rank, world_size = _rank(data)
     batch_size = data.hparams["batch_size"]
@@ -25,32 +25,20 @@ def training_loader(data: RowData) -> DataLoader[Any]:
             f"data.batch_size: {batch_size} is the batch over all devices and not divisible by their number "
             f"({world_size}). Set a multiple of {world_size}"
         )
-
-    def start() -> int:
-        return data.samples_consumed
-
+    start = lambda: data.samples_consumed  # noqa: E731
     sampler = PositionSampler(batch_size, data.batches_per_epoch, start=start, rank=rank, world_size=world_size)
     return _loader(data, data.training_rows(), sampler)
 
 
-def evaluation_loader(data: RowData, part: Part) -> DataLoader[Any]:
+def evaluation_loader(data: RowData, part: Part) -> DataLoader[Batch]:
     """Return all rows of a part in order."""
     rank, world_size = _rank(data)
-    batch_size = data.hparams["val_batch_size"] or data.hparams["batch_size"]
-    rows = data.evaluation_rows(part)
-    batches = -(-rows.rows // batch_size)
-    return _loader(data, rows, PositionSampler(batch_size, batches, end=rows.rows, rank=rank, world_size=world_size))
+    rows, batch_size = data.evaluation_rows(part), data.hparams["val_batch_size"] or data.hparams["batch_size"]
+    sampler = PositionSampler(batch_size, -(-rows.rows // batch_size), end=rows.rows, rank=rank, world_size=world_size)
+    return _loader(data, rows, sampler)
 
 
-def prediction_loader(data: RowData) -> DataLoader[Any]:
-    """Return batches of what is in `predict_files`, in order."""
-    files = as_list(data.hparams["predict_files"])
-    if not files:
-        raise UserError("data.predict_files: nothing to predict. Give text files, or - for standard input")
-    return DataLoader(data.prediction_batches(files, data.hparams["batch_size"]), batch_size=None)
-
-
-def _loader(data: RowData, rows: Rows, sampler: PositionSampler) -> DataLoader[Any]:
+def _loader(data: RowData, rows: Rows, sampler: PositionSampler) -> DataLoader[Batch]:
     device = "cpu" if data.trainer is None else str(data.trainer.strategy.root_device.type)
     workers = data.hparams["num_workers"]
     if workers is None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from leanbert.data.batches.batch import MLMBatch, PredictBatch
-from leanbert.data.batches.loading import Make, encode_lines
+from leanbert.data.batches.loading import Make, Rows, encode_lines
 from leanbert.data.batches.masking import MaskingRule, mask_rows, target_slots
 from leanbert.data.batches.packing import read_rows, row_count
 from leanbert.data.formats.corpora import Corpus, held_out_border
@@ -113,7 +113,7 @@ class MaskedLMData(RowData):
             self._border = held_out_border(self.corpus("train"), self.hparams["val_share"])
         return (0.0, self._border) if part == "val" else (self._border, 1.0)
 
-    def key(self, part: Part) -> list[Any]:
+    def key(self, part: Part) -> list[object]:
         """Return the settings by which documents are read."""
         return [self.hparams["text_field"], self.hparams["document_separator"]]
 
@@ -153,7 +153,7 @@ class MaskedLMData(RowData):
         rule = self._masking_rule(self.hparams["mask_rate" if training else "val_mask_rate"])
         return partial(masked_batch, self.cache(part), self.hparams["max_length"], self.tokenizer.pad_id, rule)
 
-    def evaluation_rows(self, part: Part) -> Any:
+    def evaluation_rows(self, part: Part) -> Rows:
         """Return the rows of the validation text, whose masks never change."""
         if part != "val":
             raise UserError(

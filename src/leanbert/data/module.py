@@ -14,8 +14,8 @@ from leanbert.data.batches.batch import Batch
 from leanbert.data.batches.loading import Make, PredictionInputs, Rows
 from leanbert.data.batches.packing import Packing, pack_examples
 from leanbert.data.caching import examples_of, trained_tokenizer
-from leanbert.data.formats.corpora import Corpus
-from leanbert.data.loaders import evaluation_loader, prediction_loader, training_loader
+from leanbert.data.formats.corpora import Corpus, as_list
+from leanbert.data.loaders import evaluation_loader, training_loader
 from leanbert.data.samples.embedded import Sample
 from leanbert.data.settings import Part, check_settings, files_of, take_over
 from leanbert.data.statistics import CorpusStatistics, count
@@ -36,12 +36,12 @@ class RowData(LightningDataModule):
     Args:
         train_files: Files of examples (.jsonl, .csv, .tsv, each also with .gz, and .parquet), globs of them, or
             hf:NAME_OR_FOLDER[:[CONFIGURATION:]SPLIT]. Default: an embedded sample.
-        val_files: Validation examples. Default: those of the embedded sample, or `val_share` of the training examples.
+        val_files: Validation examples. Default: the embedded sample's, or `val_share` of the training examples.
         predict_files: What to answer: files as of training, whose answers may be missing, or text, one input a line;
             - is standard input, which is text.
         val_share: Share of the training examples that is held out for validation where `val_files` is not given.
-        tokenizer: tokenizer.json, vocab.txt, a folder with one, or a checkpoint. Default: that of model.init_from, or
-            one is trained on the training examples.
+        tokenizer: tokenizer.json, vocab.txt, a folder with one, or a checkpoint. Default: model.init_from's, or one
+            is trained on the training examples.
         tokenizer_kind: Kind of tokenizer to train; auto: WordPiece, or byte-level BPE for text without spaces.
         lowercase: Whether a trained tokenizer lowercases.
         strip_accents: Whether a trained tokenizer strips accents. Default: WordPiece does where it lowercases.
@@ -58,13 +58,13 @@ class RowData(LightningDataModule):
     sample: Sample
     """Name of the embedded sample."""
     fixed: ClassVar[tuple[str, ...]] = ("max_length",)
-    """Settings that decide how text is encoded for the model: those of its checkpoint hold wherever it is used."""
+    """Settings that decide how text is encoded for the model: its checkpoint's values hold wherever it is used."""
     unit: ClassVar[str] = "examples"
     """What the data are counted in."""
     nothing: ClassVar[str] = "there is no example in it. Give files with examples"
     """What is wrong with files without any."""
     other_columns: Mapping[str, str] = MappingProxyType({})
-    """Columns of the cache besides those of ids, and their types."""
+    """Columns of the cache besides the ids, and their types."""
     shaped_by: ClassVar[tuple[str, ...]] = ()
     """Settings that shape a cached example, besides those by which files are read."""
 
@@ -99,7 +99,7 @@ class RowData(LightningDataModule):
 
     # ---- what a kind of data supplies
 
-    def key(self, part: Part) -> list[Any]:
+    def key(self, part: Part) -> list[object]:
         """Return the settings by which the files of a part are read."""
         raise NotImplementedError
 
@@ -280,22 +280,23 @@ class RowData(LightningDataModule):
         if not hasattr(self, "tokenizer"):
             raise UserError("data.tokenizer: predict needs the model's tokenizer. Give --ckpt_path, or its path")
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> DataLoader[Batch]:
         """Return batches of the training stream, each time from `samples_consumed` on, for one epoch's steps."""
         return training_loader(self)
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> DataLoader[Batch]:
         """Return all validation rows in order."""
         return evaluation_loader(self, "val")
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> DataLoader[Batch]:
         """Return all test rows in order."""
         return evaluation_loader(self, "test")
 
-    def predict_dataloader(self) -> DataLoader[Any]:
+    def predict_dataloader(self) -> DataLoader[Batch]:
         """Return what is in `predict_files`, `batch_size` at a time, in order."""
-        return prediction_loader(self)
-
-    def prediction_batches(self, files: list[str], batch_size: int) -> PredictionInputs:
-        """Return batches of what is to be answered, in order."""
-        return PredictionInputs(lambda: self.inputs(files), self.encode_inputs, batch_size, self.hparams["max_length"])
+        files = as_list(self.hparams["predict_files"])
+        if not files:
+            raise UserError("data.predict_files: nothing to predict. Give text files, or - for standard input")
+        length, batch_size = self.hparams["max_length"], self.hparams["batch_size"]
+        inputs = PredictionInputs(lambda: self.inputs(files), self.encode_inputs, batch_size, length)
+        return DataLoader(inputs, batch_size=None)

@@ -15,9 +15,8 @@ from leanbert.data.batches.pairs import PairShape, output_frame, pair_batch
 from leanbert.data.caching import trained_tokenizer
 from leanbert.data.formats.corpora import Corpus, as_list
 from leanbert.data.formats.documents import document_hash
-from leanbert.data.formats.examples import prediction_texts, read_records
+from leanbert.data.formats.examples import parallel_lines, prediction_texts, read_records
 from leanbert.data.formats.fields import has_field, items_of, text_of
-from leanbert.data.formats.parallel import parallel_lines
 from leanbert.data.module import RowData
 from leanbert.data.settings import LENGTH, VOCABULARY, Part, TooLong, given_files, must_be_cut, take_over
 from leanbert.data.store.cache import cache_folder
@@ -59,8 +58,8 @@ class PairData(RowData):
         too_long: What to do with an example that is longer than a row: truncate it (they are counted and told), or
             refuse.
         max_target_length: Target tokens in a row. Default: max_length.
-        target_tokenizer: Tokenizer of the targets alone, as of `tokenizer`; train: that of model.init_from if it has
-            one, else one is trained on the training targets, and the sources' on sources. Default: one for both.
+        target_tokenizer: Tokenizer of the targets alone, as of `tokenizer`; train: model.init_from's if it has one,
+            else one is trained on the training targets, and the sources' on sources. Default: one for both.
         target_vocab_size: Entries of a trained tokenizer of the targets, at most. Default: vocab_size.
         settings: See `RowData`.
 
@@ -135,7 +134,7 @@ class PairData(RowData):
 
     @property
     def target_tokenizer(self) -> TextTokenizer:
-        """The tokenizer of targets, which may be that of sources."""
+        """The tokenizer of targets, which may be the sources' too."""
         return self.tokenizer if self._target is None else self._target
 
     @property
@@ -153,9 +152,14 @@ class PairData(RowData):
         if not self.separate:
             super().make_tokenizers()
             return
-        self._target = self._make_target_tokenizer()
-        given = self.hparams["tokenizer"]
-        self.tokenizer = self._trained("source") if given is None else TextTokenizer.from_file(given)
+        self._target = self._tokenizer_of("target", TARGET, TRAIN, self.hparams["target_vocab_size"])
+        self.tokenizer = self._tokenizer_of("source", "tokenizer", None)
+
+    def _tokenizer_of(self, side: str, name: str, train: str | None, vocab_size: int | None = None) -> TextTokenizer:
+        if self.hparams[name] != train:
+            return TextTokenizer.from_file(self.hparams[name], name)
+        texts = lambda: (getattr(pair, side) for pair in self.pairs("train"))  # noqa: E731
+        return trained_tokenizer(self, texts, side, vocab_size=vocab_size)
 
     def setup(self, stage: str) -> None:
         """Load what was prepared; prediction needs the tokenizers only."""
@@ -163,7 +167,7 @@ class PairData(RowData):
         if stage == "predict" and self.separate:
             if self.hparams[TARGET] == TRAIN:
                 raise UserError("data.target_tokenizer: predict needs the model's. Give --ckpt_path, or its path")
-            self._target = self._make_target_tokenizer()
+            self._target = TextTokenizer.from_file(self.hparams[TARGET], TARGET)
 
     def take_tokenizers(self, path: str, stored: dict[str, Any], *, resumes: bool) -> None:
         """Use the tokenizers of a checkpoint; raises UserError if the run `resumes` with other settings of them."""
@@ -177,18 +181,9 @@ class PairData(RowData):
             raise UserError(f"data.target_tokenizer: {given} is another one than the checkpoint's. {fix}")
         self.hparams[TARGET] = None if there is None else path
 
-    def _make_target_tokenizer(self) -> TextTokenizer:
-        if self.hparams[TARGET] == TRAIN:
-            return self._trained("target", self.hparams["target_vocab_size"])
-        return TextTokenizer.from_file(self.hparams[TARGET], TARGET)
-
-    def _trained(self, side: str, vocab_size: int | None = None) -> TextTokenizer:
-        texts = lambda: (getattr(pair, side) for pair in self.pairs("train"))  # noqa: E731
-        return trained_tokenizer(self, texts, side, vocab_size=vocab_size)
-
     # ---- examples
 
-    def key(self, part: Part) -> list[Any]:
+    def key(self, part: Part) -> list[object]:
         """Return the settings of reading, and the target files."""
         targets = self.target_files(part)
         names = ("source_field", "target_field", *(() if part == "train" else ("references_field",)))
@@ -234,32 +229,29 @@ class PairData(RowData):
         """
         low, high = self.held_out(part)
         targets = self.target_files(part)
-        if targets is not None and self._further(part) is not None:
-            raise self._no_references(part, "are lines of text, which have no fields")
-        found = self._records(part)
-        if targets is not None:
+        further = None if part == "train" else self.hparams["references_field"]  # training does not look at them
+        if targets is None:
+            found = self._records(part, further)
+        elif further is None:
             found = (Pair(*line, [line[2]]) for line in parallel_lines(self.files(part), targets, part))
+        else:
+            raise self._no_references(part, "are lines of text, which have no fields")
         return (pair for pair in found if low <= document_hash(pair.source) < high)
 
-    def _records(self, part: Part) -> Iterator[Pair]:
+    def _records(self, part: Part, further: str | None) -> Iterator[Pair]:
         source, target = self.hparams["source_field"], self.hparams["target_field"]
         if self.hparams["train_files"] is None and self.hparams[f"{part}_files"] is None:
             source, target = EMBEDDED_FIELDS[self.hparams["sample"]]
-        further = self._further(part)
         lacking = further is not None
         optional = () if further is None else (further,)
         for where, record in read_records(self.files(part), f"data.{part}_files", (), (source, target), optional):
-            own = text_of(where, record, target)
-            more: list[str] = []
+            right = [text_of(where, record, target)]
             if further is not None and has_field(record, further):
-                lacking, more = False, items_of(where, record, further, str)
-            yield Pair(where, text_of(where, record, source), own, list(dict.fromkeys([own, *more])))
+                lacking = False
+                right += items_of(where, record, further, str)
+            yield Pair(where, text_of(where, record, source), right[0], list(dict.fromkeys(right)))
         if lacking:
             raise self._no_references(part, "have no such field")
-
-    def _further(self, part: Part) -> str | None:
-        """Return the field of further references, which training does not look at."""
-        return None if part == "train" else self.hparams["references_field"]
 
     def _no_references(self, part: Part, problem: str) -> UserError:
         field, files = self.hparams["references_field"], ", ".join(self.files(part))

@@ -45,12 +45,12 @@ class SentenceReader:
         return self.settings.get("mark", "tokens")
 
     def read(self, files: list[str], low: float = 0.0, high: float = 1.0) -> Iterator[Tagged]:
-        """Yield the sentences whose text hashes to [low, high), with BIO tags; those of column files first."""
+        """Yield the sentences whose text hashes to [low, high), with BIO tags; column files come first."""
         found = self._read(files, low, high)
         return _with_predicates_to_find(found) if self.settings.get("find_predicates") else found
 
     def texts(self, sentences: Iterator[Tagged]) -> Iterator[str]:
-        """Yield each sentence once, of those that follow one another for their predicates."""
+        """Yield each sentence once, where it comes again for another predicate."""
         return (" ".join(tokens) for tokens, _ in groupby(sentence.tokens for _, sentence, _ in sentences))
 
     def encode(self, sentences: list[Sentence], tokenizer: TextTokenizer, length: int) -> list[Encoded]:

@@ -39,7 +39,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def given_files(settings: Mapping[str, Any], part: Part, kind: str = "files") -> list[str] | None:
-    """Return the setting `PART_KIND`, that of training without what is evaluation's; None: it is not set."""
+    """Return the setting `PART_KIND`, for training without the files of evaluation; None: it is not set."""
     given = as_list(settings[f"{part}_{kind}"])
     if part != "train" or given is None:
         return given

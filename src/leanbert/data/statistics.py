@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 class CorpusStatistics:
     """Size of prepared data; `tokens_per_row` is the mean of real tokens in a row of `max_length`.
 
-    `unknown_fraction` is of the tokens that stand for text: those of the template are none.
+    `unknown_fraction` is of the tokens that stand for text, not of the template's.
     """
 
     documents: int
@@ -45,7 +46,7 @@ def count_unknown(counts: np.ndarray, tokenizer: TextTokenizer) -> tuple[int, in
     return unknown, text + unknown
 
 
-def knows_more(settings: Any) -> str:
+def knows_more(settings: Mapping[str, object]) -> str:
     """Return what to set for a tokenizer that knows text which the one at hand does not."""
     if settings["tokenizer"] is not None:
         return "another data.tokenizer, one that knows these characters"

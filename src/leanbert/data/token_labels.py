@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 from leanbert.data.batches.sentences import Mark, Sentence
@@ -50,15 +49,18 @@ class TokenLabelData(LabelledData):
             **settings,
         )  # fmt: skip
 
-    def key(self, part: Part) -> list[Any]:
+    def key(self, part: Part) -> list[object]:
         """Return the settings of reading, and whether words that do not fit count."""
         return [*(self.hparams[name] for name in (*TAGS, "label_column")), part != "train"]
 
     @property
     def reader(self) -> SentenceReader:
         """How sentences are read and encoded."""
-        columns = partial(_tagged_columns, self.hparams["word_column"], self.hparams["label_column"])
-        return SentenceReader(self.hparams, columns, self.named)
+        return SentenceReader(self.hparams, self._columns, self.named)
+
+    def _columns(self, files: Sequence[str]) -> Iterator[Tagged]:
+        for where, rows in read_columns(files, (self.hparams["word_column"], self.hparams["label_column"])):
+            yield where, Sentence([row[0] for row in rows]), [row[1] for row in rows]
 
 
 class SemanticRoleData(LabelledData):
@@ -108,7 +110,7 @@ class SemanticRoleData(LabelledData):
         """How the predicate is marked."""
         return self.hparams["mark"]
 
-    def key(self, part: Part) -> list[Any]:
+    def key(self, part: Part) -> list[object]:
         """Return the settings of reading, and whether words that do not fit count."""
         names = ("predicate_field", "mark", "find_predicates", "role_columns", "last_column")
         return [*(self.hparams[name] for name in (*TAGS, *names)), part != "train"]
@@ -116,17 +118,11 @@ class SemanticRoleData(LabelledData):
     @property
     def reader(self) -> SentenceReader:
         """How sentences are read and encoded."""
-        layout = [self.hparams[name] for name in ("word_column", "role_columns", "last_column")]
-        return SentenceReader(self.hparams, partial(_role_columns, *layout), self.named)
+        return SentenceReader(self.hparams, self._columns, self.named)
 
-
-def _tagged_columns(word: int, label: int, files: Sequence[str]) -> Iterator[Tagged]:
-    for where, rows in read_columns(files, (word, label)):
-        yield where, Sentence([row[0] for row in rows]), [row[1] for row in rows]
-
-
-def _role_columns(word: int, first: int, last: bool, files: Sequence[str]) -> Iterator[Tagged]:
-    for where, words, labels in read_roles(files, word, first, last):
-        if f"B-{PREDICATE}" not in labels:
-            raise UserError(f"{where}: no (V*) in a column of roles. Set data.role_columns to the first of them")
-        yield where, Sentence(words, labels.index(f"B-{PREDICATE}")), labels
+    def _columns(self, files: Sequence[str]) -> Iterator[Tagged]:
+        layout = (self.hparams[name] for name in ("word_column", "role_columns", "last_column"))
+        for where, words, labels in read_roles(files, *layout):
+            if f"B-{PREDICATE}" not in labels:
+                raise UserError(f"{where}: no (V*) in a column of roles. Set data.role_columns to the first of them")
+            yield where, Sentence(words, labels.index(f"B-{PREDICATE}")), labels

@@ -6,8 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from leanbert.data.samples.docstring_text import prose_paragraphs
-from leanbert.data.samples.docstrings import embedded_corpus, harvest, installed_libraries, read_docstrings
+from leanbert.data.samples.docstrings import (
+    embedded_corpus,
+    harvest,
+    installed_libraries,
+    prose_paragraphs,
+    read_docstrings,
+)
 
 MODULE = '''
 """This module says four words at least."""

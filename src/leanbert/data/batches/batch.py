@@ -37,7 +37,7 @@ class Batch:
         return sum(tensor.numel() for name, tensor in self.tensors().items() if name.endswith("input_ids"))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors by name; those of the decoder's inputs begin with `decoder_`."""
+        """Return all tensors by name; the names of the decoder's inputs begin with `decoder_`."""
         found: dict[str, Tensor] = {}
         for name, value in vars(self).items():
             if isinstance(value, PackedInputs):

@@ -52,8 +52,8 @@ class Shape:
         """Return the batch of rows of examples.
 
         `columns` has for each row the values of its examples: "ids" and "segments" of the tokens, "index" of the
-        labelled ones among them, "targets": one for each of these, or in "multi" and "regression" those of the one,
-        and of words "cut": the targets of those that did not fit.
+        labelled ones among them, "targets": one for each of these, or in "multi" and "regression" all of the one,
+        and for words "cut": the targets of the words that did not fit.
         """
         ids = columns["ids"]
         starts = [np.cumsum([0, *map(len, sequences)]) for sequences in ids]

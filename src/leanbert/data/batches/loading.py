@@ -6,13 +6,14 @@ Letters: B rows, S row length, M targets per row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
 from torch.utils.data import Dataset, DistributedSampler, IterableDataset
 
-from leanbert.data.batches.batch import PredictBatch
+from leanbert.data.batches.batch import Batch, PredictBatch
 from leanbert.data.batches.packing import fill_rows, number_rows
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.messages import say
@@ -30,11 +31,11 @@ ENCODED_TOGETHER = 1024
 _EVALUATION = 0x5EED
 
 
-Make = Callable[[np.ndarray, np.ndarray], Any]
+Make = Callable[[np.ndarray, np.ndarray], Batch]
 """Makes the batch of the rows with these numbers, int64 [B]; a key, uint64 [B], decides what is random in each."""
 
 
-class Rows(Dataset[Any]):
+class Rows(Dataset[Batch]):
     """Rows of cached examples; the index is an array of stream positions, the item a whole batch.
 
     Position p of the training stream is row `permutation(seed, p // rows)[p % rows]`. Without a `seed`, for
@@ -44,7 +45,7 @@ class Rows(Dataset[Any]):
     def __init__(self, rows: int, make: Make, seed: int | None = None) -> None:
         self.rows, self.make, self.seed = rows, make, seed
 
-    def __getitem__(self, positions: np.ndarray) -> Any:
+    def __getitem__(self, positions: np.ndarray) -> Batch:
         """Return the batch of the rows at `positions`, int64 [B]."""
         if self.seed is None:
             return self.make(positions, mix(_EVALUATION, positions))
@@ -53,24 +54,19 @@ class Rows(Dataset[Any]):
         return self.make(numbers, mix(self.seed, epochs, numbers))
 
 
+@dataclass(eq=False)
 class PositionSampler(DistributedSampler[np.ndarray]):
     """Yields `batches` arrays of stream positions, from `start()` on; a rank takes every `world_size`-th one.
 
     It is a `DistributedSampler` in name, so that Lightning leaves it in place on several devices.
     """
 
-    def __init__(
-        self,
-        batch_size: int,
-        batches: int,
-        *,
-        start: Callable[[], int] = int,
-        end: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.batch_size, self.batches, self.start, self.end = batch_size, batches, start, end
-        self.rank, self.world_size = rank, world_size
+    batch_size: int
+    batches: int
+    start: Callable[[], int] = int
+    end: int | None = None
+    rank: int = 0
+    world_size: int = 1
 
     def __iter__(self) -> Iterator[np.ndarray]:
         first = self.start()
@@ -94,27 +90,19 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-class PredictionInputs(IterableDataset[Any]):
-    """Batches of what `predict` is to answer, as it comes.
+@dataclass(eq=False)
+class PredictionInputs(IterableDataset[Batch]):
+    """Batches of what `predict` is to answer, as it comes: `inputs` yields it, for each pass.
 
-    Args:
-        inputs: Yields it, for each pass.
-        encode: Makes a batch of some, and says how many were cut.
-        batch_size: Inputs of a batch.
-        length: Tokens to which `encode` cuts.
-
+    `encode` makes a batch of some, cut to `length` tokens, and says how many were cut.
     """
 
-    def __init__(
-        self,
-        inputs: Callable[[], Iterable[Item]],
-        encode: Callable[[list[Item]], tuple[Any, int]],
-        batch_size: int,
-        length: int,
-    ) -> None:
-        self.inputs, self.encode, self.batch_size, self.length = inputs, encode, batch_size, length
+    inputs: Callable[[], Iterable[Any]]
+    encode: Callable[[list[Any]], tuple[Batch, int]]
+    batch_size: int
+    length: int
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         cut = 0
         for some in in_batches(self.inputs(), self.batch_size):
             batch, truncated = self.encode(some)

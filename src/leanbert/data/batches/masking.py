@@ -33,10 +33,6 @@ class MaskingRule:
     special: np.ndarray
     continues: np.ndarray | None = None
 
-    def slots(self, length: int) -> int:
-        """Return M, the targets of a full row."""
-        return target_slots(self.rate, length)
-
 
 def target_slots(rate: float, length: int) -> int:
     """Return M, the targets of a full row of `length` tokens of which a fraction of `rate` is masked."""
@@ -62,7 +58,7 @@ def mask_rows(rows: PackedRows, key: np.ndarray, rule: MaskingRule) -> MaskedRow
     rate of its tokens. Words chosen whole fill M exactly where there are words of one token to fill it with.
     """
     length = rows.ids.shape[1]
-    slots = rule.slots(length)
+    slots = target_slots(rule.rate, length)
     quota = np.minimum(slots, np.round(rule.rate * rows.real.sum(axis=1)).astype(np.int64))  # [B]
     eligible = rows.real & ~rule.special[rows.ids]  # [B, S]
     if rule.continues is None:
@@ -94,8 +90,7 @@ def _first_places(eligible: np.ndarray, key: np.ndarray, quota: np.ndarray, slot
     """Return the first eligible places in a random order, int64 [B, M], S where a slot stays unused."""
     length = eligible.shape[1]
     priority = np.where(eligible, mix(key[:, None], _CHOICE, np.arange(length)), _NEVER)
-    order = np.argpartition(priority, slots - 1, axis=1)[:, :slots] if slots < length else _all_places(priority)
-    order = np.take_along_axis(order, np.argsort(np.take_along_axis(priority, order, axis=1), axis=1), axis=1)
+    order = np.argsort(priority, axis=1)[:, :slots]
     possible = np.take_along_axis(priority, order, axis=1) != _NEVER
     return np.where(possible & (np.arange(order.shape[1]) < quota[:, None]), order, length)
 
@@ -138,10 +133,6 @@ def _tokens_by_size(tokens: np.ndarray, key: np.ndarray, quota: np.ndarray) -> n
         owed -= taken[:, size]
         room -= taken[:, size]
     return taken
-
-
-def _all_places(priority: np.ndarray) -> np.ndarray:
-    return np.broadcast_to(np.arange(priority.shape[1]), priority.shape)
 
 
 def _disguise(originals: np.ndarray, key: np.ndarray, index: np.ndarray, rule: MaskingRule) -> np.ndarray:

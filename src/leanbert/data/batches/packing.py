@@ -70,7 +70,7 @@ def _document_begins(offsets: np.ndarray, starts: np.ndarray, length: int) -> np
 
 
 def fill_rows(rows: Sequence[Sequence[np.ndarray]], length: int, fill: int) -> np.ndarray:
-    """Return sequences, those of each row one after the other, and `fill` after the last: int64 [B, length]."""
+    """Return the sequences of each row one after the other, and `fill` after the last: int64 [B, length]."""
     filled = np.full((len(rows), length), fill, dtype=np.int64)
     for row, sequences in zip(filled, rows, strict=True):
         values = np.concatenate([*sequences, row[:0]])
@@ -92,7 +92,7 @@ OPEN_ROWS = 256
 
 @dataclass(frozen=True)
 class Packing:
-    """Which examples share a row: those of row r are `order[starts[r] : starts[r + 1]]`; both are int64."""
+    """Which examples share a row: row r has `order[starts[r] : starts[r + 1]]`; both are int64."""
 
     order: np.ndarray
     starts: np.ndarray
@@ -110,12 +110,9 @@ class Packing:
 def pack_examples(lengths: np.ndarray, room: tuple[int, ...], most: int, seed: int | None = None) -> Packing:
     """Put examples into rows, first fit (Johnson 1974) among the newest `OPEN_ROWS` rows.
 
-    Args:
-        lengths: int64 [N, C]: tokens of each example, in each of the C sequences that a row has (source, target).
-        room: Tokens that a row has in each of them. No example may need more.
-        most: Examples in a row, at most.
-        seed: Decides which share a row; None: neighbours do.
-
+    `lengths`, int64 [N, C], are the tokens of each example in each of the C sequences that a row has (source, target);
+    `room` is what a row has in each, and no example may need more; `most` examples are in a row. The `seed` decides
+    which share one; None: neighbours do.
     """
     count = len(lengths)
     numbers = np.arange(count)

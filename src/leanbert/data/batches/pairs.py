@@ -37,12 +37,9 @@ class PairShape:
     pad_ids: tuple[int, int]
 
     def batch(self, sources: list[list[np.ndarray]], targets: list[list[np.ndarray]]) -> PairBatch:
-        """Return the batch of rows of pairs; all are in their tokenizer's template, and targets are read up to the end.
+        """Return the batch of rows of pairs: the ids of each row's sources, and of the targets that belong to them.
 
-        Args:
-            sources: Ids of the sources of each row.
-            targets: Ids of the targets that belong to them.
-
+        All are in their tokenizer's template, and targets are read up to the end.
         """
         read = [[target[:-1] for target in row] for row in targets]
         following = [[target[1:] for target in row] for row in targets]

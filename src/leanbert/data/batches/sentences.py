@@ -28,7 +28,7 @@ def encode_sentences(
 ) -> list[Encoded]:
     """Encode sentences word by word; of one that needs more than `length` tokens the last words are left out.
 
-    The places are those of the words' first pieces.
+    A word's place is where its first piece stands.
     """
     pieces = iter(tokenizer.encode_words([word for sentence in sentences for word in sentence.tokens]))
     return [

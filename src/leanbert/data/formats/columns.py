@@ -33,8 +33,7 @@ def parquet_records(
         raise UserError(f'{path}: .parquet needs pyarrow. Run: pip install "leanbert[parquet]"') from error
     with open_binary(path) as stream:
         head = stream.read(64)
-    what = None if head.startswith(b"PAR1") else what_it_is(head)
-    if what is not None:
+    if not head.startswith(b"PAR1") and (what := what_it_is(head)):
         raise UserError(f"{path}: {what}")
 
     def rows() -> Iterator[Record]:
@@ -97,22 +96,20 @@ def dataset_records(spec: str, wanted: Sequence[str], optional: Sequence[str] = 
     dataset = open_dataset(spec)
     columns = columns_of(spec, dataset.column_names, wanted, optional)
     features = dataset.features.to_dict()
+    rows = (
+        {name: with_names(value, features[name]) for name, value in zip(columns, values, strict=True)}
+        for batch in dataset.select_columns(columns).iter(batch_size=ROWS_TOGETHER)
+        for values in zip(*(batch[column] for column in columns), strict=True)
+    )
+    yield from _numbered(rows, spec, "cannot be read", "Load it again")
 
-    def rows() -> Iterator[Record]:
-        for batch in dataset.select_columns(columns).iter(batch_size=ROWS_TOGETHER):
-            for values in zip(*(batch[column] for column in columns), strict=True):
-                yield {name: with_names(value, features[name]) for name, value in zip(columns, values, strict=True)}
 
-    yield from _numbered(rows(), spec, "cannot be read", "Load it again")
-
-
-def with_names(value: Any, feature: Any) -> Any:
+def with_names(value: object, feature: object) -> object:
     """Return a value with the names of class labels, also in lists, in place of their numbers; -1, none, is None.
 
     `feature` describes the column as `datasets.Features.to_dict` does; None: nothing is known of it.
     """
-    if isinstance(feature, list):
-        feature = {"feature": feature[0]}
+    feature = {"feature": feature[0]} if isinstance(feature, list) else feature
     if not isinstance(feature, dict):
         return value
     if isinstance(value, list):

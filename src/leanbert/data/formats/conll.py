@@ -12,16 +12,13 @@ from leanbert.data.formats.readers import lines_of
 from leanbert.errors import UserError
 from leanbert.messages import say_once
 
-Row = tuple[str, ...]
-Line = tuple[int, str]
-
 COLUMNS = (
     ".conll", "_conll", ".conllu", ".conllx", ".conll2003", ".bio", ".iob", ".iob2", ".train", ".testa", ".testb",
 )  # fmt: skip
 """Endings of the names of column files, as the shared tasks and their followers have them."""
 
 DOCSTART = "-DOCSTART-"
-"""Begins a document of CoNLL-2003, in a line like that of a word."""
+"""Begins a document of CoNLL-2003, in a line like a word's."""
 
 _BRACKETS = re.compile(r"(?:\(([^()*]+))?\*(\))?")
 _DOCUMENT = re.compile(rf"#(begin|end) document\b|###MEDLINE:|{DOCSTART}([ \t]|$)")
@@ -57,7 +54,7 @@ def read_sentences(files: Sequence[str]) -> Iterator[tuple[str, list[list[str]]]
     Names file and line.
     """
     for name in files:
-        lines: list[Line] = []
+        lines: list[tuple[int, str]] = []
         universal, without = is_columns(name, (".conllu",)), 0
         for number, line in lines_of(name):
             if universal and _NO_WORD.match(line):
@@ -72,7 +69,7 @@ def read_sentences(files: Sequence[str]) -> Iterator[tuple[str, list[list[str]]]
             say_once(f"{name}: {without:,} multi-word tokens and empty nodes left out: their words stand beside")
 
 
-def _sentence(name: str, lines: list[Line]) -> Iterator[tuple[str, list[list[str]]]]:
+def _sentence(name: str, lines: list[tuple[int, str]]) -> Iterator[tuple[str, list[list[str]]]]:
     tabs = any("\t" in text for _, text in lines if not _COMMENT.match(text))
     words = [text[0] != "#" or not (_COMMENT.match(text) or (tabs and "\t" not in text)) for _, text in lines]
     lines = lines[words.index(True) :] if True in words else []
@@ -91,7 +88,7 @@ def _cells(line: str) -> list[str]:
     return [cell for cell in line.split(" ") if cell]
 
 
-def read_columns(files: Sequence[str], wanted: Sequence[int]) -> Iterator[tuple[str, list[Row]]]:
+def read_columns(files: Sequence[str], wanted: Sequence[int]) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
     """Yield ("file:line", wanted columns by word) of each sentence.
 
     Raises UserError: there is no such column, or nothing in it. Names file and line.
@@ -112,12 +109,7 @@ def read_columns(files: Sequence[str], wanted: Sequence[int]) -> Iterator[tuple[
 def read_roles(files: Sequence[str], word: int, first: int, last: bool) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yield ("file:line", words, BIO tags) for each column of roles, which has one predicate's arguments in brackets.
 
-    Args:
-        files: Column files.
-        word: Column of the words, from 0.
-        first: First column of roles.
-        last: Whether the last column is one of them.
-
+    `word` is the column of the words, from 0, `first` the first of roles; `last` says whether the last is one of them.
     """
     without = 0
     for where, rows in read_sentences(files):

@@ -26,7 +26,7 @@ from leanbert.errors import UserError
 from leanbert.messages import say_once
 
 FIELDS = (".jsonl", ".csv", ".tsv", ".parquet")
-"""Endings of files that hold records of named fields; those of text may be compressed (.gz)."""
+"""Endings of files that hold records of named fields; text files may be compressed (.gz)."""
 
 SUFFIXES = (
     *(f"{ending}{packed}" for ending in (".txt", ".conll", ".jsonl", ".csv", ".tsv") for packed in ("", ".gz")),
@@ -182,7 +182,7 @@ def _identity(name: str) -> tuple[int, int]:
 def held_out_border(corpus: Corpus, fraction: float) -> float:
     """Return the hash below which documents are held out: the `fraction`, or just above the lowest if none is below.
 
-    The hash is that of the text (of a long document's first piece), so that what is held out depends neither on order
+    The text (of a long document the first piece) is hashed, so that what is held out depends neither on order
     nor on file names, and equal texts are on one side. Raises UserError: there is no document, or none is left to train
     on.
     """

@@ -85,7 +85,7 @@ def _holds(column: str, field: str) -> bool:
     return column == field or field.startswith(f"{column}.")
 
 
-def _find(record: Any, field: str) -> Any:
+def _find(record: object, field: str) -> Any:
     if not isinstance(record, dict):
         return _NONE
     if field in record:

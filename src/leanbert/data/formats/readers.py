@@ -70,7 +70,7 @@ def open_binary(path: Path, report: Report = no_report) -> BinaryIO:
 
 
 def kind_of(name: str) -> str:
-    """Return the ending of a file's name that says its format, such as ".csv", without that of compression."""
+    """Return the ending of a file's name that says its format, such as ".csv", without .gz."""
     return Path(name.lower().removesuffix(".gz")).suffix
 
 

@@ -60,7 +60,8 @@ def _quoted_rows(lines: Lines, name: str, wanted: Sequence[str]) -> Rows:
     header = next((line for line in lines if not line[1].isspace()), None)
     if header is None:
         return
-    delimiter = _delimiter(header[1], wanted)
+    names = {delimiter: next(csv.reader([header[1]], delimiter=delimiter)) for delimiter in DELIMITERS}
+    delimiter = next((one for one in DELIMITERS if set(wanted) <= set(names[one])), ",")
     if delimiter != ",":
         say_once(f"{name}: read with the {DELIMITERS[delimiter]} between cells, as its header has it")
     waiting: list[tuple[int, str]] = []
@@ -80,13 +81,6 @@ def _quoted_rows(lines: Lines, name: str, wanted: Sequence[str]) -> Rows:
             f"{name}:{_open_quote(waiting, delimiter)}: a cell begins with a quote here that does not close it "
             f'({error}). Close it at the end of the cell, and write a quote inside of it as ""'
         ) from error
-
-
-def _delimiter(header: str, wanted: Sequence[str]) -> str:
-    for delimiter in DELIMITERS:
-        if set(wanted) <= set(next(csv.reader([header], delimiter=delimiter))):
-            return delimiter
-    return ","
 
 
 def _open_quote(lines: Sequence[tuple[int, str]], delimiter: str) -> int:

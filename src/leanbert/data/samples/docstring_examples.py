@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import Distribution
-from itertools import pairwise
+from itertools import accumulate
 
 from leanbert.data.formats.documents import document_hash, text_hash
 from leanbert.data.samples.docstrings import labelled_docstrings
@@ -69,7 +69,9 @@ def summaries(docstrings: Iterable[Labelled]) -> list[Record]:
     records: dict[str, Record] = {}
     for _, (summary, *body) in docstrings:
         document = _beginning(body)
-        if _is_summary(summary) and len(document.split()) >= SMALLEST_DOCUMENT_WORDS:
+        one_sentence = _SUMMARY.fullmatch(summary) and not _SENTENCE_END_INSIDE.search(summary)
+        short = len(summary.split()) <= LONGEST_SUMMARY_WORDS
+        if one_sentence and short and len(document.split()) >= SMALLEST_DOCUMENT_WORDS:
             records.setdefault(document, {"document": document, "summary": summary})
     return _shuffled(records.values())
 
@@ -89,21 +91,10 @@ def origins(docstrings: Iterable[Labelled]) -> list[Record]:
     return _shuffled(record for records in chosen for record in records)
 
 
-def _is_summary(paragraph: str) -> bool:
-    short = len(paragraph.split()) <= LONGEST_SUMMARY_WORDS
-    return short and bool(_SUMMARY.fullmatch(paragraph)) and not _SENTENCE_END_INSIDE.search(paragraph)
-
-
 def _beginning(paragraphs: list[str]) -> str:
     """Join the first paragraphs by a space, as many as have at most `LARGEST_WORDS` words."""
-    kept: list[str] = []
-    words = 0
-    for paragraph in paragraphs:
-        words += len(paragraph.split())
-        if words > LARGEST_WORDS:
-            break
-        kept.append(paragraph)
-    return " ".join(kept)
+    words = accumulate(len(paragraph.split()) for paragraph in paragraphs)
+    return " ".join(paragraphs[: sum(count <= LARGEST_WORDS for count in words)])
 
 
 def _shuffled(records: Iterable[Record]) -> list[Record]:
@@ -113,9 +104,8 @@ def _shuffled(records: Iterable[Record]) -> list[Record]:
 
 def _split(records: list[Record], field: str) -> dict[str, list[Record]]:
     """Divide records by the hash of the text in a field."""
-    bounds = pairwise((0.0, *SPLITS.values()))
-    placed = [(document_hash(record[field]), record) for record in records]
-    return {
-        split: [record for place, record in placed if low <= place < high]
-        for split, (low, high) in zip(SPLITS, bounds, strict=True)
-    }
+    splits: dict[str, list[Record]] = {split: [] for split in SPLITS}
+    for record in records:
+        number = document_hash(record[field])
+        splits[next(split for split, below in SPLITS.items() if number < below)].append(record)
+    return splits

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import inspect
 import json
 import platform
 import re
@@ -19,7 +20,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from leanbert.data.samples.docstring_text import prose_paragraphs
 from leanbert.data.store.cache import made_once
 from leanbert.data.workers import process_pool
 
@@ -34,6 +34,21 @@ FILES_PER_TASK = 16
 _TEST_FOLDERS = {"test", "tests", "testing", "_test", "idle_test", "site-packages", "dist-packages"}
 _NEEDED_FOR_EXTRA = re.compile(r"\bextra\s*==")
 _REQUIRED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+SMALLEST_WORDS = 4
+SMALLEST_LETTER_FRACTION = 0.75
+"""Of a paragraph's characters other than spaces; formulas, tables and code have fewer letters."""
+
+_UNDERLINE = re.compile(r"\s*([-=~^*#\"'`+])\1{2,}\s*$")
+_DIRECTIVE = re.compile(r"\s*\.\. ?([\w:.-]*)::.*$")
+_CODE_DIRECTIVES = {"code-block", "code", "sourcecode", "testcode", "testsetup", "testoutput", "doctest", "math"}
+_PROMPT = re.compile(r"\s*(>>>|\.\.\. |In \[\d+\]:|\$ )")
+_FIELD = re.compile(r"^\s*:(?:param|parameter|arg|type|keyword|raises?|returns?|rtype|yields?|var|ivar)\b\s*([^:]*):")
+_ROLE = re.compile(r":(?:[a-z]+:)?[a-z]+:`~?!?([^`<]*?)(?:\s*<[^`>]*>)?`")
+_LINK = re.compile(r"`([^`<]+?)\s*<[^`>]*>`_{0,2}")
+_LITERAL = re.compile(r"`{1,3}([^`]*)`{1,3}_{0,2}")
+_EMPHASIS = re.compile(r"(?<!\w)\*{1,2}(?=\S)([^*]+?)(?<=\S)\*{1,2}(?!\w)")
+_PLACEHOLDER = re.compile(r"\{\w*\}")
 
 
 def embedded_corpus(cache_dir: Path) -> Path:
@@ -145,3 +160,53 @@ def _python_files(library: metadata.Distribution) -> list[Path]:
 def _sorted_sources(root: Path, paths: Iterable[Path]) -> list[Path]:
     kept = (path for path in paths if _TEST_FOLDERS.isdisjoint(path.parts[:-1]))
     return [root / path for path in sorted(kept, key=Path.as_posix)]
+
+
+# ---- the prose of a docstring: without examples, headings, markup and tables
+
+
+def prose_paragraphs(docstring: str) -> list[str]:
+    """Return the paragraphs of prose, each on one line."""
+    blocks = _blocks(inspect.cleandoc(docstring))
+    cleaned = (" ".join(" ".join(map(_plain, _without_furniture(block))).split()) for block in blocks)
+    return [paragraph for paragraph in cleaned if _is_prose(paragraph)]
+
+
+def _blocks(text: str) -> Iterator[list[str]]:
+    """Yield runs of lines between blank ones, without the indented blocks that hold code."""
+    code_indent: int | None = None
+    for block in re.split(r"\n\s*\n", text):
+        lines = block.split("\n")
+        indent = len(lines[0]) - len(lines[0].lstrip())
+        if code_indent is not None and indent > code_indent:
+            continue
+        directive = _DIRECTIVE.match(lines[0])
+        announced = directive[1] in _CODE_DIRECTIVES if directive else lines[-1].rstrip().endswith("::")
+        code_indent = indent if announced else None
+        yield lines
+
+
+def _without_furniture(lines: list[str]) -> Iterator[str]:
+    """Yield the lines that are neither heading, directive nor, from the first prompt on, example."""
+    for number, line in enumerate(lines):
+        following = lines[number + 1] if number + 1 < len(lines) else ""
+        directive = _DIRECTIVE.match(line)
+        if _PROMPT.match(line) or (directive and directive[1] in _CODE_DIRECTIVES):
+            return
+        if not (directive or _UNDERLINE.match(line) or _UNDERLINE.match(following)):
+            yield line
+
+
+def _plain(line: str) -> str:
+    line = _FIELD.sub(r"\1:", line)
+    for markup in (_ROLE, _LINK, _LITERAL, _EMPHASIS):
+        line = markup.sub(r"\1", line)
+    line = _PLACEHOLDER.sub("", line)
+    return line.rstrip().removesuffix("::") + ":" if line.rstrip().endswith("::") else line
+
+
+def _is_prose(paragraph: str) -> bool:
+    solid = paragraph.replace(" ", "")
+    letters = sum(map(str.isalpha, solid))
+    words = paragraph.count(" ") + 1 if paragraph.isprintable() else 0  # control characters are no text
+    return words >= SMALLEST_WORDS and letters >= SMALLEST_LETTER_FRACTION * len(solid)

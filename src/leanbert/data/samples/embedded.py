@@ -21,7 +21,7 @@ SYNTHETIC_FORMAT = 2
 SYNTHETIC: dict[str, Callable[[], Records]] = {"translation": synthetic_translation, "srl": synthetic_roles}
 
 
-def embedded_files(sample: Sample, cache_dir: Path) -> dict[Any, Path]:
+def embedded_files(sample: Sample, cache_dir: Path) -> dict[str, Path]:
     """Return the files of "train", "val" and "test" (.jsonl), made if they are not in the cache.
 
     Docstrings are one text file for all parts. Summarization (a docstring's body and its first line) and classification

@@ -1,6 +1,6 @@
 """A grammar of English sentences in which it is known who does what to whom.
 
-Roles are those of PropBank. The same noun phrase is ARG0 in the active and, after "by", in the passive; a recipient
+Roles are PropBank's. The same noun phrase is ARG0 in the active and, after "by", in the passive; a recipient
 stands bare before the thing or after "to"; subjects are shared by two verbs, relative clauses stand between subject and
 verb, and what is said is a clause: so a label depends on the predicate and on words far from it.
 """

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from leanbert.messages import say
 INDEX = "meta.json"
 """The file with the folder's name, what is known of the other files, and their lengths and digests."""
 
-Make = Callable[[Path], dict[str, Any] | None]
+Make = Callable[[Path], Mapping[str, object] | None]
 """Fills the empty folder that it is given, and returns what is to be known of it: values that JSON has."""
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import stat
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,12 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def digest_of(value: Any) -> str:
+def digest_of(value: object) -> str:
     """Return the BLAKE2b digest of a value that JSON has, in hex: a name for what it decides."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def with_digest(value: dict[str, Any]) -> str:
+def with_digest(value: Mapping[str, object]) -> str:
     """Return a value that JSON has as a text that `read_checked` knows again."""
     return json.dumps({**value, "digest": digest_of(value)})
 

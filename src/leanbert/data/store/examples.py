@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
@@ -53,7 +52,7 @@ class ExampleCache:
     `NAME.bin` holds the values of a column one after the other, `NAME.offsets.bin` the `count + 1` int64 places where
     examples begin, and the end; `NAME.counts.bin`, of columns of ids, int64 [V] how often each id occurs. Files are
     mapped for each read and let go after it, so that resident memory does not grow with what was read; the object
-    itself pickles as a path and a few numbers. `dtypes` are those of the columns.
+    itself pickles as a path and a few numbers. `dtypes` are the columns' NumPy types.
     """
 
     folder: Path
@@ -88,7 +87,7 @@ class ExampleCache:
 
 
 def build_examples(
-    key: Sequence[Any],
+    key: Sequence[object],
     dtypes: Mapping[str, str],
     vocabularies: Mapping[str, int],
     encode: Callable[[Notes], Iterable[Example]],
@@ -97,21 +96,16 @@ def build_examples(
 ) -> ExampleCache:
     """Return the cache of some examples, building it if it is not there.
 
-    Another process that builds the same waits; one that was killed leaves nothing that is taken for whole.
+    Another process that builds the same waits; one that was killed leaves nothing that is taken for whole. The `key`,
+    values that JSON has, decides its contents: digest of the files, settings, tokenizer. `vocabularies` are the columns
+    of ids, which are counted, and how many different ids there may be. `encode` yields the examples, and has written
+    all that is noted of them when it ends.
 
-    Args:
-        key: What decides its contents: digest of the files, settings, tokenizer; values that JSON has.
-        dtypes: Columns and their NumPy types.
-        vocabularies: Columns of ids, which are counted, and how many different ids there may be.
-        encode: Yields the examples, and has written all that is noted of them when it ends.
-        cache_dir: Folder of all caches.
-        without_any: The error if there is no example.
-
-    Raises UserError: there is no example, the disk is full, or what `encode` raises.
+    Raises UserError: there is no example (`without_any` says so), the disk is full, or what `encode` raises.
     """
     folder = cache_dir / "examples" / digest_of([FORMAT, tokenizers.__version__, *key])
 
-    def make(building: Path) -> dict[str, Any]:
+    def make(building: Path) -> dict[str, object]:
         notes = Notes()
         count = _write(building, dtypes, vocabularies, encode(notes))
         if count == 0:

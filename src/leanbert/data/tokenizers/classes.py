@@ -10,10 +10,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from leanbert.data.tokenizers.probe import parse_tokenizer
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-"""BERT's, and those of the tokenizers trained here, with ids 0 to 4."""
+"""Special tokens of BERT and of the tokenizers trained here, with ids 0 to 4."""
 
 
-def bert_pipeline(model: Any, lowercase: bool, strip_accents: bool | None = None, chinese: bool = True) -> Tokenizer:
+def bert_pipeline(
+    model: models.Model, lowercase: bool, strip_accents: bool | None = None, chinese: bool = True
+) -> Tokenizer:
     """Return a tokenizer with BERT's normaliser (Chinese characters apart) and pre-tokenizer around `model`."""
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.BertNormalizer(
@@ -48,10 +50,6 @@ def _build_bert(source: dict[str, Any], config: dict[str, Any]) -> Tokenizer:
     tokenizer = bert_pipeline(model, case, config.get("strip_accents"), chinese)
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     return tokenizer
-
-
-def _frame_bert(tokenizer: Tokenizer, source: dict[str, Any], config: dict[str, Any]) -> None:
-    add_bert_template(tokenizer, str(config["cls_token"]), str(config["sep_token"]))
 
 
 def _build_byte_level(source: dict[str, Any], config: dict[str, Any]) -> Tokenizer:
@@ -90,7 +88,10 @@ def _roles(**tokens: str) -> dict[str, str]:
 
 
 BERT = Family(
-    _roles(pad="[PAD]", unk="[UNK]", cls="[CLS]", sep="[SEP]", mask="[MASK]"), ("vocab.txt",), _build_bert, _frame_bert
+    _roles(pad="[PAD]", unk="[UNK]", cls="[CLS]", sep="[SEP]", mask="[MASK]"),
+    ("vocab.txt",),
+    _build_bert,
+    lambda tokenizer, _, config: add_bert_template(tokenizer, str(config["cls_token"]), str(config["sep_token"])),
 )
 ROBERTA = Family(
     _roles(bos="<s>", eos="</s>", unk="<unk>", sep="</s>", pad="<pad>", cls="<s>", mask="<mask>"),

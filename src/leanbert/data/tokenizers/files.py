@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
@@ -21,19 +21,15 @@ from leanbert.errors import UserError
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Special tokens that files name by their role, in the order in which transformers adds missing ones."""
 
+Read = tuple[Tokenizer, dict[str, str]]
+"""A tokenizer, and the special tokens that its files name, by role such as "mask_token"."""
+
 _LFS_POINTER = "version https://git-lfs.github.com/spec/"
 _SENTENCEPIECE = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 _WHITE_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 
 
-class Files(NamedTuple):
-    """A tokenizer, and the special tokens that its files name, by role such as "mask_token"."""
-
-    tokenizer: Tokenizer
-    named: dict[str, str]
-
-
-def read_files(path: Path, setting: str) -> Files:
+def read_files(path: Path, setting: str) -> Read:
     """Read a folder, a tokenizer.json as it is, or a vocab.txt with the configuration beside it.
 
     Raises `UserError` where ids could differ from those in transformers, and for whatever cannot be read.
@@ -42,7 +38,7 @@ def read_files(path: Path, setting: str) -> Files:
         return _read_folder(path, setting)
     config = _settings(path.parent)
     if path.suffix == ".json":
-        return Files(parse_tokenizer(read_text(path), str(path)), _named(config))
+        return parse_tokenizer(read_text(path), str(path)), _named(config)
     family = _family(path.parent, setting, config)
     if family not in (None, BERT):
         raise UserError(f"data.{setting}: {path} is a part of a tokenizer. Give its folder, {path.parent}")
@@ -63,7 +59,7 @@ def read_text(path: Path) -> str:
 # ---- folders
 
 
-def _read_folder(folder: Path, setting: str) -> Files:
+def _read_folder(folder: Path, setting: str) -> Read:
     config = _settings(folder)
     family = _family(folder, setting, config)
     whole = folder / "tokenizer.json"
@@ -73,23 +69,17 @@ def _read_folder(folder: Path, setting: str) -> Files:
         tokenizer = parse_tokenizer(read_text(whole), str(whole))
         with explained(str(folder)):
             _complete(tokenizer, config)
-        return Files(tokenizer, _named(config))
+        return tokenizer, _named(config)
     files = tuple(folder / name for name in (family or BERT).files)
-    if not all(path.is_file() for path in files):
-        raise _nothing_to_read(folder, setting, [path.name for path in files])
-    return _rebuilt(family, folder, files, config)
-
-
-def _nothing_to_read(folder: Path, setting: str, files: list[str]) -> UserError:
-    pieces = next((name for name in _SENTENCEPIECE if (folder / name).is_file()), None)
-    if pieces is not None:
-        return UserError(
+    if all(path.is_file() for path in files):
+        return _rebuilt(family, folder, files, config)
+    if pieces := next((name for name in _SENTENCEPIECE if (folder / name).is_file()), None):
+        raise UserError(
             f"data.{setting}: {folder} holds {pieces} alone, and SentencePiece models are not read here. "
             f"Save it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
-    return UserError(
-        f"data.{setting}: {folder} holds neither tokenizer.json nor {' and '.join(files)}. Give one that does"
-    )
+    names = " and ".join(path.name for path in files)
+    raise UserError(f"data.{setting}: {folder} holds neither tokenizer.json nor {names}. Give one that does")
 
 
 def _family(folder: Path, setting: str, config: Mapping[str, Any]) -> Family | None:
@@ -185,25 +175,20 @@ def _token(value: Any, **flags: bool) -> Any:
     return _added({**value, **flags}) if isinstance(value, dict) and "content" in value else value
 
 
-def _special_tokens(config: Mapping[str, Any]) -> list[Any]:
-    """Return the special tokens in the order in which transformers adds them: by role, of the model, further ones."""
-    tokens = [*(config.get(role) for role in NAMED), *config["own"], *config["further"]]
-    return [token for token in tokens if isinstance(token, (str, AddedToken))]
-
-
-def _rebuilt(family: Family | None, folder: Path, files: tuple[Path, ...], config: dict[str, Any]) -> Files:
+def _rebuilt(family: Family | None, folder: Path, files: tuple[Path, ...], config: dict[str, Any]) -> Read:
     """Return the tokenizer that the class makes of a vocabulary and its settings; None: BERT, cased by its looks."""
     source = _source(files)
     if family is None:
         family = BERT
-        config.setdefault("do_lower_case", not any(map(_is_cased, source["vocab"])))
+        words = (token for token in source["vocab"] if token not in SPECIAL_TOKENS and token[:1] != "[")
+        config.setdefault("do_lower_case", all(token == token.lower() for token in words))
     _require(family, source["vocab"], config, files[0])
     config = {**family.defaults, **config}
     with explained(str(folder)):
         tokenizer = family.build(source, config)
         _complete(tokenizer, config)
         family.frame(tokenizer, source, config)
-    return Files(tokenizer, _named(config))
+    return tokenizer, _named(config)
 
 
 def _require(family: Family, vocabulary: dict[str, int], config: dict[str, Any], path: Path) -> None:
@@ -220,10 +205,6 @@ def _require(family: Family, vocabulary: dict[str, int], config: dict[str, Any],
         raise UserError(f"{path}: no {' '.join(absent)} in it. Give the vocabulary of the class, or name its tokens")
 
 
-def _is_cased(token: str) -> bool:
-    return token != token.lower() and token not in SPECIAL_TOKENS and token[:1] != "["
-
-
 def _named(config: Mapping[str, Any]) -> dict[str, str]:
     return {role: str(config[role]) for role in NAMED if config.get(role)}
 
@@ -232,8 +213,9 @@ def _complete(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
     """Add the tokens that the files name and the tokenizer lacks, and give those it has the files' flags."""
     tokens: list[Any] = [token for _, token in sorted(config["added"].items())]
     have = {*map(str, tokens), *(token.content for token in tokenizer.get_added_tokens_decoder().values())}
-    for token in _special_tokens(config):
-        if str(token) not in have and token not in tokens:
+    # transformers adds special tokens in this order: by role, of the model, further ones.
+    for token in (*(config.get(role) for role in NAMED), *config["own"], *config["further"]):
+        if isinstance(token, (str, AddedToken)) and str(token) not in have and token not in tokens:
             tokens.append(token)
     roles = set(_named(config).values())
     tokens = [AddedToken(token, special=True) if isinstance(token, str) else token for token in tokens]

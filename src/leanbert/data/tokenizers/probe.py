@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -72,10 +71,10 @@ def parse_tokenizer(text: str, source: str) -> Tokenizer:
         return Tokenizer.from_str(text)
 
 
-def _is_harmless(parsed: Any) -> bool:
+def _is_harmless(parsed: object) -> bool:
     """Tell whether all parts are of the kinds that can neither panic nor run away."""
 
-    def holds(part: Any) -> bool:
+    def holds(part: object) -> bool:
         if isinstance(part, list):
             return all(map(holds, part))
         if not isinstance(part, dict):
@@ -91,7 +90,7 @@ def _is_harmless(parsed: Any) -> bool:
     return not isinstance(parsed, dict) or holds([parsed.get(part) for part in parts])
 
 
-def _written(template: dict[str, Any]) -> Iterator[str]:
+def _written(template: dict[str, object]) -> Iterator[str]:
     """Yield the special tokens that a template writes: the library looks them up without asking."""
     for pieces in (template.get("single"), template.get("pair")):
         for piece in pieces if isinstance(pieces, list) else []:

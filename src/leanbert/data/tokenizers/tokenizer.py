@@ -39,6 +39,8 @@ _ROLES = {
 _WORD_MARKS = ("Ġ", "Ċ", "ĉ", "č")
 """How byte-level BPE spells space, line feed, tab and carriage return."""
 
+_FLAGS = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
+
 
 class TextTokenizer:
     """A tokenizer with its special tokens found and its own template (such as `[CLS] ... [SEP]`) respected.
@@ -84,8 +86,8 @@ class TextTokenizer:
     def from_file(cls, path: str | Path, name: str = "tokenizer") -> TextTokenizer:
         """Read a Hugging Face folder, a tokenizer.json, a vocab.txt (WordPiece with BERT's template), or a .ckpt.
 
-        A folder gives the ids that `AutoTokenizer` of transformers gives. `name` is that of the setting: with
-        "target_tokenizer" it is that of targets if folder or .ckpt has such a one.
+        A folder gives the ids that `AutoTokenizer` of transformers gives. `name` names the setting: with
+        "target_tokenizer" the targets' tokenizer is read if folder or .ckpt has one.
         Raises `UserError` if there is none, or it cannot be read, or its ids could be other than transformers'.
         """
         path = expand(path, f"data.{name}")
@@ -215,7 +217,9 @@ class TextTokenizer:
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             # With this entry transformers looks into no older file that may lie in the folder.
-            "added_tokens_decoder": {index: _flags(token) for index, token in sorted(added.items())},
+            "added_tokens_decoder": {
+                index: {flag: getattr(token, flag) for flag in _FLAGS} for index, token in sorted(added.items())
+            },
         }
         # It recognises in text what it finds named: a token that is not recognised here must not be there.
         config.update({f"{role}_token": token for role, token in self._special.items() if token in self._added})
@@ -244,11 +248,6 @@ class TextTokenizer:
             frame = [*self.template[0], *self.template[1]]
         if any(index >= self.vocab_size for index in frame):
             raise UserError(f"{self._source}: its template writes ids that no token has. Copy or make it again")
-
-
-def _flags(token: AddedToken) -> dict[str, Any]:
-    names = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
-    return {name: getattr(token, name) for name in names}
 
 
 def _checkpoint_json(path: Path, name: str) -> str:

@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -132,7 +132,7 @@ def _may_hold_run(text: str, length: int) -> bool:
 
 
 def _train_wordpiece(
-    texts: Iterator[str], characters: Counter[str], vocab_size: int, pipeline: Callable[[Any], Tokenizer]
+    texts: Iterator[str], characters: Counter[str], vocab_size: int, pipeline: Callable[[models.Model], Tokenizer]
 ) -> Tokenizer:
     tokenizer = pipeline(models.WordPiece(unk_token="[UNK]"))
     alphabet = _alphabet(characters, tokenizer, int(vocab_size * ALPHABET_FRACTION))
@@ -223,7 +223,7 @@ def _alphabet(characters: Counter[str], tokenizer: Tokenizer, limit: int) -> lis
 def _joins(character: str, tokenizer: Tokenizer) -> bool:
     """Tell whether the character can stand inside a word; punctuation and Chinese characters cannot."""
     text: str = tokenizer.normalizer.normalize_str("a" + character)
-    words: list[Any] = tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    words = tokenizer.pre_tokenizer.pre_tokenize_str(text)
     return bool(words) and len(words[-1][0]) > 1
 
 
