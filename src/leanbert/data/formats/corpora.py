@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,9 @@ SUFFIXES = (
     *(f"{ending}{packed}" for ending in (".txt", ".conll", ".jsonl", ".csv", ".tsv") for packed in ("", ".gz")),
     ".parquet",
 )
+
+READERS: dict[str, Callable[[Path, Report], Iterator[tuple[str, Record]]]] = {}
+"""Formats of a user's own, with records of named fields: what yields ("file:line", record), by the file's ending."""
 
 
 def no_report(_: int) -> None:
@@ -85,7 +88,7 @@ class Corpus:
     def _all_pieces(self, report: Report) -> Iterator[Piece]:
         skipped = Skipped()
         for path in self.files:
-            if kind_of(path) in FIELDS:
+            if has_fields(path):
                 records = file_records(path, (self.text_field,), report=report)
                 yield from with_begins(self._texts(records, skipped))
                 continue
@@ -105,7 +108,7 @@ class Corpus:
 
         """
         for path in self.files:
-            if kind_of(path) not in FIELDS:
+            if not has_fields(path):
                 raise UserError(
                     f"{path}: has no fields. {self.setting} takes .jsonl .csv .tsv, each also with .gz, .parquet "
                     "and hf: names"
@@ -123,7 +126,7 @@ class Corpus:
         for path in paths:
             if not path.is_file():
                 raise UserError(f"{path}: no file, or a link to none. Correct it, or leave it out of {self.setting}")
-            if not path.name.lower().endswith(self.suffixes):
+            if kind_of(path) not in READERS and not path.name.lower().endswith(self.suffixes):
                 raise UserError(f"{path}: unknown format. {self.setting} takes {' '.join(self.suffixes)}")
         return paths
 
@@ -134,12 +137,20 @@ class Corpus:
                 yield from in_pieces(text)
 
 
+def has_fields(path: Path) -> bool:
+    """Whether a file of this name holds records of named fields."""
+    return kind_of(path) in FIELDS or kind_of(path) in READERS
+
+
 def file_records(
     path: Path, wanted: Sequence[str], optional: Sequence[str] = (), report: Report = no_report
 ) -> Iterator[tuple[str, Record]]:
     """Yield ("file:line", record) of a file with fields; of columns those that are `wanted` or `optional`."""
     name = str(path)
     kind = kind_of(path)
+    if kind in READERS:
+        yield from READERS[kind](path, report)
+        return
     if kind == ".parquet":
         yield from parquet_records(path, wanted, optional, report)
         return

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 from leanbert.data.formats.columns import dataset_records
-from leanbert.data.formats.corpora import FIELDS, Corpus, file_records, no_report
+from leanbert.data.formats.corpora import Corpus, file_records, has_fields, no_report
 from leanbert.data.formats.documents import Skipped
 from leanbert.data.formats.fields import Record, text_of, value_of
-from leanbert.data.formats.readers import kind_of, open_binary, whole_lines
+from leanbert.data.formats.readers import open_binary, whole_lines
 from leanbert.errors import UserError
 
 
@@ -55,7 +55,7 @@ def prediction_inputs(
             continue
         corpus = Corpus((pattern,), setting="data.predict_files", suffixes=("",))
         for path in corpus.files:
-            if kind_of(path) in FIELDS:
+            if has_fields(path):
                 yield from file_records(path, wanted, optional)
                 continue
             with open_binary(path, no_report) as stream:
