@@ -145,3 +145,16 @@ def test_documents_name_files_that_exist():
             assert (document.parent / target).exists(), f"{document.name}: {target}"
         for config in re.findall(r"configs/[\w/]+\.yaml", text):
             assert (ROOT / config).is_file(), f"{document.name}: {config}"
+        for file, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", text):
+            assert anchor in anchors(document.parent / file if file else document), f"{document.name}: {file}#{anchor}"
+
+
+def anchors(document):
+    """Return what a link may name in a document: its headings in lower case, without punctuation, with hyphens."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_benchmarks_begin_with_links_to_all_sections():
+    document = ROOT / "docs" / "benchmarks.md"
+    assert set(re.findall(r"\(#(.*?)\)", document.read_text(encoding="utf-8"))) == anchors(document) - {"benchmarks"}
