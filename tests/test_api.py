@@ -14,6 +14,7 @@ from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.models.classifier import Classifier
 from leanbert.models.config import EncoderConfig
+from leanbert.models.stored import ModelMetadata
 from leanbert.pretrained.build import build_model
 from tests.training import read_scalars as scalars
 
@@ -184,7 +185,7 @@ def tokenizer():
     return TextTokenizer.train(lambda: [" ".join(WORDS)] * 3, vocab_size=300)
 
 
-def classifier(folder, tokenizer, labels, task, facts=None, **settings):
+def classifier(folder, tokenizer, labels, task, metadata=None, **settings):
     sizes = {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "max_positions": 48, "preset": "bert"}
     of = "text" if task == "classification" else "word"
     model = build_model(
@@ -193,7 +194,7 @@ def classifier(folder, tokenizer, labels, task, facts=None, **settings):
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(weight)))
-    Pretrained(model, tokenizer, facts).export(folder)
+    Pretrained(model, tokenizer, ModelMetadata(task, **(metadata or {}))).export(folder)
     return leanbert.load(folder)
 
 
@@ -214,13 +215,13 @@ def test_pairs_are_classified_as_transformers_does(tmp_path, tokenizer):
 
 
 def test_numbers_and_thresholds(tmp_path, tokenizer):
-    facts = {"problem": "regression"}
-    values = classifier(tmp_path / "r", tokenizer, ["x", "y"], "classification", facts).classify(["the cook"])[0]
+    metadata = {"problem": "regression"}
+    values = classifier(tmp_path / "r", tokenizer, ["x", "y"], "classification", metadata).classify(["the cook"])[0]
     assert len(values["values"]) == 2
     answers = {}
     for threshold in (0.000001, 0.999999):
-        facts = {"problem": "multi", "threshold": threshold}
-        model = classifier(tmp_path / str(threshold), tokenizer, ["x", "y"], "classification", facts)
+        metadata = {"problem": "multi", "threshold": threshold}
+        model = classifier(tmp_path / str(threshold), tokenizer, ["x", "y"], "classification", metadata)
         answers[threshold] = [each["label"] for each in model.classify(["the cook"])[0]["labels"]]
     assert (sorted(answers[0.000001]), answers[0.999999]) == (["x", "y"], [])
 

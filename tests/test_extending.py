@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import io
 import json
 import re
@@ -54,6 +55,7 @@ class Section:
 
     def run(self, line, *more):
         """Run a command of the page in this process."""
+        gc.collect()  # what the command before has left would count as live
         arguments = shlex.split(line)
         arguments = arguments[arguments.index("train.py") + 1 :]
         if arguments[0] == "predict":

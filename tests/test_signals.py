@@ -169,3 +169,9 @@ def test_what_was_taken_is_given_back():
     assert signals.handlers() == before and signals.LEADER not in os.environ
     """
     assert start(program).wait(30) == 0
+
+
+def test_nothing_that_takes_time_is_imported_before_signals_are_answered():
+    program = "import sys; from leanbert.cli import main; print(*[n for n in sys.modules if n.startswith('leanbert')])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == {"leanbert", "leanbert.errors", "leanbert.cli", "leanbert.signals"}

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from leanbert import checkpoints
+from leanbert.checkpoints import BEST
 from leanbert.data.batches.batch import PredictBatch
 from leanbert.data.batches.loading import encode_lines
 from leanbert.data.batches.sentences import Sentence, word_batch
@@ -24,14 +23,14 @@ from leanbert.errors import UserError
 from leanbert.files import expand, write_text_atomically
 from leanbert.models.base import EncoderModel
 from leanbert.models.generation import GenerationConfig
-from leanbert.pretrained.build import rebuild
-from leanbert.pretrained.huggingface.convert import read_huggingface, write_huggingface
+from leanbert.models.stored import ModelMetadata
+from leanbert.pretrained.build import read_model, rebuild
+from leanbert.pretrained.huggingface.convert import write_huggingface
 from leanbert.pretrained.huggingface.tasks import generation_settings
-from leanbert.pretrained.weights import unpack
-from leanbert.runs import Run, find_last
+from leanbert.runs import Run
 from leanbert.tasks.classification import classify
 from leanbert.tasks.mlm import fill_masks
-from leanbert.tasks.seq2seq import special_tokens, write
+from leanbert.tasks.seq2seq import generate_texts, special_tokens
 from leanbert.tasks.spans import BioDecoder
 from leanbert.tasks.tagging import label_roles, tag_sentences
 
@@ -54,20 +53,21 @@ class Pretrained:
     Args:
         model: The model; its `task` decides which methods answer, the others raise `UserError`.
         tokenizer: Its tokenizer.
-        facts: What else was kept with it: "max_length" and, by task, "problem", "threshold", "mark", "generation".
-        target_tokenizer: That of what a model of sequence to sequence writes; None: it has one for both.
+        metadata: What else was kept with it, such as the length of the rows that it was trained on.
+        target_tokenizer: The tokenizer of what a sequence-to-sequence model writes; None: it has one for both.
 
     """
 
     def __init__(
-        self, model: EncoderModel, tokenizer: TextTokenizer, facts: Mapping[str, Any] | None = None,
+        self, model: EncoderModel, tokenizer: TextTokenizer, metadata: ModelMetadata | None = None,
         target_tokenizer: TextTokenizer | None = None,
     ) -> None:  # fmt: skip
         self.target_tokenizer = tokenizer if target_tokenizer is None else target_tokenizer
-        self.model, self.tokenizer, self.facts = model.eval(), tokenizer, dict(facts or {})
-        self.task = model.task
+        self.model: Any = model.eval()  # of its task's class
+        self.tokenizer, self.task = tokenizer, model.task
+        self.metadata = metadata or ModelMetadata(model.task)
         positions = model.config.max_positions
-        self.max_length: int = min(self.facts.get("max_length", positions), positions)
+        self.max_length = min(self.metadata.max_length or positions, positions)
 
     def to(self, device: str | torch.device) -> Pretrained:
         """Move the model and return self."""
@@ -80,11 +80,9 @@ class Pretrained:
         Texts longer than the model's positions are cut.
         """
         self._require("fill_mask", "mlm")
-
-        def answer(part: list[str]) -> Answers:
-            return fill_masks(self.model, self.tokenizer, self._lines(part), top_k)
-
-        return self._answers(texts, batch_size, answer)
+        return self._answers(
+            texts, batch_size, lambda part: fill_masks(self.model, self.tokenizer, self._lines(part), top_k)
+        )
 
     def encode(self, texts: Sequence[str], batch_size: int = 32) -> Tensor:
         """Return one vector per text, float32 [N, D]: the mean of the encoder's last hidden states over its tokens.
@@ -103,11 +101,11 @@ class Pretrained:
         """
         self._require("classify", "classification")
         groups = [[text] if isinstance(text, str) else list(text) for text in _listed(texts)]
-        problem, threshold = self.facts.get("problem", "single"), self.facts.get("threshold", 0.5)
+        problem, threshold = self.metadata.problem or "single", self.metadata.threshold
 
         def answer(part: list[list[str]]) -> Answers:
             batch = encode_groups(part, self.tokenizer, self.max_length)[0].to(self._device)
-            return classify(self.model, batch, problem, threshold)
+            return classify(self.model, batch, problem, 0.5 if threshold is None else threshold)
 
         return self._answers(groups, batch_size, answer)
 
@@ -117,11 +115,11 @@ class Pretrained:
         `{"tokens", "labels", "text"}`, where the text has the tagged spans in brackets. Words beyond the length of the
         training are O.
         """
-        self._require("tag", "tagging")
+        decoder = self._decoder("tag", "tagging")
 
         def answer(part: list[Sentence]) -> Answers:
             batch = word_batch(part, self.tokenizer, self.max_length, "tokens").to(self._device)
-            return tag_sentences(self.model, self._decoder, batch)
+            return tag_sentences(self.model, decoder, batch)
 
         return self._answers(_sentences(sentences), batch_size, answer)
 
@@ -133,13 +131,11 @@ class Pretrained:
         A sentence is a text with spaces between its words, a list of words, or `{"tokens": [...], "predicate": 1}`.
         Where no predicate is given all are found, and each has an answer; without any it is one with `None`.
         """
-        self._require("label_roles", "srl")
-        mark = self.facts.get("mark", "tokens")
-
-        def answer(part: list[Sentence]) -> Answers:
-            return label_roles(self.model, self._decoder, part, self.tokenizer, self.max_length, mark)
-
-        return self._answers(_sentences(sentences), batch_size, answer)
+        decoder, mark = self._decoder("label_roles", "srl"), self.metadata.mark or "tokens"
+        return self._answers(
+            _sentences(sentences), batch_size,
+            lambda part: label_roles(self.model, decoder, part, self.tokenizer, self.max_length, mark),
+        )  # fmt: skip
 
     def translate(
         self, texts: Sequence[str], beams: int | None = None, batch_size: int = 128, **generation: Any
@@ -149,15 +145,13 @@ class Pretrained:
         `beams` and further settings of `GenerationConfig` (such as `length_penalty`) are by default those of the
         training. Texts longer than those of the training are cut.
         """
-        self._require("translate", "seq2seq")
-        return self._write(texts, batch_size, {**generation, **({} if beams is None else {"beams": beams})})
+        return self._generate("translate", texts, batch_size, {**generation, "beams": beams})
 
     def summarize(
         self, texts: Sequence[str], beams: int | None = None, batch_size: int = 128, **generation: Any
     ) -> Answers:
         """Return `{"source", "output", "score"}` for each text; see `translate`."""
-        self._require("summarize", "seq2seq")
-        return self._write(texts, batch_size, {**generation, **({} if beams is None else {"beams": beams})})
+        return self._generate("summarize", texts, batch_size, {**generation, "beams": beams})
 
     def export(self, folder: str | Path) -> None:
         """Write a Hugging Face folder with weights, configuration and tokenizer.
@@ -174,9 +168,9 @@ class Pretrained:
             tokens = special_tokens(targets)
             ids |= {"decoder_start_token_id": tokens.bos, "eos_token_id": tokens.eos}
         source_ids = None if targets is tokenizer else _special_ids(tokenizer)
-        write_huggingface(self.model, folder, ids, self.facts, source_ids)
+        write_huggingface(self.model, folder, ids, self.metadata, source_ids)
         if self.task == "seq2seq":
-            searching = generation_settings(self.facts, ids, tokens.suppressed, self.max_length)
+            searching = generation_settings(self.metadata, ids, tokens.suppressed, self.max_length)
             write_text_atomically(Path(folder) / "generation_config.json", json.dumps(searching, indent=2) + "\n")
         tokenizer.save(folder, segments=self.task != "seq2seq" and self.model.config.type_vocab_size > 1)
         if targets is not tokenizer:
@@ -186,22 +180,24 @@ class Pretrained:
         if self.task != task:
             raise UserError(f"{method}: this is a model of task {self.task}. Call {METHODS[self.task]}, or encode")
 
-    def _write(self, texts: Sequence[str], batch_size: int, changes: dict[str, Any]) -> Answers:
-        """Write with texts of about the same length together, and answer in their order."""
+    def _generate(self, method: str, texts: Sequence[str], batch_size: int, changes: dict[str, Any]) -> Answers:
+        """Generate with texts of about the same length together, and answer in their order."""
+        self._require(method, "seq2seq")
+        changes = {name: value for name, value in changes.items() if value is not None}
         known = {field.name for field in fields(GenerationConfig)}
         if strange := sorted(changes.keys() - known):
             raise UserError(f"{strange[0]}: no setting of generation. There are {', '.join(sorted(known))}")
-        stored = {name: value for name, value in self.facts.get("generation", {}).items() if name in known}
-        config = replace(GenerationConfig(**stored), **changes).check()
+        stored = {name: value for name, value in (self.metadata.generation or {}).items() if name in known}
+        config = replace(GenerationConfig(**stored), **changes)
         texts = _listed(texts)
-        order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
+        order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
 
         def answer(part: list[str]) -> Answers:
             batch, _ = encode_lines(part, self.tokenizer, self.max_length, masks=False)
-            return write(self.model, self.target_tokenizer, batch.to(self._device), config)
+            return generate_texts(self.model, self.target_tokenizer, batch.to(self._device), config)
 
-        found = self._answers([texts[place] for place in order], batch_size, answer)
-        return [found[place] for place in sorted(range(len(order)), key=order.__getitem__)]
+        found = dict(zip(order, self._answers([texts[index] for index in order], batch_size, answer), strict=True))
+        return [found[index] for index in range(len(texts))]
 
     def _answers(self, items: Sequence[Item], batch_size: int, answer: Callable[[list[Item]], Answers]) -> Answers:
         with torch.inference_mode():
@@ -221,16 +217,12 @@ class Pretrained:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    @cached_property
-    def _tags(self) -> BioDecoder:
+    def _decoder(self, method: str, task: str) -> BioDecoder:
+        self._require(method, task)
         try:
-            return BioDecoder(self.model.labels)  # type: ignore[arg-type]
+            return BioDecoder(self.model.labels)
         except ValueError as error:
-            raise UserError(f"{METHODS[self.task]}: {error}. Load a model with such labels") from None
-
-    @property
-    def _decoder(self) -> BioDecoder:
-        return self._tags.to(self._device)
+            raise UserError(f"{method}: {error}. Load a model with such labels") from None
 
 
 def load(path: str | Path) -> Pretrained:
@@ -242,41 +234,24 @@ def load(path: str | Path) -> Pretrained:
         UserError: The path is none of these, or is damaged.
     """
     path = expand(path, "path")
-    if (path / "config.json").is_file():
-        tokenizer = TextTokenizer.from_file(path)
-        stored = read_huggingface(path)
-        targets = TextTokenizer.from_file(path, TARGET) if (path / TARGET).is_dir() else None
-    else:
+    if not (path / "config.json").is_file():
         if (path / "checkpoints").is_dir():
-            path = _best_or_last(path)
+            run = Run(path)
+            path = best if (best := run.checkpoints / BEST).is_file() else run.find("last").path
         if not path.is_file():
             raise UserError(f"{path}: no run, checkpoint or Hugging Face folder. Give the path of one.")
-        checkpoint = checkpoints.load(path)
-        tokenizer = TextTokenizer.from_json(checkpoint["leanbert"]["tokenizer"], source=str(path))
-        stored = unpack(checkpoint, path)
-        text = checkpoint["leanbert"].get(TARGET)
-        targets = None if text is None else TextTokenizer.from_json(text, source=str(path))
-    if "target_vocab_size" not in stored.facts:
-        return Pretrained(rebuild(stored, tokenizer.vocab_size, path), tokenizer, stored.facts)
-    if targets is None:
+    stored, tokenizer = read_model(path), TextTokenizer.from_file(path)
+    if stored.metadata.target_vocab_size is None:
+        return Pretrained(rebuild(stored, tokenizer.vocab_size), tokenizer, stored.metadata)
+    if path.is_dir() and not (path / TARGET).is_dir():
         raise UserError(f"{path}: the decoder has tokens of its own, but there is no {TARGET} with them. Save it there")
-    model = rebuild(stored, tokenizer.vocab_size, path, targets.vocab_size)
-    return Pretrained(model, tokenizer, stored.facts, targets)
+    targets = TextTokenizer.from_file(path, TARGET)
+    return Pretrained(rebuild(stored, tokenizer.vocab_size, targets.vocab_size), tokenizer, stored.metadata, targets)
 
 
 def _special_ids(tokenizer: TextTokenizer) -> dict[str, int | None]:
     ids = {"pad_token_id": tokenizer.pad_id, "cls_token_id": tokenizer.cls_id, "sep_token_id": tokenizer.sep_id}
     return {name: index for name, index in ids.items() if index is not None}
-
-
-def _best_or_last(run: Path) -> Path:
-    best = run / "checkpoints" / checkpoints.BEST
-    if best.is_file():
-        return best
-    found = find_last(Run(run))
-    if isinstance(found, str):
-        raise UserError(f"{found}.")
-    return found.path
 
 
 def _listed(texts: Sequence[Item]) -> list[Item]:

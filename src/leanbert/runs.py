@@ -29,6 +29,10 @@ class Found(NamedTuple):
     checkpoint: dict[str, Any]
 
 
+class MissingCheckpointError(UserError):
+    """A run has no checkpoint such as is asked for."""
+
+
 class Run:
     """A run's folder. What it holds is known by looking, so that it may be moved; its lock ends with the process."""
 
@@ -84,24 +88,48 @@ class Run:
             steps[best] = -1 if step is None else step
         return sorted(steps, key=lambda path: (steps[path], path != best), reverse=True)
 
-    def newest(self, *, hold: bool = False) -> tuple[Found | None, list[Path]]:
-        """Return the newest checkpoint that training can go on from, and the newer ones that are damaged.
+    def find(self, which: str, *, hold: bool = False) -> Found:
+        """Return the checkpoint that `which` of `NAMES` means, and say which that is, and what was passed over.
 
-        `hold` keeps it where it is, though another process trains the run and deletes its older ones.
+        `last` and `auto` are the newest that is whole and that training can go on from. `hold` keeps it where it is,
+        though another process trains the run and deletes its older ones.
+
+        Raises:
+            MissingCheckpointError: There is none.
+            UserError: It is damaged, and is not `last`.
         """
-        damaged = []
+        if which not in ("last", "auto"):
+            return self._find_named(which)
+        damaged: list[str] = []
         for path in self.candidates():
             if hold and not path.is_dir() and not checkpoints.hold(path):
-                return self.newest(hold=True)  # it has gone since it was listed
+                return self.find(which, hold=True)  # it has gone since it was listed
             try:
                 checkpoint = checkpoints.load(path)
             except UserError:
-                damaged.append(path)
-                continue
+                checkpoint = {}
             if checkpoint.keys() >= set(TRAINING_STATE):
-                return Found(path, checkpoint), damaged
-            damaged.append(path)
-        return None, damaged
+                over = f"; passed over, damaged: {', '.join(damaged)}" if damaged else ""
+                say(f"last: {path}, step {checkpoint['global_step']:,}{over}")
+                return Found(path, checkpoint)
+            damaged.append(path.name)
+        if damaged:
+            names = ", ".join(damaged)
+            raise MissingCheckpointError(f"no usable checkpoint in {self.checkpoints} (damaged: {names}). Give a file")
+        raise MissingCheckpointError(f"{self.folder}, the newest run, has no checkpoint yet. Give a file")
+
+    def _find_named(self, which: str) -> Found:
+        path = self.checkpoints / {"best": BEST, "average": AVERAGE}[which]
+        if not path.is_file():
+            reason = (
+                "The run has not validated yet"
+                if which == "best"
+                else "It is written at the end of a run with checkpoint.average_last or average_best"
+            )
+            raise MissingCheckpointError(f"no {path}. {reason}: use last, or give a file")
+        found = Found(path, checkpoints.load(path))
+        say(f"{which}: {path}, step {found.checkpoint['global_step']:,}")
+        return found
 
     def finished_at(self, step: int) -> bool:
         """Return whether the summary says that this run has finished, at `step` or later."""
@@ -197,44 +225,12 @@ class TaskRuns:
     def _find(self, which: str, runs: list[Run], *, hold: bool = False) -> Found:
         if not runs:
             raise UserError(f"--ckpt_path {which}: no run below {self.folder}. Leave --ckpt_path out to start one.")
-        found = find_last(runs[-1], hold=hold) if which in ("last", "auto") else _find_named(runs[-1], which)
-        if isinstance(found, str):
-            raise UserError(f"--ckpt_path {which}: {found}{self._older(runs[:-1])}.")
-        return found
-
-    @staticmethod
-    def _older(runs: list[Run]) -> str:
-        for run in reversed(runs):
-            if candidates := run.candidates():
-                return f", such as {candidates[0]} of an older run"
-        return ""
-
-
-def find_last(run: Run, *, hold: bool = False) -> Found | str:
-    """Return the newest checkpoint of a run that is whole, and say what was passed over; or why there is none."""
-    found, damaged = run.newest(hold=hold)
-    names = ", ".join(path.name for path in damaged)
-    if found is not None:
-        over = f"; passed over, damaged: {names}" if damaged else ""
-        say(f"last: {found.path}, step {found.checkpoint['global_step']:,}{over}")
-        return found
-    if damaged:
-        return f"no usable checkpoint in {run.checkpoints} (damaged: {names}). Give a file"
-    return f"{run.folder}, the newest run, has no checkpoint yet. Give a file"
-
-
-def _find_named(run: Run, which: str) -> Found | str:
-    path = run.checkpoints / {"best": BEST, "average": AVERAGE}[which]
-    if not path.is_file():
-        reason = (
-            "The run has not validated yet"
-            if which == "best"
-            else "It is written at the end of a run with checkpoint.average_last or average_best"
-        )
-        return f"no {path}. {reason}: use last, or give a file"
-    found = Found(path, checkpoints.load(path))
-    say(f"{which}: {path}, step {found.checkpoint['global_step']:,}")
-    return found
+        try:
+            return runs[-1].find(which, hold=hold)
+        except MissingCheckpointError as error:
+            older = next((paths[0] for run in reversed(runs[:-1]) if (paths := run.candidates())), None)
+            such = "" if older is None else f", such as {older} of an older run"
+            raise UserError(f"--ckpt_path {which}: {error}{such}.") from None
 
 
 @contextmanager

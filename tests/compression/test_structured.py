@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from leanbert.compression.structured import (
     Importance,
-    apply_at_build,
     head_importance,
     neuron_importance,
     prune_structured,
@@ -154,7 +153,7 @@ def test_half_of_base_has_the_parameters_and_flops_of_arithmetic(preset):
         ids = torch.zeros(2, 128, dtype=torch.int64)
         inner, bias, matrices = model.config.intermediate_size, model.config.bias, 3 if model.config.gated else 2
         before, flops = model.num_parameters, count_flops(model, ids)
-        apply_at_build(model, 0.5, 0.5)
+        prune_structured(model, *sizes_kept(model.config, 0.5, 0.5))
         fewer = flops - count_flops(model, ids)
     heads = 6 * 64 * (4 * 768 + 3 * bias)
     neurons = inner // 2 * (matrices * 768 + (matrices - 1) * bias)
@@ -175,7 +174,7 @@ def count_flops(model, ids):
 def test_training_keeps_less_for_the_backward_pass():
     model, batch = model_of("modern", torch.float32), unequal_batch()
     before = saved_bytes(model, batch)
-    apply_at_build(model, 0.5, 0.5)
+    prune_structured(model, *sizes_kept(model.config, 0.5, 0.5))
     tokens, removed = batch.inputs.input_ids.numel(), before - saved_bytes(model, batch)
     # of each neuron that left: both halves, the activated half and the product, of each block
     assert removed >= 2 * tokens * 24 * 4 * 4
@@ -319,7 +318,7 @@ def test_encoder_decoder_and_cross_attention_shrink_alike(settings):
                     attention.output.weight[:, SIZE : 3 * SIZE] = 0.0
             block.feed_forward.output.weight[:, 5:29] = 0.0
     before = seq2seq_logits(model, batch)
-    config = apply_at_build(model, 0.5, 0.5)
+    config = prune_structured(model, *sizes_kept(model.config, 0.5, 0.5))
     assert (config.num_heads, config.head_size, config.intermediate_size) == (2, SIZE, 24)
     assert model.config is model.encoder.config is model.decoder.config
     assert (seq2seq_logits(model, batch) - before).abs().max() <= 1e-12
@@ -349,9 +348,9 @@ def test_taylor_importance_has_a_row_for_each_attention():
 
 def test_a_pruned_translation_model_leaves_with_equal_logits(tmp_path):
     model, batch = seq2seq_of({"preset": "bert"}), packed_batch()
-    apply_at_build(model, 0.5, 0.5)
+    prune_structured(model, *sizes_kept(model.config, 0.5, 0.5))
     write_huggingface(model, tmp_path)
-    again = rebuild(read_huggingface(tmp_path), 100, tmp_path).eval()
+    again = rebuild(read_huggingface(tmp_path), 100).eval()
     assert (again.config.num_heads, again.config.intermediate_size) == (HEADS, 24)
     difference = seq2seq_logits(again.double(), batch) - seq2seq_logits(model, batch)
     assert difference.abs().max() <= 1e-5

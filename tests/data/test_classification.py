@@ -8,6 +8,7 @@ from leanbert.data.batches.texts import encode_texts
 from leanbert.data.classification import ClassificationData
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
+from leanbert.models.stored import ModelMetadata
 
 RECORDS = [
     {"text": "good film", "label": "pos"},
@@ -94,26 +95,26 @@ def batch_of(data, part="val"):
 def test_the_labels_of_a_checkpoint_number_those_of_all_parts(tmp_path, labels):
     assert batch_of(data_of(tmp_path, max_length=24)).targets.tolist() == [[0, 1, 0]]
     data = data_of(tmp_path, max_length=24, setup=False)  # the caches are those of before
-    data.adopt({"labels": labels})
+    data.adopt(ModelMetadata("classification", labels=labels))
     data.setup("fit")
     assert data.labels == labels
     expected = [labels.index(label) for label in ("pos", "neg", "pos")]
     assert batch_of(data).targets.tolist() == [expected]
     assert sorted(batch_of(data, "train").targets.flatten().tolist()) == sorted(expected)
-    assert data.facts() == {"max_length": 24, "problem": "single", "labels": labels}
+    assert data.metadata("x") == ModelMetadata("x", max_length=24, problem="single", labels=labels)
 
 
 def test_several_labels_are_numbered_by_the_checkpoint_too(tmp_path):
     several = [{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": ["y"]}]
     data = data_of(tmp_path, several, problem="multi", max_length=24, setup=False)
-    data.adopt({"labels": ["z", "y", "x"], "problem": "multi"})
+    data.adopt(ModelMetadata("classification", labels=["z", "y", "x"], problem="multi"))
     data.setup("fit")
     assert batch_of(data).targets[0, :2].tolist() == [[0, 1, 1], [0, 1, 0]]
 
 
 def test_a_training_label_that_the_checkpoint_does_not_know_is_named(tmp_path):
     data = data_of(tmp_path, setup=False)
-    data.adopt({"labels": ["pos", "odd"]})
+    data.adopt(ModelMetadata("classification", labels=["pos", "odd"]))
     message = r"train\.jsonl:2: label 'neg' is not among the 2 of the model \(pos, odd\)"
     with pytest.raises(UserError, match=message):
         data.setup("fit")
@@ -121,7 +122,7 @@ def test_a_training_label_that_the_checkpoint_does_not_know_is_named(tmp_path):
 
 def test_settings_that_a_checkpoint_fixes_replace_others_with_a_line(tmp_path, capsys):
     data = data_of(tmp_path, max_length=24, problem="multi", setup=False)
-    data.adopt({"labels": ["pos", "neg"], "problem": "single", "max_length": 16})
+    data.adopt(ModelMetadata("classification", labels=["pos", "neg"], problem="single", max_length=16))
     assert (data.hparams["max_length"], data.problem) == (16, "single")
     assert capsys.readouterr().err.splitlines() == [
         "data.max_length: 16, as the model was trained, not 24",
@@ -131,12 +132,12 @@ def test_settings_that_a_checkpoint_fixes_replace_others_with_a_line(tmp_path, c
 
 def test_the_head_of_a_model_to_start_from_is_kept_where_it_knows_all_labels(tmp_path, capsys):
     data = data_of(tmp_path, setup=False)
-    data.start_from({"labels": ["odd", "neg", "pos"]})
+    data.start_from(ModelMetadata("classification", labels=["odd", "neg", "pos"]))
     data.setup("fit")
     assert data.labels == ["odd", "neg", "pos"]
     assert batch_of(data).targets.flatten().tolist()[:2] == [2, 1]
     data = data_of(tmp_path, setup=False)
-    data.start_from({"labels": ["odd", "pos"]})
+    data.start_from(ModelMetadata("classification", labels=["odd", "pos"]))
     data.setup("fit")
     assert data.labels == ["pos", "neg"]
     assert "model.init_from: does not know neg, so its output layer is made anew" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from leanbert.data.formats.corpora import Corpus, file_records
+from leanbert.data.formats.corpora import Corpus, records_of
 from leanbert.errors import UserError
 
 VARIANTS = 200
@@ -88,7 +88,7 @@ def read(path: Path, *wanted: str) -> list[Any] | None:
     try:
         if path.name.endswith((".txt", ".txt.gz")):
             return [piece.text for piece in Corpus((str(path),)).pieces()]
-        return [(int(re.split(":|, row ", place)[-1]), record) for place, record in file_records(path, wanted)]
+        return [(int(re.split(":|, row ", place)[-1]), record) for place, record in records_of(str(path), wanted)]
     except UserError as error:
         message = str(error)
     assert "\n" not in message

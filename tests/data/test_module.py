@@ -123,7 +123,7 @@ def _outcome(make: Callable[[], Any]) -> Any:
     except UserError as error:
         return str(error)
     found = [
-        [cache.facts, {c: [v.tolist() for v in cache.read(c, [range(cache.count)])[0]] for c in cache.dtypes}]
+        [cache.notes, {c: [v.tolist() for v in cache.read(c, [range(cache.count)])[0]] for c in cache.dtypes}]
         for cache in data.caches.values()
     ]
     return [found, [tokenizer.to_json() for tokenizer in data.tokenizers.values()]]

@@ -8,6 +8,7 @@ from leanbert.data.batches.batch import IGNORED
 from leanbert.data.batches.packing import pack_examples
 from leanbert.data.pairs import PairData
 from leanbert.errors import UserError
+from leanbert.models.stored import ModelMetadata
 
 RECORDS = [
     {"source": "a b", "target": "c"},
@@ -62,7 +63,7 @@ def test_two_files_are_read_line_by_line(tmp_path):
              for kind, name in (("", "x.en"), ("_target", "x.de.gz"))}  # fmt: skip
     pairs = list(PairData(**settings_of(tmp_path, **files)).pairs("val"))
     assert texts(pairs) == [("a b", "A"), ("c\x85d\u2028e", "B"), ("f", "C")]
-    assert [pair.place for pair in pairs] == [f"{tmp_path / 'x.en'}:{number}" for number in (1, 2, 3)]
+    assert [pair.where for pair in pairs] == [f"{tmp_path / 'x.en'}:{number}" for number in (1, 2, 3)]
     assert [pair.references for pair in pairs] == [["A"], ["B"], ["C"]]
 
 
@@ -133,7 +134,7 @@ def test_records_have_fields_of_any_name(tmp_path, suffix):
     pairs = list(data.pairs("train"))
     assert texts(pairs) == [('say "a", b', "A"), ("c", "B")]
     first = 1 if suffix == "jsonl" else 2
-    assert [pair.place for pair in pairs] == [f"{file}:{first}", f"{file}:{first + 1}"]
+    assert [pair.where for pair in pairs] == [f"{file}:{first}", f"{file}:{first + 1}"]
 
 
 @pytest.mark.parametrize(
@@ -233,8 +234,8 @@ def test_pairs_that_are_too_long_are_cut_counted_and_told(tmp_path, capsys):
     ]
     data = data_of(tmp_path, records, val_files=write(tmp_path / "val.jsonl", RECORDS), max_length=8)
     data.setup("fit")
-    assert data.caches["train"].facts == {"cut": 2}
-    assert data.caches["val"].facts == {"cut": 0}
+    assert data.caches["train"].notes.cut == 2
+    assert data.caches["val"].notes.cut == 0
     told = "2 examples were longer than data.max_length (8 tokens) and were cut"
     assert [line for line in capsys.readouterr().err.splitlines() if "were cut" in line] == [told]
     begin, end = data.tokenizer.cls_id, data.tokenizer.sep_id
@@ -246,6 +247,21 @@ def test_pairs_that_are_too_long_are_cut_counted_and_told(tmp_path, capsys):
     data_of(tmp_path, records, max_length=16, max_target_length=8).setup("fit")
     told = "2 examples were longer than data.max_length (16 tokens) or data.max_target_length (8 tokens) and were cut"
     assert capsys.readouterr().err.splitlines().count(told) == 2  # training and validation
+
+
+def test_lengths_are_the_models(tmp_path, capsys):
+    """A model that says its length and none of targets has one for both; one that says nothing leaves them be."""
+    for said, expected in (
+        ({}, (12, 9)),
+        ({"max_length": 10}, (10, 10)),
+        ({"max_length": 10, "max_target_length": 8}, (10, 8)),
+        ({"max_length": 12, "max_target_length": 9}, (12, 9)),
+    ):
+        data = data_of(tmp_path, max_target_length=9)
+        data.adopt(ModelMetadata("seq2seq", **said))
+        assert data.room == expected
+        replaced = capsys.readouterr().err.count("as the model was trained")
+        assert replaced == (expected[0] != 12) + (expected[1] != 9)
 
 
 def test_bad_lengths():

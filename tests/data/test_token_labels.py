@@ -8,6 +8,7 @@ from leanbert.data.batches.sentences import Sentence, encode_sentences
 from leanbert.data.token_labels import SemanticRoleData, TokenLabelData
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
+from leanbert.models.stored import ModelMetadata
 
 RECORDS = [
     {"tokens": ["The", "cook", "eats", "."], "predicate": 2, "labels": ["B-A0", "I-A0", "B-V", "O"]},
@@ -205,7 +206,7 @@ def test_a_checkpoint_numbers_the_tags_of_all_parts(tmp_path):
     labels = ["O", "B-V", "I-A1", "B-A1", "I-A0", "B-A0", "B-PRED"]
     first = role_data(tmp_path)
     data = role_data(tmp_path, setup=False)
-    data.adopt({"labels": labels, "mark": "tokens"})
+    data.adopt(ModelMetadata("srl", labels=labels, mark="tokens"))
     data.setup("fit")
     assert data.cache("val").folder == first.cache("val").folder
     for part in ("train", "val"):
@@ -215,11 +216,11 @@ def test_a_checkpoint_numbers_the_tags_of_all_parts(tmp_path):
         ]
         assert spelled[0] == spelled[1]
     data = role_data(tmp_path, setup=False)
-    data.adopt({"labels": labels[:-1]})
+    data.adopt(ModelMetadata("tagging", labels=labels[:-1]))
     with pytest.raises(UserError, match=r"train\.jsonl:\d: label 'B-PRED' is not among the 6 of the model \(O, B-V"):
         data.setup("fit")
     data = role_data(tmp_path, setup=False, mark="segments", find_predicates=False)
-    data.adopt({"labels": labels, "mark": "tokens", "find_predicates": True})
+    data.adopt(ModelMetadata("srl", labels=labels, mark="tokens", find_predicates=True))
     assert (data.mark, data.hparams["find_predicates"]) == ("tokens", True)
 
 

@@ -359,4 +359,4 @@ def test_top_continuations_are_those_of_a_sort(vocabulary, count):
 )
 def test_what_cannot_work_is_refused(settings, message):
     with pytest.raises(UserError, match=message):
-        GenerationConfig(**settings).check()
+        GenerationConfig(**settings)

@@ -35,7 +35,7 @@ def encoder(layers=3):  # each first dimension is divisible by 4, but for the 2 
 
 
 def settings(*callbacks, layers=3, optimizer="adamw", precision="32-true", batch_size=16) -> RunSettings:
-    task = MaskedLM(encoder(layers), OptimizerConfig(name=optimizer))
+    task = MaskedLM(encoder=encoder(layers), optimizer=OptimizerConfig(name=optimizer))
     data = MaskedLMData(vocab_size=VOCABULARY, max_length=32, batch_size=batch_size)
     return RunSettings(task, data, tuple(callbacks), precision, vocab_size=VOCABULARY)
 

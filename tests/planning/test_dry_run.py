@@ -110,7 +110,7 @@ def test_encoder_and_decoder_offload_nowhere(tmp_path):
     config = EncoderConfig(num_layers=2, hidden_size=32, num_heads=2)
     data = PairData(vocab_size=300, max_length=32, batch_size=8)
     data.tokenizer = SimpleNamespace(vocab_size=300, pad_id=0)
-    plain = RunSettings(Seq2Seq(config), data, (), "32-true")
+    plain = RunSettings(Seq2Seq(encoder=config), data, (), "32-true")
     stored = replace(plain, callbacks=(ActivationOffload(folder=str(tmp_path)),))
     activations = [dry_run(run, 8).step.by_category["activations"] for run in (stored, plain)]
     assert activations[0] < activations[1]

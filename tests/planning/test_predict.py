@@ -18,7 +18,9 @@ DEEP = {"num_layers": 9, "hidden_size": 32, "num_heads": 2}
 
 
 def settings(*names, rows=16, micro_batch=None, optimizer="adamw", encoder=None, precision="32-true", length=32):
-    task = MaskedLM(EncoderConfig(**{**DEEP, **(encoder or {})}), OptimizerConfig(name=optimizer, lr=1e-3))
+    task = MaskedLM(
+        encoder=EncoderConfig(**{**DEEP, **(encoder or {})}), optimizer=OptimizerConfig(name=optimizer, lr=1e-3)
+    )
     plain = RunSettings(task, MaskedLMData(vocab_size=300, max_length=length, batch_size=rows), (), precision)
     return overlays.apply(plain, overlays.merge([overlays.read(name, micro_batch) for name in names]))
 

@@ -47,7 +47,7 @@ class Clock:
 
 def settings(*callbacks, precision="32-true", rows=8, **changes):
     data = MaskedLMData(vocab_size=300, max_length=16, batch_size=rows, val_batch_size=4)
-    return RunSettings(MaskedLM(tiny_config(**changes)), data, callbacks, precision)
+    return RunSettings(MaskedLM(encoder=tiny_config(**changes)), data, callbacks, precision)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import torch
 
 from leanbert.errors import UserError
 from leanbert.models.config import EncoderConfig
-from leanbert.models.stored import Stored
+from leanbert.models.stored import ModelMetadata, Stored
 from leanbert.pretrained.build import build_model, load_weights, rebuild
 from tests.tiny import whole_rows
 
@@ -162,8 +162,8 @@ def test_missing_and_unexpected_weights_are_named():
 
 
 def test_checkpoints_of_unknown_tasks_or_without_labels_are_refused(tmp_path):
-    config = EncoderConfig(**SIZES).resolved().with_vocabulary(99)
+    config = EncoderConfig(**SIZES, vocab_size=99).resolved()
     reasons = {"parsing": "task 'parsing', which is unknown", "tagging": "task tagging without its labels"}
     for task, message in reasons.items():
         with pytest.raises(UserError, match=f"^a model of {message}"):
-            rebuild(Stored(config, {}, task, {}), 99, tmp_path)
+            rebuild(Stored(config, ModelMetadata(task), tmp_path, dict), 99)

@@ -19,6 +19,7 @@ from leanbert.cli.app import CLI, quiet_libraries
 from leanbert.data.samples.synthetic import synthetic_roles
 from leanbert.data.token_labels import SemanticRoleData, TokenLabelData
 from leanbert.errors import UserError
+from leanbert.tasks import classification
 from leanbert.tasks.classification import TextClassification, multilabel_scores
 from leanbert.tasks.labelling import Labelling
 from leanbert.tasks.tagging import (
@@ -245,7 +246,7 @@ def test_a_rank_without_sentences_or_texts_evaluates_too(tmp_path, monkeypatch, 
     texts_task.model = SimpleNamespace(labels=["x", "y"])
     texts_task.problem = "single"
     here = (torch.tensor([0, 1]), torch.tensor([0, 0]))  # of the other rank
-    monkeypatch.setattr(texts_task, "gather_over_ranks", lambda kept: [*kept, here])
+    monkeypatch.setattr(classification, "over_ranks", lambda kept: [*kept, here])
     assert texts_task.evaluate("val", [])["accuracy"] == 0.5
     assert not recwarn.list
 

@@ -202,7 +202,7 @@ def test_bad_settings(settings, message):
 def test_a_run_goes_on_with_the_same_decoder_only(own, there, message):
     encoder = EncoderConfig(num_layers=3, hidden_size=32, num_heads=2)
     stored = {"task": "seq2seq", "encoder": asdict(encoder.resolved()), "model": there}
-    task = Seq2Seq(encoder, **own)
+    task = Seq2Seq(encoder=encoder, **own)
     if message is None:
         task.check_resumable(stored)
     else:

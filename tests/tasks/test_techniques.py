@@ -165,7 +165,7 @@ def test_techniques_are_applied_to_the_model(tmp_path):
 def test_a_technique_of_ones_own_is_refused_and_applied_like_ours():
     own = Technique(
         "mine", exact=False, lowers="nothing", costs="nothing",
-        conflicts=lambda techniques, around: [(techniques.keep != "all", "Mine: not with this. Leave it out.")],
+        conflicts=lambda techniques, around: ["Mine: not with this. Leave it out."] * (techniques.keep != "all"),
         apply=lambda model, techniques: setattr(model, "mine", techniques.head_chunk),
     )  # fmt: skip
     model = tiny_model()

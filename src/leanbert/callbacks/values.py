@@ -1,12 +1,30 @@
-"""Values of a run for its loggers."""
+"""What callbacks ask of a run, and values for its loggers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+
+from leanbert.data.module import RowData
+from leanbert.tasks.base import Task
+
+
+def task_of(module: LightningModule) -> Task:
+    """Return the module, which is a task in every run of ours."""
+    return module  # type: ignore[return-value]
+
+
+def data_of(trainer: Trainer) -> RowData:
+    """Return the data module of a run."""
+    return trainer.datamodule  # type: ignore[attr-defined]
+
+
+def rows_per_device(trainer: Trainer) -> int:
+    """Return the sequences of a step on each device."""
+    return int(data_of(trainer).hparams["batch_size"]) // trainer.world_size
 
 
 def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:

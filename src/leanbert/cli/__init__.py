@@ -7,9 +7,6 @@ import os
 import sys
 
 from leanbert import signals
-from leanbert.cli import deferred
-from leanbert.cli.ending import one_line_errors
-from leanbert.cli.help import answer
 
 
 def main() -> None:
@@ -17,6 +14,10 @@ def main() -> None:
     signals.install()
     signals.watch()
     prepare_streams()
+    from leanbert.cli import deferred
+    from leanbert.cli.ending import one_line_errors
+    from leanbert.cli.help import answer
+
     with one_line_errors():
         if answer(sys.argv[1:]):
             return

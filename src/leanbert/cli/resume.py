@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from leanbert import checkpoints
 from leanbert.cli.help import program_name
+from leanbert.data.module import RowData
 from leanbert.errors import UserError
 from leanbert.messages import leads
-from leanbert.models.config import EncoderConfig
-from leanbert.pretrained.build import read_architecture, starting_config
+from leanbert.pretrained.build import read_model, starting_config
+from leanbert.pretrained.weights import unpack
 from leanbert.runs import NAMES, Found, Run, TaskRuns
+from leanbert.tasks.base import Task
 
 
 class Start:
@@ -50,43 +51,42 @@ class Start:
                 "Use last, or start a new run from it with --model.init_from."
             )
 
-    def hand_over(self, model: Any, data: Any, *, resumes: bool, shrinks: bool) -> None:
+    def hand_over(self, model: Task, data: RowData, *, resumes: bool, shrinks: bool) -> None:
         """Give model and data what the checkpoint fixes.
 
         A run `resumes` where its training goes on; `shrinks`: the model is pruned while it is trained.
         """
         assert self.checkpoint is not None
-        stored = self.checkpoint["leanbert"]
-        data.take_tokenizers(self.path, stored, resumes=resumes)
-        data.adopt({"max_length": stored["max_length"], **stored.get("data", {})})
+        path = str(self.path)
+        stored = unpack(self.checkpoint, Path(path))
+        data.take_tokenizers(path, self.checkpoint["leanbert"], resumes=resumes)
+        data.adopt(stored.metadata)
         if resumes and model.init_from is None:
-            model.shrinks = shrinks
-            model.resume_from(stored)  # before anything in the run's folder is touched
+            model.resume_from(stored, shrinks=shrinks)  # before anything in the run's folder is touched
         else:
-            model.encoder_config = EncoderConfig(**stored["encoder"])
-            model.adopt(stored.get("model", {}))
+            model.encoder_config = stored.config
+            model.adopt(stored.metadata)
         model.init_from = None
         self.step = self.checkpoint["global_step"]
         self.checkpoint = None  # Lightning has it
 
 
-def adopt_start(model: Any, data: Any, subcommand: str) -> None:
-    """Take architecture, labels and the like from `model.init_from`, used as it is or where training starts.
+def adopt_start(model: Task, data: RowData, source: str, subcommand: str) -> None:
+    """Take architecture, labels and the like from `source`, a model that is used as it is or where training starts.
 
     Raises UserError where it has learnt another task than the one that shall answer.
     """
-    stored = read_architecture(Path(model.init_from))
+    stored = read_model(source)
+    metadata = stored.metadata
     trains = subcommand in ("fit", "prepare", "plan")
-    if subcommand != "fit":  # which reads it with the weights
-        config = starting_config(model.encoder_config, stored)
-        model.encoder_config = EncoderConfig(**asdict(config))
-    if stored.task == model.name:
-        (data.start_from if trains else data.adopt)(stored.facts)
-        if subcommand != "fit":
-            model.adopt(stored.facts)
+    model.encoder_config = starting_config(model.encoder_config, stored)
+    if metadata.task == model.name:
+        (data.start_from if trains else data.adopt)(metadata)
+        if subcommand != "fit":  # which refuses another decoder than is set
+            model.adopt(metadata)
     elif subcommand == "predict":
         raise UserError(
-            f"model.init_from: a model of task {stored.task}, which has nothing of {model.name} learnt. "
+            f"model.init_from: a model of task {metadata.task}, which has nothing of {model.name} learnt. "
             "Give a trained one, or --ckpt_path."
         )
 

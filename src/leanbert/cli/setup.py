@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ from leanbert.data.workers import available_cpus
 from leanbert.errors import UserError
 from leanbert.memory.allocator import keep_freed_pages, return_freed_pages
 from leanbert.memory.precision import default_precision
-from leanbert.pretrained.build import read_architecture
+from leanbert.pretrained.build import read_model
 from leanbert.runs import TaskRuns
 from leanbert.settings import (
     Parser,
@@ -65,29 +64,26 @@ class Setup(LightningCLI):
         self.planned_devices = 1
         self.plan_report: PlanReport | None = None
         try:
-            self._run_command()
+            super().__init__(
+                trainer_class=Trainer,
+                datamodule_class=LightningDataModule,
+                subclass_mode_data=True,
+                args=in_arguments(complete(find_shipped(arguments))),
+                seed_everything_default=0,
+                save_config_callback=ConfigFile,
+                parser_class=Parser,
+                parser_kwargs={"description": "LeanBERT trains BERT encoders inside a device-memory budget."},
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                trainer_defaults={
+                    "default_root_dir": "runs",
+                    "use_distributed_sampler": False,  # ranks take their share of a stream, see MaskedLMData
+                    "num_sanity_val_steps": 0,  # validation before step 1 is the check
+                },
+            )
         finally:
             if self.start.run is not None:
                 self.start.run.release()
-
-    def _run_command(self) -> None:
-        super().__init__(
-            trainer_class=Trainer,
-            datamodule_class=LightningDataModule,
-            subclass_mode_data=True,
-            args=in_arguments(complete(find_shipped(self.arguments))),
-            seed_everything_default=0,
-            save_config_callback=ConfigFile,
-            parser_class=Parser,
-            parser_kwargs={"description": "LeanBERT trains BERT encoders inside a device-memory budget."},
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            trainer_defaults={
-                "default_root_dir": "runs",
-                "use_distributed_sampler": False,  # ranks take their share of a stream, see MaskedLMData
-                "num_sanity_val_steps": 0,  # validation before step 1 is the check
-            },
-        )
 
     # ---- parsers
 
@@ -203,7 +199,7 @@ class Setup(LightningCLI):
         if self.start.checkpoint is not None:
             self.start.hand_over(self.model, self.datamodule, resumes=self.subcommand == "fit", shrinks=shrinks)
         elif self.model.init_from is not None:
-            adopt_start(self.model, self.datamodule, str(self.subcommand))
+            adopt_start(self.model, self.datamodule, self.model.init_from, str(self.subcommand))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return the trainer with the callbacks that every run has, its run folder and its checkpoint files."""
@@ -243,5 +239,5 @@ def _take_tokenizers(data: Any, source: str | None) -> None:
     if data["tokenizer"] is None:
         data["tokenizer"] = source
     may_have_own = source is not None and data.get("target_tokenizer", "") in (None, TRAIN)
-    if may_have_own and "target_vocab_size" in read_architecture(Path(str(source))).facts:
+    if may_have_own and read_model(str(source)).metadata.target_vocab_size is not None:
         data["target_tokenizer"] = source

@@ -107,28 +107,19 @@ def _weight_times_gradient(layer: nn.Linear) -> Tensor:
     return (layer.weight.float() * layer.weight.grad.float()).sum(dim=0)
 
 
-def sizes_kept(config: ResolvedConfig, share_heads: float, share_neurons: float) -> tuple[int, int]:
-    """Return the heads and neurons that stay in each block when these shares leave; at least one of each.
+def sizes_kept(config: ResolvedConfig, fraction_heads: float, fraction_neurons: float) -> tuple[int, int]:
+    """Return the heads and neurons that stay in each block when these fractions leave; at least one of each.
 
-    Raises `UserError` if the shares are too small to remove anything.
+    Raises `UserError` if the fractions are too small to remove anything.
     """
-    heads = max(1, config.num_heads - round(share_heads * config.num_heads))
-    neurons = max(1, config.intermediate_size - round(share_neurons * config.intermediate_size))
+    heads = max(1, config.num_heads - round(fraction_heads * config.num_heads))
+    neurons = max(1, config.intermediate_size - round(fraction_neurons * config.intermediate_size))
     if (heads, neurons) == (config.num_heads, config.intermediate_size):
         raise UserError(
-            f"StructuredPruning.heads: {share_heads} of {heads} heads and {share_neurons} of {neurons} neurons is less "
-            "than one. Give larger shares."
+            f"StructuredPruning.heads: {fraction_heads} of {heads} heads and {fraction_neurons} of {neurons} neurons "
+            "is less than one. Give larger shares."
         )
     return heads, neurons
-
-
-def apply_at_build(model: EncoderModel, share_heads: float, share_neurons: float) -> ResolvedConfig:
-    """Remove these shares of heads and neurons, the least important by their weights, from a model without optimizer.
-
-    Call it after the weights were loaded and before blocks are compiled. Returns the new configuration, which the
-    model has too. Raises `UserError` if nothing would be removed.
-    """
-    return prune_structured(model, *sizes_kept(model.config, share_heads, share_neurons))
 
 
 @torch.no_grad()
@@ -139,9 +130,7 @@ def prune_structured(
     importance: Importance | None = None,
     optimizer: Optimizer | None = None,
 ) -> ResolvedConfig:
-    """Shrink each attention to `heads_kept` heads and each feed-forward to `neurons_kept` neurons, in place.
-
-    Those of highest importance stay.
+    """Shrink each attention to its `heads_kept` most important heads, each feed-forward to `neurons_kept` neurons.
 
     Parameters stay the same objects with smaller tensors, so that optimizers and hooks keep them. Call it between
     two steps. Nothing is read back from a tensor: it also shrinks a model on the meta device, or one whose weights
@@ -162,7 +151,7 @@ def prune_structured(
         UserError: The model has fewer heads or neurons than are to stay, or none are.
 
     """
-    config: Any = model.config
+    config = model.config
     for setting, kept, size in (
         ("heads_kept", heads_kept, config.num_heads),
         ("neurons_kept", neurons_kept, config.intermediate_size),
@@ -170,14 +159,13 @@ def prune_structured(
         if not 1 <= kept <= size:
             raise UserError(f"{setting}: {kept} of {size} cannot stay. Give 1 to {size}.")
     scores = importance or weight_importance(model)
-    afresh = 0
+    cuts: list[Cut] = []
     for attention, heads in zip(_attentions(model), scores.heads, strict=True):
-        for cut in _cuts_of_heads(attention, _highest(heads, heads_kept)):
-            afresh += _apply(cut, optimizer)
+        cuts += _cuts_of_heads(attention, _highest(heads, heads_kept))
         attention.num_heads = heads_kept
     for feed_forward, neurons in zip(_feed_forwards(model), scores.neurons, strict=True):
-        for cut in _cuts_of_neurons(feed_forward, _highest(neurons, neurons_kept)):
-            afresh += _apply(cut, optimizer)
+        cuts += _cuts_of_neurons(feed_forward, _highest(neurons, neurons_kept))
+    afresh = sum(_cut(cut, optimizer) for cut in cuts)
     if afresh:
         log.warning("The optimizer's state of %d pruned parameters is quantized: it starts afresh", afresh)
     model.config = replace(config, num_heads=heads_kept, intermediate_size=neurons_kept)
@@ -227,7 +215,7 @@ def _spread(starts: Tensor, places: Tensor) -> Tensor:
     return (starts[:, None] + places).flatten()
 
 
-def _apply(cut: Cut, optimizer: Optimizer | None) -> int:
+def _cut(cut: Cut, optimizer: Optimizer | None) -> int:
     """Cut a layer's weight, and its bias with rows; return how many parameters lost the optimizer's state."""
     layer, dim, kept = cut
     if dim == 0:

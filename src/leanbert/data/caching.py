@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leanbert.data.store.cache import cache_folder, made_once
-from leanbert.data.store.checksums import digest_of
-from leanbert.data.store.corpus_digest import corpus_digest
+from leanbert.data.store.checksums import corpus_digest, digest_of
 from leanbert.data.store.examples import ExampleCache, build_examples
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 
@@ -30,10 +29,9 @@ def trained_tokenizer(
     key = [TRAINING_FORMAT, version("tokenizers"), _reading(data, "train"), *which, chosen]
     folder = cache_folder(data.hparams["cache_dir"]) / "tokenizers" / digest_of(key)
 
-    def make(building: Path) -> dict[str, Any]:
+    def make(building: Path) -> None:
         text = TextTokenizer.train(texts, **chosen).to_json()
         (building / "tokenizer.json").write_text(text, encoding="utf-8", newline="\n")
-        return {}
 
     made_once(folder, make)
     return TextTokenizer.from_file(folder / "tokenizer.json")
@@ -49,7 +47,7 @@ def examples_of(data: RowData, part: Part) -> ExampleCache:
         [_reading(data, part), tokenizers, shape],
         {**dtypes, **data.other_columns},
         sizes,
-        lambda facts: data.encode(part, facts),
+        lambda notes: data.encode(part, notes),
         cache_folder(data.hparams["cache_dir"]),
         f"data.{part}_files: {data.nothing}",
     )

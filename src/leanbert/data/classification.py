@@ -27,10 +27,10 @@ class TextReader:
 
     def read(self, files: list[str], low: float, high: float) -> Iterator[tuple[str, list[str], Any]]:
         """Yield ("file:line", texts, label or labels as written) of the texts that hash to [low, high)."""
-        for place, record in read_records(files, "data.train_files", (self.label,), self.fields):
-            texts = [text_of(place, record, field) for field in self.fields]
+        for where, record in read_records(files, "data.train_files", (self.label,), self.fields):
+            texts = [text_of(where, record, field) for field in self.fields]
             if low <= document_hash("\t".join(texts)) < high:
-                yield place, texts, record[self.label]
+                yield where, texts, record[self.label]
 
     def texts(self, examples: Iterator[tuple[str, list[str], Any]]) -> Iterator[str]:
         """Yield both texts of each example."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
@@ -14,10 +15,11 @@ from leanbert.data.batches.loading import ENCODED_TOGETHER, Make, in_batches
 from leanbert.data.labels import Numbering, Problem
 from leanbert.data.module import RowData
 from leanbert.data.settings import Part, TooLong, must_be_cut
-from leanbert.data.store.examples import Example, ExampleCache
+from leanbert.data.store.examples import Example, ExampleCache, Notes
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.messages import say
+from leanbert.models.stored import ModelMetadata
 
 NAMED_IN_ERRORS = 8
 """Labels that a message lists, at most."""
@@ -87,7 +89,7 @@ class LabelledData(RowData):
         raise NotImplementedError
 
     def numbering(self, part: Part) -> Numbering:
-        """Return what reads and numbers the labels of a part: by default, one that is given for each place."""
+        """Return what reads and numbers the labels of a part: here those that are lists of names."""
         return Numbering()
 
     # ---- examples
@@ -119,58 +121,56 @@ class LabelledData(RowData):
         """Return inputs as a batch, and how many of them were cut."""
         return self.reader.batch(inputs, self.tokenizer, self.hparams["max_length"])
 
-    def encode(self, part: Part, facts: dict[str, Any]) -> Iterator[Example]:
-        """Yield the examples; `facts` get "labels", and how many examples ("cut") and words ("cut_words") were cut."""
+    def encode(self, part: Part, notes: Notes) -> Iterator[Example]:
+        """Yield the examples, and note their labels, and how many examples and words were cut."""
         numbering, length = self.numbering(part), self.hparams["max_length"]
-        facts["cut"] = facts["cut_words"] = 0
         for batch in in_batches(self.read(part), ENCODED_TOGETHER):
             encoded = self.reader.encode([example for _, example, _ in batch], self.tokenizer, length)
-            for (place, _, labels), (ids, segments, index, needed) in zip(batch, encoded, strict=True):
-                facts["cut"] += must_be_cut(self.hparams, place, needed, length)
+            for (where, _, labels), (ids, segments, index, needed) in zip(batch, encoded, strict=True):
+                notes.cut += must_be_cut(self.hparams, where, needed, length)
                 cut = []
                 if self.of_words:  # labels are of words
                     labels, cut = labels[: len(index)], labels[len(index) :]
-                facts["cut_words"] += len(cut)
+                notes.cut_words += len(cut)
                 yield {
-                    "ids": ids, "segments": segments, "index": index, "targets": numbering.targets(place, labels),
-                    "cut": numbering.targets(place, cut) if cut and part != "train" else [],  # not learnt
+                    "ids": ids, "segments": segments, "index": index, "targets": numbering.targets(where, labels),
+                    "cut": numbering.targets(where, cut) if cut and part != "train" else [],  # not learnt
                 }  # fmt: skip
-        facts["labels"] = numbering.labels
+        notes.labels = numbering.labels
 
     # ---- the labels
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self, task: str) -> ModelMetadata:
         """Return the labels besides."""
-        return {**super().facts(), "labels": self.labels}
+        return replace(super().metadata(task), labels=self.labels)
 
-    def adopt(self, facts: Mapping[str, Any]) -> None:
+    def adopt(self, metadata: ModelMetadata) -> None:
         """Take over the labels of a checkpoint besides."""
-        super().adopt(facts)
-        self.labels, self._known_by = list(facts["labels"]), "the model"
+        super().adopt(metadata)
+        self.labels, self._known_by = metadata.labels or [], "the model"
 
-    def start_from(self, facts: Mapping[str, Any]) -> None:
+    def start_from(self, metadata: ModelMetadata) -> None:
         """Number labels as the model does that training starts from, if it knows them all, and so keep its head."""
-        if facts.get("problem", "single") == self.problem:
-            self._start = list(facts["labels"])
+        if (metadata.problem or "single") == self.problem:
+            self._start = metadata.labels or []
 
     def names(self, part: Part) -> list[str]:
         """Return the labels, and after them those that only a part for evaluation has."""
         return [*self.labels, *self._unknown(self.cache(part))]
 
-    def named(self, place: str, label: int | str) -> str:
+    def named(self, where: str, label: int | str) -> str:
         """Return the name of a label that may be written as a number.
 
-        Raises:
-            UserError: It is not among `data.label_names`, or no UTF-8 can spell it. Names the `place`.
+        Raises UserError: it is not among `data.label_names`, or no UTF-8 can spell it. Names the `where`.
         """
         names = self.hparams["label_names"]
         if not str(label).isascii() and str(label) != str(label).encode(errors="replace").decode():
-            raise UserError(f"{place}: label {label!a} holds half a character. Write whole ones")
+            raise UserError(f"{where}: label {label!a} holds half a character. Write whole ones")
         if names is None or label in names:
             return str(label)
         if not str(label).isdecimal() or int(label) >= len(names):
             raise UserError(
-                f"{place}: label {label!r} is neither a name nor a number of the {len(names)} of data.label_names "
+                f"{where}: label {label!r} is neither a name nor a number of the {len(names)} of data.label_names "
                 f"({listed(names)}). Correct it, or complete the names"
             )
         return names[int(label)]
@@ -184,11 +184,10 @@ class LabelledData(RowData):
     def check(self, part: Part, cache: ExampleCache) -> None:
         """Choose the labels of a new run; say what was cut, and what that does to the score."""
         super().check(part, cache)
-        if part != "train" and cache.facts["cut_words"]:
-            words = cache.facts["cut_words"]
-            say(f"data.{part}_files: {words:,} words of them are not read: their spans count as missed")
+        if part != "train" and cache.notes.cut_words:
+            say(f"data.{part}_files: {cache.notes.cut_words:,} words of them are not read: their spans count as missed")
         if not self.labels:
-            self.labels = self._choose(cache.facts["labels"])
+            self.labels = self._choose(cache.notes.labels)
         self._check_labels(part, cache)
 
     def _choose(self, found: list[str]) -> list[str]:
@@ -207,22 +206,22 @@ class LabelledData(RowData):
 
     def _unknown(self, cache: ExampleCache) -> list[str]:
         known = set(self.labels)
-        return [label for label in cache.facts["labels"] if label not in known]
+        return [label for label in cache.notes.labels if label not in known]
 
     def _check_labels(self, part: Part, cache: ExampleCache) -> None:
         """Raise UserError for labels that the model does not have, or name those that only evaluation has."""
         files = f"data.{part}_files"
         if self.problem == "regression":
-            here, there = len(cache.facts["labels"]), len(self.labels)
+            here, there = len(cache.notes.labels), len(self.labels)
             if here != there:
                 raise UserError(f"{files}: examples have {here} numbers, {self._known_by} {there}. Give {there}")
         elif unknown := self._unknown(cache):
             if part == "train" or not self.of_words:
                 numbering = self.numbering(part)
                 places = (p for p, _, labels in self.read(part) if unknown[0] in numbering.read(p, labels))
-                place = next(places, files)
+                where = next(places, files)
                 raise UserError(
-                    f"{place}: label {unknown[0]!r} is not among the {len(self.labels)} of {self._known_by} "
+                    f"{where}: label {unknown[0]!r} is not among the {len(self.labels)} of {self._known_by} "
                     f"({listed(self.labels)}). Correct it, or train a new model with it"
                 )
             say(f"{files}: {listed(unknown)} not among the labels of {self._known_by}: count as missed")
@@ -238,7 +237,7 @@ class LabelledData(RowData):
     def batches_of(self, part: Part, training: bool) -> Make:
         """Return what makes batches of a part, with the model's numbers of the labels."""
         cache, number = self.cache(part), {label: number for number, label in enumerate(self.names(part))}
-        numbers = [] if self.problem == "regression" else [number[label] for label in cache.facts["labels"]]
+        numbers = [] if self.problem == "regression" else [number[label] for label in cache.notes.labels]
         return partial(labelled_batch, cache, self.packing(part), self.shape, np.asarray(numbers, dtype=np.int64))
 
     def blank_batch(self, rows: int, *, validation: bool = False) -> LabelledBatch:

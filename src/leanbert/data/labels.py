@@ -11,9 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from leanbert.errors import UserError
-
-Problem = Literal["single", "multi", "regression"]
-"""One label of several, any number of them, or numbers."""
+from leanbert.models.stored import Problem
 
 Form = Literal["names", "yes or no for each label"]
 """How several labels are written: those that are given, or of each label whether it is."""
@@ -39,13 +37,13 @@ class Numbering:
         """Names of all labels so far."""
         return list(self._numbers)
 
-    def read(self, place: str, value: Any) -> list[str]:
+    def read(self, where: str, value: Any) -> list[str]:
         """Return the names of labels that are given."""
         return list(value)
 
-    def targets(self, place: str, value: Any) -> list[float]:
+    def targets(self, where: str, value: Any) -> list[float]:
         """Return the numbers of labels that are given."""
-        return [self._numbers.setdefault(name, len(self._numbers)) for name in self.read(place, value)]
+        return [self._numbers.setdefault(name, len(self._numbers)) for name in self.read(where, value)]
 
 
 class LabelReader(Numbering):
@@ -54,7 +52,7 @@ class LabelReader(Numbering):
     Args:
         problem: What kind of labels there are.
         field: Their field, which errors name.
-        named: Gives the name of a label, with a place for its errors.
+        named: Gives the name of a label, with where it stands, for its errors.
         names: Names of the labels where each example says yes or no to all; None: their numbers.
         values: Yields the values of all examples: what [0, 1] means may depend on others.
 
@@ -75,78 +73,78 @@ class LabelReader(Numbering):
         """Names of all labels so far; of numbers the field's, as often as an example has some."""
         return [self.field] * self._length if self.problem == "regression" else super().labels
 
-    def targets(self, place: str, value: Any) -> list[float]:
+    def targets(self, where: str, value: Any) -> list[float]:
         """Return the numbers of the labels of an example, or the numbers that are its labels."""
-        return self._values(place, value) if self.problem == "regression" else super().targets(place, value)
+        return self._values(where, value) if self.problem == "regression" else super().targets(where, value)
 
-    def read(self, place: str, value: Any) -> list[str]:
-        """Return the names of the labels of an example. Raises UserError, naming the `place`, if it has none."""
-        return self._several(place, value) if self.problem == "multi" else [self._one(place, value)]
+    def read(self, where: str, value: Any) -> list[str]:
+        """Return the names of the labels of an example. Raises UserError, naming the `where`, if it has none."""
+        return self._several(where, value) if self.problem == "multi" else [self._one(where, value)]
 
-    def _one(self, place: str, value: Any) -> str:
+    def _one(self, where: str, value: Any) -> str:
         number = isinstance(value, float)
         listed = isinstance(value, list | dict) or (isinstance(value, str) and parse_list(value) is not None)
         if listed or value is None or not str(value).strip() or (number and not math.isfinite(value)):
-            raise self._error(place, value, "no single label. Correct it, or set data.problem")
-        first_place, first = self._first = self._first or (place, value)
+            raise self._error(where, value, "no single label. Correct it, or set data.problem")
+        first_place, first = self._first = self._first or (where, value)
         if isinstance(value, bool) != isinstance(first, bool):  # else true and 1 would be two labels
-            raise self._error(place, value, f"where {first_place} has {first!r}. Write all in one form")
+            raise self._error(where, value, f"where {first_place} has {first!r}. Write all in one form")
         # a table of numbers in which one was missing comes as 1.0, 2.0
-        return self.named(place, int(value) if number and value.is_integer() else str(value).strip())
+        return self.named(where, int(value) if number and value.is_integer() else str(value).strip())
 
-    def _several(self, place: str, value: Any) -> list[str]:
-        items = self._items(place, value)
+    def _several(self, where: str, value: Any) -> list[str]:
+        items = self._items(where, value)
         form = certain_form(items)
         self._form = self._form or form or self._form_of_others()
         if items and self._form is None:
-            raise self._error(place, value, f"which may be two labels or a yes and a no. Write {FORMS}")
+            raise self._error(where, value, f"which may be two labels or a yes and a no. Write {FORMS}")
         if self._form == "names":
             if form not in (None, "names"):
-                raise self._error(place, value, "a yes or no for each label, where others have names. Use one form")
-            return [self.named(place, item) for item in items]
-        return self._given(place, value, items) if self._form else []
+                raise self._error(where, value, "a yes or no for each label, where others have names. Use one form")
+            return [self.named(where, item) for item in items]
+        return self._given(where, value, items) if self._form else []
 
-    def _given(self, place: str, value: Any, items: list[Any]) -> list[str]:
+    def _given(self, where: str, value: Any, items: list[Any]) -> list[str]:
         """Return the labels of which an example says that they are given."""
         names = self.names or [str(number) for number in range(len(items))]
         count = len(self._numbers) or len(names)
         if certain_form(items) == "names" or len(items) != count:
-            raise self._error(place, value, f"where others say yes or no (1.0, 0.0) to {count} labels. Do the same")
+            raise self._error(where, value, f"where others say yes or no (1.0, 0.0) to {count} labels. Do the same")
         for name in names:  # also those that are never given
             self._numbers.setdefault(name, len(self._numbers))
         return [name for name, item in zip(names, items, strict=True) if item]
 
-    def _items(self, place: str, value: Any) -> list[Any]:
+    def _items(self, where: str, value: Any) -> list[Any]:
         found = parse_list(value) if isinstance(value, str) else value
         if found is None and isinstance(value, str) and not _looks_like_list(value):
             found = [_bare(item) for item in map(str.strip, value.split(",")) if item]
         items = found if isinstance(found, list) else [found]
         plain = all(isinstance(item, str | int | float) for item in items)
         if not plain or any(isinstance(item, float) and item not in (0.0, 1.0) for item in items):
-            raise self._error(place, value, f"no list of labels. Write {FORMS}")
+            raise self._error(where, value, f"no list of labels. Write {FORMS}")
         return [item.strip() if isinstance(item, str) else item for item in items if item != ""]
 
     def _form_of_others(self) -> Form | None:
         forms = (certain_form(self._items("", value)) for value in self.values())
         return next((form for form in forms if form), None)
 
-    def _values(self, place: str, value: Any) -> list[float]:
+    def _values(self, where: str, value: Any) -> list[float]:
         items = parse_list(value) if isinstance(value, str) else value
         items = [value] if items is None else items if isinstance(items, list) else [items]
         found = [finite(item) for item in items]
         if None in found or not found:
             wrong = items[found.index(None)] if found else value
             raise UserError(
-                f'{place}: "{wrong}" is no finite number of 32 bits (field "{self.field}"). '
+                f'{where}: "{wrong}" is no finite number of 32 bits (field "{self.field}"). '
                 "Correct it, or set data.problem"
             )
         self._length = self._length or len(found)
         if len(found) != self._length:
-            raise self._error(place, value, f"{len(found)} numbers, where others have {self._length}. Give as many")
+            raise self._error(where, value, f"{len(found)} numbers, where others have {self._length}. Give as many")
         return found  # type: ignore[return-value]
 
-    def _error(self, place: str, value: Any, problem: str) -> UserError:
-        return UserError(f'{place}: field "{self.field}" is {repr(value)[:80]}, {problem}')
+    def _error(self, where: str, value: Any, problem: str) -> UserError:
+        return UserError(f'{where}: field "{self.field}" is {repr(value)[:80]}, {problem}')
 
 
 def certain_form(items: Sequence[Any]) -> Form | None:

@@ -21,7 +21,7 @@ from leanbert.data.module import RowData
 from leanbert.data.settings import Part
 from leanbert.data.statistics import knows_more
 from leanbert.data.store.documents import encode_documents, progress_bar
-from leanbert.data.store.examples import Example, ExampleCache
+from leanbert.data.store.examples import Example, ExampleCache, Notes
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.data.tokenizers.training import sample_evenly
 from leanbert.errors import UserError
@@ -127,7 +127,7 @@ class MaskedLMData(RowData):
             pieces = corpus.pieces(*self.held_out("train"), bar.update)
             yield from sample_evenly((piece.text for piece in pieces), fraction)
 
-    def encode(self, part: Part, facts: dict[str, Any]) -> Iterator[Example]:
+    def encode(self, part: Part, notes: Notes) -> Iterator[Example]:
         """Yield the documents as ids."""
         corpus = self.corpus(part)
         with progress_bar(corpus, "Training text" if part == "train" else "Validation text") as bar:

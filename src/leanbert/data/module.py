@@ -17,13 +17,14 @@ from leanbert.data.caching import examples_of, trained_tokenizer
 from leanbert.data.formats.corpora import Corpus
 from leanbert.data.loaders import evaluation_loader, prediction_loader, training_loader
 from leanbert.data.samples.embedded import Sample
-from leanbert.data.settings import Part, adopt_fixed, check_settings, files_of
+from leanbert.data.settings import Part, check_settings, files_of, take_over
 from leanbert.data.statistics import CorpusStatistics, count
-from leanbert.data.store.examples import Example, ExampleCache
+from leanbert.data.store.examples import Example, ExampleCache, Notes
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.data.tokenizers.training import Kind
 from leanbert.errors import UserError
 from leanbert.messages import say
+from leanbert.models.stored import ModelMetadata
 
 
 class RowData(LightningDataModule):
@@ -106,8 +107,8 @@ class RowData(LightningDataModule):
         """Yield the texts that a tokenizer is trained on."""
         raise NotImplementedError
 
-    def encode(self, part: Part, facts: dict[str, Any]) -> Iterator[Example]:
-        """Yield the examples of a part, and put into `facts` what its cache keeps; the tokenizers are there."""
+    def encode(self, part: Part, notes: Notes) -> Iterator[Example]:
+        """Yield the examples of a part, and write what is known of them; the tokenizers are there."""
         raise NotImplementedError
 
     def batches_of(self, part: Part, training: bool) -> Make:
@@ -188,9 +189,9 @@ class RowData(LightningDataModule):
         return self.caches[part]
 
     def check(self, part: Part, cache: ExampleCache) -> None:
-        """Say what the facts of a part's cache have to say: how many examples were cut."""
-        if cache.facts.get("cut"):
-            say(f"{cache.facts['cut']:,} examples were longer than {self.limits} and were cut")
+        """Say what is to be known of a part: how many examples were cut."""
+        if cache.notes.cut:
+            say(f"{cache.notes.cut:,} examples were longer than {self.limits} and were cut")
 
     @property
     def limits(self) -> str:
@@ -248,16 +249,18 @@ class RowData(LightningDataModule):
     def pretend_prepared(self, vocab_size: int | None) -> None:
         """Have what `blank_batch` needs without a corpus, for planning; here `planned_vocabulary` has prepared it."""
 
-    def facts(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of the data besides tokenizers: primitives, such as the labels' names."""
-        return {name: self.hparams[name] for name in self.fixed}
+    def metadata(self, task: str) -> ModelMetadata:
+        """Return what a model of `task` that is trained on the data keeps of them besides tokenizers."""
+        return ModelMetadata(task, **{name: self.hparams[name] for name in self.fixed})
 
-    def adopt(self, facts: Mapping[str, Any]) -> None:
-        """Take over the `facts` of the model that is used, and say which settings they replace."""
-        adopt_fixed(self.hparams, self.fixed, facts)
+    def adopt(self, metadata: ModelMetadata) -> None:
+        """Take over the settings with which the model that is used was trained, and say which they replace."""
+        for name in self.fixed:
+            if (trained := getattr(metadata, name)) is not None:
+                take_over(self.hparams, name, trained)
 
-    def start_from(self, facts: Mapping[str, Any]) -> None:
-        """Let the data suit a model of the same task, with these `facts`, that training starts from."""
+    def start_from(self, metadata: ModelMetadata) -> None:
+        """Let the data suit a model of the same task that training starts from."""
 
     # ---- what Lightning asks for
 

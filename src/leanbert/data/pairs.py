@@ -19,12 +19,13 @@ from leanbert.data.formats.examples import prediction_texts, read_records
 from leanbert.data.formats.fields import has_field, items_of, text_of
 from leanbert.data.formats.parallel import parallel_lines
 from leanbert.data.module import RowData
-from leanbert.data.settings import LENGTH, VOCABULARY, Part, TooLong, given_files, must_be_cut
+from leanbert.data.settings import LENGTH, VOCABULARY, Part, TooLong, given_files, must_be_cut, take_over
 from leanbert.data.store.cache import cache_folder
-from leanbert.data.store.corpus_digest import corpus_digest
-from leanbert.data.store.examples import Example
+from leanbert.data.store.checksums import corpus_digest
+from leanbert.data.store.examples import Example, Notes
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
+from leanbert.models.stored import ModelMetadata
 
 TRAIN = "train"
 """Value of `data.target_tokenizer`: train one."""
@@ -36,7 +37,7 @@ EMBEDDED_FIELDS = {"translation": ("source", "target"), "summarization": ("docum
 class Pair(NamedTuple):
     """A source and its target, and where they stand; of evaluation all references, the target first."""
 
-    place: str
+    where: str
     source: str
     target: str
     references: list[str]
@@ -119,6 +120,12 @@ class PairData(RowData):
         length = self.hparams["max_target_length"]
         return super().limits if length is None else f"{super().limits} or data.max_target_length ({length} tokens)"
 
+    def adopt(self, metadata: ModelMetadata) -> None:
+        """Take over the lengths of sources and of targets, which were the same where the model says no other."""
+        super().adopt(metadata)
+        if metadata.max_length is not None:
+            take_over(self.hparams, "max_target_length", metadata.max_target_length)
+
     # ---- tokenizers
 
     @property
@@ -200,21 +207,20 @@ class PairData(RowData):
         """Yield sources and targets of the training pairs."""
         return (text for pair in self.pairs("train") for text in (pair.source, pair.target))
 
-    def encode(self, part: Part, facts: dict[str, Any]) -> Iterator[Example]:
-        """Yield the examples; `facts` get "cut", the number of pairs that were cut."""
+    def encode(self, part: Part, notes: Notes) -> Iterator[Example]:
+        """Yield the examples, and note how many were cut."""
         before, after = self.tokenizer.template
         begin, end = output_frame(self.target_tokenizer, TARGET if self.separate else "tokenizer")
         frame = len(before) + len(after)
         target_frame = len(begin) + len(end) - 1  # a target is read up to its last token
         setting = "data.max_length" if self.hparams["max_target_length"] is None else "data.max_target_length"
-        facts["cut"] = 0
         for batch in in_batches(self.pairs(part), ENCODED_TOGETHER):
             sources = self.tokenizer.encode_bare([pair.source for pair in batch])
             targets = self.target_tokenizer.encode_bare([pair.target for pair in batch])
             for pair, source, target in zip(batch, sources, targets, strict=True):
-                cut = must_be_cut(self.hparams, pair.place, len(source) + frame, self.room[0])
-                cut |= must_be_cut(self.hparams, pair.place, len(target) + target_frame, self.room[1], setting)
-                facts["cut"] += cut
+                cut = must_be_cut(self.hparams, pair.where, len(source) + frame, self.room[0])
+                cut |= must_be_cut(self.hparams, pair.where, len(target) + target_frame, self.room[1], setting)
+                notes.cut += cut
                 yield {
                     "source": [*before, *source[: self.room[0] - frame], *after],
                     "target": [*begin, *target[: self.room[1] - target_frame], *end],
@@ -223,9 +229,8 @@ class PairData(RowData):
     def pairs(self, part: Part) -> Iterator[Pair]:
         """Yield the pairs of a part.
 
-        Raises:
-            UserError: Files of different length, a missing field (names file and line), or further references are set
-                and no validation or test pair has some.
+        Raises UserError: files of different length, a missing field (names file and line), or further references are
+        set and no validation or test pair has some.
         """
         low, high = self.held_out(part)
         targets = self.target_files(part)
@@ -243,12 +248,12 @@ class PairData(RowData):
         further = self._further(part)
         lacking = further is not None
         optional = () if further is None else (further,)
-        for place, record in read_records(self.files(part), f"data.{part}_files", (), (source, target), optional):
-            own = text_of(place, record, target)
+        for where, record in read_records(self.files(part), f"data.{part}_files", (), (source, target), optional):
+            own = text_of(where, record, target)
             more: list[str] = []
             if further is not None and has_field(record, further):
-                lacking, more = False, items_of(place, record, further, str)
-            yield Pair(place, text_of(place, record, source), own, list(dict.fromkeys([own, *more])))
+                lacking, more = False, items_of(where, record, further, str)
+            yield Pair(where, text_of(where, record, source), own, list(dict.fromkeys([own, *more])))
         if lacking:
             raise self._no_references(part, "have no such field")
 

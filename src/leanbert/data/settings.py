@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, Literal
 
 from leanbert.data.formats.corpora import as_list, besides
@@ -50,8 +50,7 @@ def given_files(settings: Mapping[str, Any], part: Part, kind: str = "files") ->
 def files_of(settings: Mapping[str, Any], part: Part, sample: Sample) -> list[str]:
     """Return the files of a part: those that are set, of the embedded `sample`, or those that training shares.
 
-    Raises:
-        UserError: They are not set.
+    Raises UserError: they are not set.
     """
     given = given_files(settings, part)
     if given is not None:
@@ -63,25 +62,22 @@ def files_of(settings: Mapping[str, Any], part: Part, sample: Sample) -> list[st
     raise UserError(f"data.{part}_files: not set. Give the files of {part} examples")
 
 
-def adopt_fixed(settings: MutableMapping[str, Any], fixed: Iterable[str], facts: Mapping[str, Any]) -> None:
-    """Take over the `fixed` settings with which a model was trained, and say which they replace."""
-    for name in fixed:
-        own, there = settings[name], facts.get(name, settings[name])
-        if own != there:
-            say(f"data.{name}: {there}, as the model was trained, not {own}")
-            settings[name] = there
+def take_over(settings: MutableMapping[str, Any], name: str, trained: object) -> None:
+    """Take over the setting with which a model was `trained`, and say what it replaces."""
+    if settings[name] != trained:
+        say(f"data.{name}: {trained}, as the model was trained, not {settings[name]}")
+        settings[name] = trained
 
 
 def must_be_cut(
-    settings: Mapping[str, Any], place: str, needed: int, length: int, setting: str = "data.max_length"
+    settings: Mapping[str, Any], where: str, needed: int, length: int, setting: str = "data.max_length"
 ) -> bool:
     """Return whether an example that needs so many tokens must be cut to `length`, which the `setting` says.
 
-    Raises:
-        UserError: It is too long, and such are refused.
+    Raises UserError: it is too long, and such are refused.
     """
     if needed > length and settings["too_long"] == "refuse":
         raise UserError(
-            f"{place}: {needed} tokens, but a row has {length}. Raise {setting}, or truncate (data.too_long)"
+            f"{where}: {needed} tokens, but a row has {length}. Raise {setting}, or truncate (data.too_long)"
         )
     return needed > length

@@ -57,9 +57,8 @@ class TokenLabelData(LabelledData):
     @property
     def reader(self) -> SentenceReader:
         """How sentences are read and encoded."""
-        tokens, labels, word, names = (self.hparams[name] for name in TAGS)
-        columns = partial(_tagged_columns, word, self.hparams["label_column"])
-        return SentenceReader(tokens, labels, None, word, columns, self.named, names is not None)
+        columns = partial(_tagged_columns, self.hparams["word_column"], self.hparams["label_column"])
+        return SentenceReader(self.hparams, columns, self.named)
 
 
 class SemanticRoleData(LabelledData):
@@ -117,21 +116,17 @@ class SemanticRoleData(LabelledData):
     @property
     def reader(self) -> SentenceReader:
         """How sentences are read and encoded."""
-        tokens, labels, word, names = (self.hparams[name] for name in TAGS)
-        columns = partial(_role_columns, word, self.hparams["role_columns"], self.hparams["last_column"])
-        return SentenceReader(
-            tokens, labels, self.hparams["predicate_field"], word, columns, self.named, names is not None,
-            self.mark, self.hparams["find_predicates"],
-        )  # fmt: skip
+        layout = [self.hparams[name] for name in ("word_column", "role_columns", "last_column")]
+        return SentenceReader(self.hparams, partial(_role_columns, *layout), self.named)
 
 
 def _tagged_columns(word: int, label: int, files: Sequence[str]) -> Iterator[Tagged]:
-    for place, rows in read_columns(files, (word, label)):
-        yield place, Sentence([row[0] for row in rows]), [row[1] for row in rows]
+    for where, rows in read_columns(files, (word, label)):
+        yield where, Sentence([row[0] for row in rows]), [row[1] for row in rows]
 
 
 def _role_columns(word: int, first: int, last: bool, files: Sequence[str]) -> Iterator[Tagged]:
-    for place, words, labels in read_roles(files, word, first, last):
+    for where, words, labels in read_roles(files, word, first, last):
         if f"B-{PREDICATE}" not in labels:
-            raise UserError(f"{place}: no (V*) in a column of roles. Set data.role_columns to the first of them")
-        yield place, Sentence(words, labels.index(f"B-{PREDICATE}")), labels
+            raise UserError(f"{where}: no (V*) in a column of roles. Set data.role_columns to the first of them")
+        yield where, Sentence(words, labels.index(f"B-{PREDICATE}")), labels

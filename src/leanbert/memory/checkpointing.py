@@ -45,7 +45,7 @@ class Checkpointable(nn.Module):
     slice_rows: int | None = None
 
 
-def run_block(block: Any, hidden: Tensor, context: Any, *more: Tensor) -> Tensor:
+def run_block(block: Any, hidden: Tensor, context: object, *more: Tensor) -> Tensor:
     """Return `block(hidden, context, *more)`, [B, S, D], keeping for its backward pass what the block's switches say.
 
     `block` is a `Checkpointable`; `more` are tensors that may need gradients too. Source: Chen et al. 2016, arXiv
@@ -76,7 +76,7 @@ def set_checkpointing(blocks: Iterable[nn.Module], keep: Keep, every: int = 1) -
     return len(chosen)
 
 
-def _policy(context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+def _policy(context: object, operation: object, *_: object, **__: object) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -19,7 +19,7 @@ from leanbert.memory.step import seed_position
 from leanbert.slices import parts, rounds
 
 
-def run_in_slices(block: nn.Module, hidden: Tensor, context: Any, rows: int, *more: Tensor) -> Tensor:
+def run_in_slices(block: nn.Module, hidden: Tensor, context: object, rows: int, *more: Tensor) -> Tensor:
     """Return `block(hidden, context, *more)`, [B, S, D], computed `rows` rows at a time, forward and backward.
 
     Args:
@@ -39,7 +39,7 @@ def run_in_slices(block: nn.Module, hidden: Tensor, context: Any, rows: int, *mo
 class _Call:
     """What the backward pass needs to repeat the forward pass of one slice."""
 
-    def __init__(self, block: nn.Module, context: Any, rows: int, hidden: Tensor) -> None:
+    def __init__(self, block: nn.Module, context: object, rows: int, hidden: Tensor) -> None:
         self.block, self.context, self.rows = block, context, rows
         self.layer = getattr(block, "layer", 0)
         self.seed = torch.initial_seed()
@@ -108,7 +108,7 @@ def _add(gradients: list[Tensor], sums: list[Tensor]) -> None:
         total.add_(gradient)
 
 
-def _cut(value: Any, part: slice, length: int) -> Any:
+def _cut(value: object, part: slice, length: int) -> Any:
     """Return the rows `part` of every tensor in nested tuples that has `length` rows."""
     if isinstance(value, Tensor):
         return value[part] if value.shape[0] == length else value

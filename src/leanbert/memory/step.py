@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -98,26 +98,13 @@ def optimizer_step(
     task: StepTask[Batch],
     batch: Batch,
     optimizer: torch.optim.Optimizer,
-    *,
-    micro_batch: int | None = None,
-    world_size: int = 1,
-    sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
-    no_sync: Callable[[], AbstractContextManager[object]] = nullcontext,
-    seed_micro_batch: Callable[[int], None] | None = None,
+    **options: Any,
 ) -> Tensor:
     """Train on one effective batch: all forward and backward passes, the update, gradients freed.
 
-    Arguments are those of `backpropagate_all_but_last`. Returns this rank's part of the loss, shape [], detached.
+    See `backpropagate_all_but_last` for the `options`. Returns this rank's part of the loss, shape [], detached.
     """
-    last, total = backpropagate_all_but_last(
-        task,
-        batch,
-        micro_batch=micro_batch,
-        world_size=world_size,
-        sum_over_ranks=sum_over_ranks,
-        no_sync=no_sync,
-        seed_micro_batch=seed_micro_batch,
-    )
+    last, total = backpropagate_all_but_last(task, batch, **options)
     last.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)  # after the step: the next forward pass has no use for them

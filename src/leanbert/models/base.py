@@ -5,16 +5,15 @@ Shapes: B batch, S sequence, M targets per row, D hidden.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.decoder import Decoder, DecoderBlock
 from leanbert.models.encoder import Block, Encoder
+from leanbert.models.heads import MaskedLMHead
 from leanbert.models.packed_inputs import PackedInputs
-from leanbert.models.stored import Stored
+from leanbert.models.stored import StateDict, Stored
 
 ENCODER = "encoder."
 """Prefix of the encoder's weights."""
@@ -45,8 +44,10 @@ class EncoderModel(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Parameters as published and exported: without the padding rows of the vocabulary."""
+        """Parameters as published and exported, shared ones once: without the padding rows of the vocabulary."""
         padding = sum((len(table) - tokens) * table.shape[1] for table, tokens in self.token_tables)
+        if isinstance(head := getattr(self, "head", None), MaskedLMHead):
+            padding += len(head.bias) - head.vocab_size
         return sum(parameter.numel() for parameter in self.parameters()) - padding
 
     @property
@@ -66,10 +67,10 @@ class EncoderModel(nn.Module):
 
     def inherits(self, name: str, stored: Stored) -> bool:
         """Whether weight `name` of a stored model is taken over when training starts from it."""
-        return stored.task == self.task or name.startswith(ENCODER)
+        return stored.metadata.task == self.task or name.startswith(ENCODER)
 
-    def check_stored(self, stored: Stored, source: Path) -> None:
-        """Raise `UserError`, naming `source`, if a stored model of the same task is made otherwise than this one."""
+    def check_stored(self, stored: Stored, state: StateDict) -> None:
+        """Raise `UserError` if a stored model of the same task, whose weights are `state`, is made otherwise."""
 
     def warm_start(self) -> None:
         """Start what the model has besides the encoder, which comes from a model of another task."""

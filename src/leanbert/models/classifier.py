@@ -71,9 +71,10 @@ class Classifier(EncoderModel):
 
     def inherits(self, name: str, stored: Stored) -> bool:
         """Whether weight `name` of a stored model is taken over: all if it has the same labels, else not the scores."""
-        if stored.task == self.task and stored.facts.get("labels") == self.labels:
+        task = stored.metadata.task
+        if task == self.task and stored.metadata.labels == self.labels:
             return True
-        return name.startswith(ENCODER) or (stored.task in ("mlm", self.task) and name.startswith(INHERITED))
+        return name.startswith(ENCODER) or (task in ("mlm", self.task) and name.startswith(INHERITED))
 
     def forward(self, inputs: PackedInputs, target_index: Tensor | None = None) -> Tensor:
         """Scores [B, M, L] at `target_index` (int64 [B, M], positions inside each row), else [B, S, L]."""

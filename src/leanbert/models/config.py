@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
 
 from leanbert.errors import UserError
 from leanbert.ranges import POSITIVE, RATE, Range
@@ -49,10 +48,12 @@ PRESETS: dict[Preset, dict[str, Any]] = {
     },
 }
 
-CHOICES = {
-    "position": ("learned", "sinusoidal", "rotary"),
-    "norm_position": ("post", "pre"),
-    "activation": ("gelu", "geglu", "swiglu"),
+CHOICES: dict[str, tuple[object, ...]] = {
+    "preset": get_args(Preset),
+    "position": get_args(Position),
+    "norm_position": get_args(NormPosition),
+    "activation": get_args(Activation),
+    "bias": (True, False),
 }
 # Bounds above are far beyond any encoder there is; without them a slip of the pen is hours of building blocks.
 _WIDTH, _LONG = Range(least=1, most=2**17, whole=True), Range(least=1, most=2**24, whole=True)
@@ -117,32 +118,29 @@ class EncoderConfig:
     """Rows of the vocabulary; follows the tokenizer, leave it out."""
 
     def __post_init__(self) -> None:
-        """Raise `UserError` for a number that is out of its range: at once, not after the corpus is prepared."""
-        for name in RANGES:
-            if (value := getattr(self, name)) is not None:
-                _check_range(name, value)
+        """Raise `UserError` for a value that cannot be one: at once, not after the corpus is prepared."""
+        for setting in fields(self):
+            if (value := getattr(self, setting.name)) is not None or setting.default is not None:
+                _check(setting.name, value)
 
     def resolved(self) -> ResolvedConfig:
         """Fill every `None` (except `vocab_size`) and check that the parts fit together.
 
         Raises `UserError`, naming the setting below `model.encoder`, where they do not.
         """
-        if not isinstance(self.preset, str) or self.preset not in PRESETS:
-            raise UserError(f"{SETTING}.preset: {self.preset!r} is unknown. Choose from {', '.join(PRESETS)}")
-        values = asdict(self)
-        for name, value in PRESETS[self.preset].items():
-            if values[name] is None:
-                values[name] = value
-        _check_choices(values)
-        for name in ("hidden_size", "num_heads"):  # which others are computed from
-            _check_range(name, values[name])
-        if values["intermediate_size"] is None:
-            values["intermediate_size"] = _default_intermediate(self.hidden_size, values["activation"])
-        if values["head_size"] is None:
-            values["head_size"] = _default_head_size(self.hidden_size, self.num_heads)
-        config = ResolvedConfig(**values)
-        _check(config)
-        return config
+        values = PRESETS[self.preset] | {name: value for name, value in asdict(self).items() if value is not None}
+        if self.intermediate_size is None:
+            # A gated feed-forward has three matrices where the plain one has two: 8/3 keeps the parameters equal.
+            wide = 4 * self.hidden_size
+            values["intermediate_size"] = wide if values["activation"] == "gelu" else 2 * (wide // 3)
+        if self.head_size is None:
+            if self.hidden_size % self.num_heads:
+                raise UserError(
+                    f"{SETTING}.hidden_size: {self.hidden_size} is not divisible by num_heads {self.num_heads}. "
+                    f"Choose a multiple of {self.num_heads}, or set head_size"
+                )
+            values["head_size"] = self.hidden_size // self.num_heads
+        return ResolvedConfig(**values)
 
 
 @dataclass
@@ -164,6 +162,31 @@ class ResolvedConfig(EncoderConfig):
     global_every: int = field(kw_only=True)
     local_rotary_theta: float = field(kw_only=True)
 
+    def __post_init__(self) -> None:
+        """Raise `UserError` for values that do not fit together."""
+        super().__post_init__()
+        if self.head_size > self.hidden_size:
+            raise UserError(
+                f"{SETTING}.head_size: {self.head_size} is wider than hidden_size {self.hidden_size}. "
+                f"At most {self.hidden_size}"
+            )
+        if self.position == "rotary" and self.head_size % 2:
+            raise UserError(
+                f"{SETTING}.num_heads: rotary positions turn pairs, but a head is {self.head_size} wide. "
+                "Choose num_heads so that hidden_size / num_heads is even, or set an even head_size"
+            )
+        if self.position == "sinusoidal" and self.hidden_size % 2:
+            raise UserError(f"{SETTING}.hidden_size: {self.hidden_size} is odd. Sines need pairs")
+        width, inner = self.hidden_size, self.num_heads * self.head_size
+        block = width * (4 * inner + (3 if self.gated else 2) * self.intermediate_size)
+        positions = 0 if self.position == "rotary" else self.max_positions
+        tables = width * ((self.vocab_size or 0) + positions + self.type_vocab_size)
+        if (weights := self.num_layers * block + tables) > MOST_WEIGHTS:
+            raise UserError(
+                f"{SETTING}: these sizes make a model of {weights:.1e} weights. At most {MOST_WEIGHTS:.0e} are built: "
+                "lower num_layers or hidden_size"
+            )
+
     @property
     def gated(self) -> bool:
         """Whether the feed-forward multiplies an activated half with a linear half."""
@@ -172,10 +195,6 @@ class ResolvedConfig(EncoderConfig):
     def is_local(self, layer: int) -> bool:
         """Whether block number `layer` attends to a window only."""
         return self.local_window > 0 and layer % self.global_every != 0
-
-    def with_vocabulary(self, vocab_size: int) -> ResolvedConfig:
-        """Return a copy for a tokenizer of `vocab_size` tokens."""
-        return replace(self, vocab_size=vocab_size)
 
     def check_length(self, max_length: int) -> None:
         """Raise `UserError` if rows of `max_length` tokens have no position in this model."""
@@ -186,59 +205,9 @@ class ResolvedConfig(EncoderConfig):
             )
 
 
-def _default_intermediate(hidden_size: int, activation: Activation) -> int:
-    # A gated feed-forward has three matrices where the plain one has two: 8/3 keeps the parameters equal.
-    return 4 * hidden_size if activation == "gelu" else 2 * (4 * hidden_size // 3)
-
-
-def _default_head_size(hidden_size: int, num_heads: int) -> int:
-    if hidden_size % num_heads:
-        raise UserError(
-            f"{SETTING}.hidden_size: {hidden_size} is not divisible by num_heads {num_heads}. "
-            f"Choose a multiple of {num_heads}, or set head_size"
-        )
-    return hidden_size // num_heads
-
-
-def _check(config: ResolvedConfig) -> None:
-    _check_ranges(config)
-    if config.head_size > config.hidden_size:
-        raise UserError(
-            f"{SETTING}.head_size: {config.head_size} is wider than hidden_size {config.hidden_size}. "
-            f"At most {config.hidden_size}"
-        )
-    if config.position == "rotary" and config.head_size % 2:
-        raise UserError(
-            f"{SETTING}.num_heads: rotary positions turn pairs, but a head is {config.head_size} wide. "
-            "Choose num_heads so that hidden_size / num_heads is even, or set an even head_size"
-        )
-    if config.position == "sinusoidal" and config.hidden_size % 2:
-        raise UserError(f"{SETTING}.hidden_size: {config.hidden_size} is odd. Sines need pairs")
-
-
-def _check_choices(values: Mapping[str, Any]) -> None:
-    for name, known in CHOICES.items():
-        if not isinstance(values[name], str) or values[name] not in known:
-            raise UserError(f"{SETTING}.{name}: {values[name]!r} is unknown. Choose from {', '.join(known)}")
-    if not isinstance(values["bias"], bool):
-        raise UserError(f"{SETTING}.bias: {values['bias']!r} is unknown. Choose from true, false")
-
-
-def _check_range(name: str, value: Any) -> None:
-    if value not in RANGES[name]:
+def _check(name: str, value: object) -> None:
+    if name in RANGES and value not in RANGES[name]:
         raise UserError(f"{SETTING}.{name}: {value!r} is out of range. Give {RANGES[name]}.")
-
-
-def _check_ranges(config: ResolvedConfig) -> None:
-    for name in RANGES:
-        if (value := getattr(config, name)) is not None or name != "vocab_size":
-            _check_range(name, value)
-    width, inner = config.hidden_size, config.num_heads * config.head_size
-    block = width * (4 * inner + (3 if config.gated else 2) * config.intermediate_size)
-    positions = 0 if config.position == "rotary" else config.max_positions
-    tables = width * ((config.vocab_size or 0) + positions + config.type_vocab_size)
-    if (weights := config.num_layers * block + tables) > MOST_WEIGHTS:
-        raise UserError(
-            f"{SETTING}: these sizes make a model of {weights:.1e} weights. At most {MOST_WEIGHTS:.0e} are built: "
-            "lower num_layers or hidden_size"
-        )
+    if name in CHOICES and not (isinstance(value, str | bool) and value in CHOICES[name]):
+        known = ", ".join(str(choice).lower() for choice in CHOICES[name])
+        raise UserError(f"{SETTING}.{name}: {value!r} is unknown. Choose from {known}")

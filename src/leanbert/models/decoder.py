@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ResolvedConfig, num_layers: int, vocab_size: int | None = None) -> None:
         super().__init__()
         self.config = config
-        own = config if vocab_size is None else config.with_vocabulary(vocab_size)
+        own = config if vocab_size is None else replace(config, vocab_size=vocab_size)
         self.embeddings = Embeddings(own, tokens=vocab_size is not None)
         self.blocks = nn.ModuleList(
             DecoderBlock(config, config.num_layers + layer, first=layer == 0) for layer in range(num_layers)

@@ -58,8 +58,8 @@ class GenerationConfig:
     top_p: float = 1.0
     """Draw from the likeliest tokens that have this probability together (Holtzman et al. 2020, arXiv 1904.09751)."""
 
-    def check(self) -> GenerationConfig:
-        """Return itself. Raises UserError for what cannot work, naming the setting."""
+    def __post_init__(self) -> None:
+        """Raise `UserError` for what cannot work, naming the setting."""
         for name, allowed in RANGES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise UserError(f"model.generation.{name}: {value!r} is out of range. Give {allowed}.")
@@ -68,7 +68,6 @@ class GenerationConfig:
                 raise UserError(f"model.generation.{name}: {value!r} is neither true nor false. Give one of them.")
         if self.sample and self.beams > 1:
             raise UserError("model.generation.sample: draws one output. Set beams to 1")
-        return self
 
 
 class Generated(NamedTuple):

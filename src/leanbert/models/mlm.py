@@ -22,11 +22,6 @@ class MaskedLanguageModel(EncoderModel):
         super().__init__(config)
         self.head = MaskedLMHead(config)
 
-    @property
-    def num_parameters(self) -> int:
-        """Parameters as published and exported: each row of the vocabulary has a bias in the head."""
-        return super().num_parameters - (len(self.head.bias) - self.head.vocab_size)
-
     def forward(self, inputs: PackedInputs, target_index: Tensor | None = None) -> Tensor:
         """Logits [B, M, V] at `target_index` (int64 [B, M], positions inside each row), else [B, S, V]."""
         return self.head(self.encode(inputs, target_index), self.encoder.embeddings.token.weight)

@@ -5,8 +5,8 @@ Shapes: B batch, S source tokens, T target tokens, D hidden, V vocabulary of tar
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +21,7 @@ from leanbert.models.heads import MaskedLMHead
 from leanbert.models.kernels.loss import Mixture
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.pointer import Copied, Pointer, add_copied, copied_log_probs
-from leanbert.models.stored import Stored
-
-Start = Literal["encoder", "shared", "random"]
-"""Where the decoder's weights come from: copies of the encoder's, the encoder's own (trained together), or chance."""
+from leanbert.models.stored import Start, StateDict, Stored
 
 INHERITED_HEAD = "head."
 PASSED_ON = 0.7
@@ -61,15 +58,10 @@ class Seq2SeqModel(EncoderModel):
         self.task = task
         self.target_vocab_size = target_vocab_size
         self.decoder = Decoder(config, decoder_layers or config.num_layers, target_vocab_size)
-        self.head = MaskedLMHead(config if target_vocab_size is None else config.with_vocabulary(target_vocab_size))
+        self.head = MaskedLMHead(config if target_vocab_size is None else replace(config, vocab_size=target_vocab_size))
         self.pointer = Pointer(config) if copy else None
         if start == "shared":
             self._share()
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters as exported, shared ones once: each row of the vocabulary has a bias in the head."""
-        return super().num_parameters - (len(self.head.bias) - self.head.vocab_size)
 
     @property
     def target_table(self) -> Tensor:
@@ -90,16 +82,16 @@ class Seq2SeqModel(EncoderModel):
 
     def inherits(self, name: str, stored: Stored) -> bool:
         """Whether weight `name` of a stored model is taken over: of a masked language model the head of its tokens."""
-        if stored.task == "mlm" and self.target_vocab_size is None and name.startswith(INHERITED_HEAD):
+        if stored.metadata.task == "mlm" and self.target_vocab_size is None and name.startswith(INHERITED_HEAD):
             return True
         return super().inherits(name, stored)
 
-    def check_stored(self, stored: Stored, source: Path) -> None:
+    def check_stored(self, stored: Stored, state: StateDict) -> None:
         """Raise `UserError` if a stored decoder has another depth or vocabulary, or weights that ours has shared."""
-        layers = len(self.decoder.blocks)
-        if (found := stored.facts.get("decoder_layers") or stored.config.num_layers) != layers:
+        layers, source, metadata = len(self.decoder.blocks), stored.source, stored.metadata
+        if (found := metadata.decoder_layers or stored.config.num_layers) != layers:
             raise UserError(f"model.decoder_layers: {layers}, but {source} has {found}. Set it to {found}")
-        known, tokens = stored.facts.get("target_vocab_size"), self.target_vocab_size
+        known, tokens = metadata.target_vocab_size, self.target_vocab_size
         if (known is None) != (tokens is None):
             has, fix = ("one tokenizer for sources and targets", "Leave it out")
             if tokens is None:
@@ -109,12 +101,12 @@ class Seq2SeqModel(EncoderModel):
             raise UserError(
                 f"data.target_tokenizer: has {tokens} tokens, the decoder of {source} knows {known}. Set it to {source}"
             )
-        if bool(stored.facts.get("copy")) != (self.pointer is not None):
+        if bool(metadata.copy) != (self.pointer is not None):
             there = "has a pointer" if self.pointer is None else "has no pointer"
             raise UserError(f"model.copy: the model at {source} {there}. Set it to {str(self.pointer is None).lower()}")
         names: dict[int, str] = {}
         for name, parameter in self.state_dict(keep_vars=True).items():
-            one, other = (stored.state.get(each) for each in (name, names.setdefault(id(parameter), name)))
+            one, other = (state.get(each) for each in (name, names.setdefault(id(parameter), name)))
             if one is not None and other is not None and not torch.equal(one, other):
                 raise UserError(
                     f"model.decoder_start: {self.start}, but the decoder of {source} has weights of its own. "

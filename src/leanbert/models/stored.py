@@ -2,23 +2,94 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-from leanbert.models.config import ResolvedConfig
+from leanbert.errors import UserError
+from leanbert.models.config import RANGES, ResolvedConfig
+from leanbert.ranges import SHARE
+
+Problem = Literal["single", "multi", "regression"]
+"""One label of several, any number of them, or numbers."""
+Mark = Literal["tokens", "segments"]
+"""How a predicate is marked: between two separators, or by segment 1."""
+Start = Literal["encoder", "shared", "random"]
+"""Where the decoder's weights come from: copies of the encoder's, the encoder's own (trained together), or chance."""
 
 StateDict = dict[str, Tensor]
 
 
-class Stored(NamedTuple):
-    """A model on disk: the encoder's settings, the weights by our names, its task, and what else it is made of.
+@dataclass(frozen=True)
+class ModelMetadata:
+    """What a stored model says of itself besides the encoder's settings and the weights; None: nothing.
 
-    `facts` are primitives: those that data module and task keep (labels, the decoder's layers), and "max_length", the
-    tokens of the rows that it was trained on. Each may be absent.
+    Values are primitives.
     """
 
-    config: ResolvedConfig
-    state: StateDict
     task: str
-    facts: dict[str, Any]
+    max_length: int | None = None
+    """Tokens of the rows that it was trained on."""
+    max_target_length: int | None = None
+    """Tokens of its targets; None: as many as of sources, if their number is known."""
+    labels: list[str] | None = None
+    problem: Problem | None = None
+    threshold: float | None = None
+    """Probability from which a label is given, where there may be several."""
+    mark: Mark | None = None
+    find_predicates: bool | None = None
+    decoder_layers: int | None = None
+    decoder_start: Start | None = None
+    target_vocab_size: int | None = None
+    """Tokens of targets that have a tokenizer of their own."""
+    copy: bool | None = None
+    """Whether tokens may be copied from the source."""
+    generation: dict[str, Any] | None = None
+    """Fields of `GenerationConfig`."""
+
+    @classmethod
+    def read(cls, task: str, values: Mapping[str, Any], source: Path, fix: str) -> ModelMetadata:
+        """Make it of what the file `source` says; names that are not known here are left out.
+
+        Raises `UserError`, which ends with `fix`, for a value that cannot be one.
+        """
+        known = {name: values[name] for name in ALLOWED if values.get(name) is not None}
+        for name, value in known.items():
+            allowed = ALLOWED[name]
+            if not (isinstance(value, allowed) if isinstance(allowed, type) else value in allowed):
+                raise UserError(f"{source}: leanbert.{name} {value!r} is no such value. {fix}")
+        return cls(task, **known)
+
+    def said(self) -> dict[str, Any]:
+        """Return by name what it says besides the task."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: values[name] for name in ALLOWED if values[name] is not None}
+
+
+ALLOWED: dict[str, Any] = {
+    "max_length": RANGES["max_positions"],
+    "max_target_length": RANGES["max_positions"],
+    "labels": list,
+    "problem": get_args(Problem),
+    "threshold": SHARE,
+    "mark": get_args(Mark),
+    "find_predicates": bool,
+    "decoder_layers": RANGES["num_layers"],
+    "decoder_start": get_args(Start),
+    "target_vocab_size": RANGES["vocab_size"],
+    "copy": bool,
+    "generation": dict,
+}
+"""What values can be, by name: a type, or what holds them."""
+
+
+class Stored(NamedTuple):
+    """A model at `source`: the encoder's settings and its metadata. `read_weights` gives the weights by our names."""
+
+    config: ResolvedConfig
+    metadata: ModelMetadata
+    source: Path
+    read_weights: Callable[[], StateDict]

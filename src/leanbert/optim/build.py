@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from leanbert.errors import UserError
 from leanbert.measure.trace import phase
@@ -259,6 +260,19 @@ def _split_parameters(model: nn.Module, *, muon: bool) -> tuple[list[Tensor], li
 def trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     """Return the parameters that require a gradient."""
     return [parameter for parameter in parameters if parameter.requires_grad]
+
+
+class Schedule(LambdaLR):
+    """The learning rate of each step, of this run's settings and length also where a checkpoint brings other ones."""
+
+    def __init__(self, optimizer: Optimizer, config: ScheduleConfig, total_steps: int) -> None:
+        super().__init__(optimizer, lambda step: learning_rate_factor(config, step, total_steps))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at the step of `state_dict`."""
+        super().load_state_dict({**state_dict, "base_lrs": self.base_lrs})
+        for group, peak in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["initial_lr"], group["lr"] = peak, peak * self.lr_lambdas[0](self.last_epoch)
 
 
 def learning_rate_factor(config: ScheduleConfig, step: int, total_steps: int) -> float:

@@ -118,7 +118,7 @@ def dry_run(settings: RunSettings, rows: int) -> DryRun:
         warnings.simplefilter("ignore")
         set_up(task, trainer)
         _forgo_values(task, trainer)
-        build(task, trainer, settings.mesh)
+        build(task, trainer, settings)
         _store_nowhere(task)
         batch = blank(rows)
         begin(task, trainer, batch)
@@ -162,8 +162,6 @@ def stage(
     task.compile_blocks &= real  # a compiled block needs no more memory than one that is not
     task.init_from = None  # the architecture is in the settings already
     task.schedule_config = replace(task.schedule_config, warmup_steps=0)
-    task.planned_device, task.planned_world_size = settings.device_type, settings.devices
-    task.planned_sharding = settings.mesh is not None
     data.hparams["batch_size"] = rows
     data.pretend_prepared(settings.vocab_size)  # type: ignore[attr-defined]
     callbacks = copy.deepcopy(technique_callbacks(settings.callbacks))
@@ -192,13 +190,14 @@ def set_up(task: Any, trainer: Trainer) -> None:
         )
 
 
-def build(task: Any, trainer: Trainer, mesh: Any = None) -> None:
+def build(task: Any, trainer: Trainer, settings: RunSettings) -> None:
     """Make weights, metrics and optimizer on the trainer's device, sharded over a mesh if there is one."""
     strategy: Any = trainer.strategy
+    around = {"device_type": settings.device_type, "world_size": settings.devices, "shards": settings.mesh is not None}
     with strategy.tensor_init_context(), strategy.precision_plugin.module_init_context():
-        task.configure_model()  # in the target dtype: nothing is left to convert
-    if mesh is not None:
-        shard(task.model, mesh)
+        task.build(replace(task.surroundings(), **around))  # in the target dtype: nothing is left to convert
+    if settings.mesh is not None:
+        shard(task.model, settings.mesh)
     strategy.optimizers = [task.configure_optimizers()["optimizer"]]
 
 

@@ -141,7 +141,7 @@ def _time_stack(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         set_up(task, trainer)
-        build(task, trainer)
+        build(task, trainer, replace(settings, mesh=None))
         trainer.strategy.model_to_device()  # weights are there already, metrics are not
         batch = fill(blank(rows), *sizes).to(device)
         begin(task, trainer, batch)

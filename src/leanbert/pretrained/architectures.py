@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from leanbert.errors import UserError
 from leanbert.models.base import EncoderModel
 from leanbert.models.classifier import Classifier
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.mlm import MaskedLanguageModel
 from leanbert.models.seq2seq import Seq2SeqModel
+from leanbert.models.stored import ModelMetadata
 from leanbert.pretrained.huggingface.naming import Kind
 
 TASKS: dict[Kind, tuple[str, ...]] = {
@@ -29,16 +28,14 @@ def kind_of(task: str) -> Kind:
     raise UserError(f"a model of task {task!r}, which is unknown here. Use the LeanBERT that has trained it")
 
 
-def make_model(config: ResolvedConfig, task: str, facts: dict[str, Any]) -> EncoderModel:
-    """Return the model of a task, without its weights; `facts` are those of `Stored`."""
-    kind = kind_of(task)
+def make_model(config: ResolvedConfig, metadata: ModelMetadata) -> EncoderModel:
+    """Return the model of the metadata's task, without its weights."""
+    task, kind = metadata.task, kind_of(metadata.task)
     if kind == "mlm":
         return MaskedLanguageModel(config)
     if kind == "seq2seq":
-        start = facts.get("decoder_start", "encoder")
-        return Seq2SeqModel(
-            config, facts.get("decoder_layers"), start, task, facts.get("target_vocab_size"), facts.get("copy", False)
-        )
-    if not isinstance(labels := facts.get("labels"), list) or not labels:
+        start, tokens = metadata.decoder_start or "encoder", metadata.target_vocab_size
+        return Seq2SeqModel(config, metadata.decoder_layers, start, task, tokens, bool(metadata.copy))
+    if not metadata.labels:
         raise UserError(f"a model of task {task} without its labels. Use another checkpoint")
-    return Classifier(config, labels, kind, task)
+    return Classifier(config, metadata.labels, kind, task)

@@ -21,10 +21,8 @@ from leanbert.models.encoder import FeedForward
 from leanbert.models.mlm import MaskedLanguageModel
 from leanbert.models.stored import StateDict, Stored
 from leanbert.pretrained.architectures import make_model
-from leanbert.pretrained.huggingface.classes import read_layout
 from leanbert.pretrained.huggingface.convert import read_huggingface
 from leanbert.pretrained.weights import read_checkpoint
-from leanbert.untrusted import read_json
 
 OFFSETS = (-1, 1, -2, 2)
 """Neighbours at which the first heads of a model with learned positions look at first."""
@@ -59,12 +57,12 @@ def build_model(
     """
     if init_from is None:
         rows = max(config.vocab_size or 0, vocab_size)  # an imported model may have more rows than its tokenizer
-        model = make(config.resolved().with_vocabulary(rows))
+        model = make(replace(config, vocab_size=rows).resolved())
         initialise(model)
         if unigram_counts is not None:
             set_unigram_bias(model, unigram_counts)
     else:
-        model = _load(config, vocab_size, make, read_stored(Path(init_from)), Path(init_from))
+        model = _load(config, vocab_size, make, read_model(init_from))
     return model
 
 
@@ -137,63 +135,54 @@ def set_unigram_bias(model: MaskedLanguageModel, counts: np.ndarray) -> None:
     model.head.bias[:size] = torch.tensor(np.log(smoothed / smoothed.sum()), dtype=model.head.bias.dtype)
 
 
-def read_stored(source: Path) -> Stored:
-    """Read a Hugging Face folder or a LeanBERT checkpoint."""
+def read_model(source: str | Path) -> Stored:
+    """Read what a Hugging Face folder or a LeanBERT checkpoint says of its model; the weights when they are asked for.
+
+    Raises `UserError` for a file that is missing or damaged, and for an architecture that we do not have.
+    """
+    source = Path(source)
     return read_huggingface(source) if source.is_dir() else read_checkpoint(source)
-
-
-def read_architecture(source: Path) -> Stored:
-    """Read what a Hugging Face folder or a LeanBERT checkpoint says of its model, without the weights."""
-    if not source.is_dir():
-        return read_checkpoint(source)._replace(state={})
-    path = source / "config.json"
-    layout = read_layout(read_json(path), path)
-    return Stored(layout.config, {}, layout.task, layout.facts)
 
 
 def starting_config(config: EncoderConfig, stored: Stored) -> ResolvedConfig:
     """Return the architecture of a stored model, with the dropout that `config` sets."""
     rates = {"dropout": config.dropout, "attention_dropout": config.attention_dropout}
     changed: dict[str, Any] = {name: rate for name, rate in rates.items() if rate is not None}
-    return replace(stored.config, **changed).resolved()
+    return replace(stored.config, **changed)
 
 
-def rebuild(stored: Stored, vocab_size: int, source: Path, target_vocab_size: int | None = None) -> Any:
-    """Return the model that was stored at `source`, of its own task.
+def rebuild(stored: Stored, vocab_size: int, target_vocab_size: int | None = None) -> Any:
+    """Return the model that was stored, of its own task.
 
     Raises:
         UserError: It knows fewer than `vocab_size` tokens (its decoder: than `target_vocab_size`, if they are its own),
             or its weights do not fit.
 
     """
-    if target_vocab_size is not None and (known := stored.facts["target_vocab_size"]) < target_vocab_size:
+    known = stored.metadata.target_vocab_size or 0
+    if target_vocab_size is not None and known < target_vocab_size:
         raise UserError(
-            f"{source}: the decoder knows {known} tokens, the tokenizer of targets has {target_vocab_size}. "
+            f"{stored.source}: the decoder knows {known} tokens, the tokenizer of targets has {target_vocab_size}. "
             "Use the tokenizer that belongs to the model"
         )
-
-    def make(config: ResolvedConfig) -> Any:
-        return make_model(config, stored.task, stored.facts)
-
-    return _load(EncoderConfig(), vocab_size, make, stored, source)
+    return _load(EncoderConfig(), vocab_size, lambda config: make_model(config, stored.metadata), stored)
 
 
-def _load(
-    config: EncoderConfig, vocab_size: int, make: Callable[[ResolvedConfig], Any], stored: Stored, source: Path
-) -> Any:
-    known = stored.config.vocab_size
+def _load(config: EncoderConfig, vocab_size: int, make: Callable[[ResolvedConfig], Any], stored: Stored) -> Any:
+    known, source = stored.config.vocab_size, stored.source
     if known is None or known < vocab_size:
         raise UserError(
             f"{source}: the model knows {known} tokens, the tokenizer has {vocab_size}. "
             "Use the tokenizer that belongs to the model (data.tokenizer)"
         )
     model = make(starting_config(config, stored))
-    if stored.task == model.task:
-        model.check_stored(stored, source)
+    same_task, everything = stored.metadata.task == model.task, stored.read_weights()
+    if same_task:
+        model.check_stored(stored, everything)
     initialise(model)
-    state = {name: tensor for name, tensor in stored.state.items() if model.inherits(name, stored)}
-    load_weights(model, state, source, partial=stored.task != model.task or len(state) < len(stored.state))
-    if stored.task != model.task:
+    state = {name: tensor for name, tensor in everything.items() if model.inherits(name, stored)}
+    load_weights(model, state, source, partial=not same_task or len(state) < len(everything))
+    if not same_task:
         model.warm_start()
     return model
 

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from leanbert.errors import UserError
 from leanbert.models.config import EncoderConfig
-from leanbert.models.stored import StateDict, Stored
+from leanbert.models.stored import ModelMetadata, StateDict, Stored
 from leanbert.untrusted import check_sums, first_line, load_pickled, read_json, refuse_pointer
 
 POSITION_IDS = "position_ids"
 """Of old files: integers that say that positions are 0, 1, 2 and so on."""
 
 MODEL_PREFIX = "model."
+FIX = "Use another checkpoint of the run."
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -37,16 +38,19 @@ def read_folder(folder: Path) -> StateDict:
 
 
 def read_checkpoint(path: Path) -> Stored:
-    """Read a LeanBERT checkpoint; tensors stay mapped to the file.
+    """Read a LeanBERT checkpoint; tensors stay mapped to the file, and are compared with its checksums when read.
 
     Raises `UserError` if it is missing, damaged, carries code, or is not of LeanBERT.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint or folder. Correct model.init_from")
-    fix = "Use another checkpoint of the run."
-    stored = unpack(load_pickled(path, fix), path)
-    check_sums(path, fix)
-    return stored
+    stored = unpack(load_pickled(path, FIX), path)
+
+    def read_weights() -> StateDict:
+        check_sums(path, FIX)
+        return stored.read_weights()
+
+    return stored._replace(read_weights=read_weights)
 
 
 def unpack(checkpoint: Any, path: Path) -> Stored:
@@ -55,15 +59,15 @@ def unpack(checkpoint: Any, path: Path) -> Stored:
         kept = checkpoint["leanbert"]
         config = EncoderConfig(**kept["encoder"]).resolved()
         weights = checkpoint["state_dict"]
-        length = {"max_length": kept["max_length"]} if "max_length" in kept else {}
-        facts = {**length, **kept.get("data", {}), **kept.get("model", {})}
+        said = {"max_length": kept.get("max_length"), **kept.get("data", {}), **kept.get("model", {})}
         prefix = MODEL_PREFIX
         state = {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
+        task = kept.get("task", "mlm")
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: not a LeanBERT checkpoint. Name a .ckpt of a run, or a folder") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return Stored(config, state, kept.get("task", "mlm"), facts)
+    return Stored(config, ModelMetadata.read(task, said, path, FIX), path, lambda: state)
 
 
 def _read_file(path: Path) -> StateDict:

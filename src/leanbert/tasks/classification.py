@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,52 +13,42 @@ from torchmetrics.functional.classification.matthews_corrcoef import multiclass_
 from torchmetrics.functional.regression.spearman import spearman_corrcoef
 
 from leanbert.data.batches.batch import IGNORED, LabelledBatch, PredictBatch
+from leanbert.data.classification import ClassificationData
 from leanbert.data.labels import Problem
+from leanbert.data.settings import Part
 from leanbert.errors import UserError
-from leanbert.models.config import EncoderConfig
-from leanbert.optim.build import OptimizerConfig, ScheduleConfig
+from leanbert.models.classifier import Classifier
+from leanbert.models.stored import ModelMetadata
 from leanbert.ranges import NOT_NEGATIVE, PART
+from leanbert.tasks.base import Answer
 from leanbert.tasks.labelling import Labelling
+from leanbert.tasks.metrics import over_ranks
 from leanbert.tasks.tables import markdown_table
 
 
-class TextClassification(Labelling):
+class TextClassification(Labelling[tuple[Tensor, Tensor]]):
     """Classify texts, or pairs of texts, by their first token (Devlin et al. 2019); the kind of labels is the data's.
 
     Args:
-        encoder: Architecture of the encoder.
-        optimizer: Optimizer and its settings.
-        schedule: Learning rate by step.
-        init_from: Hugging Face folder or LeanBERT checkpoint whose encoder to start from.
-        compile: Compile each block with torch.compile: faster steps after about a minute of compilation.
-        seed: Seed of initial weights and dropout (the CLI sets it to seed_everything if it is 0).
         class_weights: Weight of each label in the loss, by name; those left out weigh 1. For one label of several.
         threshold: Probability from which a label is given, where there may be several.
+        settings: See `Task`.
 
     """
 
     name: ClassVar[str] = "classification"
     of: ClassVar = "text"
+    _data: ClassificationData
 
-    def __init__(
-        self,
-        encoder: EncoderConfig | None = None,
-        optimizer: OptimizerConfig | None = None,
-        schedule: ScheduleConfig | None = None,
-        init_from: str | None = None,
-        compile: bool = False,
-        seed: int = 0,
-        class_weights: dict[str, float] | None = None,
-        threshold: float = 0.5,
-    ) -> None:
-        super().__init__(encoder, optimizer, schedule, init_from, compile, seed)
+    def __init__(self, class_weights: dict[str, float] | None = None, threshold: float = 0.5, **settings: Any) -> None:
+        super().__init__(**settings)
         PART.check("model.threshold", threshold)
         NOT_NEGATIVE.check("model.class_weights", list((class_weights or {}).values()))
         self.class_weights, self.threshold = class_weights, threshold
 
-    def build_model(self) -> Any:
+    def build_model(self) -> Classifier:
         """Return the model, and check the class weights against its labels."""
-        self.problem: Problem = self._data.problem
+        self.problem = self._data.problem
         model = super().build_model()
         strange = sorted(set(self.class_weights or ()) - set(self._data.labels))
         if strange or (self.class_weights and self.problem != "single"):
@@ -65,9 +56,9 @@ class TextClassification(Labelling):
             raise UserError(f"model.class_weights: {what}. Name labels of data with one label for each text")
         return model
 
-    def model_facts(self) -> dict[str, Any]:
-        """Return the threshold."""
-        return {"threshold": self.threshold}
+    def metadata(self) -> ModelMetadata:
+        """Return the threshold besides."""
+        return replace(super().metadata(), threshold=self.threshold)
 
     def count_targets(self, batch: LabelledBatch) -> Tensor:
         """Return the number of labels, shape [], or the sum of their weights."""
@@ -100,9 +91,9 @@ class TextClassification(Labelling):
         """Return predictions and targets of the texts, and of places without one, [B * M] or [B * M, L]."""
         return self.predictions(scores, batch).flatten(0, 1).cpu(), batch.targets.flatten(0, 1).cpu()
 
-    def evaluate(self, part: Any, kept: list[Any]) -> dict[str, float]:
+    def evaluate(self, part: Part, kept: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
         """Return accuracy, F1, Matthews correlation; with several labels F1s and exact match; Spearman of numbers."""
-        guesses, truths = (torch.cat(values) for values in zip(*self.gather_over_ranks(kept), strict=True))
+        guesses, truths = (torch.cat(values) for values in zip(*over_ranks(kept), strict=True))
         used = (truths != IGNORED) if self.problem == "single" else ~truths.isnan()[:, 0]
         guesses, truths, labels = guesses[used], truths[used], len(self.model.labels)
         if self.problem == "single":
@@ -118,7 +109,7 @@ class TextClassification(Labelling):
             found = {"spearman": spearman_corrcoef(guesses, truths).mean()}
         return {name: float(value) for name, value in found.items()}
 
-    def predict_step(self, batch: PredictBatch, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: PredictBatch, batch_idx: int) -> list[Answer]:
         """Return one answer per text; see `classify`."""
         return classify(self.model, batch, self._data.problem, self.threshold)
 
@@ -149,7 +140,7 @@ def multilabel_scores(guesses: Tensor, truths: Tensor) -> dict[str, Tensor]:
     }
 
 
-def classify(model: Any, batch: PredictBatch, problem: Problem, threshold: float = 0.5) -> list[dict[str, Any]]:
+def classify(model: Classifier, batch: PredictBatch, problem: Problem, threshold: float = 0.5) -> list[Answer]:
     """Return for each text its label.
 
     `{"text", "label", "probability"}`; with several labels `{"text", "labels": [{"label", "probability"}, ...]}`, best
@@ -160,7 +151,7 @@ def classify(model: Any, batch: PredictBatch, problem: Problem, threshold: float
     if problem == "regression":
         return [{"text": text, "values": row} for text, row in zip(batch.texts, scores.tolist(), strict=True)]
     probabilities = scores.softmax(-1) if problem == "single" else scores.sigmoid()
-    answers: list[dict[str, Any]] = []
+    answers: list[Answer] = []
     for text, row in zip(batch.texts, probabilities.tolist(), strict=True):
         ranked = sorted(zip(row, model.labels, strict=True), reverse=True)
         named = [{"label": label, "probability": round(probability, 6)} for probability, label in ranked]

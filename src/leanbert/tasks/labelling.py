@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from leanbert.data.batches.batch import IGNORED, LabelledBatch
+from leanbert.data.labelled import LabelledData
 from leanbert.data.labels import Problem
+from leanbert.data.settings import Part
 from leanbert.models.classifier import Classifier, Of
 from leanbert.models.kernels.loss import cross_entropy_sum
 from leanbert.pretrained.build import build_model
 from leanbert.tasks.base import Task
-from leanbert.tasks.metrics import MeanLoss
+from leanbert.tasks.metrics import ExactSums
+
+Kept = TypeVar("Kept")
 
 
-class Labelling(Task):
-    """A task whose model is a `Classifier` and whose batches are `LabelledBatch`."""
+class Labelling(Task[LabelledBatch], Generic[Kept]):
+    """A task whose model is a `Classifier`; `Kept` is what evaluation keeps of a batch."""
 
     of: ClassVar[Of]
     problem: Problem = "single"
+    model: Classifier
+    _data: LabelledData
 
     # ---- what a task supplies
 
@@ -29,17 +35,17 @@ class Labelling(Task):
         """Return what evaluation keeps of the scores [B, M, L]: [B, M] or [B, M, L]."""
         raise NotImplementedError
 
-    def kept(self, scores: Tensor, batch: LabelledBatch) -> Any:
+    def kept(self, scores: Tensor, batch: LabelledBatch) -> Kept:
         """Return what evaluation keeps of a batch, on the CPU."""
         raise NotImplementedError
 
-    def evaluate(self, part: Any, kept: list[Any]) -> dict[str, float]:
+    def evaluate(self, part: Part, kept: list[Kept]) -> dict[str, float]:
         """Return metrics by name from what was `kept` of all batches of "val" or "test": maybe none on this rank."""
         raise NotImplementedError
 
     # ---- model, step
 
-    def build_model(self) -> nn.Module:
+    def build_model(self) -> Classifier:
         """Return the model for the tokenizer and the labels of the data."""
         return build_model(
             self.encoder_config,
@@ -49,11 +55,11 @@ class Labelling(Task):
         )
 
     def build_metrics(self) -> None:
-        """Make the mean loss; other metrics are computed from what the batches keep."""
-        self.mean_loss = MeanLoss()
-        self._kept: list[Any] = []
+        """Make the sums of the loss; other metrics are computed from what the batches keep."""
+        self.sums = ExactSums("loss", "targets")
+        self._kept: list[Kept] = []
 
-    def forward(self, batch: Any) -> Tensor:
+    def forward(self, batch: LabelledBatch) -> Tensor:
         """Return scores [B, M, L] at the targets."""
         return self.model(batch.inputs, batch.target_index)
 
@@ -67,7 +73,7 @@ class Labelling(Task):
         return self.model.loss_sum(batch.inputs, batch.target_index, batch.targets, self.criterion)
 
     def criterion(self, scores: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the losses, shape [], of scores [B, M, L]: cross entropy, that of each label, or the squared error."""
+        """Sum of the losses, shape [], of scores [B, M, L]: cross entropy, of each label, or the squared error."""
         if self.problem == "single":
             return cross_entropy_sum(scores, targets.where(known(targets, scores.shape[-1]), IGNORED))
         used = ~targets.isnan()
@@ -83,24 +89,16 @@ class Labelling(Task):
     def validation_step(self, batch: LabelledBatch, batch_idx: int) -> None:
         """Add a batch to the loss, and keep its predictions."""
         scores = self(batch)
-        self.mean_loss.update(self.criterion(scores, batch.targets), self.count_targets(batch))
+        self.sums.add(loss=self.criterion(scores, batch.targets), targets=self.count_targets(batch))
         self._kept.append(self.kept(scores, batch))
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics at the number of completed steps."""
-        self.log_evaluation("val", self._finish("val"))
+    test_step = validation_step
 
-    def test_step(self, batch: LabelledBatch, batch_idx: int) -> None:
-        """Do as in validation."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics."""
-        self.log_evaluation("test", self._finish("test"))
-
-    def _finish(self, part: str) -> dict[str, float]:
+    def metrics_of(self, part: Part) -> dict[str, float]:
+        """Return the loss, and what `evaluate` makes of the batches."""
+        sums = self.sums.totals()
         kept, self._kept = self._kept, []
-        return {"loss": self.mean_loss.compute(), **self.evaluate(part, kept)}
+        return {"loss": float(sums["loss"] / sums["targets"]), **self.evaluate(part, kept)}
 
 
 def known(targets: Tensor, labels: int) -> Tensor:
@@ -108,7 +106,7 @@ def known(targets: Tensor, labels: int) -> Tensor:
     return (targets != IGNORED) & (targets < labels)
 
 
-def gather_documents(batch: Any) -> Tensor:
+def gather_documents(batch: LabelledBatch) -> Tensor:
     """Return the document of each target, int64 [B, M]; -1 where there is none."""
     documents = batch.inputs.document_ids.gather(1, batch.target_index)
     return documents.where(batch.targets != IGNORED, torch.full_like(documents, -1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torchmetrics.aggregation import SumMetric
 
 from leanbert.data.batches.batch import IGNORED
 from leanbert.models.kernels.loss import cross_entropy_sum
+
+Item = TypeVar("Item")
 
 
 class ExactSums(nn.Module):
@@ -43,23 +46,6 @@ class ExactSums(nn.Module):
         for metric in self.sums.values():
             metric.reset()  # type: ignore[operator]
         return found
-
-
-class MeanLoss(nn.Module):
-    """Loss over all targets of an evaluation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sums = ExactSums("loss", "targets")
-
-    def update(self, loss: Tensor, targets: Tensor) -> None:
-        """Add a batch: the summed loss and the number of targets, both of shape []."""
-        self.sums.add(loss=loss, targets=targets)
-
-    def compute(self) -> float:
-        """Return the mean and start afresh."""
-        totals = self.sums.totals()
-        return float(totals["loss"] / totals["targets"])
 
 
 class MaskedLMMetrics(nn.Module):
@@ -99,3 +85,12 @@ class MaskedLMMetrics(nn.Module):
         if self.unigram_counts is not None:
             values["unigram_loss"] = totals["unigram_loss"] / count
         return {name: float(value) for name, value in values.items()}
+
+
+def over_ranks(own: list[Item]) -> list[Item]:
+    """Return the items of all ranks, of which each rank may have another number, or none."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return own
+    parts: list[list[Item]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(parts, own)
+    return [item for part in parts for item in part]

@@ -6,16 +6,19 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from leanbert.data.batches.batch import IGNORED, MLMBatch, PredictBatch
 from leanbert.data.batches.loading import encode_lines
-from leanbert.models.config import EncoderConfig
-from leanbert.optim.build import OptimizerConfig, ScheduleConfig
+from leanbert.data.mlm import MaskedLMData
+from leanbert.data.settings import Part
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
+from leanbert.models.mlm import MaskedLanguageModel
 from leanbert.pretrained.build import build_model
 from leanbert.ranges import COUNT
-from leanbert.tasks.base import Task
+from leanbert.tasks.base import Answer, Task
 from leanbert.tasks.metrics import MaskedLMMetrics
 from leanbert.tasks.tables import markdown_table
 
@@ -23,40 +26,28 @@ SHOWN_CHARACTERS = 160
 """Length of the beginning of a text that the table of filled masks shows, and the model reads."""
 
 
-class MaskedLM(Task):
+class MaskedLM(Task[MLMBatch]):
     """BERT's masked language model (Devlin et al. 2019), without next-sentence prediction.
 
     Args:
-        encoder: Architecture of the encoder.
-        optimizer: Optimizer and its settings.
-        schedule: Learning rate by step.
-        init_from: Hugging Face folder or LeanBERT checkpoint whose weights and architecture to start from.
-        compile: Compile each block with torch.compile: faster steps after about a minute of compilation.
-        seed: Seed of initial weights and dropout (the CLI sets it to seed_everything if it is 0).
         top_k: Candidates for each mask in the answers of `predict`.
+        settings: See `Task`.
 
     """
 
     name: ClassVar[str] = "mlm"
     example: ClassVar[str] = "The [MASK] of the function."
+    model: MaskedLanguageModel
+    metrics: MaskedLMMetrics
+    _data: MaskedLMData
 
-    def __init__(
-        self,
-        encoder: EncoderConfig | None = None,
-        optimizer: OptimizerConfig | None = None,
-        schedule: ScheduleConfig | None = None,
-        init_from: str | None = None,
-        compile: bool = False,
-        seed: int = 0,
-        top_k: int = 5,
-    ) -> None:
-        super().__init__(encoder, optimizer, schedule, init_from, compile, seed)
+    def __init__(self, top_k: int = 5, **settings: Any) -> None:
+        super().__init__(**settings)
         COUNT.check("model.top_k", top_k)
         self.top_k = top_k
-        self.metrics: MaskedLMMetrics | None = None
         self._hidden_words: list[HiddenWord] | None = None
 
-    def build_model(self) -> nn.Module:
+    def build_model(self) -> MaskedLanguageModel:
         """Return the model whose vocabulary is the tokenizer's."""
         return build_model(
             self.encoder_config,
@@ -70,7 +61,7 @@ class MaskedLM(Task):
         self.metrics = MaskedLMMetrics(None if self._counts is None else torch.from_numpy(self._counts))
 
     @property
-    def _counts(self) -> Any:
+    def _counts(self) -> np.ndarray | None:
         return getattr(self._data, "unigram_counts", None)  # predict reads no corpus
 
     def forward(self, batch: MLMBatch) -> Tensor:
@@ -87,13 +78,11 @@ class MaskedLM(Task):
 
     def validation_step(self, batch: MLMBatch, batch_idx: int) -> None:
         """Add a batch to the metrics; logits are not kept."""
-        assert self.metrics is not None
         self.metrics.update(self(batch), batch.targets)
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics at the number of completed steps."""
-        assert self.metrics is not None
-        self.log_evaluation("val", self.metrics.compute())
+    def metrics_of(self, part: Part) -> dict[str, float]:
+        """Return loss, perplexity and accuracy, and the loss of unigram counts."""
+        return self.metrics.compute()
 
     def samples(self, batch: MLMBatch) -> dict[str, str]:
         """Return a table of as many validation texts as the batch has rows, each with one word masked."""
@@ -113,7 +102,7 @@ class MaskedLM(Task):
             f"accuracy {metrics['val/accuracy']:.1%}"
         )
 
-    def predict_step(self, batch: PredictBatch, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: PredictBatch, batch_idx: int) -> list[Answer]:
         """Return one answer per text; see `fill_masks`."""
         return fill_masks(self.model, self._data.tokenizer, batch, self.top_k)
 
@@ -127,13 +116,13 @@ class HiddenWord(NamedTuple):
     end: int
 
 
-def candidates(model: nn.Module, batch: PredictBatch, index: Tensor, top_k: int) -> Any:
+def candidates(model: MaskedLanguageModel, batch: PredictBatch, index: Tensor, top_k: int) -> torch.return_types.topk:
     """Return `values`, the highest probabilities, and `indices`, their tokens, at places `index` [B, K]: [B, K, k]."""
     logits = model(batch.inputs, index)  # [B, K, V]
     return logits.float().softmax(-1).topk(min(top_k, logits.shape[-1]))
 
 
-def fill_masks(model: nn.Module, tokenizer: Any, batch: PredictBatch, top_k: int) -> list[dict[str, Any]]:
+def fill_masks(model: MaskedLanguageModel, tokenizer: TextTokenizer, batch: PredictBatch, top_k: int) -> list[Answer]:
     """Return for each text `{"text", "masks": [[{"token", "probability"}, ...], ...]}`, best first.
 
     Args:
@@ -145,7 +134,7 @@ def fill_masks(model: nn.Module, tokenizer: Any, batch: PredictBatch, top_k: int
     """
     masked = batch.inputs.input_ids == tokenizer.mask_id  # [B, S]
     counts = masked.sum(1).tolist()
-    answers: list[dict[str, Any]] = [{"text": text, "masks": []} for text in batch.texts]
+    answers: list[Answer] = [{"text": text, "masks": []} for text in batch.texts]
     if not any(counts):
         return answers
     # the places of the masks first, in order: logits are made for these only
@@ -164,7 +153,7 @@ def fill_masks(model: nn.Module, tokenizer: Any, batch: PredictBatch, top_k: int
     return answers
 
 
-def hide_words(texts: Iterable[str], tokenizer: Any, count: int, length: int) -> list[HiddenWord]:
+def hide_words(texts: Iterable[str], tokenizer: TextTokenizer, count: int, length: int) -> list[HiddenWord]:
     """Return one word of each of the first `count` texts: of those that are one token, the middle one.
 
     Args:
@@ -187,7 +176,11 @@ def hide_words(texts: Iterable[str], tokenizer: Any, count: int, length: int) ->
 
 
 def filled_masks_table(
-    model: nn.Module, tokenizer: Any, words: list[HiddenWord], length: int, device: torch.device | str = "cpu"
+    model: MaskedLanguageModel,
+    tokenizer: TextTokenizer,
+    words: list[HiddenWord],
+    length: int,
+    device: torch.device | str = "cpu",
 ) -> str:
     """Return a Markdown table of the texts with their masks, the words there, and the model's best three tokens."""
     batch, _ = encode_lines([word.text for word in words], tokenizer, length, masks=False)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 import torchmetrics
 from torchmetrics.text.sacre_bleu import SacreBLEUScore
 
+from leanbert.tasks.metrics import over_ranks
 from leanbert.tasks.output_tokens import BleuTokens, RougeTokens, bleu_kind, bleu_tokenizer
 from leanbert.tasks.rouge import rouge
 
@@ -45,7 +45,7 @@ class OutputMetrics:
 
     def compute(self) -> dict[str, float]:
         """Return the scores by name and start afresh. Raises ValueError if there is no output."""
-        outputs, references = _over_ranks(self._outputs), _over_ranks(self._references)
+        outputs, references = over_ranks(self._outputs), over_ranks(self._references)
         self._outputs, self._references = [], []
         if not outputs:
             raise ValueError("no output was added")
@@ -124,12 +124,3 @@ def _combined(counts: Sequence[Sequence[int]]) -> float:
         return 0.0
     weight = RECALL_WEIGHT**2
     return (1.0 + weight) * precision * recall / (weight * precision + recall)
-
-
-def _over_ranks(own: list[Any]) -> list[Any]:
-    """Return the items of all ranks."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return own
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, own)
-    return [item for part in parts for item in part]

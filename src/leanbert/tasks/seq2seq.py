@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
 from textwrap import shorten
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from leanbert.data.batches.batch import IGNORED, PairBatch, PredictBatch
 from leanbert.data.batches.pairs import output_frame
+from leanbert.data.pairs import PairData
+from leanbert.data.settings import Part
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.messages import say
-from leanbert.models.config import EncoderConfig
 from leanbert.models.generation import GenerationConfig, SpecialTokens, generate
-from leanbert.models.seq2seq import Seq2SeqModel, Start
-from leanbert.optim.build import OptimizerConfig, ScheduleConfig
-from leanbert.pretrained.build import build_model, read_architecture
+from leanbert.models.seq2seq import Seq2SeqModel
+from leanbert.models.stored import ModelMetadata, Start, Stored
+from leanbert.pretrained.build import build_model, read_model
 from leanbert.ranges import COUNT, RATE, WHOLE
-from leanbert.tasks.base import Task
-from leanbert.tasks.metrics import MeanLoss
+from leanbert.tasks.base import Answer, Task
+from leanbert.tasks.metrics import ExactSums
 from leanbert.tasks.output_metrics import OutputMetrics, Quality, bleu_signature
 from leanbert.tasks.output_tokens import BleuTokens, RougeTokens, bleu_tokenizer
 from leanbert.tasks.tables import markdown_table
@@ -34,16 +34,10 @@ LONGEST_SHOWN = 240
 """Characters of a source in TensorBoard: a longer document would leave no room for what was made of it."""
 
 
-class Seq2Seq(Task):
+class Seq2Seq(Task[PairBatch]):
     """An encoder and a decoder that writes the target, trained with the right target before each token.
 
     Args:
-        encoder: Architecture of the encoder and, but for the number of blocks, of the decoder.
-        optimizer: Optimizer and its settings.
-        schedule: Learning rate by step.
-        init_from: Hugging Face folder or LeanBERT checkpoint whose encoder to start from.
-        compile: Compile each block with torch.compile: faster steps after about a minute of compilation.
-        seed: Seed of initial weights and dropout (the CLI sets it to seed_everything if it is 0).
         decoder_layers: Blocks of the decoder. Default: as many as the encoder has.
         decoder_start: Where the decoder's weights come from: encoder (copies), shared (with the encoder, which saves
             parameters), random. With encoder, and nothing to start from, it is random.
@@ -59,20 +53,17 @@ class Seq2Seq(Task):
         generation: How `test` and `predict` search for outputs.
         validation_sources: Generate for so many validation sources, greedily, at each validation. Default: for all; 0:
             for none.
+        settings: See `Task`.
 
     """
 
     name: ClassVar[str] = "seq2seq"
     example: ClassVar[str] = "The cook gives the guest a cake ."
+    model: Seq2SeqModel
+    _data: PairData
 
     def __init__(
         self,
-        encoder: EncoderConfig | None = None,
-        optimizer: OptimizerConfig | None = None,
-        schedule: ScheduleConfig | None = None,
-        init_from: str | None = None,
-        compile: bool = False,
-        seed: int = 0,
         decoder_layers: int | None = None,
         decoder_start: Start = "encoder",
         copy: bool = False,
@@ -82,8 +73,9 @@ class Seq2Seq(Task):
         rouge_tokenize: RougeTokens = "auto",
         generation: GenerationConfig | None = None,
         validation_sources: int | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(encoder, optimizer, schedule, init_from, compile, seed)
+        super().__init__(**settings)
         if label_smoothing is None:
             label_smoothing = 0.0 if copy else 0.1
         if copy and label_smoothing:
@@ -97,11 +89,11 @@ class Seq2Seq(Task):
         self.decoder_layers, self.decoder_start, self.copy = decoder_layers, decoder_start, copy
         self.label_smoothing, self.quality = label_smoothing, quality
         self.bleu_tokenize, self.rouge_tokenize = bleu_tokenize, rouge_tokenize
-        self.generation = (generation or GenerationConfig()).check()
+        self.generation = generation or GenerationConfig()
         self.validation_sources = validation_sources
         self._stored_targets = 0  # tokens that a stored decoder knows, which may be more than its tokenizer has
 
-    def build_model(self) -> nn.Module:
+    def build_model(self) -> Seq2SeqModel:
         """Return the model whose vocabularies are the tokenizers'; the decoder starts as is set."""
         targets = None
         if self._data.separate:
@@ -114,45 +106,41 @@ class Seq2Seq(Task):
         )
         return model
 
-    def model_facts(self) -> dict[str, Any]:
-        """Return how the decoder is made, and how outputs are searched for."""
-        targets = self.model.target_vocab_size
-        return {
-            "decoder_layers": len(self.model.decoder.blocks),
-            "decoder_start": self.decoder_start,
-            "generation": asdict(self.generation),
-            **({} if targets is None else {"target_vocab_size": targets}),
-            **({"copy": True} if self.copy else {}),
-        }
+    def metadata(self) -> ModelMetadata:
+        """Return how the decoder is made, and how outputs are searched for, besides."""
+        return replace(
+            super().metadata(), decoder_layers=len(self.model.decoder.blocks), decoder_start=self.decoder_start,
+            target_vocab_size=self.model.target_vocab_size, copy=self.copy or None, generation=asdict(self.generation),
+        )  # fmt: skip
 
     def _start_targets(self) -> int:
         """Return the tokens that the decoder of `init_from` knows, 0 if it has none of its own."""
         if self.init_from is None:
             return 0
-        stored = read_architecture(Path(self.init_from))
-        return int(stored.facts.get("target_vocab_size", 0)) if stored.task == self.name else 0
+        metadata = read_model(self.init_from).metadata
+        return (metadata.target_vocab_size or 0) if metadata.task == self.name else 0
 
-    def adopt(self, facts: dict[str, Any]) -> None:
+    def adopt(self, metadata: ModelMetadata) -> None:
         """Take over how the decoder is made."""
-        self.decoder_layers = facts.get("decoder_layers", self.decoder_layers)
-        self.decoder_start = facts.get("decoder_start", self.decoder_start)
-        self.copy = facts.get("copy", False)
-        self._stored_targets = facts.get("target_vocab_size", 0)
+        self.decoder_layers = metadata.decoder_layers or self.decoder_layers
+        self.decoder_start = metadata.decoder_start or self.decoder_start
+        self.copy = bool(metadata.copy)
+        self._stored_targets = metadata.target_vocab_size or 0
 
-    def resume_from(self, stored: dict[str, Any]) -> None:
+    def resume_from(self, stored: Stored, *, shrinks: bool) -> None:
         """Check `stored` and take over the vocabularies too."""
-        super().resume_from(stored)
-        self._stored_targets = stored.get("model", {}).get("target_vocab_size", 0)
+        super().resume_from(stored, shrinks=shrinks)
+        self._stored_targets = stored.metadata.target_vocab_size or 0
 
-    def check_resumable(self, stored: dict[str, Any]) -> None:
+    def check_resumable(self, stored: Stored, *, shrinks: bool = False) -> None:
         """Raise UserError if `stored` is of another task or architecture, or its decoder is made otherwise."""
-        super().check_resumable(stored)
-        facts, layers = stored.get("model", {}), self.decoder_layers or stored["encoder"]["num_layers"]
-        start = facts.get("decoder_start", self.decoder_start)
-        own: dict[str, tuple[Any, Any]] = {
-            "decoder_layers": (layers, facts.get("decoder_layers", layers)),
+        super().check_resumable(stored, shrinks=shrinks)
+        metadata = stored.metadata
+        start = metadata.decoder_start or self.decoder_start
+        own: dict[str, tuple[object, object]] = {
+            "decoder_layers": (self.decoder_layers or stored.config.num_layers, metadata.decoder_layers),
             "decoder_start": (self.decoder_start, start if "shared" in (start, self.decoder_start) else None),
-            "copy": (self.copy, facts.get("copy", False)),
+            "copy": (self.copy, bool(metadata.copy)),
         }
         for setting, (value, there) in own.items():
             if there is not None and there != value:
@@ -162,8 +150,8 @@ class Seq2Seq(Task):
                 )
 
     def build_metrics(self) -> None:
-        """Make the mean loss, and the measures of generated outputs."""
-        self.mean_loss = MeanLoss()
+        """Make the sums of the loss, and the measures of generated outputs."""
+        self.sums = ExactSums("loss", "targets")
         self.outputs = OutputMetrics(self.quality, self.bleu_tokenize, self.rouge_tokenize)
         self._shown: list[tuple[str, str, str]] = []
 
@@ -186,30 +174,25 @@ class Seq2Seq(Task):
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Add a batch to the loss, which is not smoothed here."""
-        self.mean_loss.update(self._loss_sum(batch, 0.0), self.count_targets(batch))
+        self.sums.add(loss=self._loss_sum(batch, 0.0), targets=self.count_targets(batch))
 
-    def on_validation_epoch_end(self) -> None:
-        """Generate, and log the metrics at the number of completed steps."""
-        greedy = GenerationConfig(length_ratio=self.generation.length_ratio, length_more=self.generation.length_more)
-        self._finish("val", greedy, self.validation_sources)
+    test_step = validation_step
 
-    def test_step(self, batch: PairBatch, batch_idx: int) -> None:
-        """Do as in validation."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Generate as set, and log the metrics."""
-        self._finish("test", self.generation, None)
-
-    def _finish(self, part: Any, config: GenerationConfig, most: int | None) -> None:
-        loss = self.mean_loss.compute()
-        values = {"loss": loss, "perplexity": float(torch.tensor(loss).exp())}
+    def metrics_of(self, part: Part) -> dict[str, float]:
+        """Return the loss, and the measures of outputs that are generated now: in validation greedily."""
+        sums = self.sums.totals()
+        loss = sums["loss"] / sums["targets"]
+        values = {"loss": float(loss), "perplexity": float(loss.exp())}
+        config, most = self.generation, None
+        if part == "val":
+            config = GenerationConfig(length_ratio=config.length_ratio, length_more=config.length_more)
+            most = self.validation_sources
         if most != 0:
             self.generate_part(part, config, most)
             values.update(self.outputs.compute())
-        self.log_evaluation(part, values)
+        return values
 
-    def generate_part(self, part: Any, config: GenerationConfig, most: int | None) -> None:
+    def generate_part(self, part: Part, config: GenerationConfig, most: int | None) -> None:
         """Add the outputs for a part's sources (None: all), each rank for its share of the batches."""
         if self.quality == "bleu" and self.bleu_tokenize != "auto":
             bleu_tokenizer(self.bleu_tokenize)  # what it lacks is said before anything is generated
@@ -235,15 +218,15 @@ class Seq2Seq(Task):
         rows = [(shorten(source, LONGEST_SHOWN, placeholder=" ..."), *answer) for source, *answer in self._shown]
         return {"samples/outputs": markdown_table(("source", "reference", "output"), rows)}
 
-    def predict_step(self, batch: PredictBatch, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: PredictBatch, batch_idx: int) -> list[Answer]:
         """Return `{"source", "output", "score"}` for each text."""
         return self._answers(batch, self.generation)
 
-    def _answers(self, batch: PredictBatch, config: GenerationConfig) -> list[dict[str, Any]]:
-        return write(self.model, self._data.target_tokenizer, batch, config)
+    def _answers(self, batch: PredictBatch, config: GenerationConfig) -> list[Answer]:
+        return generate_texts(self.model, self._data.target_tokenizer, batch, config)
 
 
-def special_tokens(tokenizer: Any) -> SpecialTokens:
+def special_tokens(tokenizer: TextTokenizer) -> SpecialTokens:
     """Return the ids that begin and end a target, and those that are not text.
 
     Raises:
@@ -253,10 +236,12 @@ def special_tokens(tokenizer: Any) -> SpecialTokens:
     return SpecialTokens(begin[0], end[-1], [i for i in tokenizer.special_ids if i != end[-1]])
 
 
-def write(model: Any, tokenizer: Any, batch: PredictBatch, config: GenerationConfig) -> list[dict[str, Any]]:
+def generate_texts(
+    model: Seq2SeqModel, tokenizer: TextTokenizer, batch: PredictBatch, config: GenerationConfig
+) -> list[Answer]:
     """Return `{"source", "output", "score"}` for each text; the score is log-probability over length to a power.
 
-    `tokenizer` is that of outputs.
+    `tokenizer` is the one of outputs.
     """
     found = generate(model, batch.inputs, special_tokens(tokenizer), config)
     return [

@@ -17,7 +17,6 @@ from leanbert.data.batches.batch import IGNORED
 from leanbert.data.formats.span_labels import (
     CONTINUATION,
     OUTSIDE,
-    PREDICATE,
     Argument,
     Span,
     arguments,
@@ -72,20 +71,17 @@ class SpanCounts(Metric):
         labels: BIO tags that the model can predict. Spans of all other roles are counted together, as
             `OTHER_ROLES`: gold ones that no prediction can meet lower the recall.
         join_continuations: Count as srl-eval.pl does.
-        ignored: Roles that do not count, after joining; None: `V`, the predicate, where continuations are joined
-            (so neither C-V counts), else no role.
+        ignored: Roles that do not count, after joining: without `V`, the predicate, neither C-V counts.
 
     """
 
     full_state_update = False
     counts: Tensor
 
-    def __init__(
-        self, labels: Iterable[str], join_continuations: bool = False, ignored: Collection[str] | None = None
-    ) -> None:
+    def __init__(self, labels: Iterable[str], join_continuations: bool = False, ignored: Collection[str] = ()) -> None:
         super().__init__()
         self.join_continuations = join_continuations
-        self.ignored = frozenset(((PREDICATE,) if join_continuations else ()) if ignored is None else ignored)
+        self.ignored = frozenset(ignored)
         prefix = CONTINUATION if join_continuations else ""
         roles = {role_of(label).removeprefix(prefix) for label in labels} - self.ignored - {""}
         self.roles = (*sorted(roles), OTHER_ROLES)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Collection, Iterator, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,18 +11,26 @@ from torch import Tensor
 from leanbert.data.batches.batch import IGNORED, LabelledBatch, WordBatch
 from leanbert.data.batches.sentences import Mark, Sentence, word_batch
 from leanbert.data.formats.span_labels import OUTSIDE, PREDICATE, TO_FIND, spans
+from leanbert.data.settings import Part
+from leanbert.data.token_labels import SemanticRoleData
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
+from leanbert.models.classifier import Classifier
+from leanbert.tasks.base import Answer
 from leanbert.tasks.labelling import Labelling, gather_documents
 from leanbert.tasks.spans import BioDecoder, SpanCounts, SpanScores
 from leanbert.tasks.tables import markdown_table
 
+Sentences = list[tuple[list[int], list[int], list[int]]]
+"""Predicted tags, true tags, and the tags of words that were cut, of each sentence."""
+Tagged = list[tuple[list[str], list[str]]]
+"""Predicted and true tags of all words of each sentence."""
 
-class TokenClassification(Labelling):
+
+class TokenClassification(Labelling[Sentences]):
     """Give each word a tag by its first piece; the best legal sequence of BIO tags is chosen (Viterbi)."""
 
     name: ClassVar[str] = "tagging"
     of: ClassVar = "word"
-    joins: ClassVar[bool] = False
-    """Whether the pieces of an argument count as one and the predicate not at all (CoNLL-2005)."""
     example: ClassVar[str] = "The cook gave the guest a cake yesterday ."
 
     def build_metrics(self) -> None:
@@ -38,35 +46,35 @@ class TokenClassification(Labelling):
         scores = scores.float().masked_fill(begins[..., None] & self.decoder.inside, -torch.inf)
         return self.decoder.decode(scores, batch.targets != IGNORED)
 
-    def kept(self, scores: Tensor, batch: LabelledBatch) -> list[tuple[list[int], list[int], list[int]]]:
+    def kept(self, scores: Tensor, batch: LabelledBatch) -> Sentences:
         """Return what `sentences_of` does of the sentences."""
         return list(sentences_of(self.predictions(scores, batch), batch.targets, gather_documents(batch), batch.cut))
 
-    def evaluate(self, part: Any, kept: list[Any]) -> dict[str, float]:
+    def evaluate(self, part: Part, kept: list[Sentences]) -> dict[str, float]:
         """Return precision, recall and F1 of spans, over all and by role, and how many words were cut, if any were.
 
         Words that were cut are predicted to be in no span, as in answers.
         """
-        ignored = (PREDICATE, TO_FIND) if self.joins else ()
-        counts = SpanCounts(self.model.labels, join_continuations=self.joins, ignored=ignored).to(self.device)
         names = self._data.names(part)
-        counts.update([], [])  # or torchmetrics warns where a rank has no sentence
-        for sentences in kept:
-            for guess, truth, cut in sentences:
-                tags = [*(names[tag] for tag in guess), *(OUTSIDE for _ in cut)]
-                self.count(counts, tags, [names[tag] for tag in (*truth, *cut)])
-        words = self._data.cache(part).facts["cut_words"]
-        return {**by_name(counts.compute()), **self.further_scores(), **({"cut_words": float(words)} if words else {})}
+        tagged = [
+            ([*(names[tag] for tag in guess), *(OUTSIDE for _ in cut)], [names[tag] for tag in (*truth, *cut)])
+            for sentences in kept
+            for guess, truth, cut in sentences
+        ]
+        words = self._data.cache(part).notes.cut_words
+        return {**self.scores(tagged), **({"cut_words": float(words)} if words else {})}
 
-    def count(self, counts: SpanCounts, guess: list[str], truth: list[str]) -> None:
-        """Add a sentence."""
-        counts.update([guess], [truth])
+    def scores(self, tagged: Tagged) -> dict[str, float]:
+        """Return the metrics by name."""
+        return by_name(self.counted(tagged))
 
-    def further_scores(self) -> dict[str, float]:
-        """Return what else was counted."""
-        return {}
+    def counted(self, tagged: Tagged, join_continuations: bool = False, ignored: Collection[str] = ()) -> SpanScores:
+        """Return the scores of spans over all ranks; see `SpanCounts`."""
+        counts = SpanCounts(self.model.labels, join_continuations, ignored).to(self.device)
+        counts.update([guess for guess, _ in tagged], [truth for _, truth in tagged])
+        return counts.compute()
 
-    def predict_step(self, batch: WordBatch, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: WordBatch, batch_idx: int) -> list[Answer]:
         """Return `{"tokens", "labels", "text"}` for each sentence."""
         return tag_sentences(self.model, self.decoder, batch)
 
@@ -100,25 +108,19 @@ class SemanticRoleLabelling(TokenClassification):
     """
 
     name: ClassVar[str] = "srl"
-    joins: ClassVar[bool] = True
+    _data: SemanticRoleData
 
-    def build_metrics(self) -> None:
-        """Make the counts of predicates besides."""
-        super().build_metrics()
-        self._predicates = SpanCounts(self._data.labels)
+    def scores(self, tagged: Tagged) -> dict[str, float]:
+        """Return the metrics of arguments, and of predicates if there were sentences in which to find them."""
+        with_predicate, without = (
+            [pair for pair in tagged if (f"B-{TO_FIND}" in pair[1]) is to_find] for to_find in (False, True)
+        )
+        roles = self.counted(with_predicate, join_continuations=True, ignored=(PREDICATE, TO_FIND))
+        predicates = self.counted(without)
+        found = overall(predicates) if predicates.roles else {}
+        return {**by_name(roles), **{f"predicate_{name}": value for name, value in found.items()}}
 
-    def count(self, counts: SpanCounts, guess: list[str], truth: list[str]) -> None:
-        """Add a sentence to the arguments or, if its predicates are to be found, to these."""
-        (self._predicates if f"B-{TO_FIND}" in truth else counts).update([guess], [truth])
-
-    def further_scores(self) -> dict[str, float]:
-        """Return precision, recall and F1 of the predicates, if there were sentences in which to find them."""
-        self._predicates.update([], [])  # or torchmetrics warns where there was none
-        scores = self._predicates.compute()
-        self._predicates.reset()
-        return {f"predicate_{name}": value for name, value in overall(scores).items()} if scores.roles else {}
-
-    def predict_step(self, batch: WordBatch, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: WordBatch, batch_idx: int) -> list[Answer]:
         """Return `{"tokens", "predicate", "labels", "text"}` for each predicate; those not given are found first."""
         data = self._data
         return label_roles(
@@ -158,17 +160,18 @@ def sentences_of(
         yield from found.values()
 
 
-def tag(model: Any, decoder: BioDecoder, batch: WordBatch) -> list[list[str]]:
+def tag(model: Classifier, decoder: BioDecoder, batch: WordBatch) -> list[list[str]]:
     """Return the tags of each sentence; words that did not fit are O."""
     scores = model(batch.inputs, batch.target_index)
     best = decoder.decode(scores.float(), batch.targets != IGNORED).tolist()
+    found = [[model.labels[tag] for tag in row if tag != IGNORED] for row in best]
     return [
-        [model.labels[tag] for tag in row if tag != IGNORED] + ["O"] * (len(sentence.tokens) - _count(row))
-        for sentence, row in zip(batch.sentences, best, strict=True)
+        tags + [OUTSIDE] * (len(sentence.tokens) - len(tags))
+        for sentence, tags in zip(batch.sentences, found, strict=True)
     ]
 
 
-def tag_sentences(model: Any, decoder: BioDecoder, batch: WordBatch) -> list[dict[str, Any]]:
+def tag_sentences(model: Classifier, decoder: BioDecoder, batch: WordBatch) -> list[Answer]:
     """Return `{"tokens", "labels", "text"}` for each sentence."""
     return [
         {"tokens": sentence.tokens, "labels": labels, "text": bracketed(sentence.tokens, labels)}
@@ -176,13 +179,14 @@ def tag_sentences(model: Any, decoder: BioDecoder, batch: WordBatch) -> list[dic
     ]
 
 
-def _count(row: list[int]) -> int:
-    return sum(tag != IGNORED for tag in row)
-
-
 def label_roles(
-    model: Any, decoder: BioDecoder, sentences: Sequence[Sentence], tokenizer: Any, length: int, mark: Mark
-) -> list[dict[str, Any]]:
+    model: Classifier,
+    decoder: BioDecoder,
+    sentences: Sequence[Sentence],
+    tokenizer: TextTokenizer,
+    length: int,
+    mark: Mark,
+) -> list[Answer]:
     """Return `{"tokens", "predicate", "labels", "text"}` for each predicate of each sentence, in order.
 
     Sentences without a predicate are looked at first, and those in which none is found have no answer but

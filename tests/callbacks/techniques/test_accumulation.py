@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from leanbert.callbacks.techniques.accumulation import GradientAccumulation, OutOfMemoryRecovery
 from leanbert.errors import UserError
 from leanbert.tasks.base import Task
+from leanbert.tasks.step import StepState
 from tests.corpus import write_corpus
 from tests.limit import AllocatorLimit
 from tests.training import TINY, fit, scalars
@@ -111,7 +112,7 @@ def test_out_of_memory_in_mid_run_loses_nothing(folder, capfd, monkeypatch):
     logged = scalars(cli)
     assert logged[MICRO] == {2: 32.0}
     assert logged["accumulation/out_of_memory_events"] == {2: 1.0}
-    assert cli.model.micro_batch == 32
+    assert cli.model.step_state.micro_batch == 32
     assert cli.trainer.global_step == 4
     assert cli.datamodule.samples_consumed == 4 * 64
     for step, loss in logged["train/loss"].items():
@@ -119,7 +120,7 @@ def test_out_of_memory_in_mid_run_loses_nothing(folder, capfd, monkeypatch):
     assert "step 3: replayed with a micro-batch of 32 instead of 64 sequences" in capfd.readouterr().err
     kept = folder / "recovered.ckpt"
     kept.write_bytes((Path(cli.trainer.log_dir) / "checkpoints" / "step-00000004.ckpt").read_bytes())
-    assert fit(folder, *rows, recovery, f"--ckpt_path={kept}", steps=5).model.micro_batch == 32
+    assert fit(folder, *rows, recovery, f"--ckpt_path={kept}", steps=5).model.step_state.micro_batch == 32
 
 
 def test_below_the_smallest_micro_batch_the_error_goes_on(folder, capfd, monkeypatch):
@@ -154,7 +155,7 @@ from leanbert.tasks.base import Task
 start = Task._start_micro_batch
 
 def fail_once(task, index):
-    if task.global_step == 1 and task.global_rank == 1 and task.micro_batch is None:
+    if task.global_step == 1 and task.global_rank == 1 and task.step_state.micro_batch is None:
         raise torch.OutOfMemoryError("little memory on this rank")
     start(task, index)
 
@@ -191,6 +192,6 @@ def test_two_ranks_agree_when_one_runs_out_of_memory(folder, tmp_path):
 @pytest.mark.parametrize(("step", "rows"), [(0, 2), (1, 2), (2, 4), (3, 4)])
 def test_the_micro_batch_is_known_also_where_no_step_is_left(step, rows):
     trainer = SimpleNamespace(global_step=step, max_steps=3, current_epoch=0, loggers=[])
-    module = SimpleNamespace(wanted_micro_batch=None, micro_batch=rows)
+    module = SimpleNamespace(step_state=StepState())
     GradientAccumulation({0: 2, 2: 4}).on_train_start(trainer, module)
-    assert module.wanted_micro_batch == rows
+    assert module.step_state.wanted_micro_batch == rows

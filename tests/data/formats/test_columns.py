@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from leanbert.data.formats.columns import DatasetName, dataset_records, open_dataset, split_dataset_spec
-from leanbert.data.formats.corpora import file_records
+from leanbert.data.formats.corpora import records_of
 from leanbert.errors import UserError
 from tests.data.formats.test_readers import LFS, refused
 
@@ -73,12 +73,12 @@ def test_columns_inside_columns(tmp_path: Path) -> None:
     dataset.with_format("numpy").save_to_disk(str(tmp_path / "set"))
     expected = [{name: row[name] for name in ("t", "t.fr")} for row in rows]
     for found in (
-        file_records(tmp_path / "x.parquet", ["t.en", "t.fr"]),
+        records_of(str(tmp_path / "x.parquet"), ["t.en", "t.fr"]),
         dataset_records(f"hf:{tmp_path}/set", ["t.fr"], ["t.de"]),
     ):
         assert [record for _, record in found] == expected
     with pytest.raises(UserError, match=r'x\.parquet: no field "u\.en"\..* here is .*other'):
-        list(file_records(tmp_path / "x.parquet", ["u.en"]))
+        list(records_of(str(tmp_path / "x.parquet"), ["u.en"]))
 
 
 def test_what_is_no_parquet_file(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from leanbert.data.formats import readers
-from leanbert.data.formats.corpora import file_records
+from leanbert.data.formats.corpora import records_of
 from leanbert.data.formats.readers import open_binary, read_lines, whole_lines
 from leanbert.errors import UserError
 
@@ -21,7 +21,7 @@ def records(path: Path, content: str | bytes, *wanted: str) -> list[tuple[str, o
     """Places without the folder, and records, of a file with this content."""
     data = content.encode() if isinstance(content, str) else content
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-    return [(Path(place).name, record) for place, record in file_records(path, wanted)]
+    return [(Path(place).name, record) for place, record in records_of(str(path), wanted)]
 
 
 def refused(path: Path, content: str | bytes, *wanted: str) -> str:
@@ -85,7 +85,7 @@ def test_an_endless_line_is_no_record(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_several_gzip_members_are_one_file(tmp_path: Path) -> None:
     path = tmp_path / "x.txt.gz"
     path.write_bytes(gzip.compress(b"one\ntw") + gzip.compress(b"o\n"))
-    with open_binary(path, lambda _: None) as stream:
+    with open_binary(path) as stream:
         assert [line for _, line in read_lines(stream, "x")] == ["one\n", "two\n"]
 
 
@@ -128,7 +128,7 @@ def test_damaged_gzip(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        list(file_records(path, ()))
+        list(records_of(str(path), ()))
     assert str(caught.value).startswith(f"{tmp_path}/{message}")
 
 

@@ -22,7 +22,7 @@ from leanbert.data.samples.embedded import SYNTHETIC, embedded_files
 from leanbert.data.store import cache as store
 from leanbert.data.store import checksums
 from leanbert.data.store.cache import made_once
-from leanbert.data.store.examples import build_examples
+from leanbert.data.store.examples import Notes, build_examples
 from leanbert.errors import UserError
 from tests.data.corpora import ENGLISH, sentences, write_corpus
 
@@ -47,9 +47,9 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[s
     folder = tmp_path / "cache"
     settings = {"train_files": [corpus], "cache_dir": str(folder), "vocab_size": 150, "val_share": 0.2}
 
-    def encode(facts: dict[str, Any]) -> Iterator[dict[str, list[int]]]:
+    def encode(notes: Notes) -> Iterator[dict[str, list[int]]]:
         yield from ({"ids": list(range(number)), "targets": [number]} for number in range(1, 20))
-        facts["labels"] = ["yes", "no"]
+        notes.labels = ["yes", "no"]
 
     def read_all() -> dict[str, Any]:
         data = MaskedLMData(**settings)  # type: ignore[arg-type]
@@ -61,7 +61,7 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[s
         dtypes = {"ids": "int32", "targets": "float32"}
         examples = build_examples(["key"], dtypes, {"ids": 20}, encode, folder, "data.train_files: no example")
         columns = [[examples.values(c).tolist(), examples.offsets(c).tolist()] for c in ("ids", "targets")]
-        found["examples"] = [examples.count, examples.dtypes, examples.facts, columns]
+        found["examples"] = [examples.count, examples.dtypes, examples.notes, columns]
         return found | {part: path.read_text() for part, path in embedded_files("srl", folder).items()}
 
     return read_all

@@ -172,7 +172,8 @@ def test_settings_come_back_from_an_export(tmp_path):
     config = EncoderConfig(**OURS, activation="swiglu", local_window=6, global_every=2, rotary_theta=500.0)
     model = build_model(config, 99)
     write_huggingface(model, tmp_path)
-    found, state, *_ = read_huggingface(tmp_path)
+    stored = read_huggingface(tmp_path)
+    found, state = stored.config, stored.read_weights()
     assert found == model.config
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
@@ -221,7 +222,7 @@ def test_foreign_settings_are_refused(tmp_path, make, changes, message):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(UserError, match=rf"config\.json: [^\n]*{message}"):
-        read_huggingface(tmp_path)
+        read_huggingface(tmp_path).read_weights()
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):
@@ -236,7 +237,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     ):
         save_file(broken, path)
         with pytest.raises(UserError, match=rf"^{tmp_path}: [^\n]*{message}"):
-            read_huggingface(tmp_path)
+            read_huggingface(tmp_path).read_weights()
 
 
 # ---- folders of other tools
@@ -287,13 +288,15 @@ def test_what_nothing_tells_is_refused_with_the_line_to_add(tmp_path):
     for number, settings in enumerate(({}, {"hidden_size": 32}, {"dim": 32, "n_layers": 5})):
         folder = folder_of(tmp_path / str(number), bert(), config=lambda _, settings=settings: settings)
         with pytest.raises(UserError, match=tell):
-            read_huggingface(folder)
+            read_huggingface(folder).read_weights()
     roberta = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SIZES))  # has the same settings
     for name, model in (("with", roberta), ("without", roberta.roberta)):
         with pytest.raises(UserError, match=tell):
-            read_huggingface(folder_of(tmp_path / name, model, config=without("model_type", "architectures")))
+            read_huggingface(
+                folder_of(tmp_path / name, model, config=without("model_type", "architectures"))
+            ).read_weights()
     with pytest.raises(UserError, match=tell):
-        read_huggingface(folder_of(tmp_path / "named", roberta, config=without("model_type")))
+        read_huggingface(folder_of(tmp_path / "named", roberta, config=without("model_type"))).read_weights()
 
 
 @pytest.mark.parametrize("wrapped", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod.", "model."])
@@ -328,11 +331,11 @@ def test_an_untied_output_is_read_if_it_is_the_embedding_and_else_refused(tmp_pa
         ]
     ):
         with pytest.raises(UserError, match=message):
-            read_huggingface(folder_of(tmp_path / str(number), theirs, add=add, config=config))
+            read_huggingface(folder_of(tmp_path / str(number), theirs, add=add, config=config)).read_weights()
     modern = modernbert()
     add = {"decoder.weight": modern.model.embeddings.tok_embeddings.weight.detach() * 2}
     with pytest.raises(UserError, match=r"decoder\.weight, the output, is another matrix"):
-        read_huggingface(folder_of(tmp_path / "modern", modern, add=add))
+        read_huggingface(folder_of(tmp_path / "modern", modern, add=add)).read_weights()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
@@ -340,7 +343,7 @@ def test_pointers_of_git_lfs_are_told(tmp_path, name):
     bert().save_pretrained(tmp_path)
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 440473133\n")
     with pytest.raises(UserError, match=rf"{name}: a git-lfs pointer, not the file\. Run git lfs pull"):
-        read_huggingface(tmp_path)
+        read_huggingface(tmp_path).read_weights()
 
 
 @pytest.mark.parametrize(
@@ -354,4 +357,4 @@ def test_pointers_of_git_lfs_are_told(tmp_path, name):
 def test_weights_that_are_no_numbers_are_named(tmp_path, tensor, message):
     norm = "bert.encoder.layer.4.output.LayerNorm.weight"
     with pytest.raises(UserError, match=rf"{norm} {message}"):
-        read_huggingface(folder_of(tmp_path, bert(), add={norm: tensor}))
+        read_huggingface(folder_of(tmp_path, bert(), add={norm: tensor})).read_weights()

@@ -12,8 +12,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from leanbert.errors import UserError
-from leanbert.pretrained.build import read_architecture, rebuild
-from leanbert.pretrained.huggingface.convert import read_huggingface, write_huggingface
+from leanbert.pretrained.build import read_model, rebuild
+from leanbert.pretrained.huggingface.convert import write_huggingface
 from tests.pretrained.huggingface.test_convert import bert, inputs, modernbert
 from tests.pretrained.huggingface.test_tasks import seq2seq
 from tests.tiny import whole_rows
@@ -114,9 +114,7 @@ def read(folder):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            stored = read_huggingface(folder)
-            read_architecture(folder)
-            return logits(rebuild(stored, 99, folder).eval(), ours=True)
+            return logits(rebuild(read_model(folder), 99).eval(), ours=True)
     except UserError as error:
         return str(error)
 

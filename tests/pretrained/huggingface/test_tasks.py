@@ -1,6 +1,7 @@
 """Models of the tasks to Hugging Face folders and back: classifiers, and encoder with decoder."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from leanbert.errors import UserError
 from leanbert.models.classifier import Classifier
 from leanbert.models.config import EncoderConfig
 from leanbert.models.seq2seq import Seq2SeqModel
+from leanbert.models.stored import ModelMetadata
 from leanbert.pretrained.build import build_model, rebuild
 from leanbert.pretrained.huggingface.convert import read_huggingface, write_huggingface
 from tests.pretrained.huggingface.test_convert import OURS, bert, inputs, modernbert, randomise
@@ -67,8 +69,9 @@ def their_scores(model, segments=True):
 )
 def test_classifiers_leave_and_come_back_with_equal_logits(tmp_path, preset, task, kind, auto):
     ours = classifier(task, preset=preset, dropout=0.2)
-    facts = {"labels": LABELS, "max_length": 24} | {"classification": {"problem": "single"}}.get(task, {})
-    write_huggingface(ours, tmp_path, {"pad_token_id": 0}, facts)
+    problem = "single" if task == "classification" else None
+    metadata = ModelMetadata(task, labels=LABELS, max_length=24, problem=problem)
+    write_huggingface(ours, tmp_path, {"pad_token_id": 0}, metadata)
     theirs = loaded(auto, tmp_path)
     assert type(theirs).__name__ == {"bert": "Bert", "modern": "ModernBert"}[preset] + kind
     segments = preset == "bert"
@@ -79,8 +82,8 @@ def test_classifiers_leave_and_come_back_with_equal_logits(tmp_path, preset, tas
     assert (config.classifier_dropout, config.pad_token_id) == (0.2, 0)
     assert config.problem_type == ("single_label_classification" if task == "classification" else None)
     stored = read_huggingface(tmp_path)
-    assert (stored.task, stored.facts) == (task, facts)
-    assert torch.equal(scores(rebuild(stored, 99, tmp_path).eval()), scores(ours))
+    assert stored.metadata == metadata
+    assert torch.equal(scores(rebuild(stored, 99).eval()), scores(ours))
 
 
 @pytest.mark.parametrize(
@@ -93,45 +96,47 @@ def test_classifiers_leave_and_come_back_with_equal_logits(tmp_path, preset, tas
 )
 def test_the_kind_of_labels_is_kept(tmp_path, problem, labels, theirs):
     ours = classifier("classification", labels, preset="bert")
-    write_huggingface(ours, tmp_path, facts={"labels": labels, "problem": problem, "threshold": 0.3})
+    metadata = ModelMetadata("classification", labels=labels, problem=problem, threshold=0.3)
+    write_huggingface(ours, tmp_path, metadata=metadata)
     found = loaded(transformers.BertForSequenceClassification, tmp_path)
     assert (found.config.problem_type, found.config.num_labels) == (theirs, len(labels))
     assert (scores(ours) - their_scores(found)).abs().max() <= 1e-5
-    assert read_huggingface(tmp_path).facts == {"labels": labels, "problem": problem, "threshold": 0.3}
+    assert read_huggingface(tmp_path).metadata == metadata
 
 
 @pytest.mark.parametrize(
-    ("make", "kind", "settings", "task", "facts"),
+    ("make", "kind", "settings", "task", "problem"),
     [
-        (bert, "BertForSequenceClassification", {"num_labels": 3}, "classification", {"problem": "single"}),
-        (bert, "BertForSequenceClassification", {}, "classification", {"problem": "single"}),
-        (bert, "BertForSequenceClassification", {"num_labels": 1}, "classification", {"problem": "regression"}),
-        (bert, "BertForTokenClassification", {"num_labels": 3}, "tagging", {}),
-        (modernbert, "ModernBertForSequenceClassification", {"num_labels": 3}, "classification", {"problem": "single"}),
-        (modernbert, "ModernBertForTokenClassification", {"num_labels": 3}, "tagging", {}),
+        (bert, "BertForSequenceClassification", {"num_labels": 3}, "classification", "single"),
+        (bert, "BertForSequenceClassification", {}, "classification", "single"),
+        (bert, "BertForSequenceClassification", {"num_labels": 1}, "classification", "regression"),
+        (bert, "BertForTokenClassification", {"num_labels": 3}, "tagging", None),
+        (modernbert, "ModernBertForSequenceClassification", {"num_labels": 3}, "classification", "single"),
+        (modernbert, "ModernBertForTokenClassification", {"num_labels": 3}, "tagging", None),
     ],
 )
-def test_foreign_classifiers_are_read(tmp_path, make, kind, settings, task, facts):
+def test_foreign_classifiers_are_read(tmp_path, make, kind, settings, task, problem):
     theirs = make(getattr(transformers, kind), **settings)
     theirs.save_pretrained(tmp_path)
     stored = read_huggingface(tmp_path)
     labels = [f"LABEL_{number}" for number in range(settings.get("num_labels", 2))]
-    assert (stored.task, stored.facts) == (task, {"labels": labels, **facts})
-    ours = rebuild(stored, 99, tmp_path).eval()
+    assert stored.metadata == ModelMetadata(task, labels=labels, problem=problem)
+    ours = rebuild(stored, 99).eval()
     assert (scores(ours, make is bert) - their_scores(theirs, make is bert)).abs().max() <= 1e-4
 
 
 def test_pooling_that_we_do_not_have_is_refused(tmp_path):
     modernbert(transformers.ModernBertForSequenceClassification, classifier_pooling="mean").save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"config\.json: classifier_pooling 'mean' is not supported"):
-        read_huggingface(tmp_path)
+        read_huggingface(tmp_path).read_weights()
 
 
 @pytest.mark.parametrize("start", ["encoder", "shared", "random"])
 @pytest.mark.parametrize("settings", [{}, {"position": "sinusoidal"}, {"num_heads": 3, "head_size": 8}])
 def test_encoder_decoder_leaves_and_comes_back_with_equal_logits(tmp_path, start, settings):
     ours = seq2seq(start, **settings)
-    write_huggingface(ours, tmp_path, IDS, {"max_length": 24, "decoder_layers": 2, "decoder_start": start})
+    metadata = ModelMetadata("seq2seq", max_length=24, decoder_layers=2, decoder_start=start)
+    write_huggingface(ours, tmp_path, IDS, metadata)
     theirs = loaded(transformers.EncoderDecoderModel, tmp_path)
     assert theirs.decoder.cls.predictions.decoder.weight is theirs.decoder.bert.embeddings.word_embeddings.weight
     config = theirs.config
@@ -140,15 +145,16 @@ def test_encoder_decoder_leaves_and_comes_back_with_equal_logits(tmp_path, start
     assert (config.encoder.num_hidden_layers, config.decoder.num_hidden_layers) == (3, 2)
     assert target_scores_differ(ours, theirs) <= 1e-5
     stored = read_huggingface(tmp_path)
-    assert (stored.task, stored.facts) == ("seq2seq", {"max_length": 24, "decoder_layers": 2})
-    assert target_scores_differ(rebuild(stored, 99, tmp_path).eval(), theirs) <= 1e-5
+    assert stored.metadata == replace(metadata, decoder_start=None)
+    assert target_scores_differ(rebuild(stored, 99).eval(), theirs) <= 1e-5
 
 
 @pytest.mark.parametrize("targets", [70, 99, 130])
 def test_a_vocabulary_of_targets_leaves_and_comes_back(tmp_path, targets):
     """99: as many tokens as sources have, but other ones."""
     ours = seq2seq(targets=targets)
-    write_huggingface(ours, tmp_path, IDS, {"max_length": 24}, {"pad_token_id": 5})
+    metadata = ModelMetadata("seq2seq", max_length=24)
+    write_huggingface(ours, tmp_path, IDS, metadata, {"pad_token_id": 5})
     theirs = loaded(transformers.EncoderDecoderModel, tmp_path)
     config = theirs.config
     assert (config.vocab_size, config.encoder.vocab_size, config.decoder.vocab_size) == (targets, 99, targets)
@@ -157,18 +163,18 @@ def test_a_vocabulary_of_targets_leaves_and_comes_back(tmp_path, targets):
     assert theirs.decoder.cls.predictions.decoder.weight is theirs.decoder.bert.embeddings.word_embeddings.weight
     assert target_scores_differ(ours, theirs, targets) <= 1e-5
     stored = read_huggingface(tmp_path)
-    assert stored.facts == {"max_length": 24, "decoder_layers": 2, "target_vocab_size": targets}
-    assert target_scores_differ(rebuild(stored, 99, tmp_path, targets).eval(), theirs, targets) <= 1e-5
+    assert stored.metadata == replace(metadata, decoder_layers=2, target_vocab_size=targets)
+    assert target_scores_differ(rebuild(stored, 99, targets).eval(), theirs, targets) <= 1e-5
     with pytest.raises(UserError, match=rf"the decoder knows {targets} tokens, the tokenizer of targets has 131\. Use"):
-        rebuild(stored, 99, tmp_path, 131)
+        rebuild(stored, 99, 131)
 
 
 def test_a_foreign_vocabulary_of_targets_is_read(tmp_path):
     theirs = encoder_decoder(vocab_size=70)
     theirs.save_pretrained(tmp_path)
     stored = read_huggingface(tmp_path)
-    assert stored.facts == {"decoder_layers": 2, "target_vocab_size": 70}
-    assert target_scores_differ(rebuild(stored, 99, tmp_path, 70).eval(), theirs.eval(), 70) <= 1e-5
+    assert stored.metadata == ModelMetadata("seq2seq", decoder_layers=2, target_vocab_size=70)
+    assert target_scores_differ(rebuild(stored, 99, 70).eval(), theirs.eval(), 70) <= 1e-5
 
 
 def target_scores_differ(ours, theirs, tokens=99):
@@ -190,15 +196,15 @@ def test_foreign_encoder_decoders_are_read_where_their_embeddings_are_one(tmp_pa
     theirs = encoder_decoder()
     theirs.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=rf"^{tmp_path}: encoder and decoder have different token embeddings"):
-        read_huggingface(tmp_path)
+        read_huggingface(tmp_path).read_weights()
     state = load_file(tmp_path / "model.safetensors")
     name = "embeddings.word_embeddings.weight"
     state[f"decoder.bert.{name}"] = state[f"encoder.{name}"].clone()
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     stored = read_huggingface(tmp_path)
-    assert (stored.task, stored.facts) == ("seq2seq", {"decoder_layers": 2})
+    assert stored.metadata == ModelMetadata("seq2seq", decoder_layers=2)
     theirs = loaded(transformers.EncoderDecoderModel, tmp_path)
-    assert target_scores_differ(rebuild(stored, 99, tmp_path).eval(), theirs) <= 1e-5
+    assert target_scores_differ(rebuild(stored, 99).eval(), theirs) <= 1e-5
 
 
 def encoder_decoder(**changes):
@@ -224,7 +230,7 @@ def test_foreign_encoder_decoders_that_we_do_not_have_are_refused(tmp_path, part
     settings[part] |= changes
     path.write_text(json.dumps(settings))
     with pytest.raises(UserError, match=rf"config\.json: [^\n]*{message}"):
-        read_huggingface(tmp_path)
+        read_huggingface(tmp_path).read_weights()
 
 
 def test_a_modern_decoder_is_refused(tmp_path):

@@ -12,6 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from leanbert import checkpoints
+from leanbert.callbacks.values import task_of
+from leanbert.data.batches.batch import Batch
 from leanbert.errors import TrainingFailed
 from leanbert.messages import say
 from leanbert.ranges import COUNT
@@ -23,7 +25,7 @@ class _Step:
 
     number: int
     learning_rate: float
-    batch: Any
+    batch: Batch
     values: torch.Tensor
     arrived: torch.Event | None
 
@@ -60,9 +62,11 @@ class StopOnBadSteps(Callback):
         """Note the run's folder, which the ranks exchange."""
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         """Judge this step, or on an accelerator the one before."""
-        values = pl_module.step_check.values
+        values = task_of(pl_module).step_state.check.values
         step = _Step(trainer.global_step, outputs["learning_rate"], batch, values, None)
         if values.device.type != "cpu":
             step.values, step.arrived = values.to("cpu", non_blocking=True), torch.Event(values.device)

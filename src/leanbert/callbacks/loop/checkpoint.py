@@ -106,7 +106,7 @@ class RunCheckpoint(Checkpoint):
         if is_saved:
             self._saved_step, self.last_path = trainer.global_step, str(path)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Save when steps or minutes are due; the last step is saved after its validation."""
         if trainer.global_step == trainer.max_steps:
             return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -44,7 +43,7 @@ class StopBetweenSteps(Callback):
                 "(again: at once)"
             )
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Stop here if asked to, on all ranks together."""
         received = self.received or 0
         if trainer.world_size > 1:

@@ -9,17 +9,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from leanbert.callbacks.reporting.report import micro_batch_sequences
-from leanbert.callbacks.values import tensorboard_writers
+from leanbert.callbacks.techniques.base import TechniqueCallback
+from leanbert.callbacks.values import data_of, task_of, tensorboard_writers
 from leanbert.measure.timeline import CATEGORIES, PHASES
+from leanbert.tasks.base import Task
 
 SETTINGS_SHOWN = ("techniques", "optimizer", "precision", "micro_batch", "parameters")
 """Settings that the HParams page shows at once; the others are there to be ticked."""
 
 RESULTS_SHOWN = ("val/loss", "memory/peak_mib", "train/mean_tokens_per_second")
 """Tags whose last values the HParams page shows for each run."""
-
-SURROUNDINGS = ("lightning.", "leanbert.callbacks.loop.", "leanbert.callbacks.reporting.")
-"""Modules of the callbacks that are no technique: they change neither memory nor weights."""
 
 
 class Dashboard(Callback):
@@ -32,7 +31,7 @@ class Dashboard(Callback):
         """Write layout and settings: the validation before step 1 has told which metrics there are."""
         for writer in tensorboard_writers(trainer):
             writer.add_custom_scalars(page_layout(trainer.callback_metrics, pl_module.device.type))
-            for summary in hparams_start(compared_settings(trainer, pl_module)):
+            for summary in hparams_start(compared_settings(trainer, task_of(pl_module))):
                 writer.file_writer.add_summary(summary)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -41,25 +40,24 @@ class Dashboard(Callback):
             writer.file_writer.add_summary(hparams_end())
 
 
-def compared_settings(trainer: Trainer, module: Any) -> dict[str, str | float]:
+def compared_settings(trainer: Trainer, task: Task) -> dict[str, str | float]:
     """Return what may differ between the runs of a task, by name: techniques first, then sizes."""
-    classes = [type(callback) for callback in trainer.callbacks]  # type: ignore[attr-defined]
-    names = [own.__name__ for own in classes if not own.__module__.startswith(SURROUNDINGS)]
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    config = module.model.config
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    names = [type(callback).__name__ for callback in callbacks if isinstance(callback, TechniqueCallback)]
+    settings, config = data_of(trainer).hparams, task.model.config
     return {
         "techniques": ", ".join(names) or "none",
-        "optimizer": module.optimizer_config.name,
+        "optimizer": task.optimizer_config.name,
         "precision": str(trainer.precision),
-        "learning_rate": module.optimizer_config.lr,
+        "learning_rate": task.optimizer_config.lr,
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
-        "parameters": module.model.num_parameters,
-        "max_length": data.hparams["max_length"],
-        "batch_size": data.hparams["batch_size"],
-        "micro_batch": micro_batch_sequences(trainer, module),
+        "parameters": task.model.num_parameters,
+        "max_length": settings["max_length"],
+        "batch_size": settings["batch_size"],
+        "micro_batch": micro_batch_sequences(trainer, task),
         "devices": trainer.world_size,
-        "seed": module.seed,
+        "seed": task.seed,
     }
 
 

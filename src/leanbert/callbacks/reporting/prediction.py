@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Sequence
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from leanbert import signals, strict_json
 from leanbert.errors import UserError
+from leanbert.tasks.base import Answer
 
 
 class PredictionWriter(Callback):
@@ -21,7 +22,7 @@ class PredictionWriter(Callback):
             raise UserError("trainer.devices: predict writes in input order from one device. Set it to 1.")
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Sequence[Answer], *_: object, **__: object
     ) -> None:
         """Write the batch's answers."""
         with signals.held():  # no line is cut in half

@@ -6,16 +6,26 @@ Standard output carries results only.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from leanbert.data.batches.batch import Batch
 from leanbert.messages import say
 
 LINE_EVERY_STEPS = 50
+
+
+def _on_stderr(make: Callable[[TQDMProgressBar], Tqdm]) -> Callable[[TQDMProgressBar], Tqdm]:
+    def made(progress: TQDMProgressBar) -> Tqdm:
+        with redirect_stdout(sys.stderr):
+            return make(progress)
+
+    return made
 
 
 class ProgressBar(TQDMProgressBar):
@@ -26,7 +36,7 @@ class ProgressBar(TQDMProgressBar):
         super().__init__(refresh_rate=0 if self.as_lines else 1)  # 0 disables the bars
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
     ) -> None:
         """Advance the bar, or write a line now and then."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -50,27 +60,14 @@ class ProgressBar(TQDMProgressBar):
         total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
         say(f"step {trainer.global_step}{total}  {values}")
 
-    def init_train_tqdm(self) -> Tqdm:
-        """Return the bar of training."""
-        with redirect_stdout(sys.stderr):
-            return super().init_train_tqdm()
+    init_train_tqdm = _on_stderr(TQDMProgressBar.init_train_tqdm)
+    init_validation_tqdm = _on_stderr(TQDMProgressBar.init_validation_tqdm)
+    init_test_tqdm = _on_stderr(TQDMProgressBar.init_test_tqdm)
+    init_predict_tqdm = _on_stderr(TQDMProgressBar.init_predict_tqdm)
 
-    def init_validation_tqdm(self) -> Tqdm:
-        """Return the bar of validation."""
-        with redirect_stdout(sys.stderr):
-            return super().init_validation_tqdm()
-
-    def init_test_tqdm(self) -> Tqdm:
-        """Return the bar of testing."""
-        with redirect_stdout(sys.stderr):
-            return super().init_test_tqdm()
-
-    def init_predict_tqdm(self) -> Tqdm:
-        """Return the bar of prediction."""
-        with redirect_stdout(sys.stderr):
-            return super().init_predict_tqdm()
-
-    def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
         """Return what the bar shows beside its count."""
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)

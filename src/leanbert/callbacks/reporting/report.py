@@ -17,11 +17,15 @@ from leanbert.callbacks.loop.interrupt import Interrupted
 from leanbert.callbacks.reporting.memory_monitor import MemoryMonitor
 from leanbert.callbacks.reporting.plan import PlanReport
 from leanbert.callbacks.reporting.step_monitor import StepMonitor
-from leanbert.data.statistics import knows_more
+from leanbert.callbacks.values import data_of, rows_per_device, task_of
+from leanbert.data.batches.batch import Batch
+from leanbert.data.module import RowData
+from leanbert.data.statistics import CorpusStatistics, knows_more
 from leanbert.files import write_text_atomically
 from leanbert.measure.counters import device_bytes, peak_rss_bytes
 from leanbert.memory.precision import has_16_bit_products
 from leanbert.messages import say
+from leanbert.tasks.base import Task
 from leanbert.units import format_duration
 
 MUCH_UNKNOWN = 0.01
@@ -43,7 +47,7 @@ class StartReport(Callback):
         self._validation_started, self._tokens = time.perf_counter(), 0
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, *_: object
     ) -> None:
         """Count its tokens."""
         self._tokens += batch.tokens
@@ -55,26 +59,26 @@ class StartReport(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the report."""
-        for line in start_report(trainer, pl_module, self._seconds_per_token):
+        for line in start_report(trainer, task_of(pl_module), self._seconds_per_token):
             say(line)
 
 
-def start_report(trainer: Trainer, module: Any, seconds_per_token: float | None) -> list[str]:
+def start_report(trainer: Trainer, task: Task, seconds_per_token: float | None) -> list[str]:
     """Return the lines of the report; `seconds_per_token` is that of a forward pass, None: not measured."""
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    config, rows, length = module.model.config, data.hparams["batch_size"], data.hparams["max_length"]
+    data = data_of(trainer)
+    config, rows, length = task.model.config, data.hparams["batch_size"], data.hparams["max_length"]
     steps = int(trainer.estimated_stepping_batches) - trainer.global_step
     corpora = data.statistics.items()
     lines = [f"{name:<11} {_describe_corpus(statistics, data.unit, length)}" for name, statistics in corpora]
     lines += _warn_of_unknown(data)
-    vocabulary = " and ".join(f"{tokens:,}" for _, tokens in module.model.token_tables)
+    vocabulary = " and ".join(f"{tokens:,}" for _, tokens in task.model.token_tables)
     lines.append(
         f"{'model':<11} {config.preset}, {config.num_layers} x {config.hidden_size}, "
-        f"vocabulary {vocabulary}, {module.model.num_parameters:,} parameters"
+        f"vocabulary {vocabulary}, {task.model.num_parameters:,} parameters"
     )
-    threads = f", {torch.get_num_threads()} threads" if module.device.type == "cpu" else ""
-    lines.append(f"{'device':<11} {module.device.type} x {trainer.world_size}{threads}, precision {trainer.precision}")
-    if "16" in str(trainer.precision) and not has_16_bit_products(module.device.type):
+    threads = f", {torch.get_num_threads()} threads" if task.device.type == "cpu" else ""
+    lines.append(f"{'device':<11} {task.device.type} x {trainer.world_size}{threads}, precision {trainer.precision}")
+    if "16" in str(trainer.precision) and not has_16_bit_products(task.device.type):
         lines.append(f"{'':<11} this processor has no 16-bit matrix products: 32-true would be many times as fast")
     estimate = ""
     if seconds_per_token is not None:
@@ -85,14 +89,14 @@ def start_report(trainer: Trainer, module: Any, seconds_per_token: float | None)
     return lines
 
 
-def _describe_corpus(statistics: Any, unit: str, length: int) -> str:
+def _describe_corpus(statistics: CorpusStatistics, unit: str, length: int) -> str:
     return (
         f"{statistics.documents:,} {unit}, {statistics.tokens:,} tokens ({statistics.unknown_fraction:.2%} unknown), "
         f"{statistics.rows:,} rows of {length} ({statistics.tokens_per_row / length:.1%} real tokens)"
     )
 
 
-def _warn_of_unknown(data: Any) -> list[str]:
+def _warn_of_unknown(data: RowData) -> list[str]:
     """Return what to do where the tokenizer does not know the text."""
     name, share = max(
         ((name, part.unknown_fraction) for name, part in data.statistics.items()), key=lambda item: item[1]
@@ -139,8 +143,7 @@ class RunSummary(Callback):
             trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in self._metrics.items()})
         if trainer.is_global_zero and log_dir is not None:
             self.folder = Path(log_dir)
-            data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            for name, tokenizer in data.tokenizers.items():
+            for name, tokenizer in data_of(trainer).tokenizers.items():
                 tokenizer.save(self.folder / name)
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, PlanReport) and callback.answer is not None:
@@ -157,29 +160,28 @@ class RunSummary(Callback):
 
     def _write(self, trainer: Trainer, module: LightningModule, status: str) -> None:
         if self.folder is not None:
-            write_json(self.folder / "summary.json", run_summary(trainer, module, status))
+            write_json(self.folder / "summary.json", run_summary(trainer, task_of(module), status))
 
 
-def run_summary(trainer: Trainer, module: Any, status: str) -> dict[str, Any]:
+def run_summary(trainer: Trainer, task: Task, status: str) -> dict[str, Any]:
     """Return the contents of `summary.json`; sizes are in bytes.
 
     `peak_bytes` is there where the device counts live tensors or a MemoryMonitor has sampled a step, `by_phase` and
     `by_category` where it has.
     """
-    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     monitor = next(callback for callback in callbacks if isinstance(callback, StepMonitor))
     checkpoint = next(callback for callback in callbacks if isinstance(callback, RunCheckpoint))
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    summary = {
+    summary: dict[str, Any] = {
         "status": status,
         "metrics": tagged(trainer.callback_metrics),
         "steps": trainer.global_step,
         "tokens": monitor.tokens,
         "seconds": monitor.seconds,
         "tokens_per_second": monitor.tokens_per_second,
-        "parameters": module.model.num_parameters,
-        "micro_batch_sequences": micro_batch_sequences(trainer, module),
-        "effective_batch_sequences": data.hparams["batch_size"],
+        "parameters": task.model.num_parameters,
+        "micro_batch_sequences": micro_batch_sequences(trainer, task),
+        "effective_batch_sequences": data_of(trainer).hparams["batch_size"],
         "peak_rss_bytes": peak_rss_bytes(),
         "checkpoint": checkpoint.last_path,
     }
@@ -188,15 +190,13 @@ def run_summary(trainer: Trainer, module: Any, status: str) -> dict[str, Any]:
             summary.update(callback.summary())
         if isinstance(callback, PlanReport):
             summary["predicted_peak_bytes"] = callback.predicted_bytes
-    peak = device_bytes(module.device).get("peak")  # counts every step, not the sampled ones only
+    peak = device_bytes(task.device).get("peak")  # counts every step, not the sampled ones only
     return summary if peak is None else {**summary, "peak_bytes": peak}
 
 
-def micro_batch_sequences(trainer: Trainer, module: Any) -> int:
+def micro_batch_sequences(trainer: Trainer, task: Task) -> int:
     """Return the sequences that go through a block at a time on each device."""
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    whole = data.hparams["batch_size"] // trainer.world_size
-    return int(module.micro_batch or module.techniques.slice_rows or whole)
+    return task.step_state.micro_batch or task.techniques.slice_rows or rows_per_device(trainer)
 
 
 def tagged(metrics: dict[str, Any]) -> dict[str, float]:
@@ -204,6 +204,6 @@ def tagged(metrics: dict[str, Any]) -> dict[str, float]:
     return {tag: float(value) for tag, value in metrics.items() if "/" in tag}
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write strict JSON atomically, or through what is no regular file."""
     write_text_atomically(path, strict_json.dumps(value, indent=2) + "\n")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from leanbert.callbacks.values import tensorboard_writers
+from leanbert.callbacks.values import task_of, tensorboard_writers
+from leanbert.data.batches.batch import Batch
 from leanbert.ranges import COUNT
 
 
@@ -23,13 +22,13 @@ class Samples(Callback):
     def __init__(self, count: int = 12) -> None:
         COUNT.check("Samples.count", count)
         self.count = count
-        self._batch: Any = None
+        self._batch: Batch | None = None
 
     def on_validation_batch_start(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        batch: Any,
+        batch: Batch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -44,5 +43,5 @@ class Samples(Callback):
             return
         batch = self._batch.split(min(len(self._batch), self.count))[0]
         with torch.no_grad():
-            for tag, text in pl_module.samples(batch).items():  # type: ignore[operator]
+            for tag, text in task_of(pl_module).samples(batch).items():
                 writers[0].add_text(tag, text, global_step=trainer.global_step)

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from leanbert.callbacks.values import log_values
+from leanbert.data.batches.batch import Batch
 from leanbert.measure.counters import device_bytes, rss_bytes
 from leanbert.units import MIB
 
@@ -51,7 +52,7 @@ class StepMonitor(Callback):
         """Start the clock: waiting for the loader counts."""
         self._started = time.perf_counter()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Start the clock where something else stopped it."""
         if self._started is None:
             self._started = time.perf_counter()
@@ -65,7 +66,7 @@ class StepMonitor(Callback):
         self._started = None
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Count the step and log."""
         now = time.perf_counter()

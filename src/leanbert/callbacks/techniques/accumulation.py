@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from leanbert.callbacks.techniques.base import TechniqueCallback
-from leanbert.callbacks.values import log_values
+from leanbert.callbacks.values import log_values, rows_per_device, task_of
 from leanbert.errors import UserError
 from leanbert.messages import say
 from leanbert.ranges import COUNT, WHOLE
+from leanbert.tasks.step import StepState
 from leanbert.tasks.techniques import Techniques
 
 
@@ -43,31 +44,31 @@ class GradientAccumulation(TechniqueCallback):
         """Keep the largest micro-batch."""
         self.schedule = {0: max(self.schedule.values())}
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Register, unless nothing would be cut."""
         super().setup(trainer, pl_module, stage)
-        rows = _rows_per_device(trainer)
+        rows = rows_per_device(trainer)
         if stage == "fit" and min(self.schedule.values()) >= rows:
             raise UserError(
                 f"GradientAccumulation.micro_batch: {min(self.schedule.values())} does not cut a device's batch of "
                 f"{rows} sequences. Give less than {rows}, or leave it out."
             )
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the micro-batch also where no step is left: the summary tells it."""
         step, most = trainer.global_step, trainer.max_steps
-        self._set(trainer, pl_module, most - 1 if step == most else step)
+        self._set(trainer, task_of(pl_module).step_state, most - 1 if step == most else step)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Set the micro-batch, a function of the step (or epoch) alone, so a resumed run has it from the start."""
-        self._set(trainer, pl_module, trainer.global_step)
+        self._set(trainer, task_of(pl_module).step_state, trainer.global_step)
 
-    def _set(self, trainer: Trainer, pl_module: Any, step: int) -> None:
+    def _set(self, trainer: Trainer, state: StepState, step: int) -> None:
         now = step if self.by == "step" else trainer.current_epoch
         wanted = self.schedule[max(start for start in self.schedule if start <= now)]
-        if wanted != pl_module.wanted_micro_batch:
-            pl_module.wanted_micro_batch = wanted
-            log_micro_batch(trainer, pl_module)
+        if wanted != state.wanted_micro_batch:
+            state.wanted_micro_batch = wanted
+            log_micro_batch(trainer, state)
 
 
 class OutOfMemoryRecovery(TechniqueCallback):
@@ -99,35 +100,32 @@ class OutOfMemoryRecovery(TechniqueCallback):
         """Ask for steps to be replayed."""
         techniques.recovery = True
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Register, and tell the task how to go on."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            pl_module.shrink = lambda error: self._shrink(trainer, pl_module, error)
+            state = task_of(pl_module).step_state
+            state.shrink = lambda error: self._shrink(trainer, state, error)
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with the micro-batch that fitted."""
-        pl_module.largest_micro_batch = self.largest
+        task_of(pl_module).step_state.largest_micro_batch = self.largest
 
-    def _shrink(self, trainer: Trainer, module: Any, error: BaseException) -> bool:
-        rows = module.micro_batch or _rows_per_device(trainer)
+    def _shrink(self, trainer: Trainer, state: StepState, error: BaseException) -> bool:
+        rows = state.micro_batch or rows_per_device(trainer)
         if rows <= self.smallest:
             return False
-        self.largest = module.largest_micro_batch = max(self.smallest, rows // 2)
+        self.largest = state.largest_micro_batch = max(self.smallest, rows // 2)
         self.events += 1
         say(
             f"Out of memory in step {trainer.global_step + 1}: replayed with a micro-batch of {self.largest} instead "
             f"of {rows} sequences, which is kept ({' '.join(str(error).split())[:120]})"
         )
-        log_micro_batch(trainer, module)
+        log_micro_batch(trainer, state)
         log_values(trainer, {"accumulation/out_of_memory_events": float(self.events)})
         return True
 
 
-def log_micro_batch(trainer: Trainer, module: Any) -> None:
+def log_micro_batch(trainer: Trainer, state: StepState) -> None:
     """Log the micro-batch at the number of completed steps."""
-    log_values(trainer, {"accumulation/micro_batch_sequences": float(module.micro_batch or _rows_per_device(trainer))})
-
-
-def _rows_per_device(trainer: Trainer) -> int:
-    return int(trainer.datamodule.hparams["batch_size"]) // trainer.world_size  # type: ignore[attr-defined]
+    log_values(trainer, {"accumulation/micro_batch_sequences": float(state.micro_batch or rows_per_device(trainer))})

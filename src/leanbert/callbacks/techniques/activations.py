@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from leanbert.callbacks.techniques.base import TechniqueCallback
 from leanbert.errors import UserError
@@ -51,7 +51,7 @@ class ActivationOffload(TechniqueCallback):
         """Ask for the storage."""
         techniques.storage = "host" if self.to == "host" else self._folder
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the folder, and register."""
         if stage == "fit" and self.to == "disk":
             self._folder = Path(self.folder or trainer.default_root_dir)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from leanbert.callbacks.values import task_of
 from leanbert.tasks.techniques import Techniques
 
 
@@ -16,10 +15,10 @@ class TechniqueCallback(Callback):
     def register(self, techniques: Techniques) -> None:
         """Write what is asked for into `techniques`; by default nothing."""
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Register where the model is trained, before it is built."""
         if stage == "fit":
-            self.register(pl_module.techniques)
+            self.register(task_of(pl_module).techniques)
 
     def reach_peak(self) -> None:
         """Be as in the step of a run that needs most memory, for that is the one a dry run takes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 from lightning.pytorch.plugins.precision import Precision as FullPrecision
 
@@ -51,7 +51,7 @@ class Precision(TechniqueCallback):
         """Tell the precision."""
         techniques.precision = self.precision
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Set the precision before the model is built."""
         super().setup(trainer, pl_module, stage)
         if trainer.max_steps != -1 and stage == "fit" and self.start_step >= trainer.max_steps:
@@ -59,7 +59,7 @@ class Precision(TechniqueCallback):
         later = stage == "fit" and self.start_step > 0
         trainer.strategy.precision_plugin = FullPrecision() if later else self._plugin(trainer)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Switch when the step is due (or past, in a resumed run), and log."""
         due = trainer.global_step >= self.start_step
         if due and type(trainer.strategy.precision_plugin) is FullPrecision:

@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from leanbert.callbacks.techniques.base import TechniqueCallback
-from leanbert.callbacks.values import log_values
+from leanbert.callbacks.values import log_values, task_of
 from leanbert.compression.pruning import (
     apply_masks,
     cubic_sparsity,
@@ -104,7 +105,7 @@ class MagnitudePruning(TechniqueCallback):
             self._masks = masks_of_zeros(self._weights)
         self._advance(trainer)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Undo the update of pruned weights, and prune more of them when that is due."""
         apply_masks(self._weights, self._masks)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -115,8 +116,8 @@ class MagnitudePruning(TechniqueCallback):
         """Free the masks."""
         self._weights, self._masks = {}, {}
 
-    def _matching(self, pl_module: Any) -> dict[str, nn.Parameter]:
-        weights = prunable(pl_module.model, self.include_embeddings)
+    def _matching(self, pl_module: LightningModule) -> dict[str, nn.Parameter]:
+        weights = prunable(task_of(pl_module).model, self.include_embeddings)
         if self.scope == "2:4":
             odd = [name for name, weight in weights.items() if weight.shape[-1] % 4]
             if odd:
@@ -218,19 +219,19 @@ class StructuredPruning(TechniqueCallback):
                 "not pruned. Give a later step."
             )
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Add this step's gradients to the importance; they are freed right after the step."""
         if self.importance == "taylor" and 0 < self.at_step - trainer.global_step <= self.importance_steps:
-            scores = taylor_importance(pl_module.model)  # type: ignore[arg-type]
+            scores = taylor_importance(task_of(pl_module).model)
             if self._scores is not None:
                 scores = Importance(*(a.to(b.device) + b for a, b in zip(self._scores, scores, strict=True)))
             self._scores = scores
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Shrink model and optimizer state after step number `at_step`."""
         if self.done or trainer.global_step != self.at_step:
             return
-        model: Any = pl_module.model
+        model = task_of(pl_module).model
         before, old = model.num_parameters, model.config
         sizes = sizes_kept(old, self.heads, self.neurons)
         prune_structured(model, *sizes, importance=self._scores, optimizer=trainer.optimizers[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,9 +13,7 @@ from leanbert.data.batches.labelled import Encoded, pad_encoded
 from leanbert.data.batches.loading import pad_rows
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.models.packed_inputs import PackedInputs
-
-Mark = Literal["tokens", "segments"]
-"""How the predicate is marked in the input: between two separator tokens, or by segment 1."""
+from leanbert.models.stored import Mark
 
 
 class Sentence(NamedTuple):

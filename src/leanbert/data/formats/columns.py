@@ -25,15 +25,13 @@ def parquet_records(
 ) -> Iterator[tuple[str, Record]]:
     """Yield ("file, row N", record) of a .parquet file: the columns of the fields.
 
-    Raises:
-        UserError: pyarrow is not there, the file cannot be read, or has not the `wanted` fields.
-
+    Raises UserError: pyarrow is not there, the file cannot be read, or has not the `wanted` fields.
     """
     try:
         from pyarrow import parquet
     except ImportError as error:
         raise UserError(f'{path}: .parquet needs pyarrow. Run: pip install "leanbert[parquet]"') from error
-    with open_binary(path, lambda _: None) as stream:
+    with open_binary(path) as stream:
         head = stream.read(64)
     what = None if head.startswith(b"PAR1") else what_it_is(head)
     if what is not None:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-from leanbert.data.formats.corpora import Corpus, no_report
-from leanbert.data.formats.readers import open_binary, whole_lines
+from leanbert.data.formats.readers import lines_of
 from leanbert.errors import UserError
 from leanbert.messages import say_once
 
@@ -39,24 +37,21 @@ def read_sentences(files: Sequence[str]) -> Iterator[tuple[str, list[list[str]]]
     """Yield ("file:line" of its first word, columns by word) of each sentence.
 
     `#begin document`, `#end document` and `-DOCSTART-` stand between sentences, comments (`# key = value`) at their
-    beginning; other lines that begin with # are words.
-
-    Raises:
-        UserError: A line has more or fewer columns than the sentence. Names file and line.
+    beginning; other lines that begin with # are words. Raises UserError: a line has more or fewer columns than the
+    sentence. Names file and line.
     """
-    for path in Corpus(tuple(files), setting="data.train_files", suffixes=("",)).files if files else ():
-        with open_binary(path, no_report) as stream:
-            lines: list[Line] = []
-            for number, line in whole_lines(stream, str(path)):
-                if line.isspace() or _DOCUMENT.match(line):
-                    yield from _sentence(path, lines)
-                    lines = []
-                else:
-                    lines.append((number, line.removesuffix("\n")))
-            yield from _sentence(path, lines)
+    for name in files:
+        lines: list[Line] = []
+        for number, line in lines_of(name):
+            if line.isspace() or _DOCUMENT.match(line):
+                yield from _sentence(name, lines)
+                lines = []
+            else:
+                lines.append((number, line.removesuffix("\n")))
+        yield from _sentence(name, lines)
 
 
-def _sentence(path: Path, lines: list[Line]) -> Iterator[tuple[str, list[list[str]]]]:
+def _sentence(name: str, lines: list[Line]) -> Iterator[tuple[str, list[list[str]]]]:
     tabs = any("\t" in text for _, text in lines if not _COMMENT.match(text))
     words = [text[0] != "#" or not (_COMMENT.match(text) or (tabs and "\t" not in text)) for _, text in lines]
     lines = lines[words.index(True) :] if True in words else []
@@ -64,34 +59,33 @@ def _sentence(path: Path, lines: list[Line]) -> Iterator[tuple[str, list[list[st
     for (number, _), row in zip(lines, rows, strict=True):
         if len(row) != len(rows[0]):
             comment = ", or write the comment before it as # key = value" if lines[0][1][0] == "#" else ""
-            raise UserError(f"{path}:{number}: {len(row)} columns after {len(rows[0])}. Mend the line{comment}")
+            raise UserError(f"{name}:{number}: {len(row)} columns after {len(rows[0])}. Mend the line{comment}")
     if rows:
-        yield f"{path}:{lines[0][0]}", rows
+        yield f"{name}:{lines[0][0]}", rows
 
 
 def _cells(line: str) -> list[str]:
-    return (
-        [cell.strip(" ") for cell in line.split("\t")] if "\t" in line else [cell for cell in line.split(" ") if cell]
-    )
+    if "\t" in line:
+        return [cell.strip(" ") for cell in line.split("\t")]
+    return [cell for cell in line.split(" ") if cell]
 
 
 def read_columns(files: Sequence[str], wanted: Sequence[int]) -> Iterator[tuple[str, list[Row]]]:
     """Yield ("file:line", wanted columns by word) of each sentence.
 
-    Raises:
-        UserError: There is no such column, or nothing in it. Names file and line.
+    Raises UserError: there is no such column, or nothing in it. Names file and line.
     """
-    for place, rows in read_sentences(files):
+    for where, rows in read_sentences(files):
         try:
             found = [tuple(row[column] for column in wanted) for row in rows]
         except IndexError:
             raise UserError(
-                f"{place}: {len(rows[0])} columns, none with number {max(wanted, key=abs)}. Set data.word_column"
+                f"{where}: {len(rows[0])} columns, none with number {max(wanted, key=abs)}. Set data.word_column"
             ) from None
         for number, row in enumerate(found, start=1):
             if "" in row:
-                raise UserError(f"{place}: word {number} of the sentence, or its tag, is empty. Mend its line")
-        yield place, found
+                raise UserError(f"{where}: word {number} of the sentence, or its tag, is empty. Mend its line")
+        yield where, found
 
 
 def read_roles(files: Sequence[str], word: int, first: int, last: bool) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -105,32 +99,31 @@ def read_roles(files: Sequence[str], word: int, first: int, last: bool) -> Itera
 
     """
     without = 0
-    for place, rows in read_sentences(files):
+    for where, rows in read_sentences(files):
         if len(rows[0]) <= max(word, first - 1):
-            raise UserError(f"{place}: {len(rows[0])} columns. Set data.word_column and data.role_columns")
+            raise UserError(f"{where}: {len(rows[0])} columns. Set data.word_column and data.role_columns")
         columns = range(first, len(rows[0]) - (not last))
         without += not columns
         for column in columns:
-            yield place, [row[word] for row in rows], bio_of_brackets(place, [row[column] for row in rows])
+            yield where, [row[word] for row in rows], bio_of_brackets(where, [row[column] for row in rows])
     if without:
         say_once(f"data.role_columns: {without:,} sentences have no predicate, and are left out")
 
 
-def bio_of_brackets(place: str, cells: Sequence[str]) -> list[str]:
+def bio_of_brackets(where: str, cells: Sequence[str]) -> list[str]:
     """Return the BIO tags of a column such as `(A0*`, `*`, `*)`, `(V*)`.
 
-    Raises:
-        UserError: A cell is not of this form, or a bracket is not closed.
+    Raises UserError: a cell is not of this form, or a bracket is not closed.
     """
     labels, role = [], None
     for number, cell in enumerate(cells):
         match = _BRACKETS.fullmatch(cell)
         if match is None or (match[1] and role) or (match[2] and not (match[1] or role)):
-            raise UserError(f"{place}: cell {cell!r} of word {number + 1} is no bracket, as (A0*, * or *). Mend it")
+            raise UserError(f"{where}: cell {cell!r} of word {number + 1} is no bracket, as (A0*, * or *). Mend it")
         opened = match[1]
         role = opened or role
         labels.append("O" if role is None else f"{'B' if opened else 'I'}-{role}")
         role = None if match[2] else role
     if role is not None:
-        raise UserError(f"{place}: ({role}* is not closed. Add the bracket")
+        raise UserError(f"{where}: ({role}* is not closed. Add the bracket")
     return labels

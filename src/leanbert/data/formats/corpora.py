@@ -1,14 +1,13 @@
-"""Documents out of files, globs and data sets, streamed: memory does not grow with the corpus."""
+"""Documents and records out of files, globs and data sets, streamed: memory does not grow with the corpus."""
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from leanbert.data.formats.columns import dataset_records, parquet_records
 from leanbert.data.formats.documents import (
@@ -21,7 +20,7 @@ from leanbert.data.formats.documents import (
     with_begins,
 )
 from leanbert.data.formats.fields import Record, text_of
-from leanbert.data.formats.readers import Report, json_records, kind_of, open_binary, read_lines, whole_lines
+from leanbert.data.formats.readers import Report, json_object, kind_of, lines_of, no_report, open_binary, read_lines
 from leanbert.data.formats.tables import table_records
 from leanbert.errors import UserError
 from leanbert.messages import say_once
@@ -34,12 +33,8 @@ SUFFIXES = (
     ".parquet",
 )
 
-READERS: dict[str, Callable[[Path, Report], Iterator[tuple[str, Record]]]] = {}
+READERS: dict[str, Callable[[str, Report], Iterator[tuple[str, Record]]]] = {}
 """Formats of a user's own, with records of named fields: what yields ("file:line", record), by the file's ending."""
-
-
-def no_report(_: int) -> None:
-    """Report progress to nobody."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,12 @@ class Corpus:
     @cached_property
     def datasets(self) -> tuple[str, ...]:
         """The `hf:` patterns, as given."""
-        return tuple(pattern for pattern in self.patterns if _is_dataset(pattern))
+        return tuple(filter(_is_dataset, self.patterns))
+
+    @property
+    def names(self) -> list[str]:
+        """The files and the data sets, in the order in which they are read."""
+        return [*map(str, self.files), *self.datasets]
 
     @cached_property
     def size_bytes(self) -> int:
@@ -79,84 +79,66 @@ class Corpus:
         Only those whose hash, a number in [0, 1) that depends on their text alone, lies in [low, high).
         """
         chosen = False
-        for piece in self._all_pieces(report):
-            if piece.begins:
-                chosen = low <= document_hash(piece.text) < high
-            if chosen:
-                yield piece
-
-    def _all_pieces(self, report: Report) -> Iterator[Piece]:
         skipped = Skipped()
-        for path in self.files:
-            if has_fields(path):
-                records = file_records(path, (self.text_field,), report=report)
-                yield from with_begins(self._texts(records, skipped))
-                continue
-            with open_binary(path, report) as stream:
-                lines = (line for _, line in read_lines(stream, str(path)))
-                yield from with_begins(split_documents(lines, self.separator))
-        for spec in self.datasets:
-            yield from with_begins(self._texts(dataset_records(spec, (self.text_field,)), skipped))
+        for name in self.names:
+            for piece in with_begins(self._parts(name, skipped, report)):
+                if piece.begins:
+                    chosen = low <= document_hash(piece.text) < high
+                if chosen:
+                    yield piece
         skipped.tell()
 
-    def records(self, wanted: Sequence[str], optional: Sequence[str] = ()) -> Iterator[tuple[str, Record]]:
-        """Yield ("file:line", record) of all files and data sets, in the same order.
-
-        Raises:
-            UserError: A file is of a format without fields, lacks those `wanted`, or cannot be read. Names file and
-                line.
-
-        """
-        for path in self.files:
-            if not has_fields(path):
-                raise UserError(
-                    f"{path}: has no fields. {self.setting} takes .jsonl .csv .tsv, each also with .gz, .parquet "
-                    "and hf: names"
-                )
-            yield from file_records(path, wanted, optional)
-        for spec in self.datasets:
-            yield from dataset_records(spec, wanted, optional)
+    def _parts(self, name: str, skipped: Skipped, report: Report) -> Iterator[tuple[str, bool]]:
+        if has_fields(name):
+            for where, record in records_of(name, (self.text_field,), report=report):
+                text = text_of(where, record, self.text_field)
+                if not skipped.lacks(where, text):
+                    yield from in_pieces(text)
+            return
+        with open_binary(Path(name), report) as stream:
+            yield from split_documents((line for _, line in read_lines(stream, name)), self.separator)
 
     def _match(self, pattern: str) -> list[Path]:
         if os.path.isdir(os.path.expanduser(pattern)):
             raise UserError(f'{self.setting}: "{pattern}" is a folder. Write "{pattern}/**/*.txt"')
-        paths = [Path(name) for name in _names(pattern) if not os.path.isdir(name)]
+        paths = [Path(name) for name in _glob(pattern) if not os.path.isdir(name)]
         if not paths:
             raise UserError(f'{self.setting}: no file matches "{pattern}". Check the path, from {Path.cwd()}')
         for path in paths:
             if not path.is_file():
                 raise UserError(f"{path}: no file, or a link to none. Correct it, or leave it out of {self.setting}")
-            if kind_of(path) not in READERS and not path.name.lower().endswith(self.suffixes):
+            if kind_of(path.name) not in READERS and not path.name.lower().endswith(self.suffixes):
                 raise UserError(f"{path}: unknown format. {self.setting} takes {' '.join(self.suffixes)}")
         return paths
 
-    def _texts(self, records: Iterable[tuple[str, Record]], skipped: Skipped) -> Iterator[tuple[str, bool]]:
-        for place, record in records:
-            text = text_of(place, record, self.text_field)
-            if not skipped.lacks(place, text):
-                yield from in_pieces(text)
+
+def expanded(patterns: Sequence[str], setting: str) -> list[str]:
+    """Return the files and data sets that match, whatever their format, pattern by pattern."""
+    return [name for one in patterns for name in Corpus((one,), setting=setting, suffixes=("",)).names]
 
 
-def has_fields(path: Path) -> bool:
-    """Whether a file of this name holds records of named fields."""
-    return kind_of(path) in FIELDS or kind_of(path) in READERS
+def has_fields(name: str) -> bool:
+    """Return whether a file or data set holds records of named fields, not text."""
+    return _is_dataset(name) or kind_of(name) in FIELDS or kind_of(name) in READERS
 
 
-def file_records(
-    path: Path, wanted: Sequence[str], optional: Sequence[str] = (), report: Report = no_report
+def records_of(
+    name: str, wanted: Sequence[str], optional: Sequence[str] = (), report: Report = no_report
 ) -> Iterator[tuple[str, Record]]:
-    """Yield ("file:line", record) of a file with fields; of columns those that are `wanted` or `optional`."""
-    name = str(path)
-    kind = kind_of(path)
-    if kind in READERS:
-        yield from READERS[kind](path, report)
-        return
-    if kind == ".parquet":
-        yield from parquet_records(path, wanted, optional, report)
-        return
-    with open_binary(path, report) as stream:
-        lines = whole_lines(stream, name)
-        yield from json_records(lines, name) if kind == ".jsonl" else table_records(lines, name, kind, wanted)
+    """Yield ("file:line", record) of a file or data set with fields; of columns those `wanted` or `optional`."""
+    kind = kind_of(name)
+    if _is_dataset(name):
+        yield from dataset_records(name, wanted, optional)
+    elif kind in READERS:
+        yield from READERS[kind](name, report)
+    elif kind == ".parquet":
+        yield from parquet_records(Path(name), wanted, optional, report)
+    elif kind == ".jsonl":
+        for number, line in lines_of(name, report):
+            if not line.isspace():
+                yield f"{name}:{number}", json_object(f"{name}:{number}", line.removesuffix("\n"))
+    else:
+        yield from table_records(lines_of(name, report), name, kind, wanted)
 
 
 def as_list(files: str | list[str] | None) -> list[str] | None:
@@ -167,42 +149,38 @@ def as_list(files: str | list[str] | None) -> list[str] | None:
 def besides(patterns: Sequence[str], setting: str, others: Mapping[str, Sequence[str]]) -> list[str]:
     """Return the patterns of training files without the files of evaluation, of `others` by setting, among them.
 
-    A file that is named itself, not found by a glob, stays: it is meant to be learned by heart. Both are said.
-
-    Raises:
-        UserError: There is no other file.
-
+    A file that is named itself, not found by a glob, stays: it is meant to be learned by heart. Both are said. Raises
+    UserError: there is no other file.
     """
-    owners: dict[Any, str] = {}
+    owners: dict[object, str] = {}
     for other, some in others.items():
         for pattern in some:
-            paths = [Path(name) for name in _names(pattern) if os.path.isfile(name)]
-            owners |= dict.fromkeys([pattern, *map(_identity, paths)], other)
+            owners |= dict.fromkeys([pattern, *map(_identity, filter(os.path.isfile, _glob(pattern)))], other)
     kept: list[str] = []
-    found = 0
+    left_out = False
     for pattern in patterns:
-        corpus = Corpus((pattern,), setting=setting, suffixes=("",))
-        for item in (*corpus.files, *corpus.datasets):
-            owner = owners.get(_identity(item) if isinstance(item, Path) else item)
-            named = str(item) in (pattern, str(Path(os.path.expanduser(pattern))))
+        for name in expanded([pattern], setting):
+            owner = owners.get(name if _is_dataset(name) else _identity(name))
+            named = name in (pattern, str(Path(os.path.expanduser(pattern))))
             if owner is not None:
                 fate = "trained on all the same" if named else "left out of training"
-                say_once(f"{setting}: {item} is in {owner} too, and is {fate}")
-            found += 1
+                say_once(f"{setting}: {name} is in {owner} too, and is {fate}")
             if owner is None or named:
-                kept.append(str(item))
+                kept.append(name)
+            else:
+                left_out = True
     if not kept:
         raise UserError(f"{setting}: all that matches is in {' and '.join(others)} too. Give other files to train on")
-    return kept if len(kept) < found else list(patterns)
+    return kept if left_out else list(patterns)
 
 
-def _names(pattern: str) -> list[str]:
+def _glob(pattern: str) -> list[str]:
     literal = os.path.expanduser(pattern)  # a file may be called ~x
     return [literal] if os.path.exists(literal) else glob.glob(literal, recursive=True)
 
 
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
+def _identity(name: str) -> tuple[int, int]:
+    status = os.stat(name)
     return status.st_dev, status.st_ino
 
 
@@ -210,17 +188,14 @@ def held_out_border(corpus: Corpus, fraction: float) -> float:
     """Return the hash below which documents are held out: the `fraction`, or just above the lowest if none is below.
 
     The hash is that of the text (of a long document's first piece), so that what is held out depends neither on order
-    nor on file names, and equal texts are on one side.
-
-    Raises:
-        UserError: There is no document, or none is left to train on.
-
+    nor on file names, and equal texts are on one side. Raises UserError: there is no document, or none is left to train
+    on.
     """
     lowest, highest = 1.0, -1.0
     for piece in corpus.pieces():
         if piece.begins:
-            place = document_hash(piece.text)
-            lowest, highest = min(lowest, place), max(highest, place)
+            number = document_hash(piece.text)
+            lowest, highest = min(lowest, number), max(highest, number)
             if lowest < fraction <= highest:
                 return fraction
     if highest < 0:
@@ -231,5 +206,5 @@ def held_out_border(corpus: Corpus, fraction: float) -> float:
     return border
 
 
-def _is_dataset(pattern: str) -> bool:
-    return pattern.startswith("hf:")
+def _is_dataset(name: str) -> bool:
+    return name.startswith("hf:")

@@ -31,11 +31,11 @@ class Skipped:
     def __init__(self) -> None:
         self.count, self.first = 0, ""
 
-    def lacks(self, place: str, *texts: str) -> bool:
+    def lacks(self, where: str, *texts: str) -> bool:
         """Return whether one of the texts of a record is blank, and count it."""
         if all(text and not text.isspace() for text in texts):
             return False
-        self.count, self.first = self.count + 1, self.first or place
+        self.count, self.first = self.count + 1, self.first or where
         return True
 
     def tell(self) -> None:

@@ -13,15 +13,14 @@ Record = dict[str, Any]
 _NONE = object()
 
 
-def value_of(place: str, record: Record, field: str) -> Any:
+def value_of(where: str, record: Record, field: str) -> Any:
     """Return what a field holds; `a.b` is the field b inside the field a, unless a name has the dot itself.
 
-    Raises:
-        UserError: There is no such field. Names the `place` and the fields that are there.
+    Raises UserError: there is no such field. Names the `where` and the fields that are there.
     """
     value = _find(record, field)
     if value is _NONE:
-        raise no_field(place, field, record)
+        raise no_field(where, field, record)
     return value
 
 
@@ -30,57 +29,55 @@ def has_field(record: Record, field: str) -> bool:
     return _find(record, field) is not _NONE
 
 
-def text_of(place: str, record: Record, field: str) -> str:
+def text_of(where: str, record: Record, field: str) -> str:
     """Return the text in a field; null is none, "".
 
-    Raises:
-        UserError: There is no such field, or something else in it, or text that cannot be written as UTF-8.
+    Raises UserError: there is no such field, or something else in it, or text that cannot be written as UTF-8.
     """
-    value = value_of(place, record, field)
+    value = value_of(where, record, field)
     if value is None:
         return ""
     if not isinstance(value, str):
         raise UserError(
-            f'{place}: no text in field "{field}" ({type(value).__name__}). Set the name of the field that holds it'
+            f'{where}: no text in field "{field}" ({type(value).__name__}). Set the name of the field that holds it'
         )
-    return _encodable(place, value, field)
+    return _encodable(where, value, field)
 
 
-def items_of(place: str, record: Record, field: str, kind: type) -> list[Any]:
-    """Return the list in a field, of which each item is of a `kind`. Raises UserError, naming the `place`, if not."""
-    value = value_of(place, record, field)
+def items_of(where: str, record: Record, field: str, kind: type) -> list[Any]:
+    """Return the list in a field, of which each item is of a `kind`. Raises UserError, naming the `where`, if not."""
+    value = value_of(where, record, field)
     if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
-        raise UserError(f'{place}: field "{field}" is no list of {kind.__name__}. Set the name of the field that is')
-    return [_encodable(place, item, field) for item in value] if kind is str else value
+        raise UserError(f'{where}: field "{field}" is no list of {kind.__name__}. Set the name of the field that is')
+    return [_encodable(where, item, field) for item in value] if kind is str else value
 
 
-def columns_of(place: str, names: Sequence[str], wanted: Sequence[str], optional: Sequence[str] = ()) -> list[str]:
+def columns_of(where: str, names: Sequence[str], wanted: Sequence[str], optional: Sequence[str] = ()) -> list[str]:
     """Return the columns of a table that hold the fields, which may be inside them.
 
-    Raises:
-        UserError: There is no column for a `wanted` field, or there are two of one name.
+    Raises UserError: there is no column for a `wanted` field, or there are two of one name.
     """
     found = [name for name in names if any(_holds(name, field) for field in (*wanted, *optional))]
     for field in wanted:
         if not any(_holds(name, field) for name in found):
-            raise no_field(place, field, names)
-    refuse_doubles(place, found)
+            raise no_field(where, field, names)
+    refuse_doubles(where, found)
     return found
 
 
-def refuse_doubles(place: str, names: Sequence[str]) -> None:
+def refuse_doubles(where: str, names: Sequence[str]) -> None:
     """Raise UserError if two columns have one name."""
     for name, count in Counter(names).items():
         if count > 1:
-            raise UserError(f'{place}: {count} columns are called "{name}". Rename all but one')
+            raise UserError(f'{where}: {count} columns are called "{name}". Rename all but one')
 
 
-def no_field(place: str, field: str, names: Iterable[str]) -> UserError:
+def no_field(where: str, field: str, names: Iterable[str]) -> UserError:
     """Return the error about a field that is not there."""
     there = ", ".join(repr(name) for name in names)
     there = f"{there[:200]}..." if len(there) > 200 else there or "nothing"
     return UserError(
-        f'{place}: no field "{field}". Set the name of the field (data.text_field, or its like); here is {there}'
+        f'{where}: no field "{field}". Set the name of the field (data.text_field, or its like); here is {there}'
     )
 
 
@@ -100,12 +97,12 @@ def _find(record: Any, field: str) -> Any:
     return _NONE
 
 
-def _encodable(place: str, text: str, field: str) -> str:
+def _encodable(where: str, text: str, field: str) -> str:
     try:
         text.isascii() or text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f'{place}: the text in field "{field}" holds half a character ({text[error.start]!a}), which no UTF-8 can '
+            f'{where}: the text in field "{field}" holds half a character ({text[error.start]!a}), which no UTF-8 can '
             "spell. Write whole characters"
         ) from None
     return text

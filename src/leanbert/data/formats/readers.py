@@ -7,7 +7,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -34,6 +34,10 @@ FOREIGN = {
 """How files begin that are no text, and what they are."""
 
 
+def no_report(_: int) -> None:
+    """Report progress to nobody."""
+
+
 class _CountedFile(io.FileIO):
     """A file that reports what is read from it; below gzip it counts compressed bytes, as `stat` does."""
 
@@ -47,7 +51,7 @@ class _CountedFile(io.FileIO):
         return count
 
 
-def open_binary(path: Path, report: Report) -> BinaryIO:
+def open_binary(path: Path, report: Report = no_report) -> BinaryIO:
     """Open a plain or gzip-compressed file for reading. Raises `UserError` if it cannot be opened, or is not gzip."""
     try:
         plain = io.BufferedReader(_CountedFile(path, report), buffer_size=1 << 18)
@@ -62,9 +66,9 @@ def open_binary(path: Path, report: Report) -> BinaryIO:
     return cast(BinaryIO, gzip.GzipFile(fileobj=plain))
 
 
-def kind_of(path: Path) -> str:
+def kind_of(name: str) -> str:
     """Return the ending of a file's name that says its format, such as ".csv", without that of compression."""
-    return Path(path.name.lower().removesuffix(".gz")).suffix
+    return Path(name.lower().removesuffix(".gz")).suffix
 
 
 def what_it_is(head: bytes) -> str | None:
@@ -104,7 +108,10 @@ def read_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
 
 def _byte_lines(stream: BinaryIO, name: str) -> Iterator[bytes]:
     r"""Yield lines that end with "\n", as they come, longer ones and the last as they are."""
-    rest, was_return, chunk = b"", False, _first_chunk(stream, name)
+    chunk: bytes = stream.read1(max(PART_BYTES, 64))  # type: ignore[attr-defined]
+    if what := what_it_is(chunk):
+        raise UserError(f"{name}: {what}")
+    rest, was_return, chunk = b"", False, chunk.removeprefix(codecs.BOM_UTF8)
     while chunk:
         if was_return:  # in the chunk before: its line feed
             chunk = chunk.removeprefix(b"\n")
@@ -118,14 +125,6 @@ def _byte_lines(stream: BinaryIO, name: str) -> Iterator[bytes]:
         chunk = stream.read1(PART_BYTES)  # type: ignore[attr-defined]
     if rest:
         yield rest
-
-
-def _first_chunk(stream: BinaryIO, name: str) -> bytes:
-    """Read the first bytes, without a byte order mark."""
-    chunk: bytes = stream.read1(max(PART_BYTES, 64))  # type: ignore[attr-defined]
-    if what := what_it_is(chunk):
-        raise UserError(f"{name}: {what}")
-    return chunk.removeprefix(codecs.BOM_UTF8)
 
 
 def whole_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
@@ -146,25 +145,24 @@ def whole_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
         yield number, "".join(parts)
 
 
-def json_records(lines: Iterable[tuple[int, str]], name: str) -> Iterator[tuple[str, Record]]:
-    """Yield ("file:line", object) of JSON objects, one a line; `lines` are whole ones, blank ones are skipped."""
-    for number, line in lines:
-        if not line.isspace():
-            yield f"{name}:{number}", json_object(f"{name}:{number}", line.removesuffix("\n"))
+def lines_of(name: str, report: Report = no_report) -> Iterator[tuple[int, str]]:
+    """Yield the `whole_lines` of a file."""
+    with open_binary(Path(name), report) as stream:
+        yield from whole_lines(stream, name)
 
 
-def json_object(place: str, line: str) -> Record:
-    """Return the JSON object in a line. Raises UserError, naming the `place`, if there is none, or a name is twice."""
+def json_object(where: str, line: str) -> Record:
+    """Return the JSON object in a line. Raises UserError, naming the `where`, if there is none, or a name is twice."""
     fix = "Write one object a line"
     if line.lstrip().startswith("["):
-        raise UserError(f"{place}: not a JSON object but an array. {fix}, e.g. with jq -c '.[]'")
+        raise UserError(f"{where}: not a JSON object but an array. {fix}, e.g. with jq -c '.[]'")
     try:
         record = _DECODER.decode(line)
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        raise UserError(f"{place}: not valid JSON ({reason}). {fix}") from error
+        raise UserError(f"{where}: not valid JSON ({reason}). {fix}") from error
     if not isinstance(record, dict):
-        raise UserError(f"{place}: not a JSON object. {fix}")
+        raise UserError(f"{where}: not a JSON object. {fix}")
     return record
 
 

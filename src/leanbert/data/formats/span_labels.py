@@ -51,28 +51,27 @@ class TagReader:
         named = "BILOU" if self._letters in ("L", "U") else "IOBES"
         return "IOB1" if self._begun_inside else named if self._letters else "BIO"
 
-    def read(self, place: str, labels: Sequence[str]) -> list[str]:
+    def read(self, where: str, labels: Sequence[str]) -> list[str]:
         """Return the tags of a sentence in BIO.
 
-        Raises:
-            UserError: A tag is not legal. Names the `place`, the tag, its index and the fix.
+        Raises UserError: a tag is not legal. Names the `where`, the tag, its index and the fix.
         """
         found, inside, before = [], "", OUTSIDE  # the role that goes on; the last tag
         for index, label in enumerate(labels):
             letter, role = label[:1], label[2:] if label[1:2] == "-" else ""
             if label != OUTSIDE and not (role and letter in "BIESLU"):
                 number = ". Set data.label_names to the names of numbers" if label.isdecimal() else ""
-                raise UserError(f'{place}: tag {index} is "{label}". Tags are O, B-x or I-x, where x is a role{number}')
-            at = f'{place}: tag {index} is "{label}" after "{before}"'
+                raise UserError(f'{where}: tag {index} is "{label}". Tags are O, B-x or I-x, where x is a role{number}')
+            at = f'{where}: tag {index} is "{label}" after "{before}"'
             goes_on = letter in "IEL" and role == inside and bool(role)
             if letter in "ESLU":
-                self._letters, self._begun = self._letters or letter, self._begun or place
+                self._letters, self._begun = self._letters or letter, self._begun or where
             elif letter == "B" and before[2:] != role:
-                self._begun = self._begun or place
+                self._begun = self._begun or where
             if letter in "IEL" and not goes_on:
                 if letter != "I" or self._begun:
                     raise UserError(f'{at}. Begin the span with "B-{role}"')
-                self._begun_inside = self._begun_inside or place
+                self._begun_inside = self._begun_inside or where
             if self._begun and self._begun_inside:
                 raise UserError(f"{at}, but at {self._begun_inside} I- begins a span (IOB1). Use one scheme in a file")
             found.append(label if not role else f"{'I' if goes_on else 'B'}-{role}")
@@ -106,7 +105,7 @@ def arguments(labels: Sequence[str]) -> list[Argument]:
     C-R-X continues it.
     """
     found: list[Argument] = []
-    last: dict[str, int] = {}  # the place in `found` of the last argument of each role
+    last: dict[str, int] = {}  # the index in `found` of the last argument of each role
     for span in spans(labels):
         role = span.role.removeprefix(CONTINUATION)
         piece = (span.start, span.end)

@@ -26,28 +26,26 @@ Rows = Iterator[tuple[int, list[str]]]
 def table_records(lines: Lines, name: str, kind: str, wanted: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield ("file:line", cells by column) of a file whose `kind` is .csv or .tsv; blank lines are skipped.
 
-    Raises:
-        UserError: A column of a `wanted` field is not in the header, or two have one name; a row has other cells than
-            the header; a quote is not closed. Names file and line, of a row its first.
-
+    Raises UserError: a column of a `wanted` field is not in the header, or two have one name; a row has other cells
+    than the header; a quote is not closed. Names file and line, of a row its first.
     """
     rows = _tab_rows(lines) if kind == ".tsv" else _quoted_rows(lines, name, wanted)
     header: list[str] = []
     for number, cells in rows:
-        place = f"{name}:{number}"
+        where = f"{name}:{number}"
         if not cells:
             continue
         if not header:
             header = cells
-            refuse_doubles(place, [column for column in header if column])
+            refuse_doubles(where, [column for column in header if column])
             for field in wanted:
                 if field not in header:
-                    raise no_field(place, field, header)
+                    raise no_field(where, field, header)
         elif len(cells) == len(header):
-            yield place, dict(zip(header, cells, strict=True))
+            yield where, dict(zip(header, cells, strict=True))
         else:
             fix = "Add the missing ones" if len(cells) < len(header) else "Quote a text that has a delimiter in it"
-            raise UserError(f"{place}: {len(cells)} cells, the header has {len(header)}. {fix}")
+            raise UserError(f"{where}: {len(cells)} cells, the header has {len(header)}. {fix}")
 
 
 def _tab_rows(lines: Lines) -> Rows:

@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -44,10 +43,9 @@ def embedded_corpus(cache_dir: Path) -> Path:
     libraries = installed_libraries()
     folder = cache_dir / "corpora" / f"docstrings-{versions_key(libraries)}"
 
-    def make(building: Path) -> dict[str, Any]:
+    def make(building: Path) -> None:
         text = "\n\n".join(harvest(libraries)) + "\n"
         (building / FILE).write_text(text, encoding="utf-8", newline="\n")
-        return {}
 
     made_once(folder, make)
     return folder / FILE
@@ -65,14 +63,24 @@ def installed_libraries() -> dict[str, metadata.Distribution]:
             found[name] = metadata.distribution(name)
         except metadata.PackageNotFoundError:  # for another platform
             continue
-        waiting += [_required(line) for line in found[name].requires or [] if not _NEEDED_FOR_EXTRA.search(line)]
+        required = [line for line in found[name].requires or [] if not _NEEDED_FOR_EXTRA.search(line)]
+        waiting += [match.group() for line in required if (match := _REQUIRED_NAME.match(line))]
     found.pop(PACKAGE, None)
     return dict(sorted(found.items()))
 
 
-def harvest(libraries: dict[str, metadata.Distribution]) -> list[str]:
+def harvest(libraries: Mapping[str, metadata.Distribution]) -> list[str]:
     """Return the cleaned documents, library by library, without paragraphs that were there before."""
-    return list(_without_repeats(paragraphs for _, paragraphs in labelled_docstrings(libraries)))
+    seen: set[bytes] = set()
+
+    def is_new(paragraph: str) -> bool:
+        digest = hashlib.blake2b(paragraph.lower().encode(), digest_size=8).digest()
+        new = digest not in seen
+        seen.add(digest)
+        return new
+
+    documents = ("\n".join(filter(is_new, paragraphs)) for _, paragraphs in labelled_docstrings(libraries))
+    return [document for document in documents if document]
 
 
 def labelled_docstrings(libraries: Mapping[str, metadata.Distribution]) -> Iterator[tuple[str, list[str]]]:
@@ -113,36 +121,13 @@ def _documentation(node: ast.AST) -> Iterator[str]:
         yield ast.get_docstring(node) or ""
     for field in ("body", "orelse", "handlers", "finalbody"):
         for statement in getattr(node, field, ()):
-            if isinstance(statement, ast.Expr) and _attaches_documentation(statement.value):
-                yield from _strings(statement.value)
+            call = statement.value if isinstance(statement, ast.Expr) else None
+            name = getattr(call.func, "id", getattr(call.func, "attr", "")) if isinstance(call, ast.Call) else ""
+            if call is not None and re.search("docstr|newdoc", name):
+                parts = (part.value for part in ast.walk(call) if isinstance(part, ast.Constant))
+                yield from (part for part in parts if isinstance(part, str))
             elif isinstance(statement, ast.stmt | ast.excepthandler):
                 yield from _documentation(statement)
-
-
-def _attaches_documentation(node: ast.expr) -> bool:
-    if not isinstance(node, ast.Call):
-        return False
-    name = str(getattr(node.func, "id", None) or getattr(node.func, "attr", ""))
-    return "docstr" in name or "newdoc" in name
-
-
-def _strings(node: ast.AST) -> Iterator[str]:
-    for part in ast.walk(node):
-        if isinstance(part, ast.Constant) and isinstance(part.value, str):
-            yield part.value
-
-
-def _without_repeats(documents: Iterable[list[str]]) -> Iterator[str]:
-    seen: set[bytes] = set()
-    for paragraphs in documents:
-        fresh = []
-        for paragraph in paragraphs:
-            digest = hashlib.blake2b(paragraph.lower().encode(), digest_size=8).digest()
-            if digest not in seen:
-                seen.add(digest)
-                fresh.append(paragraph)
-        if fresh:
-            yield "\n".join(fresh)
 
 
 def _standard_files() -> list[Path]:
@@ -158,8 +143,3 @@ def _python_files(library: metadata.Distribution) -> list[Path]:
 def _sorted_sources(root: Path, paths: Iterable[Path]) -> list[Path]:
     kept = (path for path in paths if _TEST_FOLDERS.isdisjoint(path.parts[:-1]))
     return [root / path for path in sorted(kept, key=Path.as_posix)]
-
-
-def _required(line: str) -> str:
-    match = _REQUIRED_NAME.match(line)
-    return match.group() if match else ""

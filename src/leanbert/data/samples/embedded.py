@@ -34,13 +34,12 @@ def embedded_files(sample: Sample, cache_dir: Path) -> dict[Any, Path]:
     name = f"{sample}-{SYNTHETIC_FORMAT}" if synthetic else f"docstring-examples-{FORMAT}-{versions_key(libraries)}"
     folder = cache_dir / "corpora" / name
 
-    def make(building: Path) -> dict[str, Any]:
+    def make(building: Path) -> None:
         found = {sample: synthetic()} if synthetic else docstring_records(libraries)
         for kind, parts in found.items():
             for part, records in parts.items():
                 text = "".join(json.dumps(record) + "\n" for record in records)
                 (building / f"{kind}-{part}.jsonl").write_text(text, encoding="utf-8", newline="\n")
-        return {}
 
     made_once(folder, make)
     return {part: folder / f"{sample}-{part}.jsonl" for part in SPLITS}

@@ -7,7 +7,6 @@ verb, and what is said is a clause: so a label depends on the predicate and on w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from leanbert.data.samples.draw import Draw, entries
@@ -59,161 +58,129 @@ VERBS = _WITH_THING + _verbs(
 )
 REPORTING = _verbs("say said said, think thought thought, know knew known")
 
-Words = tuple[int, int]
+Phrase = tuple[int, int]
 """The first word of a phrase and the one after its last."""
-
-
-@dataclass
-class _Frame:
-    """A predicate and the phrases that fill its roles."""
-
-    predicate: int = -1
-    roles: list[tuple[str, Words]] = field(default_factory=list)
-
-    def labels(self, length: int) -> list[str]:
-        tags = ["O"] * length
-        for role, (start, end) in [*self.roles, ("V", (self.predicate, self.predicate + 1))]:
-            tags[start:end] = [f"B-{role}"] + [f"I-{role}"] * (end - start - 1)
-        return tags
-
-
-@dataclass
-class _Sentence:
-    """The words so far and the predicates among them."""
-
-    draw: Draw
-    tokens: list[str] = field(default_factory=list)
-    frames: list[_Frame] = field(default_factory=list)
-
-    def add(self, words: str) -> Words:
-        start = len(self.tokens)
-        self.tokens += words.split()
-        return start, len(self.tokens)
-
-    def frame(self) -> _Frame:
-        self.frames.append(_Frame())
-        return self.frames[-1]
+Frame = dict[str, Phrase]
+"""The phrases that fill the roles of a predicate, which is "V" itself."""
 
 
 def role_records(draw: Draw) -> list[dict[str, Any]]:
     """Return a record {"tokens", "predicate", "labels"} for each predicate of a sentence, in their order."""
     sentence = _Sentence(draw)
-    _clause(sentence, depth=0)
+    sentence.clause(depth=0)
     if draw.chance(0.12):
         sentence.add("and")
-        _clause(sentence, depth=0)
+        sentence.clause(depth=0)
     sentence.add(".")
-    frames = sorted(sentence.frames, key=lambda frame: frame.predicate)
-    tokens = sentence.tokens
-    return [
-        {"tokens": list(tokens), "predicate": frame.predicate, "labels": frame.labels(len(tokens))} for frame in frames
-    ]
+    records = []
+    for frame in sorted(sentence.frames, key=lambda frame: frame["V"]):
+        labels = ["O"] * len(sentence.tokens)
+        for role, (start, end) in frame.items():
+            labels[start:end] = [f"B-{role}"] + [f"I-{role}"] * (end - start - 1)
+        records.append({"tokens": list(sentence.tokens), "predicate": frame["V"][0], "labels": labels})
+    return records
 
 
-def _clause(sentence: _Sentence, depth: int) -> None:
-    """Add subject and predicate, the time before them or not; `depth` counts the clauses around this one."""
-    draw, frame = sentence.draw, sentence.frame()
-    time_first = draw.chance(0.15)
-    if time_first:
-        frame.roles.append(("ARGM-TMP", sentence.add(draw.one_of(TIMES))))
-        sentence.add(",")
-    if depth == 0 and draw.chance(0.12):
-        _report(sentence, frame)
-        return
-    passive = draw.chance(0.3)
-    subject = _thing(sentence, depth) if passive else _person(sentence, depth)
-    frame.roles.append(("ARG1" if passive else "ARG0", subject))
-    verb = draw.one_of(_WITH_THING if passive else VERBS)
-    (_passive if passive else _active)(sentence, frame, verb)
-    _circumstances(sentence, frame, time=not time_first)
-    if not passive and depth == 0 and draw.chance(0.15):
-        sentence.add("and")
-        second = sentence.frame()
-        second.roles.append(("ARG0", subject))
-        _active(sentence, second, draw.one_of(VERBS))
-        _circumstances(sentence, second)
+class _Sentence:
+    """The words so far and the predicates among them; `depth` counts the clauses around what is added."""
 
+    def __init__(self, draw: Draw) -> None:
+        self.one_of, self.chance = draw.one_of, draw.chance
+        self.tokens, self.frames = list[str](), list[Frame]()
 
-def _report(sentence: _Sentence, frame: _Frame) -> None:
-    """Add who says that something is so."""
-    frame.roles.append(("ARG0", _person(sentence, depth=1)))
-    _auxiliaries(sentence, frame, sentence.draw.one_of(REPORTING))
-    start, _ = sentence.add("that")
-    _clause(sentence, depth=1)
-    frame.roles.append(("ARG1", (start, len(sentence.tokens))))
+    def add(self, words: str) -> Phrase:
+        start = len(self.tokens)
+        self.tokens += words.split()
+        return start, len(self.tokens)
 
+    def frame(self, **roles: Phrase) -> Frame:
+        self.frames.append(roles)
+        return roles
 
-def _active(sentence: _Sentence, frame: _Frame, verb: Verb) -> None:
-    draw = sentence.draw
-    _auxiliaries(sentence, frame, verb)
-    recipient_first = verb.recipient and draw.chance(0.5)
-    if recipient_first:
-        frame.roles.append(("ARG2", _noun(sentence, PEOPLE)))
-    if verb.thing:
-        frame.roles.append(("ARG1", _noun(sentence, THINGS)))
-    if verb.recipient and not recipient_first and draw.chance(0.8):
-        frame.roles.append(("ARG2", _after("to", sentence)))
+    def clause(self, depth: int) -> None:
+        """Add subject and predicate, the time before them or not."""
+        frame = self.frame()
+        time_first = self.chance(0.15)
+        if time_first:
+            frame["ARGM-TMP"] = self.add(self.one_of(TIMES))
+            self.add(",")
+        if depth == 0 and self.chance(0.12):
+            frame["ARG0"] = self.person(depth=1)
+            self.verb(frame, self.one_of(REPORTING))
+            start, _ = self.add("that")
+            self.clause(depth=1)
+            frame["ARG1"] = start, len(self.tokens)
+        elif self.chance(0.3):
+            frame["ARG1"] = self.thing(depth)
+            self.passive(frame, self.one_of(_WITH_THING))
+            self.circumstances(frame, time=not time_first)
+        else:
+            frame["ARG0"] = self.person(depth)
+            self.active(frame, self.one_of(VERBS))
+            self.circumstances(frame, time=not time_first)
+            if depth == 0 and self.chance(0.15):
+                self.add("and")
+                second = self.frame(ARG0=frame["ARG0"])
+                self.active(second, self.one_of(VERBS))
+                self.circumstances(second)
 
+    def active(self, frame: Frame, verb: Verb) -> None:
+        self.verb(frame, verb)
+        recipient_first = verb.recipient and self.chance(0.5)
+        if recipient_first:
+            frame["ARG2"] = self.noun(PEOPLE)
+        if verb.thing:
+            frame["ARG1"] = self.noun(THINGS)
+        if verb.recipient and not recipient_first and self.chance(0.8):
+            frame["ARG2"] = self.noun(PEOPLE, after="to")
 
-def _passive(sentence: _Sentence, frame: _Frame, verb: Verb) -> None:
-    _auxiliaries(sentence, frame, verb, passive=True)
-    if verb.recipient and sentence.draw.chance(0.6):
-        frame.roles.append(("ARG2", _after("to", sentence)))
-    if sentence.draw.chance(0.7):
-        frame.roles.append(("ARG0", _after("by", sentence)))
+    def passive(self, frame: Frame, verb: Verb) -> None:
+        self.verb(frame, verb, passive=True)
+        if verb.recipient and self.chance(0.6):
+            frame["ARG2"] = self.noun(PEOPLE, after="to")
+        if self.chance(0.7):
+            frame["ARG0"] = self.noun(PEOPLE, after="by")
 
+    def verb(self, frame: Frame, verb: Verb, passive: bool = False) -> None:
+        """Add modal or auxiliary, negation and the verb in the form that they ask for."""
+        modal, negated = self.chance(0.2), self.chance(0.15)
+        if modal:
+            frame["ARGM-MOD"] = self.add(self.one_of(MODALS))
+        elif passive or negated:
+            self.add("was" if passive else "did")
+        if negated:
+            frame["ARGM-NEG"] = self.add("not")
+        if passive and modal:
+            self.add("be")
+        frame["V"] = self.add(verb.participle if passive else verb.base if modal or negated else verb.past)
 
-def _auxiliaries(sentence: _Sentence, frame: _Frame, verb: Verb, passive: bool = False) -> None:
-    """Add modal or auxiliary, negation and the verb in the form that they ask for."""
-    draw = sentence.draw
-    modal, negated = draw.chance(0.2), draw.chance(0.15)
-    if modal:
-        frame.roles.append(("ARGM-MOD", sentence.add(draw.one_of(MODALS))))
-    elif passive or negated:
-        sentence.add("was" if passive else "did")
-    if negated:
-        frame.roles.append(("ARGM-NEG", sentence.add("not")))
-    if passive and modal:
-        sentence.add("be")
-    form = verb.participle if passive else verb.base if modal or negated else verb.past
-    frame.predicate, _ = sentence.add(form)
+    def circumstances(self, frame: Frame, time: bool = True) -> None:
+        if self.chance(0.3):
+            frame["ARGM-LOC"] = self.add(self.one_of(PLACES))
+        if time and self.chance(0.3):
+            frame["ARGM-TMP"] = self.add(self.one_of(TIMES))
 
+    def person(self, depth: int) -> Phrase:
+        """Add a person, perhaps with a relative clause of which it is the subject ("who broke the lamp")."""
+        person = self.noun(PEOPLE)
+        if depth == 0 and self.chance(0.15):
+            frame = self.frame(ARG0=person)
+            frame["R-ARG0"] = self.add("who")
+            self.active(frame, self.one_of(VERBS))
+        return person[0], len(self.tokens)
 
-def _circumstances(sentence: _Sentence, frame: _Frame, time: bool = True) -> None:
-    draw = sentence.draw
-    if draw.chance(0.3):
-        frame.roles.append(("ARGM-LOC", sentence.add(draw.one_of(PLACES))))
-    if time and draw.chance(0.3):
-        frame.roles.append(("ARGM-TMP", sentence.add(draw.one_of(TIMES))))
+    def thing(self, depth: int) -> Phrase:
+        """Add a thing, perhaps with a relative clause of which it is the object ("that the boy broke")."""
+        thing = self.noun(THINGS)
+        if depth == 0 and self.chance(0.15):
+            frame = self.frame(ARG1=thing)
+            frame["R-ARG1"] = self.add("that")
+            frame["ARG0"] = self.noun(PEOPLE)
+            self.verb(frame, self.one_of(_WITH_THING))
+        return thing[0], len(self.tokens)
 
-
-def _person(sentence: _Sentence, depth: int) -> Words:
-    """Add a person, perhaps with a relative clause of which it is the subject ("who broke the lamp")."""
-    start, end = _noun(sentence, PEOPLE)
-    if depth == 0 and sentence.draw.chance(0.15):
-        frame = sentence.frame()
-        frame.roles += [("ARG0", (start, end)), ("R-ARG0", sentence.add("who"))]
-        _active(sentence, frame, sentence.draw.one_of(VERBS))
-    return start, len(sentence.tokens)
-
-
-def _thing(sentence: _Sentence, depth: int) -> Words:
-    """Add a thing, perhaps with a relative clause of which it is the object ("that the boy broke")."""
-    start, end = _noun(sentence, THINGS)
-    if depth == 0 and sentence.draw.chance(0.15):
-        frame = sentence.frame()
-        frame.roles += [("ARG1", (start, end)), ("R-ARG1", sentence.add("that")), ("ARG0", _noun(sentence, PEOPLE))]
-        _auxiliaries(sentence, frame, sentence.draw.one_of(_WITH_THING))
-    return start, len(sentence.tokens)
-
-
-def _after(preposition: str, sentence: _Sentence) -> Words:
-    start, _ = sentence.add(preposition)
-    return start, _noun(sentence, PEOPLE)[1]
-
-
-def _noun(sentence: _Sentence, nouns: tuple[str, ...]) -> Words:
-    draw = sentence.draw
-    adjective = f"{draw.one_of(ADJECTIVES)} " if draw.chance(0.3) else ""
-    article = draw.one_of(("the", "the", "my", "her"))
-    return sentence.add(f"{article} {adjective}{draw.one_of(nouns)}")
+    def noun(self, nouns: tuple[str, ...], after: str = "") -> Phrase:
+        """Add article, perhaps adjective, and noun, after a preposition."""
+        adjective = self.one_of(ADJECTIVES) if self.chance(0.3) else ""
+        article = self.one_of(("the", "the", "my", "her"))
+        return self.add(f"{after} {article} {adjective} {self.one_of(nouns)}")

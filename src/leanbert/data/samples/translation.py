@@ -29,41 +29,33 @@ PLACES = ("in", "near", "behind", "under")
 PRONOUNS = {"he": False, "she": False, "they": True}  # whether they are plural
 JOINTS = ("and", "because", "but")
 
-_STEMS = entries("b, d, f, g, k, l, m, n, p, r, s, t, v, z")
-_VOWELS = "aeiou"
+_VERBS = {
+    has_object: [forms.split() for forms in entries(table)]
+    for has_object, table in ((True, TRANSITIVE), (False, INTRANSITIVE))
+}
+_CLASS = {noun: "oa"[number % 3 == 0] for number, noun in enumerate(NOUNS)}
 
 
-class _Verb(NamedTuple):
-    base: str
-    third: str
-    past: str
+def _lexicon() -> dict[str, str]:
+    """Return a two-syllable stem for each lemma; which one depends on the lemma's number only."""
+    verbs = [base for base, _, _ in _VERBS[True] + _VERBS[False]]
+    lemmas = [*NOUNS, *ADJECTIVES, *verbs, *TIMES, *PLACES, *PRONOUNS, *JOINTS, "the", "a", "two", "some", "not"]
+    consonants = "bdfgklmnprstvz"
+    syllables = [consonant + vowel for consonant in consonants for vowel in "aeiou"]  # 70
+    stems = {}
+    for number, lemma in enumerate(lemmas):  # 29 and 70 have no common factor: 70 different first syllables in a row
+        first, second = number * 29 % 70, (number * 11 + number // 70 * 3) % 70
+        stems[lemma] = syllables[first] + syllables[second] + consonants[number % len(consonants)]
+    return stems
+
+
+_TARGET = _lexicon()
 
 
 class _Phrase(NamedTuple):
     source: str
     target: str
     plural: bool
-
-
-def _verbs(table: str) -> tuple[_Verb, ...]:
-    return tuple(_Verb(*forms.split()) for forms in entries(table))
-
-
-def _lexicon() -> dict[str, str]:
-    """Return a two-syllable stem for each lemma; which one depends on the lemma's place only."""
-    verbs = [verb.base for verb in _verbs(TRANSITIVE) + _verbs(INTRANSITIVE)]
-    lemmas = [*NOUNS, *ADJECTIVES, *verbs, *TIMES, *PLACES, *PRONOUNS, *JOINTS, "the", "a", "two", "some", "not"]
-    syllables = [consonant + vowel for consonant in _STEMS for vowel in _VOWELS]  # 70
-    stems = {}
-    for place, lemma in enumerate(lemmas):  # 29 and 70 have no common factor: 70 different first syllables in a row
-        first, second = (place * 29) % len(syllables), (place * 11 + place // len(syllables) * 3) % len(syllables)
-        stems[lemma] = syllables[first] + syllables[second] + _STEMS[place % len(_STEMS)]
-    return stems
-
-
-_VERBS = {True: _verbs(TRANSITIVE), False: _verbs(INTRANSITIVE)}
-_TARGET = _lexicon()
-_CLASS = {noun: "oa"[place % 3 == 0] for place, noun in enumerate(NOUNS)}
 
 
 def translation_pair(draw: Draw) -> dict[str, str]:
@@ -77,10 +69,14 @@ def translation_pair(draw: Draw) -> dict[str, str]:
 
 
 def _clause(draw: Draw) -> tuple[str, str]:
-    subject = _subject(draw)
+    if draw.chance(0.2):
+        pronoun = draw.one_of(tuple(PRONOUNS))
+        subject = _Phrase(pronoun, _TARGET[pronoun], PRONOUNS[pronoun])
+    else:
+        subject = _noun_phrase(draw)
     transitive = draw.chance(0.7)
-    verb = _verb(draw, draw.one_of(_VERBS[transitive]), subject.plural)
-    source, target = [subject.source, verb.source], [subject.target]
+    verb, translated = _verb(draw, draw.one_of(_VERBS[transitive]), subject.plural)
+    source, target = [subject.source, verb], [subject.target]
     if transitive:
         thing = _noun_phrase(draw, case="n")
         source.append(thing.source)
@@ -93,14 +89,7 @@ def _clause(draw: Draw) -> tuple[str, str]:
         time = draw.one_of(TIMES)
         source.append(time)
         target.insert(0, _TARGET[time])
-    return " ".join(source), " ".join([*target, verb.target])
-
-
-def _subject(draw: Draw) -> _Phrase:
-    if draw.chance(0.2):
-        pronoun = draw.one_of(tuple(PRONOUNS))
-        return _Phrase(pronoun, _TARGET[pronoun], PRONOUNS[pronoun])
-    return _noun_phrase(draw)
+    return " ".join(source), " ".join([*target, translated])
 
 
 def _noun_phrase(draw: Draw, case: str = "") -> _Phrase:
@@ -117,10 +106,10 @@ def _noun_phrase(draw: Draw, case: str = "") -> _Phrase:
     return _Phrase(" ".join(source), " ".join(target), plural)
 
 
-def _verb(draw: Draw, verb: _Verb, plural: bool) -> _Phrase:
+def _verb(draw: Draw, forms: list[str], plural: bool) -> tuple[str, str]:
+    base, third, simple_past = forms
     past, negated = draw.chance(0.5), draw.chance(0.2)
-    target = _TARGET[verb.base] + ("iv" if past else "el") + "r" * plural
+    target = _TARGET[base] + ("iv" if past else "el") + "r" * plural
     if negated:
-        auxiliary = "did" if past else "do" if plural else "does"
-        return _Phrase(f"{auxiliary} not {verb.base}", f"{_TARGET['not']} {target}", plural)
-    return _Phrase(verb.past if past else verb.base if plural else verb.third, target, plural)
+        return f"{'did' if past else 'do' if plural else 'does'} not {base}", f"{_TARGET['not']} {target}"
+    return simple_past if past else base if plural else third, target

@@ -16,13 +16,10 @@ from leanbert.files import expand, explain_disk_errors, locked, remove_dead, rep
 from leanbert.messages import say
 
 INDEX = "meta.json"
-"""The file with the folder's name, the facts, and length and digest of the other files."""
+"""The file with the folder's name, what is known of the other files, and their lengths and digests."""
 
-MEMORY = "digests.json"
-"""The file in `data.cache_dir` by which a file is not read again, to check it, while nothing writes to it."""
-
-Make = Callable[[Path], dict[str, Any]]
-"""Fills the empty folder that it is given, and returns facts: values that JSON has."""
+Make = Callable[[Path], dict[str, Any] | None]
+"""Fills the empty folder that it is given, and returns what is to be known of it: values that JSON has."""
 
 
 def cache_folder(given: str | None) -> Path:
@@ -33,49 +30,43 @@ def cache_folder(given: str | None) -> Path:
 
 
 def made_once(folder: Path, make: Make) -> dict[str, Any]:
-    """Return the facts that are kept with the files in `folder`, which `make` makes if they are not there or not whole.
+    """Return what is known of the files in `folder`, which `make` makes if they are not there or not whole.
 
     `folder` is `cache_dir / KIND / NAME`. One process makes it, the others wait. What is damaged is made again, and a
-    line says so.
-
-    Raises:
-        UserError: The disk is full or the folder cannot be written; and what `make` raises.
-
+    line says so. Raises UserError: the disk is full or the folder cannot be written; and what `make` raises.
     """
-    facts, _ = _open(folder)
-    if facts is not None:
-        return facts
+    if not isinstance(found := _open(folder), str):
+        return found
     with explain_disk_errors(folder.parent, "--data.cache_dir"):
         remove_dead(folder.parent)
         with locked(folder):
-            facts, damage = _open(folder)
-            if facts is not None:
-                return facts
-            if damage is not None:
-                say(f"{folder}: is damaged ({damage}) and is made again")
+            if not isinstance(found := _open(folder), str):
+                return found
+            if found:
+                say(f"{folder}: is damaged ({found}) and is made again")
             with replaced_folder(folder) as building:
-                facts = json.loads(json.dumps(make(building)))  # the same now as when they are read
+                known = json.loads(json.dumps(make(building) or {}))  # the same now as when it is read
                 files = {path.name: [path.stat().st_size, file_digest(path)] for path in sorted(building.iterdir())}
-                index = {"folder": folder.name, "facts": facts, "files": files}
+                index = {"folder": folder.name, "facts": known, "files": files}
                 (building / INDEX).write_text(with_digest(index), encoding="utf-8")
-    return dict(facts)
+    return dict(known)
 
 
-def _open(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
-    """Return the facts, and None; or None, and what is damaged; or twice None where there is nothing."""
+def _open(folder: Path) -> dict[str, Any] | str:
+    """Return what is known of the files; or what is damaged, "" where there is nothing."""
     if not os.path.lexists(folder):
-        return None, None
+        return ""
     try:
         index = read_checked(folder / INDEX)
         if index.get("folder") != folder.name:
             raise ValueError(f"{INDEX} is of another folder")
-        memory = DigestMemory(folder.parent.parent / MEMORY)
+        memory = DigestMemory(folder.parent.parent)
         for name, (size, digest) in index["files"].items():
             if file_stamp(folder / name)[0] != size or memory.digest(folder / name) != digest:
                 raise ValueError(f"{name} has changed")
         memory.save()
     except OSError as error:
-        return None, f"{Path(error.filename or folder).name}: {error.strerror or error}"
+        return f"{Path(error.filename or folder).name}: {error.strerror or error}"
     except (ValueError, RuntimeError) as error:  # RuntimeError: resolving a circle of links
-        return None, str(error)
-    return dict(index["facts"]), None
+        return str(error)
+    return dict(index["facts"])

@@ -1,4 +1,4 @@
-"""Digests of files, remembered as long as nothing writes to these, and files that carry their own digest."""
+"""Digests of files and corpora, remembered as long as nothing writes to these, and files with their own digest."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ import time
 from pathlib import Path
 from typing import Any
 
+from leanbert.data.formats.columns import open_dataset, split_dataset_spec
+from leanbert.data.formats.corpora import Corpus
+from leanbert.errors import UserError
 from leanbert.files import locked, temporary
+
+MEMORY = "digests.json"
+"""The file in `data.cache_dir` by which a file is not read again, to check it, while nothing writes to it."""
 
 _SETTLED_NS = 2 * 10**9
 """A file changed more recently than this could change again unseen: file systems tick coarsely."""
 
 
 class DigestMemory:
-    """Digests of files, in a file by path: [stamp, digest]. Where that is damaged, or gone, it is begun anew."""
+    """Digests of files, in `cache_dir / MEMORY` by path: [stamp, digest]. Where that is damaged it is begun anew."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, cache_dir: Path) -> None:
+        self._path = cache_dir / MEMORY
         try:
-            self._known: dict[str, list[Any]] = read_checked(path)
+            self._known: dict[str, list[Any]] = read_checked(self._path)
         except (OSError, ValueError):
             self._known = {}
         self._changed = False
@@ -47,6 +53,27 @@ class DigestMemory:
             with contextlib.suppress(OSError), locked(self._path), temporary(self._path) as building:
                 building.write_text(with_digest(self._known), encoding="utf-8")
                 os.replace(building, self._path)  # also where there is a pipe, or a link to somewhere
+
+
+def corpus_digest(corpus: Corpus, cache_dir: Path) -> str:
+    """Return a digest of what the corpus' files hold and of their formats, whatever they are called.
+
+    Raises `UserError` if one cannot be read.
+    """
+    memory = DigestMemory(cache_dir)
+
+    def digest(path: Path) -> str:
+        try:
+            return memory.digest(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}). Check the path and its rights") from error
+
+    parts = [["".join(path.suffixes[-2:]), digest(path)] for path in corpus.files]
+    for spec in corpus.datasets:
+        files = [Path(file["filename"]) for file in open_dataset(spec).cache_files]
+        parts.append([split_dataset_spec(spec).split, *map(digest, files)])
+    memory.save()
+    return digest_of(parts)
 
 
 def file_stamp(path: Path) -> list[int]:

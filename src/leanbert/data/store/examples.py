@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,18 @@ Example = Mapping[str, Sequence[float]]
 """Values by column."""
 
 
+@dataclass
+class Notes:
+    """What is known of the examples besides their numbers."""
+
+    cut: int = 0
+    """How many were longer than a row."""
+    cut_words: int = 0
+    """How many of their words were left out with it."""
+    labels: list[str] = field(default_factory=list)
+    """Names of the labels, by the numbers that stand for them in the cache."""
+
+
 class Unfinished(dict[str, Sequence[float]]):
     """The first values of an example, which goes on with the next one: a long document is never whole in memory."""
 
@@ -41,14 +53,13 @@ class ExampleCache:
     `NAME.bin` holds the values of a column one after the other, `NAME.offsets.bin` the `count + 1` int64 places where
     examples begin, and the end; `NAME.counts.bin`, of columns of ids, int64 [V] how often each id occurs. Files are
     mapped for each read and let go after it, so that resident memory does not grow with what was read; the object
-    itself pickles as a path and a few numbers. `dtypes` are those of the columns; `facts` is what the builder wanted to
-    keep beside (such as the labels), as JSON has it.
+    itself pickles as a path and a few numbers. `dtypes` are those of the columns.
     """
 
     folder: Path
     count: int
     dtypes: dict[str, str]
-    facts: dict[str, Any]
+    notes: Notes
 
     def values(self, column: str) -> np.ndarray:
         """Map the values of a column, read-only."""
@@ -80,7 +91,7 @@ def build_examples(
     key: Sequence[Any],
     dtypes: Mapping[str, str],
     vocabularies: Mapping[str, int],
-    encode: Callable[[dict[str, Any]], Iterable[Example]],
+    encode: Callable[[Notes], Iterable[Example]],
     cache_dir: Path,
     without_any: str,
 ) -> ExampleCache:
@@ -92,24 +103,23 @@ def build_examples(
         key: What decides its contents: digest of the files, settings, tokenizer; values that JSON has.
         dtypes: Columns and their NumPy types.
         vocabularies: Columns of ids, which are counted, and how many different ids there may be.
-        encode: Yields the examples; what it puts into the dictionary it is given is kept as the cache's `facts`.
+        encode: Yields the examples, and has written all that is noted of them when it ends.
         cache_dir: Folder of all caches.
         without_any: The error if there is no example.
 
-    Raises:
-        UserError: There is no example, the disk is full, or what `encode` raises.
-
+    Raises UserError: there is no example, the disk is full, or what `encode` raises.
     """
     folder = cache_dir / "examples" / digest_of([FORMAT, tokenizers.__version__, *key])
 
     def make(building: Path) -> dict[str, Any]:
-        facts: dict[str, Any] = {}
-        count = _write(building, dtypes, vocabularies, encode(facts))
+        notes = Notes()
+        count = _write(building, dtypes, vocabularies, encode(notes))
         if count == 0:
             raise UserError(without_any)
-        return {"count": count, "dtypes": dict(dtypes), "facts": facts}
+        return {"count": count, "dtypes": dict(dtypes), "facts": asdict(notes)}
 
-    return ExampleCache(folder, **made_once(folder, make))
+    known = made_once(folder, make)
+    return ExampleCache(folder, known["count"], known["dtypes"], Notes(**known["facts"]))
 
 
 def _write(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -67,8 +67,8 @@ def parse_tokenizer(text: str, source: str) -> Tokenizer:
     Raises `UserError` if it cannot be read, or encodes no text without failing.
     """
     with explained(source, "not a tokenizer.json"):
-        if not _is_harmless(json.loads(text)):
-            _probe(text, source)
+        if not _is_harmless(json.loads(text)) and (failure := _failure(text)):
+            raise UserError(f"{source}: a tokenizer that {failure}. Copy or make it again, or choose another one")
         return Tokenizer.from_str(text)
 
 
@@ -99,18 +99,7 @@ def _written(template: dict[str, Any]) -> Iterator[str]:
                 yield str(piece["SpecialToken"].get("id"))
 
 
-def _probe(text: str, source: str) -> None:
-    key = hashlib.blake2b(text.encode(errors="surrogatepass")).digest()
-    if key not in _OUTCOMES:
-        _OUTCOMES[key] = _failure(text)
-    if _OUTCOMES[key]:
-        raise UserError(f"{source}: a tokenizer that {_OUTCOMES[key]}. Copy or make it again, or choose another one")
-
-
-_OUTCOMES: dict[bytes, str] = {}
-"""What is known of tokenizers by their digest: a process reads the same one several times."""
-
-
+@lru_cache(maxsize=4)  # a process reads the same one several times
 def _failure(text: str) -> str:
     """Return how a process ends that reads the tokenizer and encodes a few texts; "" if it ends well."""
     command = [sys.executable, "-I", "-c", _PROGRAM, str(PROBE_BYTES)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,10 @@ _WORD_MARKS = ("Ġ", "Ċ", "ĉ", "č")
 class TextTokenizer:
     """A tokenizer with its special tokens found and its own template (such as `[CLS] ... [SEP]`) respected.
 
+    `pad_id` is 0 where there is no such token (padding is never looked at), `unk_id`, `cls_id` and `sep_id` are None;
+    `special_ids`, ascending, are never chosen for prediction; `separator_id` stands in no text: the token after a
+    document, else the mask; `vocab_size` is one more than the largest id.
+
     `named` are the special tokens that its files name, by role such as "mask_token"; the others are looked for under
     their usual names. `source` is named in errors. Raises `UserError` if it has no mask token, which this project
     needs, if it cannot encode text, or if its ids leave most of the numbers up to the largest one unused.
@@ -52,17 +56,27 @@ class TextTokenizer:
     ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        self._tokenizer, self._source, self._named = tokenizer, source, dict(named or {})
-        self.pad_token = self._find("pad")
-        self.unk_token = getattr(tokenizer.model, "unk_token", None) or self._find("unk")
-        self.cls_token = self._find("cls")
-        self.sep_token = self._find("sep")
-        mask_token = self._find("mask")
+        self._tokenizer, self._source = tokenizer, source
+        usual = {role: next(filter(self._has, names), None) for role, names in _ROLES.items()}
+        given = {role: (named or {}).get(f"{role}_token") for role in _ROLES}
+        self._special = {role: token if self._has(token := given[role] or None) else usual[role] for role in _ROLES}
+        self._renamed = {f"{role}_token": t for role, t in self._special.items() if t and t != usual[role]}
+        mask_token = self._special["mask"]
         if mask_token is None:
             raise UserError(f"{source}: the tokenizer has no mask token ([MASK] or <mask>). Choose another one")
         self.mask_token: str = mask_token
         if mask_token not in self._added:  # a mask that text cannot spell would be none
             tokenizer.add_special_tokens([AddedToken(mask_token, special=True, normalized=False)])
+        unknown = getattr(tokenizer.model, "unk_token", None) or self._special["unk"]
+        tokens = (self._special["pad"], unknown, self._special["cls"], self._special["sep"], mask_token)
+        ids = [None if token is None else tokenizer.token_to_id(token) for token in tokens]
+        pad_id, self.unk_id, self.cls_id, self.sep_id, mask_id = ids
+        assert mask_id is not None
+        self.pad_id, self.mask_id = pad_id or 0, mask_id
+        special = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.special_ids = sorted(special.union(index for index in ids if index is not None))
+        self.separator_id = self.mask_id if self.sep_id is None else self.sep_id
+        self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
         self._check()
 
     @classmethod
@@ -96,52 +110,11 @@ class TextTokenizer:
         return cls(parse_tokenizer(text, source), source, named)
 
     @classmethod
-    def train(cls, texts: Any, **settings: Any) -> TextTokenizer:
+    def train(cls, texts: Callable[[], Iterable[str]], **settings: Any) -> TextTokenizer:
         """Train a tokenizer: see `training.train_tokenizer`, which this calls."""
         from leanbert.data.tokenizers.training import train_tokenizer
 
         return cls(train_tokenizer(texts, **settings))
-
-    @cached_property
-    def vocab_size(self) -> int:
-        """One more than the largest id."""
-        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-
-    @property
-    def pad_id(self) -> int:
-        """Id that fills padding; 0 if the tokenizer has no pad token (padding is never looked at)."""
-        index = self._id(self.pad_token)
-        return 0 if index is None else index
-
-    @property
-    def unk_id(self) -> int | None:
-        """Id of unknown text; None where there is none, as in byte-level BPE."""
-        return self._id(self.unk_token)
-
-    @property
-    def cls_id(self) -> int | None:
-        """Id of the token before a document, if any."""
-        return self._id(self.cls_token)
-
-    @property
-    def sep_id(self) -> int | None:
-        """Id of the token after a document, if any."""
-        return self._id(self.sep_token)
-
-    @property
-    def mask_id(self) -> int:
-        """Id of the mask token."""
-        index = self._id(self.mask_token)
-        assert index is not None
-        return index
-
-    @cached_property
-    def special_ids(self) -> list[int]:
-        """Ids that are never chosen for prediction, ascending."""
-        added = self._tokenizer.get_added_tokens_decoder()
-        named = (self._id(token) for token in (self.pad_token, self.unk_token, self.cls_token, self.sep_token))
-        special = {i for i, token in added.items() if token.special} | {i for i in named if i is not None}
-        return sorted(special | {self.mask_id})
 
     @cached_property
     def template(self) -> tuple[list[int], list[int]]:
@@ -213,11 +186,6 @@ class TextTokenizer:
         nothing = [self.pad_id if self.unk_id is None else self.unk_id]
         return [ids or nothing for ids in found]
 
-    @property
-    def separator_id(self) -> int:
-        """Id of a token that stands in no text: that after a document, else the mask's."""
-        return self.mask_id if self.sep_id is None else self.sep_id
-
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`."""
         with explained(self._source, "the tokenizer fails on ids"):
@@ -249,27 +217,14 @@ class TextTokenizer:
             "added_tokens_decoder": {index: _flags(token) for index, token in sorted(added.items())},
         }
         # It recognises in text what it finds named: a token that is not recognised here must not be there.
-        found = {f"{role}_token": self._find(role) for role in _ROLES}
-        config.update({role: token for role, token in found.items() if token in self._added})
+        config.update({f"{role}_token": token for role, token in self._special.items() if token in self._added})
         if segments:
             config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
         write_text_atomically(Path(folder) / "tokenizer.json", str(self._tokenizer.to_str(pretty=True)))
         write_text_atomically(Path(folder) / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
-    def _find(self, role: str) -> str | None:
-        named = self._named.get(f"{role}_token")
-        return named if named and self._id(named) is not None else self._usual(role)
-
-    def _usual(self, role: str) -> str | None:
-        return next((token for token in _ROLES[role] if self._id(token) is not None), None)
-
-    def _id(self, token: str | None) -> int | None:
-        return None if token is None else self._tokenizer.token_to_id(token)
-
-    @property
-    def _renamed(self) -> dict[str, str]:
-        found = {role: self._find(role) for role in _ROLES}
-        return {f"{role}_token": token for role, token in found.items() if token and token != self._usual(role)}
+    def _has(self, token: str | None) -> bool:
+        return token is not None and self._tokenizer.token_to_id(token) is not None
 
     @property
     def _added(self) -> set[str]:

@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -82,10 +82,9 @@ def train_tokenizer(
                 "place of WordPiece (data.tokenizer_kind)"
             )
     bounded = _bounded(_not_empty(texts()))
-    if kind == "bpe":
-        tokenizer = _train_bpe(bounded, vocab_size, lowercase, bool(strip_accents))
-    elif kind == "unigram":
-        tokenizer = _train_unigram(bounded, vocab_size, lowercase, bool(strip_accents))
+    if kind in ("bpe", "unigram"):
+        train = _train_bpe if kind == "bpe" else _train_unigram
+        tokenizer = train(bounded, vocab_size, lowercase, bool(strip_accents))
     else:
         pipeline = partial(bert_pipeline, lowercase=lowercase, strip_accents=strip_accents)
         tokenizer = _train_wordpiece(bounded, characters, vocab_size, pipeline)
@@ -103,14 +102,8 @@ def sample_evenly(texts: Iterable[str], fraction: float) -> Iterator[str]:
             yield text
 
 
-class _Survey(NamedTuple):
-    """How often each character occurs, and the fraction of them (white space aside) in text without spaces."""
-
-    characters: Counter[str]
-    unspaced: float
-
-
-def _survey(texts: Iterable[str]) -> _Survey:
+def _survey(texts: Iterable[str]) -> tuple[Counter[str], float]:
+    """Return how often each character occurs, and the fraction of them, white space aside, in text without spaces."""
     counts: Counter[str] = Counter()
     unspaced = 0
     for text in texts:
@@ -118,7 +111,7 @@ def _survey(texts: Iterable[str]) -> _Survey:
         if _may_hold_run(text, _LONGEST_OF_WORDPIECE):
             unspaced += sum(len(word[0]) for word in _LONG_WORD.finditer(text))
     unspaced += sum(count for character, count in counts.items() if _UNSPACED.match(character))
-    return _Survey(counts, unspaced / max(1, sum(n for character, n in counts.items() if not character.isspace())))
+    return counts, unspaced / max(1, sum(n for character, n in counts.items() if not character.isspace()))
 
 
 def _bounded(texts: Iterable[str]) -> Iterator[str]:
@@ -163,14 +156,12 @@ def _train_wordpiece(
     return trained
 
 
-def _without_accents(decompose: Any) -> list[Any]:
-    return [decompose, normalizers.StripAccents(), normalizers.NFC()]
-
-
 def _train_bpe(texts: Iterator[str], vocab_size: int, lowercase: bool, strip_accents: bool) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
-    steps = _without_accents(normalizers.NFD()) if strip_accents else [normalizers.NFC()]
-    tokenizer.normalizer = normalizers.Sequence([*steps, *([normalizers.Lowercase()] if lowercase else [])])
+    plain = (normalizers.NFD(), normalizers.StripAccents()) if strip_accents else ()
+    tokenizer.normalizer = normalizers.Sequence(
+        [*plain, normalizers.NFC(), *([normalizers.Lowercase()] if lowercase else [])]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -186,13 +177,12 @@ def _train_bpe(texts: Iterator[str], vocab_size: int, lowercase: bool, strip_acc
 
 def _train_unigram(texts: Iterator[str], vocab_size: int, lowercase: bool, strip_accents: bool) -> Tokenizer:
     tokenizer = Tokenizer(models.Unigram())
+    forms = (
+        (normalizers.NFKD(), normalizers.StripAccents(), normalizers.NFC()) if strip_accents else (normalizers.NFKC(),)
+    )
+    case = [normalizers.Lowercase()] if lowercase else []
     tokenizer.normalizer = normalizers.Sequence(
-        [
-            normalizers.Nmt(),
-            *(_without_accents(normalizers.NFKD()) if strip_accents else [normalizers.NFKC()]),
-            *([normalizers.Lowercase()] if lowercase else []),
-            normalizers.Replace(Regex(" {2,}"), " "),
-        ]
+        [normalizers.Nmt(), *forms, *case, normalizers.Replace(Regex(" {2,}"), " ")]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()

@@ -12,6 +12,7 @@ from leanbert.models.base import EncoderModel
 from leanbert.models.classifier import Classifier
 from leanbert.models.config import SETTING, ResolvedConfig
 from leanbert.models.seq2seq import Seq2SeqModel
+from leanbert.models.stored import ModelMetadata
 from leanbert.pretrained.architectures import kind_of
 from leanbert.pretrained.huggingface.config import bert_settings, modernbert_settings, read_bert, read_modernbert
 from leanbert.pretrained.huggingface.naming import Kind, Names, bert_names, encoder_decoder_names, modernbert_names
@@ -21,7 +22,7 @@ from leanbert.pretrained.huggingface.tasks import (
     own_settings,
     read_decoder,
     read_labels,
-    read_own,
+    read_metadata,
 )
 
 ENCODER_DECODER = "EncoderDecoderModel"
@@ -29,10 +30,18 @@ ADD_MODEL_TYPE = 'If it is a BERT, add "model_type": "bert"'
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 
 
+HEADS: dict[Kind, str] = {
+    "mlm": "ForMaskedLM",
+    "text": "ForSequenceClassification",
+    "word": "ForTokenClassification",
+}
+"""How the classes of a family are named, after its own name."""
+
+
 class Family(NamedTuple):
     """The classes of one architecture: how their settings and weights are named."""
 
-    classes: Mapping[Kind, str]
+    name: str
     bare: tuple[str, ...]  # further classes that are read as masked language models
     known_by: frozenset[str]  # settings that tell it where config.json does not name its model_type
     prefix: str  # of the encoder's weights, absent where it was saved without a head
@@ -41,14 +50,15 @@ class Family(NamedTuple):
     settings: Callable[[ResolvedConfig], dict[str, Any]]
     ignored: tuple[str, ...]  # weights that play no part in our models, or repeat others
 
+    @property
+    def classes(self) -> dict[Kind, str]:
+        """Names of the classes by what they have besides the encoder."""
+        return {kind: self.name + head for kind, head in HEADS.items()}
+
 
 FAMILIES = {
     "bert": Family(
-        {
-            "mlm": "BertForMaskedLM",
-            "text": "BertForSequenceClassification",
-            "word": "BertForTokenClassification",
-        },
+        "Bert",
         ("BertModel", "BertForPreTraining"),
         frozenset({"hidden_size", "num_hidden_layers", "hidden_dropout_prob", "type_vocab_size"}),
         "bert.",
@@ -58,11 +68,7 @@ FAMILIES = {
         ("bert.pooler.", "bert.embeddings.position_ids", "cls.seq_relationship.", "cls.predictions.decoder."),
     ),
     "modernbert": Family(
-        {
-            "mlm": "ModernBertForMaskedLM",
-            "text": "ModernBertForSequenceClassification",
-            "word": "ModernBertForTokenClassification",
-        },
+        "ModernBert",
         ("ModernBertModel",),
         frozenset({"hidden_size", "num_hidden_layers", "norm_eps", "local_attention"}),
         "model.",
@@ -81,7 +87,7 @@ IGNORED_BESIDE_DECODER = (
 
 
 class Layout(NamedTuple):
-    """What a folder holds: a model of `task` with `config` and `facts`, its weights by `names`.
+    """What a folder holds: a model with `config` and `metadata`, its weights by `names`.
 
     Weights that begin with `ignored` and have no name play no part. `prefix` is that of the encoder's weights. `tied`:
     whether the output matrix is the token embedding where no weights say otherwise; `guessed`: whether config.json
@@ -89,8 +95,7 @@ class Layout(NamedTuple):
     """
 
     config: ResolvedConfig
-    task: str
-    facts: dict[str, Any]
+    metadata: ModelMetadata
     names: Names
     ignored: tuple[str, ...]
     prefix: str
@@ -100,29 +105,27 @@ class Layout(NamedTuple):
 
 def read_layout(settings: dict[str, Any], path: Path) -> Layout:
     """Return what `config.json` at `path` describes; raises `UserError` for a class that we do not have."""
-    kind_of_model, guessed = _model_type(settings, path), settings.get("model_type") is None
-    if kind_of_model == "encoder-decoder":
+    model_type, guessed = _model_type(settings, path), settings.get("model_type") is None
+    if model_type == "encoder-decoder":
         config, layers, tokens = read_decoder(settings, path)
-        task, facts = read_own(settings, "seq2seq", path)
-        facts["decoder_layers"] = layers
-        if separate := "target_vocab_size" in facts or tokens != config.vocab_size:
-            facts["target_vocab_size"] = tokens
+        metadata = read_metadata(settings, "seq2seq", path, decoder_layers=layers)
+        if separate := metadata.target_vocab_size is not None or tokens != config.vocab_size:
+            metadata = replace(metadata, target_vocab_size=tokens)
         names = encoder_decoder_names(config, layers, separate)
         tied = _tied(settings, path) and _tied(settings["decoder"], path)
-        return Layout(config, task, facts, names, IGNORED_BESIDE_DECODER, "encoder.", tied, guessed)
-    family = FAMILIES[kind_of_model]
+        return Layout(config, metadata, names, IGNORED_BESIDE_DECODER, "encoder.", tied, guessed)
+    family = FAMILIES[model_type]
     kind = _kind(settings, family, path)
     config = family.read_settings(settings, path)
-    task, facts = read_own(settings, kind, path)
-    if kind != "mlm":
-        facts |= read_labels(settings, kind, path)
+    labels = {} if kind == "mlm" else read_labels(settings, kind, path)
+    metadata = read_metadata(settings, kind, path, **labels)
     names = family.names(config, kind)
-    return Layout(config, task, facts, names, family.ignored, family.prefix, _tied(settings, path), guessed)
+    return Layout(config, metadata, names, family.ignored, family.prefix, _tied(settings, path), guessed)
 
 
 def write_layout(
     model: EncoderModel,
-    facts: Mapping[str, Any],
+    metadata: ModelMetadata,
     special_ids: Mapping[str, int | None],
     source_ids: Mapping[str, int | None] | None = None,
 ) -> tuple[dict[str, Any], Names]:
@@ -144,10 +147,9 @@ def write_layout(
             "architectures": [ENCODER_DECODER],
             **special_ids,
             **decoder_settings(config, layers, ids, tokens or config.vocab_size, their_ids),
-            **own_settings(model.task, {**facts, **({} if tokens is None else {"target_vocab_size": tokens})}),
+            **own_settings(replace(metadata, target_vocab_size=tokens)),
         }
         return settings, encoder_decoder_names(config, layers, tokens is not None)
-    own = own_settings(model.task, facts)
     family = FAMILIES["modernbert" if config.position == "rotary" else "bert"]
     _check_expressible(config, family.classes[kind])
     settings = {
@@ -155,10 +157,10 @@ def write_layout(
         **dict.fromkeys(SPECIAL_IDS),
         **family.settings(config),
         **special_ids,
-        **own,
+        **own_settings(metadata),
     }
     if isinstance(model, Classifier):
-        settings |= label_settings(model, facts)
+        settings |= label_settings(model, metadata)
     return settings, family.names(config, kind)
 
 

@@ -13,51 +13,32 @@ WINDOW = Range(least=2, most=2**24, whole=True)
 GATES = {"gelu": "geglu", "silu": "swiglu"}
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
 
-# The values below are those that the classes of transformers take where config.json is silent.
-BERT_DEFAULTS = {
-    "vocab_size": 30522,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "max_position_embeddings": 512,
-    "type_vocab_size": 2,
-    "hidden_dropout_prob": 0.1,
-    "attention_probs_dropout_prob": 0.1,
-    "layer_norm_eps": 1e-12,
+# Settings of transformers' classes by our names, with the values that they take where config.json is silent.
+BERT_FIELDS = {
+    "vocab_size": ("vocab_size", 30522),
+    "hidden_size": ("hidden_size", 768),
+    "num_layers": ("num_hidden_layers", 12),
+    "num_heads": ("num_attention_heads", 12),
+    "intermediate_size": ("intermediate_size", 3072),
+    "max_positions": ("max_position_embeddings", 512),
+    "type_vocab_size": ("type_vocab_size", 2),
+    "dropout": ("hidden_dropout_prob", 0.1),
+    "attention_dropout": ("attention_probs_dropout_prob", 0.1),
+    "norm_eps": ("layer_norm_eps", 1e-12),
 }
-MODERNBERT_DEFAULTS = {
-    "vocab_size": 50368,
-    "hidden_size": 768,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 12,
-    "intermediate_size": 1152,
-    "max_position_embeddings": 8192,
-    "mlp_dropout": 0.0,
-    "attention_dropout": 0.0,
-    "norm_eps": 1e-5,
-    "local_attention": 128,
-    "norm_bias": False,
+MODERNBERT_FIELDS = {
+    "vocab_size": ("vocab_size", 50368),
+    "hidden_size": ("hidden_size", 768),
+    "num_layers": ("num_hidden_layers", 22),
+    "num_heads": ("num_attention_heads", 12),
+    "intermediate_size": ("intermediate_size", 1152),
+    "max_positions": ("max_position_embeddings", 8192),
+    "dropout": ("mlp_dropout", 0.0),
+    "attention_dropout": ("attention_dropout", 0.0),
+    "norm_eps": ("norm_eps", 1e-5),
 }
-SIZES = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "intermediate_size": "intermediate_size",
-    "max_positions": "max_position_embeddings",
-}
-BERT_FIELDS = SIZES | {
-    "type_vocab_size": "type_vocab_size",
-    "dropout": "hidden_dropout_prob",
-    "attention_dropout": "attention_probs_dropout_prob",
-    "norm_eps": "layer_norm_eps",
-}
-MODERNBERT_FIELDS = SIZES | {
-    "dropout": "mlp_dropout",
-    "attention_dropout": "attention_dropout",
-    "norm_eps": "norm_eps",
-}
+LOCAL_ATTENTION = 128
+"""Tokens of ModernBERT's window where config.json is silent."""
 
 
 def read_bert(settings: dict[str, Any], path: Path) -> ResolvedConfig:
@@ -68,20 +49,18 @@ def read_bert(settings: dict[str, Any], path: Path) -> ResolvedConfig:
         ("is_decoder", False, False),
     ):
         _require(settings, name, ours, default, path)
-    values = BERT_DEFAULTS | settings
-    return _resolve(_sizes(values, BERT_FIELDS, path) | {"preset": "bert"}, path)
+    return _resolve(_sizes(settings, BERT_FIELDS, path) | {"preset": "bert"}, path)
 
 
 def bert_settings(config: ResolvedConfig) -> dict[str, Any]:
     """`config.json` of `BertForMaskedLM`, without special token ids."""
     fixed = {"model_type": "bert", "hidden_act": "gelu", "tie_word_embeddings": True}
-    return fixed | {theirs: getattr(config, ours) for ours, theirs in BERT_FIELDS.items()}
+    return fixed | {theirs: getattr(config, ours) for ours, (theirs, _) in BERT_FIELDS.items()}
 
 
 def read_modernbert(settings: dict[str, Any], path: Path) -> ResolvedConfig:
     """Read `ModernBertConfig`, old and new style; raises `UserError` for what our encoder cannot do."""
-    values = MODERNBERT_DEFAULTS | settings
-    bias = values["norm_bias"]
+    bias = settings.get("norm_bias", False)
     for name in ("attention_bias", "mlp_bias", "classifier_bias"):
         _require(settings, name, bias, False, path)
     _require(settings, "decoder_bias", True, True, path)
@@ -89,10 +68,11 @@ def read_modernbert(settings: dict[str, Any], path: Path) -> ResolvedConfig:
     gate = settings.get("hidden_activation", "gelu")
     if gate not in list(GATES):
         raise UserError(f"{path}: hidden_activation {gate!r} is not supported. Only {' and '.join(GATES)} are")
-    sizes = _sizes(values, MODERNBERT_FIELDS, path)
+    sizes = _sizes(settings, MODERNBERT_FIELDS, path)
     local_every = _global_every(_layer_types(settings, sizes["num_layers"], path), path)
-    if local_every and values["local_attention"] not in WINDOW:
-        raise UserError(f"{path}: local_attention {values['local_attention']!r} is out of range. Give {WINDOW}.")
+    window = settings.get("local_attention", LOCAL_ATTENTION)
+    if local_every and window not in WINDOW:
+        raise UserError(f"{path}: local_attention {window!r} is out of range. Give {WINDOW}.")
     return _resolve(
         sizes
         | {
@@ -101,7 +81,7 @@ def read_modernbert(settings: dict[str, Any], path: Path) -> ResolvedConfig:
             "bias": bias,
             "rotary_theta": _theta(settings, GLOBAL, "global_rope_theta", 160_000.0, path),
             "local_rotary_theta": _theta(settings, LOCAL, "local_rope_theta", 10_000.0, path),
-            "local_window": values["local_attention"] if local_every else 0,
+            "local_window": window if local_every else 0,
             "global_every": local_every,
         },
         path,
@@ -114,14 +94,14 @@ def modernbert_settings(config: ResolvedConfig) -> dict[str, Any]:
     theta = {GLOBAL: config.rotary_theta, LOCAL: config.local_rotary_theta}
     return {
         "model_type": "modernbert",
-        **{theirs: getattr(config, ours) for ours, theirs in MODERNBERT_FIELDS.items()},
+        **{theirs: getattr(config, ours) for ours, (theirs, _) in MODERNBERT_FIELDS.items()},
         **dict.fromkeys(biases, config.bias),
         "embedding_dropout": config.dropout,
         "hidden_activation": next(name for name, ours in GATES.items() if ours == config.activation),
         "classifier_activation": "gelu",
         "decoder_bias": True,
         "tie_word_embeddings": True,
-        "local_attention": config.local_window or MODERNBERT_DEFAULTS["local_attention"],
+        "local_attention": config.local_window or LOCAL_ATTENTION,
         "layer_types": [LOCAL if config.is_local(layer) else GLOBAL for layer in range(config.num_layers)],
         "rope_parameters": {kind: {"rope_type": "default", "rope_theta": value} for kind, value in theta.items()},
     }
@@ -134,12 +114,13 @@ def _resolve(values: dict[str, Any], path: Path) -> ResolvedConfig:
         raise UserError(f"{path}: {error}") from None
 
 
-def _sizes(values: dict[str, Any], fields: dict[str, str], path: Path) -> dict[str, Any]:
+def _sizes(settings: dict[str, Any], fields: dict[str, tuple[str, float]], path: Path) -> dict[str, Any]:
     """Return the numbers of `config.json` by our names, each of them in its range."""
-    for ours, theirs in fields.items():
-        if values[theirs] not in RANGES[ours]:
-            raise UserError(f"{path}: {theirs} {values[theirs]!r} is out of range. Give {RANGES[ours]}.")
-    return {ours: values[theirs] for ours, theirs in fields.items()}
+    values = {ours: settings.get(theirs, default) for ours, (theirs, default) in fields.items()}
+    for ours, value in values.items():
+        if value not in RANGES[ours]:
+            raise UserError(f"{path}: {fields[ours][0]} {value!r} is out of range. Give {RANGES[ours]}.")
+    return values
 
 
 def _require(settings: dict[str, Any], name: str, ours: Any, default: Any, path: Path) -> None:

@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -21,7 +20,7 @@ from leanbert.models.base import EncoderModel
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.embeddings import padded_rows
 from leanbert.models.seq2seq import Seq2SeqModel
-from leanbert.models.stored import StateDict, Stored
+from leanbert.models.stored import ModelMetadata, StateDict, Stored
 from leanbert.pretrained.architectures import make_model
 from leanbert.pretrained.huggingface.classes import ADD_MODEL_TYPE, POOLER, Layout, read_layout, write_layout
 from leanbert.pretrained.huggingface.naming import (
@@ -42,40 +41,44 @@ WRAPPERS = ("module.", "model.")
 
 
 def read_huggingface(folder: str | Path) -> Stored:
-    """Read settings and weights of a model in a folder made by `save_pretrained` or by our export.
+    """Read a model in a folder made by `save_pretrained` or by our export: its `config.json` now, the weights later.
 
     The state is in float32 on the CPU. It has no head where the folder has none (`BertModel`), which is logged as a
-    warning. The task is the one that was exported; of a folder that we did not write it is that of its class.
+    warning. The task is the one that was exported; of a folder that we did not write it is its class's.
     Raises `UserError` for an architecture that we do not have, or weights that do not fit `config.json`.
     """
     folder = Path(folder)
     path = folder / "config.json"
     layout = read_layout(read_json(path), path)
+    return Stored(layout.config, layout.metadata, folder, lambda: _read_weights(layout, folder))
+
+
+def _read_weights(layout: Layout, folder: Path) -> StateDict:
     theirs = _normalised(read_folder(folder), layout, folder)
     names = layout.names
     heads = {ours for ours in names if ours.startswith("head.")}
-    if layout.task == "mlm" and not any(part in theirs for ours in heads for part in names[ours]):
+    if layout.metadata.task == "mlm" and not any(part in theirs for ours in heads for part in names[ours]):
         log.warning("%s holds an encoder only: the output head starts from fresh weights", folder)
         names = {ours: parts for ours, parts in names.items() if ours not in heads}
-    return Stored(layout.config, _translate(theirs, names, layout, folder), layout.task, layout.facts)
+    return _translate(theirs, names, layout, folder)
 
 
 def write_huggingface(
     model: EncoderModel,
     folder: str | Path,
     special_ids: Mapping[str, int | None] | None = None,
-    facts: Mapping[str, Any] | None = None,
+    metadata: ModelMetadata | None = None,
     source_ids: Mapping[str, int | None] | None = None,
 ) -> None:
     """Write `config.json` and `model.safetensors` that `from_pretrained` of the model's class loads.
 
     `special_ids` are further integer settings, such as `pad_token_id`; `source_ids` are the encoder's where sources and
-    targets have different tokenizers; `facts` are those of `Stored`. Weights keep their dtype, and have exactly V rows.
+    targets have different tokenizers. Weights keep their dtype, and have exactly V rows.
     Heads that were removed leave as heads whose weights are 0: these classes have as many as fill the hidden size.
     Weights are written beside what is there and renamed; while they are new and `config.json` is old, it is away.
     Raises `UserError`, naming the setting, if no Hugging Face class expresses the model, or the disk is full.
     """
-    settings, names = write_layout(model, facts or {}, special_ids or {}, source_ids)
+    settings, names = write_layout(model, metadata or ModelMetadata(model.task), special_ids or {}, source_ids)
     settings["dtype"] = str(model.encoder.embeddings.token.weight.dtype).removeprefix("torch.")
     folder = Path(folder)
     weights, config = folder / "model.safetensors", folder / "config.json"
@@ -198,7 +201,7 @@ def _check_keys(theirs: StateDict, names: Names, folder: Path) -> None:
 
 def _expected_shapes(layout: Layout) -> dict[str, list[int]]:
     with torch.device("meta"):
-        model = make_model(layout.config, layout.task, layout.facts)
+        model = make_model(layout.config, layout.metadata)
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, tokens in _tokens(model).items():
         if name in shapes:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from leanbert.errors import UserError
 from leanbert.models.classifier import Classifier
-from leanbert.models.config import RANGES, ResolvedConfig
+from leanbert.models.config import ResolvedConfig
+from leanbert.models.stored import ModelMetadata
 from leanbert.pretrained.architectures import TASKS
 from leanbert.pretrained.huggingface.config import bert_settings, read_bert
 from leanbert.pretrained.huggingface.naming import Kind
-from leanbert.ranges import SHARE, Range
+from leanbert.ranges import Range
 
 OWN = "leanbert"
 """Key of what no class of transformers asks for: the task, and how it is answered."""
-ELSEWHERE = ("labels", "problem", "decoder_layers", "decoder_start")
-"""Facts that the folder says in transformers' own terms."""
+ELSEWHERE = ("labels", "problem", "decoder_layers", "decoder_start", "copy")
+"""Metadata that a folder says in transformers' own terms, or that none of its classes can have."""
 MAY_DIFFER = ("num_layers", "vocab_size")
 """Settings of a decoder that need not be the encoder's."""
 PROBLEMS = {
@@ -27,15 +28,6 @@ PROBLEMS = {
     "regression": "regression",
 }
 LABELS = Range(least=1, most=10**6, whole=True)
-FACTS: dict[str, Callable[[Any], bool]] = {
-    "max_length": lambda value: value in RANGES["max_positions"],
-    "target_vocab_size": lambda value: value in RANGES["vocab_size"],
-    "threshold": lambda value: value in SHARE,
-    "copy": lambda value: value is False,  # no class of transformers copies
-    "mark": lambda value: value in ("tokens", "segments"),
-    "generation": lambda value: isinstance(value, dict),
-}
-"""What facts can be, by name."""
 GENERATION = {
     "beams": "num_beams",
     "length_penalty": "length_penalty",
@@ -44,39 +36,36 @@ GENERATION = {
 }
 
 
-def own_settings(task: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+def own_settings(metadata: ModelMetadata) -> dict[str, Any]:
     """Return what is written under a key of our own; nothing for masked language models."""
-    kept = {name: value for name, value in facts.items() if name not in ELSEWHERE}
-    return {} if task == "mlm" else {OWN: {"task": task, **kept}}
+    kept = {name: value for name, value in metadata.said().items() if name not in ELSEWHERE}
+    return {} if metadata.task == "mlm" else {OWN: {"task": metadata.task, **kept}}
 
 
-def read_own(settings: dict[str, Any], kind: Kind, path: Path) -> tuple[str, dict[str, Any]]:
-    """Return the task and its facts; those of a folder that we have not written are what its class says.
+def read_metadata(settings: dict[str, Any], kind: Kind, path: Path, **told: Any) -> ModelMetadata:
+    """Return the metadata under our own key, where we have written the folder, and what transformers' keys have `told`.
 
-    Raises `UserError` for a fact that cannot be one.
+    Raises `UserError` for a value that cannot be one.
     """
-    kept = settings.get(OWN)
-    if not isinstance(kept, dict) or kept.get("task") not in TASKS[kind]:
-        return TASKS[kind][0], {}
-    facts = {name: value for name, value in kept.items() if name not in ("task", *ELSEWHERE)}
-    for name, value in facts.items():
-        if not FACTS.get(name, lambda _: True)(value):
-            raise UserError(f"{path}: {OWN}.{name} {value!r} is no such value. Export the model again")
-    return kept["task"], facts
+    own = settings.get(OWN)
+    if not isinstance(own, dict) or own.get("task") not in TASKS[kind]:
+        own = {"task": TASKS[kind][0]}
+    own = {name: value for name, value in own.items() if name not in ELSEWHERE}
+    return ModelMetadata.read(own["task"], own | told, path, "Export the model again")
 
 
-def label_settings(model: Classifier, facts: Mapping[str, Any]) -> dict[str, Any]:
+def label_settings(model: Classifier, metadata: ModelMetadata) -> dict[str, Any]:
     """Return the settings of a class for sequence or token classification."""
     return {
         "id2label": {str(number): label for number, label in enumerate(model.labels)},
         "label2id": {label: number for number, label in enumerate(model.labels)},
         "classifier_dropout": model.head.dropout,
-        **({"problem_type": PROBLEMS[facts.get("problem", "single")]} if model.of == "text" else {}),
+        **({"problem_type": PROBLEMS[metadata.problem or "single"]} if model.of == "text" else {}),
     }
 
 
 def read_labels(settings: dict[str, Any], kind: Kind, path: Path) -> dict[str, Any]:
-    """Return the facts "labels" and, of texts, "problem"; where config.json is silent as transformers has it."""
+    """Return "labels" and, of texts, "problem"; where config.json is silent as transformers has it."""
     if (count := settings.get("num_labels", 2)) not in LABELS:
         raise UserError(f"{path}: num_labels {count!r} is out of range. Give {LABELS}.")
     named = settings.get("id2label") or {str(number): f"LABEL_{number}" for number in range(count)}
@@ -137,13 +126,13 @@ def read_decoder(settings: dict[str, Any], path: Path) -> tuple[ResolvedConfig, 
 
 
 def generation_settings(
-    facts: Mapping[str, Any], ids: Mapping[str, int | None], never: list[int], longest: int
+    metadata: ModelMetadata, ids: Mapping[str, int | None], never: list[int], longest: int
 ) -> dict[str, Any]:
     """Return `generation_config.json`: how `generate` of transformers searches as we do.
 
     `never` are ids that no output may contain, `longest` is the greatest number of its tokens.
     """
-    chosen = facts.get("generation", {})
+    chosen = metadata.generation or {}
     return {
         **{theirs: chosen[ours] for ours, theirs in GENERATION.items() if ours in chosen},
         **{name: value for name, value in ids.items() if value is not None and not name.startswith(("cls", "sep"))},

@@ -5,9 +5,8 @@ Callbacks write their settings into `Techniques` before the model is built; the 
 
 from __future__ import annotations
 
-from typing import Any
-
 from leanbert.errors import UserError
+from leanbert.models.base import EncoderModel
 from leanbert.tasks.techniques.contract import Surroundings, Technique, Techniques
 from leanbert.tasks.techniques.listed import TECHNIQUES
 
@@ -17,12 +16,11 @@ __all__ = ["TECHNIQUES", "Surroundings", "Technique", "Techniques", "advice", "a
 def refuse(techniques: Techniques, around: Surroundings) -> None:
     """Raise UserError, with the reason and the fix, for a combination that cannot work."""
     for technique in (*TECHNIQUES, *techniques.own):
-        for wrong, message in technique.conflicts(techniques, around):
-            if wrong:
-                raise UserError(message)
+        for reason in technique.conflicts(techniques, around):
+            raise UserError(reason)
 
 
-def apply(techniques: Techniques, model: Any, *, compile_blocks: bool = False) -> None:
+def apply(techniques: Techniques, model: EncoderModel, *, compile_blocks: bool = False) -> None:
     """Apply to a model that has its initial weights, in the order of the list, a user's own after; compile last."""
     for technique in (*TECHNIQUES, *techniques.own):
         technique.apply(model, techniques)

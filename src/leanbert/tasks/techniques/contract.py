@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from leanbert.memory.checkpointing import Keep
+from leanbert.models.base import EncoderModel
 
 InBackward = Literal["update", "accumulate"]
 
@@ -59,20 +60,6 @@ class Surroundings:
     compiles: bool = False
 
 
-def never(around: Surroundings) -> int | None:
-    """Return no rung."""
-    return None
-
-
-def refuses_nothing(techniques: Techniques, around: Surroundings) -> Iterable[tuple[bool, str]]:
-    """Return no conflict."""
-    return ()
-
-
-def changes_nothing(model: Any, techniques: Techniques) -> None:
-    """Leave the model as it is."""
-
-
 @dataclass(frozen=True)
 class Technique:
     """All that is known of one technique: refusals, plan, OOM report, documents and tests are derived from it."""
@@ -85,13 +72,13 @@ class Technique:
     """Which bytes it lowers, and to what."""
     costs: str
     """What it costs, in words."""
-    conflicts: Callable[[Techniques, Surroundings], Iterable[tuple[bool, str]]] = refuses_nothing
-    """Returns what it cannot be combined with: whether that is so, and the reason with the fix."""
-    apply: Callable[[Any, Techniques], None] = changes_nothing
+    conflicts: Callable[[Techniques, Surroundings], Iterable[str]] = lambda techniques, around: ()
+    """Returns the reasons, each with the fix, why the run cannot have it."""
+    apply: Callable[[EncoderModel, Techniques], None] = lambda model, techniques: None
     """Changes a model that has its initial weights, if the techniques ask for it."""
     eases: str | None = None
     """Category of live bytes for which it is advised when memory runs out."""
-    rung: Callable[[Surroundings], int | None] = never
+    rung: Callable[[Surroundings], int | None] = lambda around: None
     """Returns its place in the order of costs in which a plan tries techniques; None: it is not tried there."""
     replaced_by: tuple[str, ...] = ()
     """Names of techniques beside which a plan leaves it out."""

@@ -8,13 +8,13 @@ CPU without 16-bit matrix products (a CPU target is this machine) 16 bits come l
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from leanbert.compression.structured import apply_at_build
+from leanbert.compression.structured import prune_structured, sizes_kept
 from leanbert.memory.allocator import can_be_asked
 from leanbert.memory.checkpointing import set_checkpointing
 from leanbert.memory.offload import DiskStorage, to_host
 from leanbert.memory.precision import has_16_bit_products
+from leanbert.models.base import EncoderModel
 from leanbert.tasks.techniques import conflicts
 from leanbert.tasks.techniques.contract import Surroundings, Technique, Techniques
 
@@ -38,30 +38,30 @@ def _bf16_true_rung(around: Surroundings) -> int | None:
     return 10 if _has_products(around) else 12
 
 
-def _chunk_head(model: Any, t: Techniques) -> None:
+def _chunk_head(model: EncoderModel, t: Techniques) -> None:
     model.head_chunk = t.head_chunk
 
 
-def _checkpoint(model: Any, t: Techniques) -> None:
+def _checkpoint(model: EncoderModel, t: Techniques) -> None:
     if t.keep != "all":
         set_checkpointing(model.blocks, t.keep, t.keep_every)
 
 
-def _slice(model: Any, t: Techniques) -> None:
+def _slice(model: EncoderModel, t: Techniques) -> None:
     for block in model.blocks:
         block.slice_rows = t.slice_rows
 
 
-def _offload(model: Any, t: Techniques) -> None:
+def _offload(model: EncoderModel, t: Techniques) -> None:
     if t.storage != "device":
         storage = to_host if t.storage == "host" else DiskStorage(t.storage)
         for stack in model.stacks:
             stack.storage = storage
 
 
-def _prune(model: Any, t: Techniques) -> None:
+def _prune(model: EncoderModel, t: Techniques) -> None:
     if t.structured is not None:
-        apply_at_build(model, *t.structured)
+        prune_structured(model, *sizes_kept(model.config, *t.structured))
 
 
 TECHNIQUES = (

@@ -7,7 +7,7 @@ import pytest
 
 from leanbert.data.formats.corpora import Corpus
 from leanbert.data.store import checksums
-from leanbert.data.store.corpus_digest import corpus_digest
+from leanbert.data.store.checksums import corpus_digest
 from tests.data.corpora import write_corpus
 
 
