@@ -141,10 +141,12 @@ def test_the_documents_hold_commands():
 def test_documents_name_files_that_exist():
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
         for config in re.findall(r"configs/[\w/]+\.yaml", text):
             assert (ROOT / config).is_file(), f"{document.name}: {config}"
+        for code in re.findall(r"`([\w./]+/\w+\.py)`", text):
+            assert any((root / code).exists() for root in (ROOT, ROOT / "src" / "leanbert")), f"{document.name}: {code}"
         for file, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", text):
             assert anchor in anchors(document.parent / file if file else document), f"{document.name}: {file}#{anchor}"
 
