@@ -4,6 +4,7 @@ import pytest
 
 from leanbert.data.labels import LabelReader, parse_list
 from leanbert.errors import UserError
+from leanbert.messages import say_once
 
 
 def reader(problem, *values, names=None):
@@ -22,7 +23,13 @@ def test_single_labels_are_names_and_whole_numbers_are_written_without_decimals(
     assert read("single", "[CLS]", "a, b") == [["[CLS]"], ["a, b"]]
 
 
-@pytest.mark.parametrize("value", [["a"], {"a": 1}, "['a', 'b']", "[1.0, 0.0]", "", " ", float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "value",
+    [
+        ["a"], {"a": 1}, "['a', 'b']", "[1.0, 0.0]", "[1 0 1]", "[1. 0. 1.]", "['a' 'b']", "(1, 0)", "1,0,0", "", " ",
+        float("nan"), float("inf"),
+    ],
+)  # fmt: skip
 def test_what_is_no_single_label_is_an_error(value):
     with pytest.raises(UserError, match=r'^f:1: field "label" is .*, no single label'):
         read("single", value)
@@ -50,6 +57,8 @@ def test_truth_values_among_other_labels_are_an_error(first, second):
         ([[0, 1], [1, 1]], [["1"], ["0", "1"]]),
         (["[0, 1, 0]", "[1. , 0., 1.]", "1,0,0"], [["1"], ["0", "2"], ["0"]]),
         (["007,012"], [["007", "012"]]),
+        ([["1", "0", "1"], ["0", "1", "0"]], [["0", "2"], ["1"]]),
+        ([["3", "17"], ["0", "1"]], [["3", "17"], ["0", "1"]]),
         (["(other)"], [["(other)"]]),
     ],
 )
@@ -75,6 +84,8 @@ def test_labels_that_are_never_given_count():
         (["[rude, short]"], r"f:1: .* is '\[rude, short\]', no list of labels"),
         (["['a' 'b']"], r"f:1: .*no list of labels"),
         (["[1. 0. 1.]"], r"f:1: .*no list of labels"),
+        (["1 0 1"], r"f:1: .*no list of labels"),
+        ([["a", "b", "a "]], r"f:1: .*, the same label twice"),
         (["{'a': 1}"], r"f:1: .*no list of labels"),
         ([["a"], [1.0, 0.0]], r"f:2: .*a yes or no for each label, where others have names"),
         ([[1.0, 0.0], ["a"]], r"f:2: .*where others say yes or no \(1.0, 0.0\) to 2 labels"),
@@ -84,6 +95,19 @@ def test_labels_that_are_never_given_count():
 def test_what_is_no_list_of_labels_is_an_error(values, message):
     with pytest.raises(UserError, match="^" + message):
         read("multi", *values)
+
+
+def test_a_number_with_and_without_decimals_would_be_two_labels():
+    own = reader("single")
+    assert own.targets("a.csv:2", "1") == [0]
+    with pytest.raises(UserError, match='^b.csv:2: field "label" is \'1.0\', where others have "1". Write all in one'):
+        own.targets("b.csv:2", "1.0")
+
+
+def test_other_marks_than_commas_between_labels_are_pointed_out(capsys):
+    say_once.cache_clear()
+    assert read("multi", "Action|Comedy", "a") == [["Action|Comedy"], ["a"]]
+    assert "labels are divided by commas" in capsys.readouterr().err
 
 
 def test_numbers():

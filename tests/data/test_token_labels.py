@@ -8,6 +8,7 @@ from leanbert.data.batches.sentences import Sentence, encode_sentences
 from leanbert.data.token_labels import SemanticRoleData, TokenLabelData
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
+from leanbert.messages import say_once
 from leanbert.models.stored import ModelMetadata
 
 RECORDS = [
@@ -84,7 +85,8 @@ def test_words_that_do_not_fit_are_left_out_and_counted():
         ({"labels": ["B-A0", "I-A1", "B-V", "O"]}, r'train\.jsonl:1: tag 1 is "I-A1" after "B-A0"'),
         ({"labels": ["B-A0"]}, r"train\.jsonl:1: 1 labels for 4 words"),
         ({"predicate": 4}, r"train\.jsonl:1: predicate 4 is not the place of one of 4 words"),
-        ({"predicate": "2"}, r"train\.jsonl:1: predicate '2'"),
+        ({"predicate": "two"}, r"train\.jsonl:1: predicate 'two'"),
+        ({"predicate": 1}, r"train\.jsonl:1: predicate 1, counted from 0, is tagged I-A0, but word 2 is B-V"),
         ({"tokens": "The cook"}, r'train\.jsonl:1: field "tokens" is no list of str'),
         ({"labels": None}, r'train\.jsonl:1: no field "labels"'),
     ],
@@ -200,6 +202,26 @@ def test_data_sets_and_their_parquet_files_bring_the_names_of_tags(tmp_path):
 def test_lists_that_pandas_wrote_are_read(tmp_path):
     text = "tokens,labels\n\"['Ada', 'left']\",\"['B-PER', 'O']\"\n"
     assert tagged(tmp_path, text, "a.csv") == [("Ada left", "B-PER O")]
+
+
+def test_tables_hold_predicates_and_are_answered_as_they_are_trained_on(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("tokens,labels,predicate\n\"['The', 'cook', 'runs']\",\"['B-A0', 'I-A0', 'B-V']\",2.0\n")
+    data = SemanticRoleData(train_files=str(path))
+    expected = Sentence(["The", "cook", "runs"], 2)
+    assert [sentence for _, sentence, _ in data.reader.read([str(path)])][0] == expected
+    assert list(data.reader.inputs([str(path)])) == [expected]
+
+
+def test_text_files_of_words_and_tags_are_answered_as_columns(tmp_path, capsys):
+    say_once.cache_clear()
+    path = tmp_path / "a.txt"
+    path.write_text("Mira B-PER\nruns O\n\nParis B-LOC\n")
+    data = TokenLabelData(train_files=str(path))
+    assert [sentence.tokens for sentence in data.reader.inputs([str(path)])] == [["Mira", "runs"], ["Paris"]]
+    assert "each line ends in a tag" in capsys.readouterr().err
+    path.write_text("Vitamin B-12\nruns O\nGroup O is common\n")
+    assert [len(sentence.tokens) for sentence in data.reader.inputs([str(path)])] == [2, 2, 4]
 
 
 def test_a_checkpoint_numbers_the_tags_of_all_parts(tmp_path):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from leanbert.errors import UserError
+from leanbert.messages import say_once
 from leanbert.models.stored import Problem
 
 Form = Literal["names", "yes or no for each label"]
@@ -21,6 +22,11 @@ FORMS = 'names, as ["a", "b"] or a,b; or of each label whether it is given, as [
 LARGEST = float(np.finfo(np.float32).max)
 
 _ITEM = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^\s,'"\[\](){}]+"""
+_VALUE = r"""'[^']*'|"[^"]*"|-?[0-9]+\.?[0-9]*"""
+_ARRAY = re.compile(  # as numpy and Python write several values, and a yes or no to three labels or more
+    rf"\[\s*(?:{_VALUE})(?:[\s,]+(?:{_VALUE}))*\s*\]|\(\s*(?:{_VALUE})(?:[\s,]+(?:{_VALUE}))+\s*\)|[01](?:,[01]){{2,}}"
+)
+_YES_OR_NO = re.compile(r"[01](?:\s+[01])+")
 _LIST = re.compile(rf"[\[({{]\s*(?:(?:{_ITEM})\s*(?:,\s*(?:{_ITEM})\s*)*,?\s*)?[\])}}]", re.DOTALL)
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})(\.[0-9]*)?(e[-+]?[0-9]{1,3})?", re.IGNORECASE)
 _TRUTHS = {"true": True, "True": True, "false": False, "False": False}
@@ -83,14 +89,18 @@ class LabelReader(Numbering):
 
     def _one(self, where: str, value: Any) -> str:
         number = isinstance(value, float)
-        listed = isinstance(value, list | dict) or (isinstance(value, str) and parse_list(value) is not None)
+        listed = isinstance(value, list | dict) or (isinstance(value, str) and _is_array(value))
         if listed or value is None or not str(value).strip() or (number and not math.isfinite(value)):
             raise self._error(where, value, "no single label. Correct it, or set data.problem")
         first_place, first = self._first = self._first or (where, value)
         if isinstance(value, bool) != isinstance(first, bool):  # else true and 1 would be two labels
             raise self._error(where, value, f"where {first_place} has {first!r}. Write all in one form")
         # a table of numbers in which one was missing comes as 1.0, 2.0
-        return self.named(where, int(value) if number and value.is_integer() else str(value).strip())
+        name = self.named(where, int(value) if number and value.is_integer() else str(value).strip())
+        other = name.removesuffix(".0") if name.endswith(".0") else f"{name}.0"
+        if other in self._numbers:  # of two tables of text, one of which had a missing number
+            raise self._error(where, value, f'where others have "{other}". Write all in one form')
+        return name
 
     def _several(self, where: str, value: Any) -> list[str]:
         items = self._items(where, value)
@@ -101,7 +111,10 @@ class LabelReader(Numbering):
         if self._form == "names":
             if form not in (None, "names"):
                 raise self._error(where, value, "a yes or no for each label, where others have names. Use one form")
-            return [self.named(where, item) for item in items]
+            names = [self.named(where, item) for item in items]
+            if len(set(names)) < len(names):
+                raise self._error(where, value, "the same label twice. Correct it")
+            return names
         return self._given(where, value, items) if self._form else []
 
     def _given(self, where: str, value: Any, items: list[Any]) -> list[str]:
@@ -112,12 +125,14 @@ class LabelReader(Numbering):
             raise self._error(where, value, f"where others say yes or no (1.0, 0.0) to {count} labels. Do the same")
         for name in names:  # also those that are never given
             self._numbers.setdefault(name, len(self._numbers))
-        return [name for name, item in zip(names, items, strict=True) if item]
+        return [name for name, item in zip(names, items, strict=True) if _said(item)]
 
     def _items(self, where: str, value: Any) -> list[Any]:
         found = parse_list(value) if isinstance(value, str) else value
-        if found is None and isinstance(value, str) and not _looks_like_list(value):
+        if found is None and isinstance(value, str) and not _looks_like_list(value) and not _YES_OR_NO.fullmatch(value):
             found = [_bare(item) for item in map(str.strip, value.split(",")) if item]
+            if len(found) == 1 and re.search("[|;]", value):
+                say_once(f'field "{self.field}": labels are divided by commas; what has | or ; in it is one label')
         items = found if isinstance(found, list) else [found]
         plain = all(isinstance(item, str | int | float) for item in items)
         if not plain or any(isinstance(item, float) and item not in (0.0, 1.0) for item in items):
@@ -150,8 +165,9 @@ class LabelReader(Numbering):
 def certain_form(items: Sequence[Any]) -> Form | None:
     """Return what a list of labels can only mean; None: [], [0, 1] and [1, 0] may be of both forms.
 
-    Whole numbers are labels' numbers, which occur once; decimals and truth values say yes or no.
+    Whole numbers are labels' numbers, which occur once; decimals and truth values say yes or no; of several, also texts.
     """
+    items = [_said(item) for item in items] if len(items) > 1 else items
     if any(isinstance(item, bool | float) for item in items):
         return "yes or no for each label"
     if not items or any(item not in (0, 1) for item in items):
@@ -190,6 +206,16 @@ def parse_list(text: str) -> list[Any] | None:
         if isinstance(items[-1], str) and not quoted:
             return None
     return items
+
+
+def _is_array(text: str) -> bool:
+    return parse_list(text) is not None or _ARRAY.fullmatch(text.strip()) is not None
+
+
+def _said(item: Any) -> Any:
+    """Return the yes or no, or the number, that a text is; what is none stays as it is."""
+    value = _bare(item) if isinstance(item, str) else item
+    return value if value in (0, 1) else item
 
 
 def _looks_like_list(text: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from leanbert.data.batches.batch import IGNORED, WordBatch
 from leanbert.data.batches.labelled import Encoded
 from leanbert.data.batches.sentences import Mark, Sentence, encode_sentences, word_batch
-from leanbert.data.formats.conll import COLUMNS, DOCSTART, is_columns, read_columns
+from leanbert.data.formats.conll import COLUMNS, DOCSTART, is_columns, looks_tagged, read_columns
 from leanbert.data.formats.corpora import expanded
 from leanbert.data.formats.documents import Skipped, document_hash
 from leanbert.data.formats.examples import prediction_inputs, prediction_names, read_records
@@ -74,6 +74,11 @@ class SentenceReader:
                 raise UserError(f"{where}: {len(labels)} labels for {len(sentence.tokens)} words. Give one for each")
             file = re.sub(r"(:|, row )[0-9]+$", "", where)
             bio = tags.setdefault(file, TagReader()).read(where, [self._tag(where, label) for label in labels])
+            if sentence.predicate is not None and "B-V" in bio and bio[sentence.predicate] not in ("B-V", "I-V"):
+                raise UserError(
+                    f"{where}: predicate {sentence.predicate}, counted from 0, is tagged {bio[sentence.predicate]}, but "
+                    f"word {bio.index('B-V')} is B-V. Correct one of them"
+                )
             if low <= document_hash(" ".join(sentence.tokens)) < high:
                 yield where, sentence, bio
         for file, reader in tags.items():
@@ -85,7 +90,7 @@ class SentenceReader:
         skipped = Skipped()
         tokens, *others = self._fields()
         for name in prediction_names(files):
-            if is_columns(name):
+            if is_columns(name) or looks_tagged(name):
                 yield from (
                     Sentence([w for (w,) in rows]) for _, rows in read_columns([name], [self.settings["word_column"]])
                 )
@@ -105,12 +110,9 @@ class SentenceReader:
         others = [name for name in names if name not in columns]
         fields = self._fields()
         for where, record in read_records(others, "data.train_files", fields) if others else ():
-            for field in fields[:2]:
-                if isinstance(record[field], str):
-                    record[field] = parse_list(record[field])
-            sentence, tags = self._sentence(where, record), record[fields[1]]
+            sentence, tags = self._sentence(where, record), _listed(where, record, fields[1])
             if not (isinstance(tags, list) and any(isinstance(tag, int) for tag in tags)):
-                tags = items_of(where, record, fields[1], str)
+                tags = items_of(where, {fields[1]: tags}, fields[1], str)
             yield where, sentence, tags
 
     def _fields(self) -> list[str]:
@@ -120,7 +122,7 @@ class SentenceReader:
 
     def _sentence(self, where: str, record: Record) -> Sentence:
         tokens, _, *predicate = self._fields()
-        words = items_of(where, record, tokens, str)
+        words = items_of(where, {tokens: _listed(where, record, tokens)}, tokens, str)
         found = value_of(where, record, predicate[0]) if predicate and has_field(record, predicate[0]) else None
         return Sentence(words, None if found is None else predicate_place(where, found, len(words)))
 
@@ -131,6 +133,12 @@ class SentenceReader:
         if isinstance(tag, int) and self.settings["label_names"] is None:
             raise UserError(f"{where}: tag {tag} is a number. Set data.label_names to the names of all, in their order")
         return self.named(where, tag)
+
+
+def _listed(where: str, record: Record, field: str) -> object:
+    """Return what a field holds, of a table's cell the list that is written there."""
+    value = value_of(where, record, field)
+    return parse_list(value) if isinstance(value, str) else value
 
 
 def _with_predicates_to_find(sentences: Iterator[Tagged]) -> Iterator[Tagged]:
@@ -147,6 +155,8 @@ def _with_predicates_to_find(sentences: Iterator[Tagged]) -> Iterator[Tagged]:
 
 def predicate_place(where: str, value: object, words: int) -> int:
     """Return the predicate's place. Raises UserError, naming the `where`, if there is no such word."""
+    if isinstance(value, str | float) and re.fullmatch(r" *[0-9]+(\.0)? *", str(value)):  # of a table
+        value = int(float(value))
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < words:
         raise UserError(f"{where}: predicate {value!r} is not the place of one of {words} words, 0 to {words - 1}")
     return value

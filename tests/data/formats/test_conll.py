@@ -2,6 +2,7 @@ import pytest
 
 from leanbert.data.formats.conll import bio_of_brackets, is_columns, read_columns, read_roles, read_sentences
 from leanbert.errors import UserError
+from leanbert.messages import say_once
 
 FILE = """#begin document
 d 0 0 He     PRP x - (A0*) *
@@ -25,6 +26,16 @@ def test_each_column_of_roles_is_one_predicate(tmp_path):
     assert found[0][:2] == (f"{path}:2", ["He", "said", "she", "left"])
     assert found[2][0] == f"{path}:7"
     assert len(list(read_roles([str(path)], word=3, first=7, last=False))) == 1  # the last column is something else
+
+
+def test_multi_word_tokens_and_empty_nodes_are_no_words(tmp_path, capsys):
+    say_once.cache_clear()
+    path = tmp_path / "a.conllu"
+    path.write_text("1-2\tdon't\tO\n1\tdo\tO\n2\tnot\tO\n2.1\tempty\tO\n3\tgo\tO\n")
+    assert [rows for _, rows in read_columns([str(path)], [1])] == [[("do",), ("not",), ("go",)]]
+    assert f"{path}: 2 multi-word tokens and empty nodes" in capsys.readouterr().err
+    other = path.rename(tmp_path / "a.conll")
+    assert [len(rows) for _, rows in read_columns([str(other)], [1])] == [5]
 
 
 def test_columns_by_number(tmp_path):
