@@ -1,6 +1,7 @@
 """`leanbert.load` of each task: from a run, a checkpoint and an exported folder, the answers of `predict`."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -134,7 +135,9 @@ def test_a_run_a_checkpoint_and_an_export_answer_as_predict_does(run, capsys, tm
     assert len({json.dumps(answer) for answer in expected}) == len(expected) >= len(ASKED[task])
     of_run = leanbert.load(version)
     of_run.export(tmp_path)
-    for model in (of_run, leanbert.load(version / "checkpoints" / "best.ckpt"), leanbert.load(tmp_path)):
+    checkpoint = version / "checkpoints" / "best.ckpt"
+    renamed = shutil.copy(checkpoint, tmp_path / "renamed")
+    for model in (of_run, *map(leanbert.load, (checkpoint, renamed, tmp_path))):
         assert model.task == task
         assert same(ask(model), expected)
         assert ask(model, []) == []

@@ -11,8 +11,8 @@ def test_parts_cover_all_and_the_last_is_smaller():
 
 def test_a_loop_goes_through_all_slices_but_in_a_dry_run():
     class DryRun(FakeTensorMode):
-        def shorten(self, slices):
-            return slices[:1]
+        def shorten(self, slices, alike):
+            return slices[int(alike) :][:1]
 
     slices = parts(6, 1)
     with FakeTensorMode():  # that of a compiler, say
@@ -21,3 +21,4 @@ def test_a_loop_goes_through_all_slices_but_in_a_dry_run():
         like = torch.zeros(1)
     assert list(rounds(slices, torch.zeros(1))) == slices
     assert list(rounds(slices, like)) == slices[:1]
+    assert list(rounds(slices, like, alike=True)) == slices[1:2]

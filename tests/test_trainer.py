@@ -47,3 +47,19 @@ def test_all_that_lightning_means_by_a_number_is_taken():
 def test_every_trainer_looks_for_bad_steps(given):
     kinds = [type(callback) for callback in Trainer(**QUIET, callbacks=given, enable_model_summary=False).callbacks]
     assert kinds == [*([] if given is None else [Samples]), StopOnBadSteps]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"devices": "nosuch"}, "trainer: .*devices.* should be an int > 0"),
+        ({"accelerator": "gpu"}, "trainer: No supported gpu backend found"),
+        ({"barebones": True, "log_every_n_steps": 10}, "trainer: .*barebones"),
+        ({"overfit_batches": 1}, r"trainer\.overfit_batches: is not supported"),
+    ],
+)
+def test_what_lightning_refuses_is_bad_input(settings, message, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    with pytest.raises(UserError, match=message):
+        Trainer(**{"logger": False, **({"accelerator": "cpu"} if "accelerator" not in settings else {}), **settings})

@@ -97,7 +97,7 @@ class Pretrained:
         """Return for each text, or pair of texts, `{"text", "label", "probability"}`.
 
         A model for several labels gives `{"text", "labels": [{"label", "probability"}, ...]}`, best first, one for
-        numbers `{"text", "values": [...]}`. Of texts longer than those of the training the end is cut.
+        numbers `{"text", "values": [...]}`. The end of texts longer than in training is cut.
         """
         self._require("classify", "classification")
         groups = [[text] if isinstance(text, str) else list(text) for text in _listed(texts)]
@@ -142,8 +142,8 @@ class Pretrained:
     ) -> Answers:
         """Return `{"source", "output", "score"}` for each text.
 
-        `beams` and further settings of `GenerationConfig` (such as `length_penalty`) are by default those of the
-        training. Texts longer than those of the training are cut.
+        `beams` and further settings of `GenerationConfig` (such as `length_penalty`) are by default as in
+        training. Texts longer than in training are cut.
         """
         return self._generate("translate", texts, batch_size, {**generation, "beams": beams})
 
@@ -271,13 +271,13 @@ def _sentences(values: Sequence[Any]) -> list[Sentence]:
     return [_sentence(f"sentence {number}", value) for number, value in enumerate(_listed(values))]
 
 
-def _sentence(place: str, value: Any) -> Sentence:
-    """Return a sentence. Raises `UserError`, naming the `place`, if its predicate is none of its words."""
+def _sentence(where: str, value: Any) -> Sentence:
+    """Return a sentence. Raises `UserError`, naming `where`, if its predicate is none of its words."""
     if isinstance(value, str):
         return Sentence(value.split())
     if not isinstance(value, Mapping):
         return Sentence(list(value))
     if "tokens" not in value:
-        raise UserError(f'{place}: no "tokens" in it. Give the list of words')
+        raise UserError(f'{where}: no "tokens" in it. Give the list of words')
     tokens, predicate = list(value["tokens"]), value.get("predicate")
-    return Sentence(tokens, None if predicate is None else predicate_place(place, predicate, len(tokens)))
+    return Sentence(tokens, None if predicate is None else predicate_place(where, predicate, len(tokens)))

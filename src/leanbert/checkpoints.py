@@ -132,10 +132,10 @@ def mean(paths: Sequence[Path]) -> dict[str, Any]:
     """Return the checkpoint at the last of `paths`, for evaluation only, with the mean of the weights of all of them.
 
     Files are read one after the other and their floating-point tensors averaged in float32 at least; the mean has their
-    dtype. Other tensors are those of the last file. Tensors that share memory in the files share it in the mean.
+    dtype. Other tensors are the last file's. Tensors that share memory in the files share it in the mean.
 
     Raises:
-        UserError: A file is damaged, or its weights have other names or shapes than those of the first.
+        UserError: A file is damaged, or its weights have other names or shapes than in the first.
 
     """
     means: dict[str, Tensor] = {}

@@ -63,6 +63,8 @@ PART = Range(above=0, below=1)
 """A share of which none is senseless too."""
 COUNT = Range(least=1, whole=True)
 WHOLE = Range(least=0, whole=True)
+GLOBAL_SEED = Range(least=0, most=2**32 - 1, whole=True)
+"""Of `seed_everything`: NumPy takes no more."""
 SEED = Range(least=0, most=2**63 - 1, whole=True)
 
 

@@ -20,7 +20,8 @@ SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parents[2] / "confi
 
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
-STRATEGIES = ("auto", "ddp", "lightning.pytorch.strategies.DDPStrategy")
+DDP = "lightning.pytorch.strategies.DDPStrategy"
+STRATEGIES = ("auto", "ddp", DDP)
 """Strategies that are tested: losses and weights of several processes are those of one."""
 
 
@@ -166,6 +167,8 @@ def check_devices(trainer: Any) -> None:
     accelerator, strategy = trainer["accelerator"], trainer["strategy"]
     if isinstance(accelerator, str) and accelerator not in ACCELERATORS:
         raise UserError(f"trainer.accelerator: {accelerator!r} is unknown. Choose from {', '.join(ACCELERATORS)}.")
+    if strategy == DDP:  # a class path without settings, which Lightning takes for a name
+        strategy = trainer["strategy"] = "ddp"
     own = Namespace() if isinstance(strategy, str) else strategy.get("init_args", Namespace())
     name = strategy if isinstance(strategy, str) else strategy["class_path"]
     if name not in STRATEGIES or own.get("start_method", "popen") != "popen":

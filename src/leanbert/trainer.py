@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from leanbert import signals
 from leanbert.callbacks.loop.bad_steps import StopOnBadSteps
+from leanbert.errors import UserError
 from leanbert.ranges import COUNT, NOT_NEGATIVE, SHARE, WHOLE, Range
 
 RANGES = {
@@ -26,12 +30,25 @@ LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "lim
 """Batches if whole, else shares of all batches."""
 
 
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Raise what Lightning says of its settings as UserError."""
+    try:
+        yield
+    except (TypeError, ValueError, ImportError, MisconfigurationException) as error:
+        raise UserError(f"trainer: {str(error).strip().rstrip('.!')}. Correct the setting.") from error
+
+
 class _Loop(_FitLoop):
     """Lightning's loop, which starts and ends also where no step is left: what a kill has prevented is made up then."""
 
     @property
     def skip(self) -> bool:
         return self.trainer.limit_train_batches == 0 or self.max_batches == 0
+
+    def setup_data(self) -> None:
+        with _readable():
+            super().setup_data()
 
 
 class _Signals(_SignalConnector):
@@ -62,7 +79,9 @@ class Trainer(pl.Trainer):
     ) -> None:
         _check_ranges(settings)
         given = [callbacks] if isinstance(callbacks, Callback) else callbacks or []
-        super().__init__(callbacks=[*given, StopOnBadSteps(max_bad_steps)], **settings)
+        stop = StopOnBadSteps(max_bad_steps)
+        with _readable():
+            super().__init__(callbacks=[*given, stop], **settings)
         loop, self.fit_loop = self.fit_loop, _Loop(self, self.fit_loop.min_epochs, self.fit_loop.max_epochs)
         self.fit_loop.epoch_loop = loop.epoch_loop
         self._signal_connector = _Signals(self)
@@ -84,6 +103,10 @@ def _check_ranges(settings: dict[str, Any]) -> None:
     for name in LIMITS:
         value = settings.get(name)
         (SHARE if isinstance(value, float) else WHOLE).check(f"trainer.{name}", value)
+    if settings.get("overfit_batches"):
+        raise UserError(
+            "trainer.overfit_batches: is not supported. Give a small file as data.train_files and data.val_files."
+        )
     interval = settings.get("val_check_interval")  # may be a text or a duration too
     if isinstance(interval, float):
         Range(above=0, most=1).check("trainer.val_check_interval", interval)

@@ -6,7 +6,7 @@ import sys
 from tests.corpus import write_corpus
 from tests.training import TINY
 
-OPTIONAL = ("scipy", "transformers", "pandas", "datasets", "sklearn")
+OPTIONAL = ("scipy", "transformers", "pandas", "datasets", "sklearn", "matplotlib.pyplot")
 
 ALL_IS_THERE = """
 import torchmetrics
@@ -16,6 +16,9 @@ assert AutoModel is not None and "transformers" in sys.modules and "scipy" in sy
 assert torchmetrics.Metric is Metric and issubclass(torchmetrics.SumMetric, Metric)
 for name in torchmetrics.__all__:
     getattr(torchmetrics, name)
+metric = torchmetrics.SumMetric()
+metric.update(1.0)
+assert metric.plot() and "matplotlib.pyplot" in sys.modules
 from transformers import BertModel
 """
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from leanbert.settings import check_devices
 from tests.cli.program import refused, run
 from tests.corpus import write_corpus
 from tests.training import TINY
@@ -30,6 +31,10 @@ SETTINGS = [
     (["--trainer.accelerator=gpu"], ["gpu"]),
     (["--trainer.accelerator=abacus"], ["trainer.accelerator", "abacus", "cpu"]),
     (["--trainer.strategy=fsdp"], ["trainer.strategy", "fsdp", "ddp"]),
+    (["--seed_everything=-1"], ["seed_everything", "-1", "4294967295"]),
+    (["--trainer.logger=lightning.pytorch.loggers.WandbLogger"], ["WandbLogger", "wandb"]),
+    (["--trainer.callbacks=[{class_path: EarlyStopping, init_args: {monitor: val/none}}]"], ["val/none", "val/loss"]),
+    (["--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=5000"], ["val_check_interval", "5000"]),
     (["--trainer.strategy=magic"], ["trainer.strategy", "magic"]),
     (["--trainer.strategy=ddp_spawn"], ["trainer.strategy", "ddp_spawn"]),
     (
@@ -48,6 +53,16 @@ SETTINGS = [
 def test_bad_settings(tmp_path, arguments, says):
     write_corpus(tmp_path / "train.txt")
     refused(tmp_path, "fit", *TINY, "--data.train_files=train.txt", *arguments, says=says)
+
+
+def test_a_strategy_may_be_the_path_of_its_class(tmp_path):
+    trainer = {"accelerator": "cpu", "strategy": "lightning.pytorch.strategies.DDPStrategy"}
+    check_devices(trainer)
+    assert trainer["strategy"] == "ddp"
+
+
+def test_a_plan_is_not_made_for_a_folder(tmp_path):
+    refused(tmp_path, "plan", "--json=.", says=["--json", "is a folder"])
 
 
 def test_yaml_that_does_not_parse_and_unknown_keys(tmp_path):

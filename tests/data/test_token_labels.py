@@ -86,7 +86,7 @@ def test_words_that_do_not_fit_are_left_out_and_counted():
         ({"labels": ["B-A0"]}, r"train\.jsonl:1: 1 labels for 4 words"),
         ({"predicate": 4}, r"train\.jsonl:1: predicate 4 is not the place of one of 4 words"),
         ({"predicate": "two"}, r"train\.jsonl:1: predicate 'two'"),
-        ({"predicate": 1}, r"train\.jsonl:1: predicate 1, counted from 0, is tagged I-A0, but word 2 is B-V"),
+        ({"predicate": 1}, r"train\.jsonl:1: predicate 1, counted from 0, is I-A0, but word 2 is B-V"),
         ({"tokens": "The cook"}, r'train\.jsonl:1: field "tokens" is no list of str'),
         ({"labels": None}, r'train\.jsonl:1: no field "labels"'),
     ],
@@ -209,7 +209,7 @@ def test_tables_hold_predicates_and_are_answered_as_they_are_trained_on(tmp_path
     path.write_text("tokens,labels,predicate\n\"['The', 'cook', 'runs']\",\"['B-A0', 'I-A0', 'B-V']\",2.0\n")
     data = SemanticRoleData(train_files=str(path))
     expected = Sentence(["The", "cook", "runs"], 2)
-    assert [sentence for _, sentence, _ in data.reader.read([str(path)])][0] == expected
+    assert next(sentence for _, sentence, _ in data.reader.read([str(path)])) == expected
     assert list(data.reader.inputs([str(path)])) == [expected]
 
 
@@ -219,9 +219,14 @@ def test_text_files_of_words_and_tags_are_answered_as_columns(tmp_path, capsys):
     path.write_text("Mira B-PER\nruns O\n\nParis B-LOC\n")
     data = TokenLabelData(train_files=str(path))
     assert [sentence.tokens for sentence in data.reader.inputs([str(path)])] == [["Mira", "runs"], ["Paris"]]
-    assert "each line ends in a tag" in capsys.readouterr().err
+    assert "each line ends in a tag, and is a word" in capsys.readouterr().err
     path.write_text("Vitamin B-12\nruns O\nGroup O is common\n")
     assert [len(sentence.tokens) for sentence in data.reader.inputs([str(path)])] == [2, 2, 4]
+
+
+def test_columns_that_are_named_as_a_table_are_told_by_their_tags(tmp_path):
+    with pytest.raises(UserError, match=r"a\.tsv: has a word and its tag in each line\. Let its name end in \.conll"):
+        tagged(tmp_path, "Mira\tB-PER\nruns\tO\n\nParis\tB-LOC\n", "a.tsv")
 
 
 def test_a_checkpoint_numbers_the_tags_of_all_parts(tmp_path):

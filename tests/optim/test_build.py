@@ -8,6 +8,7 @@ from leanbert.memory.step import optimizer_step
 from leanbert.models.classifier import Classifier
 from leanbert.optim.build import (
     OptimizerConfig,
+    Schedule,
     ScheduleConfig,
     build_optimizer,
     effective_warmup,
@@ -134,3 +135,21 @@ def test_an_extended_run_goes_on_where_the_longer_schedule_stands():
 def test_a_warmup_longer_than_the_run_is_shortened():
     assert effective_warmup(ScheduleConfig(warmup_steps=50), 40) == 4
     assert effective_warmup(ScheduleConfig(warmup_steps=50), 51) == 50
+
+
+def test_a_loaded_schedule_goes_on_with_the_rates_and_the_length_of_this_run():
+    def begin(scale, total):
+        config = OptimizerConfig(name="muon", lr=0.01 * scale, matrix_lr=0.1 * scale)
+        optimizer = build_optimizer(tiny_model(), config)
+        return optimizer, Schedule(optimizer, ScheduleConfig(name="linear", warmup_steps=0), total)
+
+    (optimizer, schedule), (later, longer) = begin(1, 10), begin(2, 20)
+    for _ in range(4):
+        optimizer.step()
+        schedule.step()
+    later.load_state_dict(optimizer.state_dict())
+    longer.load_state_dict(schedule.state_dict())
+    assert [group["lr"] for group in later.param_groups] == pytest.approx([0.2 * 0.8, 0.02 * 0.8, 0.02 * 0.8])
+    later.step()
+    longer.step()
+    assert [group["lr"] for group in later.param_groups] == pytest.approx([0.2 * 0.75, 0.02 * 0.75, 0.02 * 0.75])

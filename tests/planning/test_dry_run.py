@@ -22,10 +22,10 @@ from leanbert.tasks.seq2seq import Seq2Seq
 from tests.planning.test_predict import settings
 
 
-def through(mode, slices, inner=()):
+def through(mode, slices, inner=(), alike=False):
     """Go through a shortened loop whose body counts one operation, or those of an inner loop."""
     seen = []
-    for part in mode.shorten(slices):
+    for part in mode.shorten(slices, alike):
         seen.append((part.start, part.stop))
         if inner:
             through(mode, inner)
@@ -43,6 +43,9 @@ def test_the_second_slice_stands_for_all_of_its_length_operations_included():
     assert mode.flops["forward"] == 139
     assert through(mode, parts(3, 4)) == [(0, 3)]
     assert through(mode, []) == []
+    assert through(mode, parts(19, 4), alike=True) == [(0, 4), (16, 19)]
+    assert mode.flops["forward"] == 142 + 19
+    mode.flops["forward"] -= 19
     through(mode, parts(5, 1), inner=parts(7, 1))
     assert mode.flops["forward"] == 142 + 5 * 7
 
@@ -99,7 +102,7 @@ def test_shortened_loops_have_the_same_peak_and_count_the_same_operations(work):
 def test_a_step_with_shortened_loops_needs_what_the_whole_one_needs(names, monkeypatch):
     run = settings(*names, encoder={"num_layers": 3, "hidden_size": 64, "vocab_size": 40_000})
     few = dry_run(run, 16)
-    monkeypatch.setattr(_Fake, "shorten", lambda self, slices: slices)
+    monkeypatch.setattr(_Fake, "shorten", lambda self, slices, alike: slices)
     whole = dry_run(run, 16)
     assert few.flops == whole.flops
     assert few.step.by_phase == pytest.approx(whole.step.by_phase, abs=64)

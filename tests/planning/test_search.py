@@ -5,17 +5,50 @@ from leanbert.planning import search as candidates
 from leanbert.planning.device import Target
 from leanbert.planning.overlays import apply, read
 from leanbert.planning.predict import predict
-from leanbert.planning.search import ladder, micro_batches, search
+from leanbert.planning.search import ENOUGH, ladder, largest_that_fits, micro_batches, search
 from leanbert.tasks.techniques import listed
 from tests.planning.test_predict import settings
 
 CPU = Target("cpu", 1_000_000, slack=0.25, slack_returned=0.05)
+SIZES = range(1, 2**16 + 1)
 
 
 def test_micro_batches_are_halves():
     assert micro_batches(32) == [1, 2, 4, 8, 16]
     assert micro_batches(13) == [1, 2, 4, 7]
     assert micro_batches(1) == []
+
+
+@pytest.mark.parametrize(
+    "needs",
+    [
+        lambda rows: 1000 + 37 * rows,
+        lambda rows: max(40_000, 1000 + 37 * rows),  # below, the optimizer's state is the peak
+        lambda rows: 1000 + 37 * rows + 400 * (rows // 64),
+        lambda rows: 1000 + 90 * min(rows, 300) + 37 * rows,
+    ],
+)
+def test_the_largest_micro_batch_is_found_in_a_few_dry_runs(needs):
+    tried = []
+    for budget in (50_000, 123_456, 1_000_000, 40_000):
+        tried.clear()
+        rows = largest_that_fits(SIZES, lambda rows: tried.append(rows) or needs(rows), budget)
+        assert needs(rows) <= budget < needs(rows + 1)
+        assert len(tried) <= ENOUGH + 16  # then the range is halved
+    largest_that_fits(SIZES, lambda rows: tried.append(rows) or 1000 + 37 * rows, 123_456)
+    assert tried[-4:] == [1, 2**16, 3309, 3310]
+    assert largest_that_fits(SIZES, needs, 1000) is None
+    assert largest_that_fits(SIZES, needs, 10**9) == 2**16
+
+
+@pytest.mark.parametrize("most", [1, 2, 4, 8, 16])
+def test_of_halves_the_largest_that_fits_is_found_in_at_most_four(most):
+    tried = []
+    needs = lambda rows: tried.append(rows) or 1000 + 37 * rows  # noqa: E731
+    assert largest_that_fits(micro_batches(32), needs, 1000 + 37 * most + 36) == most
+    assert len(tried) <= 4
+    assert len(set(tried)) == len(tried)
+    assert largest_that_fits([1], needs, 1037) == 1
 
 
 @pytest.fixture

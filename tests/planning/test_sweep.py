@@ -4,7 +4,7 @@ from leanbert.errors import UserError
 from leanbert.planning.device import Target
 from leanbert.planning.overlays import apply, read
 from leanbert.planning.predict import predict
-from leanbert.planning.sweep import ENOUGH, MOST, largest_that_fits, parse_sweep, sweep, with_size
+from leanbert.planning.sweep import parse_sweep, sweep, with_size
 from tests.planning.test_predict import settings
 
 GPU = Target("cuda", 1000, slack=0.1, slack_returned=0.1)
@@ -28,28 +28,6 @@ def test_a_single_sequence_may_not_fit():
     (cell,) = sweep(settings(), GPU, 100_000, ["given"], [32])
     assert cell.micro_batch == 0
     assert cell.needs_bytes > 100_000
-
-
-@pytest.mark.parametrize(
-    "needs",
-    [
-        lambda rows: 1000 + 37 * rows,
-        lambda rows: max(40_000, 1000 + 37 * rows),  # below, the optimizer's state is the peak
-        lambda rows: 1000 + 37 * rows + 400 * (rows // 64),
-        lambda rows: 1000 + 90 * min(rows, 300) + 37 * rows,
-    ],
-)
-def test_the_largest_micro_batch_is_found_in_a_few_dry_runs(needs):
-    tried = []
-    for budget in (50_000, 123_456, 1_000_000, 40_000):
-        tried.clear()
-        rows = largest_that_fits(lambda rows: tried.append(rows) or needs(rows), budget)
-        assert needs(rows) <= budget < needs(rows + 1)
-        assert len(tried) <= ENOUGH + 16  # then the range is halved
-    largest_that_fits(lambda rows: tried.append(rows) or 1000 + 37 * rows, 123_456)
-    assert tried[-4:] == [1, MOST, 3309, 3310]
-    assert largest_that_fits(needs, 1000) == 0
-    assert largest_that_fits(needs, 10**9) == MOST
 
 
 def test_sizes_are_those_of_the_shipped_configs():

@@ -5,7 +5,8 @@ import torch
 from leanbert.errors import UserError
 from leanbert.models.config import EncoderConfig
 from leanbert.models.stored import ModelMetadata, Stored
-from leanbert.pretrained.build import build_model, load_weights, rebuild
+from leanbert.pretrained.build import build_model, load_weights, read_model, rebuild
+from leanbert.pretrained.huggingface.convert import write_huggingface
 from tests.tiny import whole_rows
 
 SIZES = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_positions": 64}
@@ -128,6 +129,22 @@ def test_checkpoint_brings_architecture_and_weights(tmp_path):
     model = build_model(EncoderConfig(), 99, init_from=path, unigram_counts=counts)
     assert model.config == source.config
     assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_a_model_is_made_of_is_read_without_its_weights(tmp_path):
+    model = build_model(EncoderConfig(**SIZES, preset="bert"), 99)
+    path = save_checkpoint(tmp_path / "a.ckpt", model)
+    (tmp_path / "folder").mkdir()
+    write_huggingface(model, tmp_path / "folder")
+    content, record = path.read_bytes(), model.state_dict()["encoder.blocks.0.attention.qkv.weight"].numpy().tobytes()
+    assert content.count(record) == 1
+    path.write_bytes(content.replace(record, bytes(len(record))))
+    (tmp_path / "folder" / "model.safetensors").unlink()
+    for source, message in ((path, "damaged"), (tmp_path / "folder", r"no model\.safetensors")):
+        stored = read_model(source)
+        assert (stored.config, stored.metadata.task) == (model.config, "mlm")
+        with pytest.raises(UserError, match=rf"^{source}: {message}"):
+            stored.read_weights()
 
 
 def test_dropout_of_the_user_wins_over_the_checkpoint(tmp_path):

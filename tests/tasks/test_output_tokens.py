@@ -59,3 +59,8 @@ def test_what_is_not_installed_is_named(kind, command, monkeypatch):
         UserError, match=rf"^model\.bleu_tokenize: {kind} needs what is not here .*\. Run {command}, or"
     ):
         bleu_tokenizer(kind)
+
+
+@pytest.mark.parametrize("kind", ["13a", "intl", "zh", "char"])
+def test_white_space_at_the_end_is_no_token(kind):
+    assert bleu_tokenizer(kind)("a b 5% \n") == bleu_tokenizer(kind)("a b 5%")

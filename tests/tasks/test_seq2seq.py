@@ -2,7 +2,6 @@
 
 import json
 import random
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from leanbert.cli.app import CLI, quiet_libraries
 from leanbert.errors import UserError
 from leanbert.models.config import EncoderConfig
-from leanbert.models.generation import GenerationConfig
+from leanbert.models.stored import ModelMetadata, Stored
 from leanbert.tasks.seq2seq import Seq2Seq, special_tokens
 from tests.training import scalars
 
@@ -170,10 +169,6 @@ def test_a_run_resumed_within_an_epoch_has_the_same_losses(tmp_path):
             {"validation_sources": -1},
             r"^model\.validation_sources: -1 is out of range\. Give a whole number, 0 or more\.$",
         ),
-        (
-            {"generation": GenerationConfig(beams=0)},
-            r"^model\.generation\.beams: 0 is out of range\. Give a whole number from 1 to 1000\.$",
-        ),
     ],
 )
 def test_bad_settings(settings, message):
@@ -201,7 +196,7 @@ def test_bad_settings(settings, message):
 )
 def test_a_run_goes_on_with_the_same_decoder_only(own, there, message):
     encoder = EncoderConfig(num_layers=3, hidden_size=32, num_heads=2)
-    stored = {"task": "seq2seq", "encoder": asdict(encoder.resolved()), "model": there}
+    stored = Stored(encoder.resolved(), ModelMetadata("seq2seq", **there), Path("a.ckpt"), dict)
     task = Seq2Seq(encoder=encoder, **own)
     if message is None:
         task.check_resumable(stored)

@@ -111,6 +111,18 @@ def test_a_run_pruned_in_the_middle_resumes_before_and_after(folder, importance)
         assert resumed.model.model.num_parameters == model.num_parameters
 
 
+def test_a_trained_model_that_was_pruned_at_the_start_is_not_pruned_again_where_the_run_goes_on(folder):
+    trained, middle = folder / "trained.ckpt", folder / "pruned.ckpt"
+    cli = fit(folder, *SMALL, steps=1)
+    trained.write_bytes((Path(cli.trainer.log_dir) / "checkpoints" / "step-00000001.ckpt").read_bytes())
+    arguments = (*SMALL, f"--model.init_from={trained}", "--checkpoint.every_n_steps=2")
+    cli = fit(folder, *arguments, overlays=("structured_pruning",))
+    middle.write_bytes((Path(cli.trainer.log_dir) / "checkpoints" / "step-00000002.ckpt").read_bytes())
+    resumed = fit(folder, *arguments, f"--ckpt_path={middle}", overlays=("structured_pruning",))
+    assert losses(resumed) == {step: losses(cli)[step] for step in (3, 4)}
+    assert resumed.model.model.num_parameters == cli.model.model.num_parameters
+
+
 def test_offload_to_the_host_is_refused_on_a_cpu(folder):
     with pytest.raises(UserError, match="in host memory already"):
         fit(folder, overlays=("offload_host",))

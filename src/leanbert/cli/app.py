@@ -54,6 +54,10 @@ class CLI(Setup):
             if is_new and start.run is not None and trainer.global_step == 0:  # refused, not stopped
                 start.run.discard()
             raise
+        except RuntimeError as error:
+            if "conditioned on metric" not in str(error):
+                raise
+            raise UserError(f"trainer.callbacks: {error}") from error  # EarlyStopping, of what is not logged
         stop = next(c for c in trainer.callbacks if isinstance(c, StopBetweenSteps))  # type: ignore[attr-defined]
         if stop.received is not None:  # after the last step
             raise Interrupted(stop.received)
@@ -113,6 +117,9 @@ class CLI(Setup):
         """Print what the run needs, and choose techniques for a budget; or sweep sizes and lengths."""
         from leanbert.planning.command import run_plan, run_sweep  # only here: it is not needed to train
 
+        for name in ("json", "save", "figure"):
+            if (path := getattr(options, name)) is not None and Path(path).is_dir():
+                raise UserError(f"--{name}: {path} is a folder. Give a file.")
         target = target_of(self.device_type)  # before preparation, whose memory `fit` does not have
         if options.prepare:
             self.datamodule.prepare()
@@ -170,7 +177,8 @@ def run(arguments: list[str]) -> None:
         SystemExit: A signal has stopped the run, which is saved.
     """
     quiet_libraries()
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows the dataclasses' field texts
+    helps = any(part in word for word in arguments for part in ("-h", ".help", "print_config="))
+    set_parsing_settings(docstring_parse_attribute_docstrings=helps)  # the dataclasses' field texts, slow to read
     try:
         CLI(arguments)
     except Interrupted as stopped:

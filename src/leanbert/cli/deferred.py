@@ -20,6 +20,8 @@ from typing import Any
 PACKAGE = "torchmetrics"
 OWN = {"__about__": "__version__", "metric": "Metric", "collections": "MetricCollection"}
 """What of the package itself Lightning uses, by module."""
+PLOTS = f"{PACKAGE}.utilities.plot"
+"""Imports matplotlib's pyplot where it is there: half a second for figures that LeanBERT does not draw."""
 MODULES = (
     "aggregation",
     "functional.classification.accuracy",
@@ -37,11 +39,14 @@ def install() -> None:
         return
     sys.meta_path.insert(0, _PACKAGES)
     try:
+        requirements: Any = importlib.import_module(f"{PACKAGE}.utilities.imports")
+        matplotlib, requirements._MATPLOTLIB_AVAILABLE = requirements._MATPLOTLIB_AVAILABLE, False
         for module, name in OWN.items():
             found = importlib.import_module(f"{PACKAGE}.{module}")
             setattr(sys.modules[PACKAGE], name, getattr(found, name))
         for module in MODULES:
             importlib.import_module(f"{PACKAGE}.{module}")
+        requirements._MATPLOTLIB_AVAILABLE = matplotlib
         _PACKAGES.complete = True
     except (ImportError, AttributeError):  # a version that is made otherwise is imported as usual
         sys.meta_path.remove(_PACKAGES)
@@ -98,6 +103,7 @@ class _Packages(MetaPathFinder, Loader):
     def import_all(self) -> None:
         """Run what was deferred, the package itself last, whose `__init__` begins with the others."""
         sys.meta_path.remove(self)
+        importlib.reload(sys.modules[PLOTS])  # with matplotlib; who has its functions has the new ones
         package, *inner = [module for module in list(sys.modules.values()) if isinstance(module, _Deferred)]
         for module in (*inner, package):
             self.run(module)

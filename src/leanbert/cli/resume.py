@@ -61,6 +61,7 @@ class Start:
         stored = unpack(self.checkpoint, Path(path))
         data.take_tokenizers(path, self.checkpoint["leanbert"], resumes=resumes)
         data.adopt(stored.metadata)
+        model.resumes = resumes
         if resumes and model.init_from is None:
             model.resume_from(stored, shrinks=shrinks)  # before anything in the run's folder is touched
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from functools import cached_property
 from typing import Any
@@ -36,6 +37,7 @@ from leanbert.errors import UserError
 from leanbert.memory.allocator import keep_freed_pages, return_freed_pages
 from leanbert.memory.precision import default_precision
 from leanbert.pretrained.build import read_model
+from leanbert.ranges import GLOBAL_SEED
 from leanbert.runs import TaskRuns
 from leanbert.settings import (
     Parser,
@@ -93,7 +95,7 @@ class Setup(LightningCLI):
         return {name: set() for name in ([called] if called in SUBCOMMANDS else SUBCOMMANDS)}
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        """Add the parsers of subcommands with our options; Lightning's would be those of the trainer's methods."""
+        """Add the parsers of subcommands with our options, where Lightning's have those of the trainer's methods."""
         self._subcommand_parsers = {}
         commands = parser.add_subcommands()
         for name in self.subcommands():
@@ -107,11 +109,13 @@ class Setup(LightningCLI):
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and refuse a value nested more deeply than the parser can follow."""
+        """Parse, and refuse a seed out of range and a value nested more deeply than the parser can follow."""
         try:
             super().parse_arguments(parser, args)
         except RecursionError as error:
             raise UserError("a setting is nested too deeply. Give settings as --print_config shows them.") from error
+        if not isinstance(seed := self._settings["seed_everything"], bool):
+            GLOBAL_SEED.check("seed_everything", seed)
 
     # ---- before anything is built
 
@@ -163,7 +167,9 @@ class Setup(LightningCLI):
                 self.plan_report = apply_budget(settings, self.arguments)
         else:
             self.save_config_callback = None  # only a run has a folder
-            warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint.*")  # those of training
+            warnings.filterwarnings(
+                "ignore", ".*callbacks used to create the checkpoint.*"
+            )  # of training: nothing is trained
 
     def _check(self, settings: Any, trainer: Any) -> None:
         """Raise UserError for settings that cannot be right together."""
@@ -186,7 +192,9 @@ class Setup(LightningCLI):
         try:
             super().instantiate_classes()
         except (TypeError, ValueError) as error:
-            raise user_error_within(error) or error from None
+            needs = re.search(r"Problem with given class_path (.*?)\n  - ", str(error), re.DOTALL)
+            unmade = UserError(needs[1]) if needs else None  # a class without the package that it needs
+            raise user_error_within(error) or unmade or error from None
 
     def after_instantiate_classes(self) -> None:
         """Take tokenizers and, where nothing is trained, the architecture from the checkpoint."""
@@ -235,7 +243,7 @@ class Setup(LightningCLI):
 
 
 def _take_tokenizers(data: Any, source: str | None) -> None:
-    """Let data without tokenizers of its own have those of the model that it starts from."""
+    """Let data without tokenizers of its own have the tokenizers of the model that it starts from."""
     if data["tokenizer"] is None:
         data["tokenizer"] = source
     may_have_own = source is not None and data.get("target_tokenizer", "") in (None, TRAIN)

@@ -31,7 +31,7 @@ def cubic_sparsity(step: int, start: int, end: int, final: float) -> float:
 
 
 def prunable(model: nn.Module, include_embeddings: bool = False) -> dict[str, nn.Parameter]:
-    """Return the matrices of linear layers by name, and those of embeddings if asked; never norms or biases.
+    """Return the matrices of linear layers by name, and of embeddings if asked; never norms or biases.
 
     The head's output matrix is the token embedding. A matrix that two modules share is returned once.
     """
@@ -73,7 +73,7 @@ def two_of_four_masks(weight: Tensor) -> Tensor:
 
 
 def masks_of_zeros(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return masks that drop what is exactly zero: those of a model that was pruned before."""
+    """Return masks that drop what is exactly zero, as in a model that was pruned before."""
     return {name: weight.detach() != 0 for name, weight in weights.items()}
 
 
@@ -102,9 +102,9 @@ def _drop_smallest(tensors: Sequence[Tensor], count: int) -> list[Tensor]:
         for bits, kept in zip(_magnitude_bits(tensor), mask.view(-1).split(SLICE), strict=True):
             torch.ge(bits, threshold, out=kept)
             if equals:
-                places = (bits == threshold).nonzero().flatten()[:equals]
-                kept[places] = False
-                equals -= len(places)
+                ties = (bits == threshold).nonzero().flatten()[:equals]
+                kept[ties] = False
+                equals -= len(ties)
     return masks
 
 

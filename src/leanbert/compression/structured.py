@@ -1,7 +1,7 @@
 """Structured pruning: whole attention heads and feed-forward neurons leave the model. Approximate.
 
 What stays are smaller dense matrices, so parameters, gradients, optimizer state, activations and time all fall.
-Attention is that of encoder and decoder to themselves and of the decoder to the encoder.
+Encoder and decoder attend to themselves, and the decoder to the encoder: all these attentions are pruned.
 
 Shapes: A attentions, F feed-forwards, D hidden, H heads, d head size, I intermediate.
 """
@@ -63,7 +63,7 @@ def head_importance(model: EncoderModel) -> Tensor:
 
 @torch.no_grad()
 def neuron_importance(model: EncoderModel) -> Tensor:
-    """Return the norm of each neuron's input weights (of both halves if gated) times that of its output, [F, I].
+    """Return the norm of each neuron's input weights (both halves if gated) times its output weights' norm, [F, I].
 
     The input's bias counts as one more weight: with it alone a neuron is a constant, not nothing.
     """
@@ -187,7 +187,7 @@ def _halves(feed_forward: FeedForward) -> int:
 
 
 def _highest(scores: Tensor, kept: int) -> Tensor:
-    """Return the places of the highest scores in ascending order; of equal ones the first."""
+    """Return the indices of the highest scores in ascending order; of equal ones the first."""
     return scores.argsort(descending=True, stable=True)[:kept].sort().values
 
 
@@ -211,8 +211,8 @@ def _cuts_of_neurons(feed_forward: FeedForward, neurons: Tensor) -> Iterator[Cut
         yield Cut(feed_forward.output, 1, neurons)
 
 
-def _spread(starts: Tensor, places: Tensor) -> Tensor:
-    return (starts[:, None] + places).flatten()
+def _spread(starts: Tensor, offsets: Tensor) -> Tensor:
+    return (starts[:, None] + offsets).flatten()
 
 
 def _cut(cut: Cut, optimizer: Optimizer | None) -> int:

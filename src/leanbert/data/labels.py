@@ -165,7 +165,8 @@ class LabelReader(Numbering):
 def certain_form(items: Sequence[Any]) -> Form | None:
     """Return what a list of labels can only mean; None: [], [0, 1] and [1, 0] may be of both forms.
 
-    Whole numbers are labels' numbers, which occur once; decimals and truth values say yes or no; of several, also texts.
+    Whole numbers are labels' numbers, which occur once; decimals and truth values say yes or no.
+    Where there are several, texts are read for the numbers that they are.
     """
     items = [_said(item) for item in items] if len(items) > 1 else items
     if any(isinstance(item, bool | float) for item in items):

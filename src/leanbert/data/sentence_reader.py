@@ -76,7 +76,7 @@ class SentenceReader:
             bio = tags.setdefault(file, TagReader()).read(where, [self._tag(where, label) for label in labels])
             if sentence.predicate is not None and "B-V" in bio and bio[sentence.predicate] not in ("B-V", "I-V"):
                 raise UserError(
-                    f"{where}: predicate {sentence.predicate}, counted from 0, is tagged {bio[sentence.predicate]}, but "
+                    f"{where}: predicate {sentence.predicate}, counted from 0, is {bio[sentence.predicate]}, but "
                     f"word {bio.index('B-V')} is B-V. Correct one of them"
                 )
             if low <= document_hash(" ".join(sentence.tokens)) < high:
@@ -90,7 +90,11 @@ class SentenceReader:
         skipped = Skipped()
         tokens, *others = self._fields()
         for name in prediction_names(files):
-            if is_columns(name) or looks_tagged(name):
+            as_columns = is_columns(name)
+            if not as_columns and is_columns(name, (".txt",)) and looks_tagged(name):
+                say_once(f"{name}: each line ends in a tag, and is a word as in training. Else give it as .jsonl")
+                as_columns = True
+            if as_columns:
                 yield from (
                     Sentence([w for (w,) in rows]) for _, rows in read_columns([name], [self.settings["word_column"]])
                 )
@@ -109,6 +113,9 @@ class SentenceReader:
         yield from self.columns(columns)
         others = [name for name in names if name not in columns]
         fields = self._fields()
+        for name in others:
+            if is_columns(name, (".tsv",)) and looks_tagged(name):
+                raise UserError(f"{name}: has a word and its tag in each line. Let its name end in .conll")
         for where, record in read_records(others, "data.train_files", fields) if others else ():
             sentence, tags = self._sentence(where, record), _listed(where, record, fields[1])
             if not (isinstance(tags, list) and any(isinstance(tag, int) for tag in tags)):

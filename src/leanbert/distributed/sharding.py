@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from leanbert.errors import UserError
-from leanbert.measure.trace import LiveBytes, wraps_tensors
+from leanbert.measure.torch_compat import TorchDispatchMode, fake_store, tensors_in, wraps_tensors
+from leanbert.measure.trace import LiveBytes
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 """Collectives that are counted."""
@@ -41,11 +40,9 @@ def pretend_group(devices: int) -> Iterator[DeviceMesh]:
         UserError: This process is in a process group already.
 
     """
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
-
     if dist.is_initialized():
         raise UserError("plan: this process is part of a distributed run already. Plan in a process of its own.")
-    dist.init_process_group("fake", rank=0, world_size=devices, store=FakeStore())
+    dist.init_process_group("fake", rank=0, world_size=devices, store=fake_store())
     try:
         yield init_device_mesh("cpu", (devices,))
     finally:
@@ -70,7 +67,7 @@ class Collectives(TorchDispatchMode):
         self.passes: Counter[str] = Counter()
         self.update: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:
         if wraps_tensors(types):
             return NotImplemented
         result = func(*args, **(kwargs or {}))
@@ -78,6 +75,6 @@ class Collectives(TorchDispatchMode):
             name = func._opname.replace("_", "")
             for kind in (kind for kind in KINDS if kind.replace("_", "") in name):
                 once = kind == "all_reduce" or self._trace.explicit_phase == "optimizer"
-                sizes = (leaf.nbytes for leaf in tree_iter((args, kwargs, result)) if isinstance(leaf, Tensor))
+                sizes = (tensor.nbytes for tensor in tensors_in((args, kwargs, result)))
                 (self.update if once else self.passes)[kind] += max(sizes)  # a shard is smaller than the whole
         return result

@@ -16,13 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from leanbert.measure import torch_compat
 from leanbert.measure.timeline import Event, Storage, Timeline
 
 aten = torch.ops.aten
@@ -38,10 +36,10 @@ def phase(name: str) -> Iterator[None]:
 
     Put `with phase("optimizer")` around updates of weights, inside a backward pass too.
     """
-    trace = _active[-1] if _active else None
-    if trace is None:
+    if not _active:
         yield
         return
+    trace = _active[-1]
     before = trace.explicit_phase
     trace.enter_phase(name)
     try:
@@ -76,8 +74,8 @@ class LiveBytes:
         device_type: str = "cpu",
         first_phase: str = "forward",
     ) -> None:
-        self.device_type, self.explicit_phase = device_type, first_phase
-        self._first_phase = self._phase = first_phase
+        self.device_type = device_type
+        self.explicit_phase = self._phase = first_phase
         self._model = model
         self._module_names = {id(module): name for name, module in model.named_modules()}
         self._modules: list[str] = []  # those whose forward is running, the innermost last
@@ -88,12 +86,9 @@ class LiveBytes:
         self._start: list[Event] = []
         self._live: dict[int, tuple[Storage, Any]] = {}  # by id of the untyped storage, with its weak reference
         self._exit = ExitStack()
-        for category, name, tensor in known_tensors(model, optimizers):
+        others = (("other", "", tensor) for tensor in existing)
+        for category, name, tensor in (*known_tensors(model, optimizers), *others):
             self._found(tensor, category, name)
-        for tensor in existing:
-            self._found(tensor, "other", "")
-
-    # ---- the context
 
     def __enter__(self) -> LiveBytes:
         """Start to record."""
@@ -101,8 +96,8 @@ class LiveBytes:
         self._exit.callback(register_module_forward_hook(self._leave_module, always_call=True).remove)
         for name, parameter in self._model.named_parameters():
             if parameter.requires_grad:
-                self._exit.callback(self._watch_gradient(name, parameter))
-        self._exit.enter_context(_watch_resizes(self))
+                self._watch_gradient(name, parameter)
+        self._watch_resizes()
         self._exit.enter_context(_Mode(self))
         _active.append(self)
         self._exit.callback(_active.remove, self)
@@ -111,7 +106,6 @@ class LiveBytes:
     def __exit__(self, *_: object) -> None:
         """Stop; what is freed later does not count."""
         self._exit.close()
-        self._settle()
         self._live.clear()
 
     def timeline(self) -> Timeline:
@@ -123,16 +117,15 @@ class LiveBytes:
         """Return the storages that are live now; empty after the context."""
         return [storage for storage, _ in self._live.values()]
 
-    # ---- phases and modules
-
     def enter_phase(self, name: str) -> None:
         """Count what follows as of phase `name`, but for backward passes when `name` is forward."""
         self.explicit_phase = name
         self._set_phase()
 
     def _set_phase(self) -> None:
-        in_backward = torch._C._current_graph_task_id() != -1  # an accumulated or recomputed forward in it, too
-        now = "backward" if in_backward and self.explicit_phase == "forward" else self.explicit_phase
+        now = self.explicit_phase
+        if now == "forward" and torch_compat.in_backward_pass():  # an accumulated or recomputed forward in it, too
+            now = "backward"
         if now != self._phase:
             self._settle()
             self._phase = now
@@ -142,69 +135,68 @@ class LiveBytes:
         outer = self._modules[-1] if self._modules else ""
         self._modules.append(self._module_names.get(id(module), outer))
 
-    def _leave_module(self, *_: Any) -> None:
-        if self._modules:
-            self._modules.pop()
+    def _leave_module(self, *_: object) -> None:
+        del self._modules[-1:]
 
-    def _watch_gradient(self, name: str, parameter: nn.Parameter) -> Any:
+    def _watch_gradient(self, name: str, parameter: nn.Parameter) -> None:
         def label(parameter: Tensor) -> None:
-            if parameter.grad is not None:
-                for storage in storages(parameter.grad, self.device_type):
-                    record, _ = self._live.get(id(storage), (None, None))
-                    if record is not None:
-                        record.category, record.module = "gradients", name
+            for record in self._records(parameter.grad):
+                record.category, record.module = "gradients", name
 
         handle = parameter.register_post_accumulate_grad_hook(label)
-        hooks: Any = parameter._post_accumulate_grad_hooks
-        for key in [key for key in hooks if key != handle.id]:
-            hooks[key] = hooks.pop(key)  # after this one: an optimizer in the backward pass frees the gradient
-        return handle.remove
+        torch_compat.runs_first(handle, parameter)  # an optimizer in the backward pass frees the gradient
+        self._exit.callback(handle.remove)
 
-    # ---- storages
+    def _watch_resizes(self) -> None:
+        """Hear of resized storages, which no dispatch mode sees (as in `MemTracker`, PyTorch)."""
+        resize = torch.UntypedStorage.resize_
+
+        def watched(storage: torch.UntypedStorage, size: int) -> None:
+            resize(storage, size)
+            self._resized(storage)
+
+        torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign, assignment]
+        self._exit.callback(setattr, torch.UntypedStorage, "resize_", resize)
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one operation and record what it makes."""
         self._settle()
         self._set_phase()
         self._operation += 1
-        inputs = list(_tensors((args, kwargs)))
+        inputs = list(torch_compat.tensors_in((args, kwargs)))
         for tensor in inputs:
             self._found(tensor, "other", "")
         result = func(*args, **kwargs)
-        count = flop_registry.get(func._overloadpacket)
-        if count is not None:
+        if count := flop_registry.get(func._overloadpacket):
             self.flops[self._phase] += count(*args, **kwargs, out_val=result)
         category = "optimizer" if self._phase == "optimizer" else "activations"
-        if func is aten._to_copy.default and any(self._is_parameter(tensor) for tensor in inputs):
+        if func is aten._to_copy.default and any(r.category == "parameters" for r in self._records(inputs)):
             category = "other"  # autocast keeps a low-precision copy of each weight
-        for tensor in _tensors(result):
+        for tensor in torch_compat.tensors_in(result):
             for storage in storages(tensor, self.device_type):
                 self._made(storage, tensor.shape, tensor.dtype, category)
-        if func.namespace == "fsdp":
-            self._relabel((args, kwargs, result), SHARDED.get(func._opname))
+        if func.namespace == "fsdp" and func._opname in SHARDED:
+            for record in self._records((args, kwargs, result)):
+                if record.category in ("activations", "other"):
+                    record.category = SHARDED[func._opname]
         if self._phase == "backward" and func is aten.add.Tensor and not torch.is_grad_enabled():
             self._defer_sum(inputs[0])
         return result
 
-    def resized(self, storage: torch.UntypedStorage) -> None:
+    def _resized(self, storage: torch.UntypedStorage) -> None:
         """Record that a storage has another size now: FSDP2 frees and fills the same ones again and again."""
         here = storage.device.type in (self.device_type, "meta")  # a fake tensor's storage is on meta
-        if id(storage) not in self._live and not (here and storage.nbytes()):
-            return
-        self._settle()
-        self._set_phase()
-        self._made(storage, torch.Size([storage.nbytes()]), torch.uint8, "activations")
+        if id(storage) in self._live or (here and storage.nbytes()):
+            self._settle()
+            self._set_phase()
+            self._made(storage, torch.Size([storage.nbytes()]), torch.uint8, "activations")
 
-    def _relabel(self, tree: Any, category: str | None) -> None:
-        for tensor in _tensors(tree) if category else ():
+    def _records(self, tree: object) -> Iterator[Storage]:
+        """Yield what is known of the storages of all tensors in a tree."""
+        for tensor in torch_compat.tensors_in(tree):
             for storage in storages(tensor, self.device_type):
-                record = self._live[id(storage)][0]
-                if record.category in ("activations", "other"):
-                    record.category = str(category)
-
-    def _is_parameter(self, tensor: Tensor) -> bool:
-        records = [self._live.get(id(storage)) for storage in storages(tensor, self.device_type)]
-        return any(record is not None and record[0].category == "parameters" for record in records)
+                if id(storage) in self._live:
+                    yield self._live[id(storage)][0]
 
     def _found(self, tensor: Tensor, category: str, name: str) -> None:
         """Take in a tensor that was live before the trace."""
@@ -212,12 +204,12 @@ class LiveBytes:
             if id(storage) not in self._live:
                 record = Storage(category, name, "", tuple(tensor.shape), tensor.dtype, storage.nbytes())
                 self._watch(storage, record)
-                self._start.append(Event(0, self._first_phase, record, record.size_bytes))
+                self._start.append(Event(0, "", record, record.size_bytes))
 
     def _made(self, storage: torch.UntypedStorage, shape: torch.Size, dtype: torch.dtype, category: str) -> None:
         size = storage.nbytes()
         if id(storage) in self._live:
-            record = self._live[id(storage)][0]
+            record, _ = self._live[id(storage)]
             if size != record.size_bytes:  # resized
                 self._events.append(Event(self._operation, self._phase, record, size - record.size_bytes))
                 record.size_bytes = size
@@ -233,10 +225,9 @@ class LiveBytes:
         Autograd adds in place to what nobody else holds (`can_accumulate_inplace` in torch's input_buffer.cpp, where
         a view counts as held), but not under a dispatch mode: the bytes recorded are those of a step without a trace.
         """
-        if summand._is_view() or self._events[-1].delta_bytes <= 0:
-            return
-        for storage in storages(summand, self.device_type):
-            self._deferred = (self._events.pop(), self._live[id(storage)][0])
+        if not summand._is_view() and self._events[-1].delta_bytes > 0:
+            for record in self._records(summand):
+                self._deferred = (self._events.pop(), record)
 
     def _watch(self, storage: torch.UntypedStorage, record: Storage) -> None:
         key = id(storage)
@@ -244,12 +235,10 @@ class LiveBytes:
         def freed(_: Any) -> None:
             if self._live.pop(key, None) is None:
                 return
-            replaced = self._deferred is not None and self._deferred[1] is record
-            if not replaced:
+            if self._deferred is None or self._deferred[1] is not record:
                 self._settle()
             self._events.append(Event(self._operation, self._phase, record, -record.size_bytes))
-            if replaced:
-                self._settle()
+            self._settle()  # a sum takes the place of what was freed
 
         self._live[key] = (record, weakref.ref(storage, freed))
 
@@ -259,43 +248,23 @@ class LiveBytes:
             self._deferred = None
 
 
-class _Mode(TorchDispatchMode):
+class _Mode(torch_compat.TorchDispatchMode):
     def __init__(self, trace: LiveBytes) -> None:
         super().__init__()
         self.trace = trace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if wraps_tensors(types):
+        if func is torch.ops.prim.device.default:  # a fake tensor is asked where it is, more often than all else
+            return args[0].device
+        if torch_compat.wraps_tensors(types):
             return NotImplemented
         kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled() and isinstance(func, torch._ops.OpOverload):
+        if torch.is_inference_mode_enabled() and isinstance(func, torch_compat.OpOverload):
             with self:  # composite operations arrive whole here; their parts allocate
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         return self.trace.run(func, args, kwargs)
-
-
-@contextmanager
-def _watch_resizes(trace: LiveBytes) -> Iterator[None]:
-    """Tell `trace` of resized storages, which no dispatch mode sees (as in `MemTracker`, PyTorch)."""
-    resize = torch.UntypedStorage.resize_
-
-    def watched(storage: torch.UntypedStorage, size: int) -> Any:
-        result = resize(storage, size)
-        trace.resized(storage)
-        return result
-
-    torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
-
-
-def wraps_tensors(types: Iterable[type]) -> bool:
-    """Whether an operation is on wrappers such as DTensor: a mode returns NotImplemented, and sees the inner ones."""
-    return any(hasattr(kind, "__tensor_flatten__") for kind in types)
 
 
 def known_tensors(model: nn.Module, optimizers: Iterable[Optimizer]) -> Iterator[tuple[str, str, Tensor]]:
@@ -311,27 +280,20 @@ def known_tensors(model: nn.Module, optimizers: Iterable[Optimizer]) -> Iterator
     for optimizer in optimizers:
         for owner, state in optimizer.state.items():
             for key, value in state.items() if isinstance(state, dict) else ():
-                for tensor in _tensors(value):
+                for tensor in torch_compat.tensors_in(value):
                     yield "optimizer", f"{key} of {names.get(owner, 'a parameter')}", tensor
 
 
 def live_tensors() -> list[Tensor]:
     """Return every real tensor that Python holds; those that only autograd holds are not among them."""
     tensors = (value for value in gc.get_objects() if issubclass(type(value), Tensor))
-    return [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)]
+    return [tensor for tensor in tensors if not isinstance(tensor, torch_compat.FakeTensor)]
 
 
 def storages(tensor: Tensor, device_type: str) -> Iterator[torch.UntypedStorage]:
-    """Yield the storages of a tensor on `device_type` that hold bytes; of a subclass, those of its inner tensors."""
-    if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            if isinstance(inner := getattr(tensor, name), Tensor):  # of a DTensor, not its mesh
-                yield from storages(inner, device_type)
-    elif tensor.device.type == device_type and tensor.layout is torch.strided:
-        storage = tensor.untyped_storage()
-        if storage.nbytes():
-            yield storage
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor))
+    """Yield the storages of a tensor on `device_type` that hold bytes; of a wrapper, those of its inner tensors."""
+    for inner in torch_compat.unwrapped(tensor):
+        if inner.device.type == device_type and inner.layout is torch.strided:
+            storage = inner.untyped_storage()
+            if storage.nbytes():
+                yield storage

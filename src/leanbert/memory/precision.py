@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from leanbert.measure.torch_compat import cpu_computes_bf16
+
 DefaultPrecision = Literal["bf16-mixed", "32-true"]
 _LIMITS_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
 """Values of `ONEDNN_MAX_CPU_ISA`, by which a user limits oneDNN to older instructions than the CPU has."""
@@ -32,9 +34,4 @@ def has_16_bit_products(device_type: str) -> bool:
 def _cpu_computes_bf16() -> bool:
     if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _LIMITS_WITHOUT_BF16 or not has_16_bit_products("cpu"):
         return False
-    return _cpu_has("_is_avx512_bf16_supported") or _cpu_has("_is_amx_tile_supported")
-
-
-def _cpu_has(check: str) -> bool:
-    function = getattr(torch.cpu, check, None)
-    return bool(function()) if function is not None else False
+    return cpu_computes_bf16()

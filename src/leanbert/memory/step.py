@@ -94,12 +94,7 @@ def backpropagate_all_but_last(
     return scaled, total
 
 
-def optimizer_step(
-    task: StepTask[Batch],
-    batch: Batch,
-    optimizer: torch.optim.Optimizer,
-    **options: Any,
-) -> Tensor:
+def optimizer_step(task: StepTask[Batch], batch: Batch, optimizer: torch.optim.Optimizer, **options: Any) -> Tensor:
     """Train on one effective batch: all forward and backward passes, the update, gradients freed.
 
     See `backpropagate_all_but_last` for the `options`. Returns this rank's part of the loss, shape [], detached.

@@ -22,7 +22,7 @@ class RotaryAngles(NamedTuple):
 
 
 class AttentionContext(NamedTuple):
-    """What all blocks of one kind (global or local) share in a forward; dtypes are those of the scores.
+    """What all blocks of one kind (global or local) share in a forward, in the dtypes of the scores.
 
     `mask` [B or 1, 1, S, S], 0 or -inf, is added to the scores; None: all see all.
     """
@@ -120,6 +120,6 @@ class CrossAttention(Attention):
         return key, value
 
     def forward(self, hidden: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend inside what `mask` allows; `key` and `value` are those of `project`."""
+        """Attend inside what `mask` allows; `key` and `value` come from `project`."""
         query = self.query(hidden).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, T, d]
         return self.mix(query, key, value, mask)

@@ -13,7 +13,7 @@ from leanbert.models.decoder import Decoder, DecoderBlock
 from leanbert.models.encoder import Block, Encoder
 from leanbert.models.heads import MaskedLMHead
 from leanbert.models.packed_inputs import PackedInputs
-from leanbert.models.stored import StateDict, Stored
+from leanbert.models.stored import ModelMetadata, StateDict, Stored
 
 ENCODER = "encoder."
 """Prefix of the encoder's weights."""
@@ -65,9 +65,9 @@ class EncoderModel(nn.Module):
         """All blocks, in the order in which they run: what is checkpointed, sliced, compiled, sharded and pruned."""
         return [block for stack in self.stacks for block in stack.blocks]  # type: ignore[misc]
 
-    def inherits(self, name: str, stored: Stored) -> bool:
+    def inherits(self, name: str, metadata: ModelMetadata) -> bool:
         """Whether weight `name` of a stored model is taken over when training starts from it."""
-        return stored.metadata.task == self.task or name.startswith(ENCODER)
+        return metadata.task == self.task or name.startswith(ENCODER)
 
     def check_stored(self, stored: Stored, state: StateDict) -> None:
         """Raise `UserError` if a stored model of the same task, whose weights are `state`, is made otherwise."""

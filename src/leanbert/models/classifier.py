@@ -19,7 +19,7 @@ from leanbert.models.dropout import dropout
 from leanbert.models.encoder import make_norm
 from leanbert.models.heads import Output
 from leanbert.models.packed_inputs import PackedInputs
-from leanbert.models.stored import Stored
+from leanbert.models.stored import ModelMetadata
 
 Of = Literal["text", "word"]
 
@@ -69,12 +69,11 @@ class Classifier(EncoderModel):
         self.task = task
         self.head = ClassificationHead(config, len(self.labels), of)
 
-    def inherits(self, name: str, stored: Stored) -> bool:
+    def inherits(self, name: str, metadata: ModelMetadata) -> bool:
         """Whether weight `name` of a stored model is taken over: all if it has the same labels, else not the scores."""
-        task = stored.metadata.task
-        if task == self.task and stored.metadata.labels == self.labels:
+        if metadata.task == self.task and metadata.labels == self.labels:
             return True
-        return name.startswith(ENCODER) or (task in ("mlm", self.task) and name.startswith(INHERITED))
+        return name.startswith(ENCODER) or (metadata.task in ("mlm", self.task) and name.startswith(INHERITED))
 
     def forward(self, inputs: PackedInputs, target_index: Tensor | None = None) -> Tensor:
         """Scores [B, M, L] at `target_index` (int64 [B, M], positions inside each row), else [B, S, L]."""

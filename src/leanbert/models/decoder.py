@@ -64,9 +64,9 @@ class Decoder(nn.Module):
     """Target ids and the encoder's output to hidden states: [B, T], [B, S, D] -> [B, T, D].
 
     Args:
-        config: Architecture, that of the encoder; attention is global in all blocks.
+        config: Architecture of the encoder; attention is global in all blocks.
         num_layers: Blocks.
-        vocab_size: Tokens of an embedding of its own; None: that of the encoder is used.
+        vocab_size: Tokens of an embedding of its own; None: the encoder's is used.
 
     """
 

@@ -23,7 +23,7 @@ from leanbert.models.seq2seq import Seq2SeqModel
 class Cache:
     """Keys and values of targets and sources.
 
-    The beams of a sentence share one list of P * K keys, that of beam k at position p being number p * K + k, and a
+    The beams of a sentence share one list of P * K keys: number p * K + k is the key of beam k at position p. A
     mask says which of them a hypothesis has come from. So no key is ever copied when hypotheses change their beams, and
     the beams of a sentence are the rows of one matrix product.
 

@@ -55,7 +55,7 @@ class Embeddings(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, inputs: PackedInputs, embedding: Tensor | None = None) -> Tensor:
-        """Embed ids, those of tokens with another table `embedding` [R, D] if one is given."""
+        """Embed ids; tokens with another table `embedding` [R, D] if one is given."""
         hidden = nn.functional.embedding(inputs.input_ids, self.token.weight if embedding is None else embedding)
         if self.segment is not None:
             segments = inputs.segment_ids

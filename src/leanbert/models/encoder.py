@@ -79,7 +79,7 @@ class Block(ResidualBlock):
         self.feed_forward_norm = make_norm(config)
 
     def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
-        """Run one block; `context` is that of global or of local attention."""
+        """Run one block; `context` is of global or of local attention."""
         hidden = self.add(hidden, self.attention_norm, lambda x: self.attention(x, context))
         return self.add(hidden, self.feed_forward_norm, self.feed_forward)
 

@@ -89,15 +89,7 @@ class SpecialTokens(NamedTuple):
 def generate(
     model: Seq2SeqModel, inputs: PackedInputs, tokens: SpecialTokens, config: GenerationConfig
 ) -> list[Generated]:
-    """Return the best output for each source.
-
-    Args:
-        model: The model, in evaluation mode.
-        inputs: Sources, one a row, [N, S].
-        tokens: Ids with a meaning.
-        config: How to search.
-
-    """
+    """Return the best output for each source, `inputs` [N, S], one a row; the model is in evaluation mode."""
     longest = (inputs.real.sum(1) * config.length_ratio).long() + config.length_more  # [N]
     limits = longest.clamp(max=model.config.max_positions).tolist()
     cache = Cache(model, inputs, config.beams, max(limits))
@@ -115,14 +107,16 @@ class _Running:
         self.numbers = list(range(count))
         self.done = [False] * count
 
-    def remaining(self) -> list[int] | None:
-        """Return the rows to go on with, once enough others have ended; None: all."""
+    def drop_ended(self, cache: Cache, outputs: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows of outputs and scores to go on with, in the cache too: all until enough have ended."""
         if not all(self.done) and sum(self.done) * DROPPED_TOGETHER < len(self.done):
-            return None
+            return outputs, scores
         rows = [row for row, done in enumerate(self.done) if not done]
         self.numbers = [self.numbers[row] for row in rows]
         self.done = [False] * len(rows)
-        return rows
+        remaining = torch.tensor(rows, dtype=torch.long, device=outputs.device)
+        cache.select(remaining)
+        return outputs[remaining], scores[remaining]
 
 
 def _one_by_one(
@@ -148,10 +142,7 @@ def _one_by_one(
                 score = float(scores[row]) / length**config.length_penalty
                 found[number] = Generated(ids[:-1] if token == tokens.eos else ids, score)
         length += 1
-        if (rows := running.remaining()) is not None:
-            remaining = torch.tensor(rows, dtype=torch.long, device=device)
-            outputs, scores = outputs[remaining], scores[remaining]
-            cache.select(remaining)
+        outputs, scores = running.drop_ended(cache, outputs, scores)
     return found
 
 
@@ -181,24 +172,15 @@ def _beam_search(
         cache.reorder(parents)
         _close(finished, running, outputs[:, :, : length + 1], scores, limits, config)
         length += 1
-        if (rows := running.remaining()) is not None:
-            remaining = torch.tensor(rows, dtype=torch.long, device=device)
-            outputs, scores = outputs[remaining], scores[remaining]
-            cache.select(remaining)
+        outputs, scores = running.drop_ended(cache, outputs, scores)
     return [max(candidates, key=lambda candidate: candidate.score) for candidates in finished]
 
 
 def top_continuations(scores: Tensor, log_probs: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the best `count` continuations of each sentence's hypotheses, best first.
+    """Return the best `count` (at most K * V) continuations of each sentence's hypotheses, best first.
 
-    Args:
-        scores: Sums of log-probabilities of the hypotheses, [N, K]; -inf: there is none.
-        log_probs: Log-probabilities of their next tokens, [N * K, V].
-        count: How many, at most K * V.
-
-    Returns:
-        Sums of log-probabilities, the hypotheses' beams and the tokens: [N, count] each.
-
+    `scores` [N, K] are the hypotheses' sums of log-probabilities, -inf where there is none, `log_probs` [N * K, V] the
+    log-probabilities of their next tokens. Returns sums, the hypotheses' beams and the tokens: [N, count] each.
     """
     sentences, beams = scores.shape
     sums = log_probs.view(sentences, beams, -1).add_(scores[:, :, None])

@@ -34,7 +34,7 @@ class Copied(NamedTuple):
     """The part of the next token's distribution that is copied.
 
     `probs` [B, T, S], at least float32: the probability of each source token, in sum the probability of copying at
-    all; `log_generate` [B, T]: the logarithm of the rest, which is the vocabulary's; `ids`: those of the source.
+    all; `log_generate` [B, T]: the logarithm of the rest, which is the vocabulary's; `ids`: the source's tokens.
     """
 
     probs: Tensor

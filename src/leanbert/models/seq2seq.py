@@ -21,7 +21,7 @@ from leanbert.models.heads import MaskedLMHead
 from leanbert.models.kernels.loss import Mixture
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.pointer import Copied, Pointer, add_copied, copied_log_probs
-from leanbert.models.stored import Start, StateDict, Stored
+from leanbert.models.stored import ModelMetadata, Start, StateDict, Stored
 
 INHERITED_HEAD = "head."
 PASSED_ON = 0.7
@@ -36,11 +36,11 @@ class Seq2SeqModel(EncoderModel):
         decoder_layers: Blocks of the decoder; None: as many as the encoder has.
         start: Where the decoder's weights come from (Rothe et al. 2020, arXiv 1907.12461).
         task: Name of the task that trains it.
-        target_vocab_size: Tokens of targets where they are not those of sources; None: both have one vocabulary.
+        target_vocab_size: Tokens of targets that have a vocabulary of their own; None: both have one.
         copy: Whether the next token may be copied from the source (`Pointer`).
 
     Raises:
-        UserError: `copy` with a vocabulary of targets, whose ids mean other tokens than those of sources.
+        UserError: `copy` with a vocabulary of targets, whose ids mean other tokens than the sources' ids.
 
     """
 
@@ -80,11 +80,11 @@ class Seq2SeqModel(EncoderModel):
         """Encoder and decoder."""
         return [self.encoder, self.decoder]
 
-    def inherits(self, name: str, stored: Stored) -> bool:
+    def inherits(self, name: str, metadata: ModelMetadata) -> bool:
         """Whether weight `name` of a stored model is taken over: of a masked language model the head of its tokens."""
-        if stored.metadata.task == "mlm" and self.target_vocab_size is None and name.startswith(INHERITED_HEAD):
+        if metadata.task == "mlm" and self.target_vocab_size is None and name.startswith(INHERITED_HEAD):
             return True
-        return super().inherits(name, stored)
+        return super().inherits(name, metadata)
 
     def check_stored(self, stored: Stored, state: StateDict) -> None:
         """Raise `UserError` if a stored decoder has another depth or vocabulary, or weights that ours has shared."""
@@ -121,10 +121,8 @@ class Seq2SeqModel(EncoderModel):
         """
         if self.start == "random":
             return
-        count, layers = len(self.decoder.blocks), len(self.encoder.blocks)
-        for number, block in enumerate(self.decoder.blocks):
-            source: Any = self.encoder.blocks[number * layers // count]
-            _copy_block(source, block, first=number == 0)  # type: ignore[arg-type]
+        for number, (source, block) in enumerate(self._corresponding_blocks()):
+            _copy_block(source, block, first=number == 0)
         own, theirs = self.decoder.embeddings, self.encoder.embeddings
         copied = {name: weight for name, weight in theirs.state_dict().items() if not name.startswith("token.")}
         own.load_state_dict(own.state_dict() | copied)
@@ -133,11 +131,14 @@ class Seq2SeqModel(EncoderModel):
         if self.pointer is not None:
             self.pointer.initialise_to_identity()
 
+    def _corresponding_blocks(self) -> list[tuple[Any, Any]]:
+        """Return each block of the decoder after the encoder's that it begins with, evenly chosen."""
+        count, layers = len(self.decoder.blocks), len(self.encoder.blocks)
+        return [(self.encoder.blocks[i * layers // count], block) for i, block in enumerate(self.decoder.blocks)]
+
     def _share(self) -> None:
         """Let the decoder's blocks use the encoder's self-attention and feed-forward."""
-        count, layers = len(self.decoder.blocks), len(self.encoder.blocks)
-        for number, block in enumerate(self.decoder.blocks):
-            source = self.encoder.blocks[number * layers // count]
+        for source, block in self._corresponding_blocks():
             block.attention, block.feed_forward = source.attention, source.feed_forward
             block.feed_forward_norm = source.feed_forward_norm
             if type(block.attention_norm) is type(source.attention_norm):
@@ -169,7 +170,7 @@ class Seq2SeqModel(EncoderModel):
     ) -> Tensor:
         """Cross entropy (nats, shape []) summed over `targets` (int64 [B, T], -100: none), labels smoothed if wanted.
 
-        Label smoothing is that of Szegedy et al. 2016 (arXiv 1512.00567), over the whole vocabulary.
+        Labels are smoothed over the whole vocabulary: Szegedy et al. 2016, arXiv 1512.00567.
         """
         hidden, copied = self.hidden(inputs, decoder_inputs)
         mixture = None

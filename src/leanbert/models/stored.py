@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -65,8 +65,7 @@ class ModelMetadata:
 
     def said(self) -> dict[str, Any]:
         """Return by name what it says besides the task."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: values[name] for name in ALLOWED if values[name] is not None}
+        return {name: value for name in ALLOWED if (value := getattr(self, name)) is not None}
 
 
 ALLOWED: dict[str, Any] = {

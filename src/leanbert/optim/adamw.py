@@ -173,7 +173,7 @@ class SlicedAdamW(Optimizer):
         gradient = parameter.grad.reshape(-1) if fold and parameter.grad is not None else None
         weights = parameter.detach().view(-1)
         dtype = torch.promote_types(weights.dtype, torch.float32)
-        for span in rounds(parts(weights.numel(), SLICE_ELEMENTS), weights):
+        for span in rounds(parts(weights.numel(), SLICE_ELEMENTS), weights, alike=True):
             position = (group["seed"], state["step"], place, span.start)
             moments = [_read(state, name, span, dtype) for name in MOMENTS]
             if gradient is not None:

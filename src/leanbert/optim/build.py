@@ -34,7 +34,7 @@ class OptimizerConfig:
     """sgd, momentum (SGD with momentum), adam, adamw, adamw8bit, adamw4bit, adafactor, or muon (on hidden matrices;
     AdamW on the rest)."""
     lr: float = 3e-3
-    """Peak learning rate; with muon that of embeddings, norms and biases."""
+    """Peak learning rate; with muon the rate of embeddings, norms and biases."""
     matrix_lr: float = 0.02
     """Peak learning rate of the hidden matrices; muon only."""
     weight_decay: float = 0.01
@@ -167,7 +167,7 @@ class CombinedOptimizer(Optimizer):
         """Load what `state_dict` returned, each inner optimizer its own groups, in the dtypes that were saved.
 
         Raises:
-            UserError: The state is that of another optimizer or of other parameters.
+            UserError: The state is of another optimizer or of other parameters.
 
         """
         groups, offset = list(state_dict["param_groups"]), 0

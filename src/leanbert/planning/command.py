@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal
 
 import psutil
@@ -22,15 +23,21 @@ from leanbert.planning.figures import sweep_figure
 from leanbert.planning.overlays import apply
 from leanbert.planning.request import PlanRequest
 from leanbert.planning.run_settings import RunSettings
-from leanbert.planning.search import Candidate, Plan, search
+from leanbert.planning.search import Plan, search
 from leanbert.planning.sweep import SIZES, Cell, parse_sweep, sweep, with_size
-from leanbert.planning.timing import RunLength, estimate, measure, peak_flops, run_seconds
+from leanbert.planning.timing import RunLength, measure, peak_flops
 from leanbert.settings import device_type as device_type_of
 from leanbert.tasks.techniques import TECHNIQUES
 from leanbert.units import MIB, format_duration, format_size, parse_size
 
 MARGIN = 0.1
-"""Share of what the device has free that `--budget auto` leaves to others."""
+"""Fraction of what the device has free that `--budget auto` leaves to others."""
+
+Shared = dict[Literal["ddp", "fsdp2"], DistributedPrediction | UserError]
+"""What each of several devices needs and sends by strategy, or why it cannot be."""
+
+progress = partial(tqdm, desc="Planning", leave=False, disable=None)
+"""Shows on a terminal what is worked through."""
 
 
 def run_plan(
@@ -43,17 +50,18 @@ def run_plan(
 
     Raises UserError if nothing fits the budget, after the JSON is written, or for a budget that is no size.
     """
-    started, device_type = time.time() - psutil.Process().create_time(), target.device_type
+    started = time.time() - psutil.Process().create_time()
+    device_type, here = target.device_type, device_type_of("auto")
     budget = budget_bytes(request.budget, device_type)
     peak = peak_flops(request.device, str(settings.precision)) if request.device is not None else None
-    if length is not None and device_type != here():
-        raise UserError(f"measure: times this machine's {here()}, not {device_type}. Give --device for an estimate.")
+    if length is not None and device_type != here:
+        raise UserError(f"measure: times this machine's {here}, not {device_type}. Give --device for an estimate.")
     plan = search(settings, target, budget, progress, first=request.first)
     print("\n".join(describe(plan, target)))
-    shared = share_out(settings, plan)
-    if shared:
+    answer = as_json(plan, target)
+    if shared := share_out(settings, plan):
         print("\n".join(describe_sharing(shared, settings.devices)))
-    answer = {**as_json(plan, target), **sharing_json(shared, settings.devices)}
+        answer |= sharing_json(shared, settings.devices)
     shown, tokens = plan.chosen or plan.given, settings.rows_per_step * settings.data.hparams["max_length"]
     if settings.vocab_size is None:
         vocabulary = f"{settings.data.hparams['vocab_size']:,} tokens, as data.vocab_size says"
@@ -63,7 +71,7 @@ def run_plan(
         answer["time"] = foretell(apply(settings, shown.overlay), length(), started)
         print("Time, measured here: " + describe_time(answer["time"]))
     if peak is not None:
-        seconds = estimate(shown.prediction.flops, peak_flops=peak, share=request.share)
+        seconds = shown.prediction.flops / (request.share * peak)
         answer["estimate"] = {"device": request.device, "share_of_peak": request.share, "seconds_per_step": seconds}
         speed = f"{seconds:.3g} s a step, {tokens / seconds:,.0f} tokens/s"
         print(f"Time, estimated for {request.device} at {100 * request.share:.0f} % of its peak: {speed}")
@@ -77,28 +85,21 @@ def run_plan(
     return plan
 
 
-def here() -> str:
-    """Return the kind of device of this machine."""
-    return device_type_of("auto")
-
-
-def foretell(settings: RunSettings, length: RunLength, start_seconds: float) -> dict[str, Any]:
-    """Return how long the run will take from steps timed here, in seconds; `start_seconds` is that of a process."""
+def foretell(settings: RunSettings, length: RunLength, start_seconds: float) -> dict[str, float]:
+    """Return how long the run will take from steps timed here, in seconds, of which it starts for `start_seconds`."""
     times = measure(settings)
-    validation = {"validations": length.validations, "batches_per_validation": length.batches_per_validation}
     tokens = settings.rows_per_step * settings.devices * settings.data.hparams["max_length"]
     return {
-        "steps": length.steps,
+        **asdict(length),
         "tokens": length.steps * tokens,
-        **validation,
         "seconds_per_step": times.step,
         "seconds_per_validation_batch": times.validation_batch,
         "start_seconds": start_seconds,
-        "seconds": start_seconds + run_seconds(times, steps=length.steps, **validation),
+        "seconds": start_seconds + length.seconds(times),
     }
 
 
-def describe_time(time: dict[str, Any]) -> str:
+def describe_time(time: Mapping[str, float]) -> str:
     """Return what `foretell` found as a sentence."""
     return (
         f"{time['steps']:,} steps of {time['seconds_per_step']:.3g} s, {time['validations']} validations of "
@@ -149,11 +150,6 @@ def sweep_json(cells: list[Cell], target: Target, budget: int) -> dict[str, Any]
     }
 
 
-def progress(items: list[Any]) -> Iterator[Any]:
-    """Yield what is worked through with a bar on standard error."""
-    yield from tqdm(items, desc="Planning", file=sys.stderr, leave=False, disable=not sys.stderr.isatty())
-
-
 def budget_bytes(text: str | None, device_type: DeviceType) -> int | None:
     """Return the budget: of `auto` what the device has free less a tenth.
 
@@ -191,16 +187,15 @@ def describe(plan: Plan, target: Target) -> list[str]:
     used = {name for candidate in plan.candidates for name in candidate.techniques}
     lines += ["", "What they cost"]
     lines += [f"  {technique.name:<24}{technique.costs}" for technique in TECHNIQUES if technique.name in used]
-    if plan.budget_bytes is not None and plan.chosen is not None:
-        lines += ["", f"Budget {format_size(plan.budget_bytes)}: {chosen_text(plan.chosen)}"]
+    if plan.budget_bytes is not None and (chosen := plan.chosen) is not None:
+        names = ", ".join(chosen.techniques)
+        choice = f"{names}, micro-batch {chosen.micro_batch}: {format_size(chosen.needs_bytes)}."
+        lines += ["", f"Budget {format_size(plan.budget_bytes)}: {choice if names else 'fits as given.'}"]
     return lines
 
 
-Shared = dict[Literal["ddp", "fsdp2"], DistributedPrediction | UserError]
-
-
 def share_out(settings: RunSettings, plan: Plan) -> Shared:
-    """Return what each of several devices needs and sends under DDP and FSDP2, or why it cannot; {} for one device."""
+    """Return what each of several devices needs and sends under DDP and FSDP2; {} for one device."""
     found: Shared = {}
     chosen = apply(settings, (plan.chosen or plan.given).overlay)
     for strategy in ("ddp", "fsdp2") if settings.devices > 1 else ():
@@ -223,24 +218,16 @@ def describe_sharing(shared: Shared, devices: int) -> list[str]:
     return lines
 
 
-def sharing_json(shared: Shared, devices: int) -> dict[str, Any]:
+def sharing_json(shared: Shared, devices: int) -> dict[str, object]:
     """Return the same for programs; bytes are of each device."""
-    if not shared:
-        return {}
-    answers = {
-        strategy: {"refused": str(found)}
-        if isinstance(found, UserError)
-        else {"predicted_peak_bytes": found.prediction.peak_bytes, "sent_bytes_per_step": found.sent_bytes}
-        for strategy, found in shared.items()
-    }
-    return {"devices": {"count": devices, **answers}}
-
-
-def chosen_text(chosen: Candidate) -> str:
-    """Return the choice as a sentence."""
-    if not chosen.techniques:
-        return "fits as given."
-    return f"{', '.join(chosen.techniques)}, micro-batch {chosen.micro_batch}: {format_size(chosen.needs_bytes)}."
+    answer: dict[str, object] = {"count": devices}
+    for strategy, found in shared.items():
+        if isinstance(found, UserError):
+            answer[strategy] = {"refused": str(found)}
+        else:
+            peak_bytes, sent_bytes = found.prediction.peak_bytes, found.sent_bytes
+            answer[strategy] = {"predicted_peak_bytes": peak_bytes, "sent_bytes_per_step": sent_bytes}
+    return {"devices": answer}
 
 
 def nothing_fits(plan: Plan, settings: RunSettings, target: Target) -> str:

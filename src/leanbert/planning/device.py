@@ -19,7 +19,7 @@ class Target:
     Args:
         device_type: cpu, cuda or mps.
         base_bytes: What is there without a single tensor: the process, or the device's context.
-        slack: Share of live bytes that the allocator holds on top, when freed memory is kept.
+        slack: Fraction of live bytes that the allocator holds on top, when freed memory is kept.
         slack_returned: The same when freed pages go back to the system (`ReturnFreedPages`, CPU only).
 
     """
@@ -35,13 +35,12 @@ class Target:
         return self.base_bytes + round(live_bytes * (1 + slack))
 
 
-GROWTH_BYTES = 100 * MIB
+GROWTH_BYTES = 128 * MIB
 """What a process grows by after its imports: loader, loggers, kernels' buffers, the library that draws its figures."""
 
 
-def target_of(device_type: DeviceType, process_bytes: int | None = None) -> Target:
-    """Return the profile of a kind of device; `process_bytes` is this process's resident memory after its imports."""
+def target_of(device_type: DeviceType) -> Target:
+    """Return the profile of a kind of device; call it right after the imports, whose memory counts on a CPU."""
     if device_type == "cpu":
-        base = (rss_bytes() if process_bytes is None else process_bytes) + GROWTH_BYTES
-        return Target("cpu", base, slack=0.25, slack_returned=0.05)
+        return Target("cpu", rss_bytes() + GROWTH_BYTES, slack=0.25, slack_returned=0.05)
     return Target(device_type, 700 * MIB, slack=0.1, slack_returned=0.1)

@@ -1,7 +1,7 @@
 """One training step on tensors without memory: what `fit` would run, traced before anything is allocated.
 
 The task, its step, its optimizer, Lightning's precision plugin and the callbacks are those of the run; only weights and
-batch are fake (`torch._subclasses.FakeTensorMode`). Whatever a callback changes, the trace sees.
+batch are fake (`FakeTensorMode`). Whatever a callback changes, the trace sees.
 `timing` takes the same steps with values.
 """
 
@@ -13,22 +13,26 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
+from leanbert.data.batches.batch import Batch
+from leanbert.data.module import RowData
 from leanbert.distributed.sharding import Collectives, shard
 from leanbert.errors import UserError
 from leanbert.measure.timeline import Timeline
+from leanbert.measure.torch_compat import FakeTensor, FakeTensorMode, OpOverload, unset_fake_temporarily
 from leanbert.measure.trace import LiveBytes
 from leanbert.memory.offload import DiskStorage, to_host
 from leanbert.optim.build import trainable
 from leanbert.planning.run_settings import RunSettings, technique_callbacks
+from leanbert.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,10 @@ class _Nowhere(DiskStorage):
 
     def _write(self, tensor: Tensor, size: int) -> Any:
         self.written_bytes += size
-        return _Place(tensor)
+        return partial(torch.empty, tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
     def _unpack(self, stored: Any) -> Tensor:
-        if isinstance(stored, Tensor):
-            return stored
-        return torch.empty(stored.shape, dtype=stored.dtype, device=stored.device)
+        return stored if isinstance(stored, Tensor) else stored()
 
 
 class _Fake(FakeTensorMode):
@@ -78,27 +80,33 @@ class _Fake(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self.flops: Counter[str] = Counter()
 
-    def shorten(self, slices: list[slice]) -> Iterator[slice]:
-        """Yield the first slice, the second, which stands for all others of its length, and a shorter last one."""
-        alike = [part for part in slices[1:] if part.stop - part.start == slices[0].stop - slices[0].start]
-        yield from slices[:1]
-        if alike:
+    def shorten(self, slices: list[slice], alike: bool) -> Iterator[slice]:
+        """Yield the first slice if it is not `alike`, the next, which stands for all of its length, a shorter last."""
+        lead = 0 if alike else 1
+        same = [part for part in slices[lead:] if part.stop - part.start == slices[0].stop - slices[0].start]
+        yield from slices[:lead]
+        if same:
             before = self.flops.copy()
-            yield alike[0]
+            yield same[0]
             for name, count in self.flops.items():
-                self.flops[name] += (len(alike) - 1) * (count - before[name])
-        yield from slices[1 + len(alike) :]
+                self.flops[name] += (len(same) - 1) * (count - before[name])
+        yield from slices[lead + len(same) :]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             kind = args[0].dtype
             return 1.0 if kind.is_floating_point else True if kind is torch.bool else 1
+        if _changes_values_only(func) and isinstance(args[0], FakeTensor):
+            return args[0]
         return super().__torch_dispatch__(func, types, args, kwargs or {})
 
 
-class _Place:
-    def __init__(self, tensor: Tensor) -> None:
-        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+@cache
+def _changes_values_only(func: OpOverload) -> bool:
+    """Return whether an operation gives back its first argument with its shape: most of those of an update do."""
+    name, results = func._schema.name, func._schema.returns
+    in_place = name.startswith("aten::") and name.endswith("_") and not name.endswith("__")
+    return in_place and len(results) == 1 and torch.Tag.inplace_view not in func.tags
 
 
 def dry_run(settings: RunSettings, rows: int) -> DryRun:
@@ -113,24 +121,23 @@ def dry_run(settings: RunSettings, rows: int) -> DryRun:
 
     """
     task, data, trainer = stage(settings, rows)
-    blank: Any = data.blank_batch  # type: ignore[attr-defined]
     with warnings.catch_warnings(), _Fake() as mode:
         warnings.simplefilter("ignore")
         set_up(task, trainer)
         _forgo_values(task, trainer)
         build(task, trainer, settings)
         _store_nowhere(task)
-        batch = blank(rows)
+        batch = data.blank_batch(rows)
         begin(task, trainer, batch)
         if settings.mesh is not None:  # sharding allocates in the first step what later ones find
-            take_step(task, trainer, blank(1))
+            take_step(task, trainer, data.blank_batch(1))
         with LiveBytes(task.model, trainer.strategy.optimizers, existing=_existing(task, batch)) as trace:
             mode.flops = trace.flops
             collectives = Collectives(trace)
             with collectives if settings.mesh is not None else nullcontext():  # another mode takes time
                 take_step(task, trainer, batch)
         step = trace.timeline().with_state_before()
-        validation = _validate(task, trainer, blank(settings.validation_rows, validation=True))
+        validation = _validate(task, trainer, data.blank_batch(settings.validation_rows, validation=True))
     update = trace.flops["optimizer"]
     return DryRun(
         step,
@@ -146,7 +153,7 @@ def dry_run(settings: RunSettings, rows: int) -> DryRun:
 
 def stage(
     settings: RunSettings, rows: int, layers: int | None = None, *, real: bool = False
-) -> tuple[Any, LightningDataModule, Trainer]:
+) -> tuple[Task, RowData, Trainer]:
     """Return copies of task and data, and a trainer with the run's precision and callbacks; no weights yet.
 
     Args:
@@ -163,7 +170,7 @@ def stage(
     task.init_from = None  # the architecture is in the settings already
     task.schedule_config = replace(task.schedule_config, warmup_steps=0)
     data.hparams["batch_size"] = rows
-    data.pretend_prepared(settings.vocab_size)  # type: ignore[attr-defined]
+    data.pretend_prepared(settings.vocab_size)
     callbacks = copy.deepcopy(technique_callbacks(settings.callbacks))
     trainer = _trainer(settings, callbacks, settings.device_type if real else "cpu")
     trainer.strategy.connect(task)
@@ -180,7 +187,7 @@ def _trainer(settings: RunSettings, callbacks: Sequence[Callback], device_type: 
     )  # fmt: skip
 
 
-def set_up(task: Any, trainer: Trainer) -> None:
+def set_up(task: Task, trainer: Trainer) -> None:
     """Let the callbacks register what they ask for. Raises UserError for what they refuse, or cannot be planned."""
     for callback in technique_callbacks(trainer.callbacks):  # type: ignore[attr-defined]
         callback.setup(trainer, task, "fit")
@@ -190,34 +197,35 @@ def set_up(task: Any, trainer: Trainer) -> None:
         )
 
 
-def build(task: Any, trainer: Trainer, settings: RunSettings) -> None:
+def build(task: Task, trainer: Trainer, settings: RunSettings) -> None:
     """Make weights, metrics and optimizer on the trainer's device, sharded over a mesh if there is one."""
     strategy: Any = trainer.strategy
-    around = {"device_type": settings.device_type, "world_size": settings.devices, "shards": settings.mesh is not None}
+    here, shards = task.surroundings(), settings.mesh is not None
+    around = replace(here, device_type=settings.device_type, world_size=settings.devices, shards=shards)
     with strategy.tensor_init_context(), strategy.precision_plugin.module_init_context():
-        task.build(replace(task.surroundings(), **around))  # in the target dtype: nothing is left to convert
+        task.build(around)  # in the target dtype: nothing is left to convert
     if settings.mesh is not None:
         shard(task.model, settings.mesh)
     strategy.optimizers = [task.configure_optimizers()["optimizer"]]
 
 
-def _forgo_values(task: Any, trainer: Trainer) -> None:
+def _forgo_values(task: Task, trainer: Trainer) -> None:
     """Leave out loss scaling, which reads values; make the metrics with values, for they copy in a way of their own."""
     plugin: Any = trainer.strategy.precision_plugin
     if isinstance(plugin, MixedPrecision):
         plugin.scaler = None  # holds no memory
     with unset_fake_temporarily():
         task.build_metrics()
-    task.build_metrics = lambda: None
+    task.build_metrics = lambda: None  # type: ignore[method-assign]
 
 
-def _store_nowhere(task: Any) -> None:
+def _store_nowhere(task: Task) -> None:
     for stack in task.model.stacks:
         if stack.storage is to_host or isinstance(stack.storage, DiskStorage):
             stack.storage = _Nowhere()
 
 
-def begin(task: Any, trainer: Trainer, batch: Any) -> None:
+def begin(task: Task, trainer: Trainer, batch: Batch) -> None:
     """Do what comes before the first step."""
     for callback in technique_callbacks(trainer.callbacks):  # type: ignore[attr-defined]
         callback.reach_peak()
@@ -226,7 +234,7 @@ def begin(task: Any, trainer: Trainer, batch: Any) -> None:
     task.train()
 
 
-def take_step(task: Any, trainer: Trainer, batch: Any, after_backward: Callable[[], object] = lambda: None) -> None:
+def take_step(task: Task, trainer: Trainer, batch: Batch, after_backward: Callable[[], object] = lambda: None) -> None:
     """Do what Lightning does for a batch in automatic optimization; `after_backward` comes before the update."""
     strategy: Any = trainer.strategy
     optimizer = strategy._lightning_optimizers[0]
@@ -240,7 +248,7 @@ def take_step(task: Any, trainer: Trainer, batch: Any, after_backward: Callable[
     task.optimizer_step(0, 0, optimizer, closure)
 
 
-def _validate(task: Any, trainer: Trainer, batch: Any) -> Timeline:
+def _validate(task: Task, trainer: Trainer, batch: Batch) -> Timeline:
     task.eval()
     optimizers, existing = trainer.strategy.optimizers, _existing(task, batch)
     with torch.no_grad(), LiveBytes(task.model, optimizers, existing=existing, first_phase="validation") as trace:
@@ -248,7 +256,7 @@ def _validate(task: Any, trainer: Trainer, batch: Any) -> Timeline:
     return trace.timeline()
 
 
-def _existing(task: Any, batch: Any) -> list[Tensor]:
+def _existing(task: Task, batch: Batch) -> list[Tensor]:
     """Return the tensors of a batch, and those of a task that are not its model's (metrics)."""
     model = {id(tensor) for tensor in (*task.model.parameters(), *task.model.buffers())}
     own = [t for module in task.modules() for t in vars(module).values() if isinstance(t, Tensor)]

@@ -30,4 +30,5 @@ class PlanRequest:
     device: str | None = None
     """Estimate the time on a device that need not be here, such as t4, rtx4090, a100, h100-sxm."""
     share: float = 0.3
-    """Share of that device's peak that training is taken to reach."""
+    """Fraction of that device's peak that training is taken to reach. ModernBERT-base reports about 0.25 on an H100,
+    NVIDIA's own BERT-large 0.45 on an A100; small models reach far less, for they wait for kernels to start."""

@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback
+from torch.distributed.device_mesh import DeviceMesh
 
 from leanbert.callbacks.techniques.base import TechniqueCallback
+from leanbert.data.module import RowData
+from leanbert.tasks.base import Task
 from leanbert.tasks.techniques import Techniques
 
 
@@ -23,8 +25,8 @@ def technique_callbacks(callbacks: Iterable[Callback]) -> list[TechniqueCallback
 class RunSettings:
     """What decides the memory of a run: objects as the command line makes them, none of which holds weights or data."""
 
-    task: Any
-    data: LightningDataModule
+    task: Task
+    data: RowData
     callbacks: tuple[Callback, ...]
     precision: Any
     clip: float | None = None
@@ -36,7 +38,7 @@ class RunSettings:
     """Sequences of a step on each device; None: `data.batch_size`."""
     devices: int = 1
     """Devices of the run: they share the validation batch, and techniques may disapprove of their number."""
-    mesh: Any = None
+    mesh: DeviceMesh | None = None
     """`DeviceMesh` of a process group, over which FSDP2 shards the model; None: it is whole on each device."""
 
     def with_encoder(self, **dimensions: Any) -> RunSettings:
@@ -73,5 +75,4 @@ class RunSettings:
     @property
     def row_bytes(self) -> int:
         """Bytes of one sequence in a batch."""
-        batch = self.data.blank_batch(1)  # type: ignore[attr-defined]
-        return sum(int(tensor.nbytes) for tensor in batch.tensors().values())
+        return sum(int(tensor.nbytes) for tensor in self.data.blank_batch(1).tensors().values())

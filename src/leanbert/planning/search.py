@@ -6,7 +6,7 @@ The effective batch never changes.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from leanbert.planning.predict import Prediction, predict
 from leanbert.planning.run_settings import RunSettings
 from leanbert.tasks.techniques import TECHNIQUES, Surroundings, Technique
 
+ENOUGH = 8
+"""Micro-batches that are tried as if needs were affine."""
 SMALL_EVALUATION = {"data": {"init_args": {"val_batch_size": 4}}}
 """Where training needs little, evaluation shall not need more; its result does not depend on the batch."""
 
@@ -77,7 +79,7 @@ def search(
     settings: RunSettings,
     target: Target,
     budget_bytes: int | None,
-    progress: Callable[[list[tuple[str, ...]]], Iterator[tuple[str, ...]]] = iter,
+    progress: Callable[[list[tuple[str, ...]]], Iterable[tuple[str, ...]]] = iter,
     *,
     first: bool = False,
 ) -> Plan:
@@ -121,11 +123,37 @@ def _with_micro_batch(
         return trials.candidate(names, None)
     if chosen is not None and chosen.micro_batch in sizes:
         return trials.candidate(names, chosen.micro_batch)
-    smallest = trials.candidate(names, sizes[0])
-    if budget_bytes is None or chosen is not None or smallest.needs_bytes > budget_bytes:
-        return smallest
-    fitting = bisect_right(sizes, budget_bytes, key=lambda size: trials.candidate(names, size).needs_bytes)
-    return trials.candidate(names, sizes[fitting - 1])
+    most = None
+    if budget_bytes is not None and chosen is None:
+        most = largest_that_fits(sizes, lambda size: trials.candidate(names, size).needs_bytes, budget_bytes)
+    return trials.candidate(names, most or sizes[0])
+
+
+def largest_that_fits(sizes: Sequence[int], needs_bytes: Callable[[int], int], budget_bytes: int) -> int | None:
+    """Return the largest of ascending micro-batches of which `needs_bytes` is within the budget; None if none is.
+
+    What a run needs is nearly affine in its micro-batch, so the one to try next is where a line through the two tried
+    last meets the budget; where it is not, the range is halved.
+    """
+    tried: list[tuple[int, int]] = []
+
+    def fits(index: int) -> bool:
+        tried.append((sizes[index], needs_bytes(sizes[index])))
+        return tried[-1][1] <= budget_bytes
+
+    low, high = 0, len(sizes) - 1
+    if not fits(low):
+        return None
+    if high == low or fits(high):
+        return sizes[high]
+    while high - low > 1:  # low fits, high does not
+        middle = (low + high) // 2
+        (first, one), (second, other) = tried[-2:]
+        if one != other and len(tried) < ENOUGH:
+            meets = second + (budget_bytes - other) * (second - first) // (other - one)
+            middle = min(max(bisect_right(sizes, meets) - 1, low + 1), high - 1)
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return sizes[low]
 
 
 def micro_batches(rows: int) -> list[int]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 import yaml
 
@@ -14,14 +13,13 @@ from leanbert.planning import overlays
 from leanbert.planning.device import Target
 from leanbert.planning.predict import Prediction, predict
 from leanbert.planning.run_settings import RunSettings
+from leanbert.planning.search import largest_that_fits
 from leanbert.settings import find_shipped
 
 SIZES = ("mini", "small", "base", "large")
 AXES = ("size", "max_length")
 MOST = 2**16
 """Micro-batch above which none is looked for."""
-ENOUGH = 8
-"""Micro-batches that are tried as if needs were affine."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def sweep(
     budget_bytes: int,
     sizes: list[str],
     lengths: list[int],
-    progress: Callable[[list[Any]], Iterator[Any]] = iter,
+    progress: Callable[[list[tuple[str, int]]], Iterable[tuple[str, int]]] = iter,
 ) -> list[Cell]:
     """Return the cells of the grid, by size, then by length.
 
@@ -115,28 +113,5 @@ def _cell(settings: RunSettings, target: Target, budget_bytes: int, size: str, l
             target.needs(prediction.peak_bytes, run.techniques),
         )
 
-    rows = largest_that_fits(lambda rows: at(rows).needs_bytes, budget_bytes)
+    rows = largest_that_fits(range(1, MOST + 1), lambda rows: at(rows).needs_bytes, budget_bytes)
     return at(rows) if rows else replace(at(1), micro_batch=0)
-
-
-def largest_that_fits(needs_bytes: Callable[[int], int], budget_bytes: int) -> int:
-    """Return the largest micro-batch, at most `MOST`, of which `needs_bytes` is within the budget; 0 if 1 is not.
-
-    What a run needs is nearly affine in its micro-batch, so the one to try next is where a line through the two tried
-    last meets the budget; where it is not, the range is halved.
-    """
-    low, high = 1, MOST
-    tried = [(rows, needs_bytes(rows)) for rows in (low, high)]
-    if tried[0][1] > budget_bytes:
-        return 0
-    if tried[1][1] <= budget_bytes:
-        return MOST
-    while high - low > 1:  # low fits, high does not
-        rows = (low + high) // 2
-        (first, one), (second, other) = tried[-2:]
-        if one != other and len(tried) < ENOUGH:
-            meets = second + (budget_bytes - other) * (second - first) // (other - one)
-            rows = min(max(meets, low + 1), high - 1)
-        tried.append((rows, needs_bytes(rows)))
-        low, high = (rows, high) if tried[-1][1] <= budget_bytes else (low, rows)
-    return low

@@ -1,8 +1,8 @@
 """How long a run will take: a few of its real steps, timed with few blocks and extrapolated to the whole stack.
 
-Blocks are alike, so the time of a step is affine in their number; so it is in the number of micro-batches. For a device
-that is not there, see `estimate`. Loading batches is left out: 0.5 us a token, 0.2 % of a mini model's step on one CPU
-thread; with an accelerator workers do it meanwhile. So are start, checkpoints and MemoryMonitor's samples.
+Blocks are alike, so the time of a step is affine in their number; so it is in the number of micro-batches. Loading
+batches is left out: 0.5 us a token, 0.2 % of a mini model's step on one CPU thread; with an accelerator workers do it
+meanwhile. So are start, checkpoints and MemoryMonitor's samples.
 """
 
 from __future__ import annotations
@@ -44,10 +44,6 @@ PEAK_FLOPS: dict[str, dict[str, float]] = {
 }
 """Dense peaks in FLOP/s, by device and bits of a number: 16 in tensor cores (bf16 or fp16), 32 outside them."""
 
-SHARE_OF_PEAK = 0.3
-"""Of training that is neither starved nor tuned to the device: ModernBERT-base reports about 0.25 on an H100, NVIDIA's
-own BERT-large about 0.45 on an A100. Small models reach far less, for they wait for kernels to start."""
-
 
 @dataclass(frozen=True)
 class StepTimes:
@@ -64,6 +60,10 @@ class RunLength:
     steps: int
     validations: int
     batches_per_validation: int
+
+    def seconds(self, times: StepTimes) -> float:
+        """Return the seconds from its first validation to its last, without start and checkpoints."""
+        return self.steps * times.step + self.validations * self.batches_per_validation * times.validation_batch
 
 
 def measure(settings: RunSettings, *, clock: Callable[[], float] = time.perf_counter) -> StepTimes:
@@ -113,9 +113,8 @@ def _time_stack(
     """Return the median seconds of the passes of a step, of its update, and of a validation batch."""
     gc.collect()  # the stack before: task and trainer hold each other
     task, data, trainer = stage(settings, rows, layers, real=True)
-    blank: Any = data.blank_batch  # type: ignore[attr-defined]
     device = trainer.strategy.root_device
-    sizes = [tokenizer.vocab_size for tokenizer in data.tokenizers.values()]  # type: ignore[attr-defined]
+    sizes = [tokenizer.vocab_size for tokenizer in data.tokenizers.values()]
 
     def now() -> float:
         if device.type != "cpu":
@@ -143,11 +142,11 @@ def _time_stack(
         set_up(task, trainer)
         build(task, trainer, replace(settings, mesh=None))
         trainer.strategy.model_to_device()  # weights are there already, metrics are not
-        batch = fill(blank(rows), *sizes).to(device)
+        batch = fill(data.blank_batch(rows), *sizes).to(device)
         begin(task, trainer, batch)
         passes, updates = zip(*_repeat(step, clock), strict=True)
         task.eval()
-        held_out = fill(blank(settings.validation_rows, validation=True), *sizes).to(device)
+        held_out = fill(data.blank_batch(settings.validation_rows, validation=True), *sizes).to(device)
         with torch.no_grad():
             return median(passes), median(updates), median(_repeat(validation, clock))
 
@@ -179,19 +178,6 @@ def fill(blank: Any, vocab_size: int, target_vocab_size: int | None = None) -> A
     return replace(blank, inputs=inputs, target_index=index, targets=truth)
 
 
-def run_seconds(times: StepTimes, *, steps: int, validations: int, batches_per_validation: int) -> float:
-    """Return the seconds of a run from its first validation to its last, without start and checkpoints.
-
-    Args:
-        times: Measured, or estimated.
-        steps: Optimizer steps.
-        validations: See `count_validations`.
-        batches_per_validation: See `limited`.
-
-    """
-    return steps * times.step + validations * batches_per_validation * times.validation_batch
-
-
 def count_validations(
     steps: int, interval: int | float, *, every_n_epochs: int | None = None, batches_per_epoch: int = 1
 ) -> int:
@@ -199,7 +185,7 @@ def count_validations(
 
     Args:
         steps: Optimizer steps of the run.
-        interval: `trainer.val_check_interval`: steps, or a share of an epoch.
+        interval: `trainer.val_check_interval`: steps, or a fraction of an epoch.
         every_n_epochs: `trainer.check_val_every_n_epoch`; None: steps are counted through all epochs.
         batches_per_epoch: Steps of an epoch.
 
@@ -217,7 +203,7 @@ def count_validations(
 
 
 def limited(batches: int, limit: int | float | None) -> int:
-    """Return the batches of a validation under `trainer.limit_val_batches`: a number, a share, or None: all."""
+    """Return the batches of a validation under `trainer.limit_val_batches`: a number, a fraction, or None: all."""
     if limit is None:
         return batches
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
@@ -233,8 +219,3 @@ def peak_flops(device: str, precision: str) -> float:
     if device not in PEAK_FLOPS:
         raise UserError(f"device: {device} is unknown. Choose one of {', '.join(PEAK_FLOPS)}, or give its peak FLOP/s.")
     return PEAK_FLOPS[device]["16" if "16" in precision else "32"]
-
-
-def estimate(flops_per_step: float, *, peak_flops: float, share: float = SHARE_OF_PEAK) -> float:
-    """Return seconds per step of `flops_per_step` on a device with `peak_flops` FLOP/s that reaches a `share` of it."""
-    return flops_per_step / (share * peak_flops)

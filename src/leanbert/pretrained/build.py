@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,10 +24,12 @@ from leanbert.pretrained.architectures import make_model
 from leanbert.pretrained.huggingface.convert import read_huggingface
 from leanbert.pretrained.weights import read_checkpoint
 
+Model = TypeVar("Model", bound=EncoderModel)
+
 OFFSETS = (-1, 1, -2, 2)
 """Neighbours at which the first heads of a model with learned positions look at first."""
 POSITION_RMS = 0.1
-"""Size of their positions at first: five times that of tokens, which grow."""
+"""Size of their positions at first: five times as large as tokens, which grow."""
 NEIGHBOUR_GAIN = 0.8
 """Size of their query and key weights: enough for most of the attention to fall on the neighbour."""
 
@@ -46,23 +48,22 @@ def build_model(
         config: Architecture of a new model.
         vocab_size: Tokens of the tokenizer, V.
         make: Makes an `EncoderModel` of a whole configuration.
-        init_from: Hugging Face folder or LeanBERT checkpoint: its architecture and weights replace those of `config`,
-            of which only `dropout` and `attention_dropout`, where set, count. Of a model of another task the encoder is
-            taken, and what its head has in common (`EncoderModel.inherits`).
+        init_from: Hugging Face folder or LeanBERT checkpoint: it brings architecture and weights; of `config` only
+            `dropout` and `attention_dropout`, where set, count. Of a model of another task the encoder is taken, and
+            what its head has in common (`EncoderModel.inherits`).
         unigram_counts: Integers [V]: a new masked language model's output bias begins at the log frequencies.
 
     Raises:
         UserError: Settings or weights that do not fit, or weights for another vocabulary.
 
     """
-    if init_from is None:
-        rows = max(config.vocab_size or 0, vocab_size)  # an imported model may have more rows than its tokenizer
-        model = make(replace(config, vocab_size=rows).resolved())
-        initialise(model)
-        if unigram_counts is not None:
-            set_unigram_bias(model, unigram_counts)
-    else:
-        model = _load(config, vocab_size, make, read_model(init_from))
+    if init_from is not None:
+        return _load(config, vocab_size, make, read_model(init_from))
+    rows = max(config.vocab_size or 0, vocab_size)  # an imported model may have more rows than its tokenizer
+    model = make(replace(config, vocab_size=rows).resolved())
+    initialise(model)
+    if unigram_counts is not None:
+        set_unigram_bias(model, unigram_counts)
     return model
 
 
@@ -151,7 +152,7 @@ def starting_config(config: EncoderConfig, stored: Stored) -> ResolvedConfig:
     return replace(stored.config, **changed)
 
 
-def rebuild(stored: Stored, vocab_size: int, target_vocab_size: int | None = None) -> Any:
+def rebuild(stored: Stored, vocab_size: int, target_vocab_size: int | None = None) -> EncoderModel:
     """Return the model that was stored, of its own task.
 
     Raises:
@@ -168,7 +169,7 @@ def rebuild(stored: Stored, vocab_size: int, target_vocab_size: int | None = Non
     return _load(EncoderConfig(), vocab_size, lambda config: make_model(config, stored.metadata), stored)
 
 
-def _load(config: EncoderConfig, vocab_size: int, make: Callable[[ResolvedConfig], Any], stored: Stored) -> Any:
+def _load(config: EncoderConfig, vocab_size: int, make: Callable[[ResolvedConfig], Model], stored: Stored) -> Model:
     known, source = stored.config.vocab_size, stored.source
     if known is None or known < vocab_size:
         raise UserError(
@@ -180,7 +181,7 @@ def _load(config: EncoderConfig, vocab_size: int, make: Callable[[ResolvedConfig
     if same_task:
         model.check_stored(stored, everything)
     initialise(model)
-    state = {name: tensor for name, tensor in everything.items() if model.inherits(name, stored)}
+    state = {name: tensor for name, tensor in everything.items() if model.inherits(name, stored.metadata)}
     load_weights(model, state, source, partial=not same_task or len(state) < len(everything))
     if not same_task:
         model.warm_start()

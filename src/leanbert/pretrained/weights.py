@@ -29,11 +29,9 @@ def read_folder(folder: Path) -> StateDict:
     Raises `UserError` if there is none, or one is damaged or carries code, or a tensor is not one of numbers.
     """
     for name in FOLDER_FILES:
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return _checked(_read_file(folder / name), folder / name)
-        if index.is_file():
-            return _checked(_read_shards(index), index)
+        for path, read in ((folder / name, _read_file), (folder / f"{name}.index.json", _read_shards)):
+            if path.is_file():
+                return _checked(read(path), path)
     raise UserError(f"{folder}: no {' or '.join(FOLDER_FILES)} in it. Save the model there first")
 
 

@@ -72,7 +72,7 @@ class Task(SteppedModule[B]):
         self.model = None  # type: ignore[assignment]  # until configure_model has run
         self.techniques = Techniques()  # callbacks register here in `setup`
         self.step_state = StepState()
-        self.resumes = False  # the weights come from a checkpoint of the same run, pruned if it was
+        self.resumes = False  # the weights come from a checkpoint of the same run, and are pruned if it was
 
     # ---- what a task supplies
 
@@ -224,4 +224,3 @@ class Task(SteppedModule[B]):
         self.check_resumable(stored, shrinks=shrinks)
         names = ("vocab_size", *(("head_size", *SHRINKING) if shrinks else ()))
         self.encoder_config = replace(self.encoder_config, **{name: getattr(stored.config, name) for name in names})
-        self.resumes = True

@@ -88,7 +88,7 @@ class TextClassification(Labelling[tuple[Tensor, Tensor]]):
         return scores.float().sigmoid() if self.problem == "multi" else scores.float()
 
     def kept(self, scores: Tensor, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
-        """Return predictions and targets of the texts, and of places without one, [B * M] or [B * M, L]."""
+        """Return predictions and targets of the texts, and of slots without one, [B * M] or [B * M, L]."""
         return self.predictions(scores, batch).flatten(0, 1).cpu(), batch.targets.flatten(0, 1).cpu()
 
     def evaluate(self, part: Part, kept: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
@@ -114,7 +114,7 @@ class TextClassification(Labelling[tuple[Tensor, Tensor]]):
         return classify(self.model, batch, self._data.problem, self.threshold)
 
     def samples(self, batch: LabelledBatch) -> dict[str, str]:
-        """Return a table of texts with their labels and those of the model."""
+        """Return a table of texts with their labels and the labels that the model gives."""
         if self.problem != "single":
             return {}
         best = self.predictions(self(batch), batch).tolist()

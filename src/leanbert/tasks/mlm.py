@@ -96,7 +96,7 @@ class MaskedLM(Task[MLMBatch]):
         return {"samples/filled_masks": table}
 
     def closing_words(self, metrics: dict[str, float]) -> str:
-        """Return loss, that of unigram counts, and accuracy."""
+        """Return the loss, the loss of unigram counts, and accuracy."""
         return (
             f"val/loss {metrics['val/loss']:.3f}, unigram counts {metrics['val/unigram_loss']:.3f}, "
             f"accuracy {metrics['val/accuracy']:.1%}"
@@ -108,16 +108,16 @@ class MaskedLM(Task[MLMBatch]):
 
 
 class HiddenWord(NamedTuple):
-    """A text, and the word `text[start:end]` to mask: `place` is the number of its token."""
+    """A text, and the word `text[start:end]` to mask: `token` is the number of its token."""
 
     text: str
-    place: int
+    token: int
     start: int
     end: int
 
 
 def candidates(model: MaskedLanguageModel, batch: PredictBatch, index: Tensor, top_k: int) -> torch.return_types.topk:
-    """Return `values`, the highest probabilities, and `indices`, their tokens, at places `index` [B, K]: [B, K, k]."""
+    """Return `values`, the highest probabilities, and `indices`, their tokens, at `index` [B, K]: [B, K, k]."""
     logits = model(batch.inputs, index)  # [B, K, V]
     return logits.float().softmax(-1).topk(min(top_k, logits.shape[-1]))
 
@@ -137,7 +137,7 @@ def fill_masks(model: MaskedLanguageModel, tokenizer: TextTokenizer, batch: Pred
     answers: list[Answer] = [{"text": text, "masks": []} for text in batch.texts]
     if not any(counts):
         return answers
-    # the places of the masks first, in order: logits are made for these only
+    # the positions of the masks first, in order: logits are made for these only
     index = masked.int().argsort(dim=1, descending=True, stable=True)[:, : max(counts)]  # [B, K]
     best = candidates(model, batch, index, top_k)
     for answer, count, probabilities, tokens in zip(
@@ -185,7 +185,7 @@ def filled_masks_table(
     """Return a Markdown table of the texts with their masks, the words there, and the model's best three tokens."""
     batch, _ = encode_lines([word.text for word in words], tokenizer, length, masks=False)
     before = len(tokenizer.template[0])
-    index = torch.tensor([[before + word.place] for word in words])  # [B, 1]
+    index = torch.tensor([[before + word.token] for word in words])  # [B, 1]
     batch.inputs.input_ids.scatter_(1, index, tokenizer.mask_id)
     best = candidates(model, batch.to(device), index.to(device), 3)
     rows = []

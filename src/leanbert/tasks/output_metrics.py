@@ -23,8 +23,8 @@ CHARACTER_ORDER, RECALL_WEIGHT = 6, 2.0
 class OutputMetrics:
     """BLEU and chrF, or ROUGE, of the outputs of all ranks, from 0 to 100.
 
-    BLEU is sacreBLEU's (Post 2018, arXiv 1804.08771), cased; chrF that of Popović 2015 as sacreBLEU counts it (chrF2);
-    ROUGE-1, 2, L and Lsum those of Lin 2004 as rouge-score counts them, of several references the best.
+    BLEU is sacreBLEU's (Post 2018, arXiv 1804.08771), cased. chrF (Popović 2015) is counted as by sacreBLEU (chrF2);
+    ROUGE-1, 2, L and Lsum (Lin 2004) as by rouge-score, of several references the best.
 
     Args:
         quality: Which.

@@ -86,12 +86,12 @@ def bleu_tokenizer(kind: BleuTokens) -> Callable[[str], list[str]]:
     try:
         if kind in ("13a", "zh", "char", "intl", "none"):
             own = _SacreBLEUTokenizer(kind, lowercase=False)
-            return lambda text: list(own(text))
+            return lambda text: list(own(text.rstrip()))  # as sacreBLEU does
         from sacrebleu.metrics import BLEU
 
         tokenizer = BLEU(tokenize=kind).tokenizer
         tokenizer("a")  # some load their files only now
-        return lambda text: tokenizer(text).split()
+        return lambda text: tokenizer(text.rstrip()).split()
     except (ImportError, RuntimeError, OSError) as error:
         raise UserError(
             f"model.bleu_tokenize: {kind} needs what is not here ({' '.join(str(error).split())[:120]}). "

@@ -44,7 +44,7 @@ def _f_score(hits: int, output: int, reference: int) -> float:
 
 
 def _overlap(output: Sequence[str], reference: Sequence[str], length: int) -> tuple[int, int, int]:
-    """Return the n-grams that both have, and those of either."""
+    """Return how many n-grams both have, the output and the reference."""
     own, there = (
         Counter(tuple(words[start : start + length]) for start in range(len(words) - length + 1))
         for words in (output, reference)
@@ -53,23 +53,23 @@ def _overlap(output: Sequence[str], reference: Sequence[str], length: int) -> tu
 
 
 def _common(reference: Sequence[str], output: Sequence[str]) -> list[int]:
-    """Return the places in the reference of a longest common subsequence, ascending."""
+    """Return the indices in the reference of a longest common subsequence, ascending."""
     table = [[0] * (len(output) + 1)]  # lengths for the first words of both
     for word in reference:
         above, row = table[-1], [0]
-        for place, other in enumerate(output):
-            row.append(above[place] + 1 if word == other else max(row[place], above[place + 1]))
+        for index, other in enumerate(output):
+            row.append(above[index] + 1 if word == other else max(row[index], above[index + 1]))
         table.append(row)
-    places, i, j = [], len(reference), len(output)
+    indices, i, j = [], len(reference), len(output)
     while i and j:
         if reference[i - 1] == output[j - 1]:
             i, j = i - 1, j - 1
-            places.append(i)
+            indices.append(i)
         elif table[i][j - 1] > table[i - 1][j]:
             j -= 1
         else:
             i -= 1
-    return places[::-1]
+    return indices[::-1]
 
 
 def _summary_hits(output: Sequence[Sequence[str]], reference: Sequence[Sequence[str]]) -> int:
@@ -79,8 +79,8 @@ def _summary_hits(output: Sequence[Sequence[str]], reference: Sequence[Sequence[
     """
     own, there = (Counter(word for sentence in sentences for word in sentence) for sentences in (output, reference))
     union = Counter(
-        sentence[place]
+        sentence[index]
         for sentence in reference
-        for place in {place for other in output for place in _common(sentence, other)}
+        for index in {index for other in output for index in _common(sentence, other)}
     )
     return (union & own & there).total()

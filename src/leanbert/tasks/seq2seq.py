@@ -155,26 +155,20 @@ class Seq2Seq(Task[PairBatch]):
         self.outputs = OutputMetrics(self.quality, self.bleu_tokenize, self.rouge_tokenize)
         self._shown: list[tuple[str, str, str]] = []
 
-    def forward(self, batch: PairBatch) -> Tensor:
-        """Return logits [B, T, V] of the next tokens."""
-        return self.model(batch.inputs, batch.decoder_inputs)
-
     def count_targets(self, batch: PairBatch) -> Tensor:
         """Return the number of target tokens, shape []."""
         return (batch.targets != IGNORED).sum()
 
     def loss_sum(self, batch: PairBatch) -> Tensor:
         """Return the smoothed cross entropy in nats summed over target tokens, shape []."""
-        return self._loss_sum(batch, self.label_smoothing)
-
-    def _loss_sum(self, batch: PairBatch, smoothing: float) -> Tensor:
-        return self.model.loss_sum(batch.inputs, batch.decoder_inputs, batch.targets, smoothing)
+        return self.model.loss_sum(batch.inputs, batch.decoder_inputs, batch.targets, self.label_smoothing)
 
     # ---- evaluation
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Add a batch to the loss, which is not smoothed here."""
-        self.sums.add(loss=self._loss_sum(batch, 0.0), targets=self.count_targets(batch))
+        loss = self.model.loss_sum(batch.inputs, batch.decoder_inputs, batch.targets)
+        self.sums.add(loss=loss, targets=self.count_targets(batch))
 
     test_step = validation_step
 

@@ -10,8 +10,10 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
+from torch.optim import Optimizer
 
 from leanbert.data.batches.batch import Batch
 from leanbert.data.module import RowData
@@ -54,7 +56,7 @@ class StepState:
 
 
 class SteppedModule(LightningModule, Generic[B]):
-    """A LightningModule whose optimizer steps are those of `leanbert.memory.step`."""
+    """A LightningModule that is trained by the steps of `leanbert.memory.step`; `B` is what its batches are."""
 
     model: EncoderModel
     techniques: Techniques
@@ -116,14 +118,14 @@ class SteppedModule(LightningModule, Generic[B]):
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(value.clone(), reduce_op="sum")
 
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         """Do nothing: Lightning calls this between forward and backward, where micro-batches have left gradients."""
 
     def optimizer_step(
         self,
         epoch: int,
         batch_idx: int,
-        optimizer: Any,
+        optimizer: Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         """Update, then free the gradients: the next forward pass has no use for them.

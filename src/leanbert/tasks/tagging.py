@@ -79,7 +79,7 @@ class TokenClassification(Labelling[Sentences]):
         return tag_sentences(self.model, self.decoder, batch)
 
     def samples(self, batch: LabelledBatch) -> dict[str, str]:
-        """Return a table of sentences with their spans in brackets, the true ones and those of the model."""
+        """Return a table of sentences with their spans in brackets, the true ones and the ones that the model finds."""
         guesses = self.predictions(self(batch), batch).cpu()
         names = self._data.names("val")
         rows = []
@@ -104,7 +104,7 @@ class TokenClassification(Labelling[Sentences]):
 class SemanticRoleLabelling(TokenClassification):
     """Find the arguments of a predicate (Shi and Lin 2019, arXiv 1904.05255) and, in unmarked sentences, predicates.
 
-    F1 is that of the CoNLL-2005 evaluation: strict, pieces of an argument joined, the predicate itself not counted.
+    F1 is counted as by CoNLL-2005: strict, pieces of an argument joined, the predicate itself left out.
     """
 
     name: ClassVar[str] = "srl"
@@ -129,7 +129,7 @@ class SemanticRoleLabelling(TokenClassification):
 
 
 def by_name(scores: SpanScores) -> dict[str, float]:
-    """Return the scores by name, those of roles as `f1_role/NAME`."""
+    """Return the scores by name; a role has `f1_role/NAME`."""
     roles = {f"f1_role/{role}": score.f1 for role, score in scores.roles.items()}
     return {**overall(scores), **roles}
 
@@ -143,7 +143,7 @@ def overall(scores: SpanScores) -> dict[str, float]:
 def sentences_of(
     guesses: Tensor, truths: Tensor, documents: Tensor, cut: Sequence[Sequence[list[int]]] = ()
 ) -> Iterator[tuple[list[int], list[int], list[int]]]:
-    """Yield (predicted tags, true tags, those of words that were cut) of each document of packed rows.
+    """Yield (predicted tags, true tags, tags of words that were cut) of each document of packed rows.
 
     The tensors are int64 [B, M]; `cut` has the last by row and document, or is empty.
     """

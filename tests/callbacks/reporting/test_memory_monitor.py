@@ -1,5 +1,7 @@
 """Small runs in this process: what the monitor logs, writes and prints, and that it changes nothing."""
 
+import gc
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -55,6 +57,7 @@ def fit(folder, *callbacks, steps=5, fails_at=None):
 def run(tmp_path_factory):
     """A run of five steps, sampled at steps 2 and 3, validated after step 4; what it logged."""
     folder = tmp_path_factory.mktemp("run")
+    gc.collect()  # models of other tests, which would go between the two samples
     monitor = MemoryMonitor(sample_every_n_steps=3)
     task, trainer = fit(folder, monitor)
     events = EventAccumulator(trainer.log_dir, size_guidance={"images": 0, "tensors": 0, "scalars": 0})

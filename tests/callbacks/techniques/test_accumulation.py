@@ -15,7 +15,7 @@ from leanbert.tasks.base import Task
 from leanbert.tasks.step import StepState
 from tests.corpus import write_corpus
 from tests.limit import AllocatorLimit
-from tests.training import TINY, fit, scalars
+from tests.training import PLAIN, TINY, fit, scalars
 
 ROOT = Path(__file__).parents[3]
 
@@ -168,6 +168,7 @@ def test_two_ranks_agree_when_one_runs_out_of_memory(folder, tmp_path):
     """The rank that has enough memory would otherwise wait in the exchange of gradients for ever."""
     script = tmp_path / "train.py"
     script.write_text(TWO_RANKS)
+    (folder / "plain.yaml").write_text(PLAIN)
     recovery = overlay(folder, "    - class_path: OutOfMemoryRecovery\n")
     losses = []
     for program, extra in ((ROOT / "train.py", []), (script, [recovery])):

@@ -33,7 +33,7 @@ def test_multi_word_tokens_and_empty_nodes_are_no_words(tmp_path, capsys):
     path = tmp_path / "a.conllu"
     path.write_text("1-2\tdon't\tO\n1\tdo\tO\n2\tnot\tO\n2.1\tempty\tO\n3\tgo\tO\n")
     assert [rows for _, rows in read_columns([str(path)], [1])] == [[("do",), ("not",), ("go",)]]
-    assert f"{path}: 2 multi-word tokens and empty nodes" in capsys.readouterr().err
+    assert f"{path}: 2 multi-word tokens and empty nodes left out" in capsys.readouterr().err
     other = path.rename(tmp_path / "a.conll")
     assert [len(rows) for _, rows in read_columns([str(other)], [1])] == [5]
 

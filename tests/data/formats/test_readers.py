@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
 import io
+import lzma
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,9 @@ FOREIGN = {
     "utf16 in gzip": ("x.csv.gz", "a,b".encode("utf-16"), "x.csv.gz: is UTF-16, not UTF-8. Convert"),
     "utf16 without mark": ("x.csv", "a\n".encode("utf-16-le"), "x.csv:1: holds a NUL byte, which no text does but UTF"),
     "gzip": ("x.jsonl", gzip.compress(b"{}"), "x.jsonl: is compressed with gzip. Give it a name that ends in .gz"),
+    "bzip2": ("x.txt", bz2.compress(b"a"), "x.txt: is compressed with bzip2. Unpack it"),
+    "xz": ("x.txt", lzma.compress(b"a"), "x.txt: is compressed with xz. Unpack it"),
+    "zstd": ("x.txt", b"\x28\xb5\x2f\xfd and so on", "x.txt: is compressed with zstd. Unpack it"),
     "workbook": ("x.csv", b"PK\x03\x04 and so on", "x.csv: is a zip archive or a workbook, not text. Unpack it"),
     "parquet": ("x.jsonl", b"PAR1 and so on", "x.jsonl: is in parquet format. Give it a name that ends in .parquet"),
     "nul": ("x.jsonl", b'{"a": "b"}\n{"a": "\0"}\n', "x.jsonl:2: holds a NUL byte, which no text does but UTF-16."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
@@ -49,7 +50,8 @@ class StopBetweenSteps(Callback):
         if trainer.world_size > 1:
             if trainer.global_step % ASK_RANKS_EVERY:
                 return
-            received = max(_gather(trainer, pl_module, received))
+            ranks = trainer.strategy.all_gather(torch.tensor(received, device=pl_module.device))
+            received = int(ranks.max())
         if received:
             for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, RunCheckpoint):
@@ -68,10 +70,3 @@ class StopBetweenSteps(Callback):
         signals.defer_to(None)
         self._restore()
         self._restore = signals.nothing
-
-
-def _gather(trainer: Trainer, module: LightningModule, value: int) -> list[int]:
-    import torch
-
-    gathered = trainer.strategy.all_gather(torch.tensor(value, device=module.device))
-    return [int(item) for item in gathered.flatten()]

@@ -66,7 +66,9 @@ def hparams_start(settings: Mapping[str, str | float]) -> list[Any]:
 
     `SummaryWriter.add_hparams` writes them into a run below the run, and an end at once.
     """
-    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2  # only here: it takes a while
+    from tensorboard.compat.proto.summary_pb2 import Summary  # only here: it takes a while
+    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+    from torch.utils.tensorboard.summary import hparams
 
     columns = api_pb2.Experiment(
         hparam_infos=[
@@ -79,29 +81,15 @@ def hparams_start(settings: Mapping[str, str | float]) -> list[Any]:
         ],
         metric_infos=[api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in RESULTS_SHOWN],
     )
-    start = plugin_data_pb2.SessionStartInfo()
-    for name, value in settings.items():
-        setattr(start.hparams[name], "string_value" if isinstance(value, str) else "number_value", value)
-    return [
-        _hparams_summary(metadata.EXPERIMENT_TAG, experiment=columns),
-        _hparams_summary(metadata.SESSION_START_INFO_TAG, session_start_info=start),
-    ]
+    data = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(experiment=columns))
+    return [Summary(value=[Summary.Value(tag=metadata.EXPERIMENT_TAG, metadata=data)]), hparams(dict(settings), {})[1]]
 
 
 def hparams_end() -> Any:
     """Return the summary that closes the row of a run that has finished."""
-    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+    from torch.utils.tensorboard.summary import hparams
 
-    end = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS)
-    return _hparams_summary(metadata.SESSION_END_INFO_TAG, session_end_info=end)
-
-
-def _hparams_summary(tag: str, **content: Any) -> Any:
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
-
-    data = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(**content))
-    return Summary(value=[Summary.Value(tag=tag, metadata=data)])
+    return hparams({}, {})[2]
 
 
 def page_layout(metrics: Iterable[str], device_type: str) -> dict[str, dict[str, list[Any]]]:

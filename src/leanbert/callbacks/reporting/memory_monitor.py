@@ -19,6 +19,7 @@ from leanbert.measure.counters import cuda_allocator, device_bytes, restart_peak
 from leanbert.measure.figures import breakdown_figure, pixels, timeline_figure
 from leanbert.measure.oom_report import Makers, find_live, makers_by_size, oom_report
 from leanbert.measure.timeline import CATEGORIES, PHASES, Timeline, layer_table
+from leanbert.measure.torch_compat import compiled, keep_cuda_history, write_cuda_history
 from leanbert.measure.trace import LiveBytes, live_tensors
 from leanbert.memory.recovery import is_out_of_memory
 from leanbert.messages import say, say_once
@@ -90,7 +91,7 @@ class MemoryMonitor(Callback):
         if self.cuda_snapshot and stage == "fit":
             if trainer.strategy.root_device.type != "cuda":
                 raise UserError("MemoryMonitor.cuda_snapshot: needs a CUDA device. Set it to false.")
-            torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_EVENTS)
+            keep_cuda_history(SNAPSHOT_EVENTS)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the run's folder, which cannot be asked for after an exception; choose how to time steps."""
@@ -169,7 +170,7 @@ class MemoryMonitor(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop recording the CUDA history."""
         if self.cuda_snapshot and stage == "fit":
-            torch.cuda.memory._record_memory_history(enabled=None)
+            keep_cuda_history(None)
 
     # ---- samples
 
@@ -247,7 +248,7 @@ class MemoryMonitor(Callback):
             rank = f"_rank{trainer.global_rank}" if trainer.global_rank else ""
             (self._folder / f"oom{rank}.txt").write_text(text + "\n", encoding="utf-8")
             if self.cuda_snapshot:
-                torch.cuda.memory._dump_snapshot(str(self._folder / f"oom_snapshot{rank}.pickle"))
+                write_cuda_history(str(self._folder / f"oom_snapshot{rank}.pickle"))
 
 
 def terminal_table(peaks: Mapping[str, Mapping[str, int]]) -> list[str]:
@@ -266,5 +267,5 @@ def _model(module: Any) -> nn.Module:
 
 
 def _say_if_compiled(module: nn.Module) -> None:
-    if any(getattr(part, "_compiled_call_impl", None) is not None for part in module.modules()):
+    if any(compiled(part) for part in module.modules()):
         say_once("Memory       in sampled steps compiled blocks run uncompiled, and may need more than compiled ones")

@@ -64,7 +64,7 @@ class StartReport(Callback):
 
 
 def start_report(trainer: Trainer, task: Task, seconds_per_token: float | None) -> list[str]:
-    """Return the lines of the report; `seconds_per_token` is that of a forward pass, None: not measured."""
+    """Return the lines of the report; `seconds_per_token` of a forward pass is None where it was not measured."""
     data = data_of(trainer)
     config, rows, length = task.model.config, data.hparams["batch_size"], data.hparams["max_length"]
     steps = int(trainer.estimated_stepping_batches) - trainer.global_step
@@ -131,7 +131,7 @@ class RunSummary(Callback):
         checkpoint["metrics"] = tagged(trainer.callback_metrics)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take over the metrics, but those of the end."""
+        """Take over the metrics, but not what is measured at the end."""
         kept = checkpoint.get("metrics", {})
         self._metrics = {tag: value for tag, value in kept.items() if not tag.startswith("average/")}
 

@@ -28,11 +28,8 @@ class StepMonitor(Callback):
     def __init__(self) -> None:
         self.tokens = 0  # of all steps, resumed ones included
         self.seconds = 0.0
-        self._timed_tokens = 0
-        self._timed_seconds = 0.0
         self._steps = 0
-        self._window_tokens = 0
-        self._window_seconds = 0.0
+        self._warm = self._logged = (0, 0.0)  # the totals after the warm-up, and at the last value
         self._started: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -41,12 +38,13 @@ class StepMonitor(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the totals of the run."""
-        self.tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
+        self.tokens, self.seconds = self._warm = self._logged = state_dict["tokens"], state_dict["seconds"]
 
     @property
     def tokens_per_second(self) -> float | None:
         """Tokens per second over all devices, the first steps excluded; None: too short to tell."""
-        return self._timed_tokens / self._timed_seconds if self._timed_seconds else None
+        seconds = self.seconds - self._warm[1]
+        return (self.tokens - self._warm[0]) / seconds if seconds else None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock: waiting for the loader counts."""
@@ -82,15 +80,12 @@ class StepMonitor(Callback):
         self._steps += 1
         self.tokens += tokens
         self.seconds += seconds
-        self._window_tokens += tokens
-        self._window_seconds += seconds
-        if self._steps > self.warmup_steps:
-            self._timed_tokens += tokens
-            self._timed_seconds += seconds
+        if self._steps <= self.warmup_steps:
+            self._warm = self.tokens, self.seconds
 
     def _log(self, trainer: Trainer, device: torch.device, outputs: Any) -> None:
-        speed = self._window_tokens / max(self._window_seconds, 1e-9)
-        self._window_tokens, self._window_seconds = 0, 0.0
+        speed = (self.tokens - self._logged[0]) / max(self.seconds - self._logged[1], 1e-9)
+        self._logged = self.tokens, self.seconds
         loss = float(outputs["step_loss"])
         memory = {"rss": rss_bytes(), **device_bytes(device)}
         values = {

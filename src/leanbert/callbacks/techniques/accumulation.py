@@ -16,7 +16,7 @@ from leanbert.tasks.techniques import Techniques
 
 
 class GradientAccumulation(TechniqueCallback):
-    """Cut the batch of each step into micro-batches; training is the same (exact), memory that of a micro-batch.
+    """Cut the batch of each step into micro-batches; training is the same (exact), with the memory of a micro-batch.
 
     Args:
         micro_batch: Sequences of one forward pass on each device; or `{0: 4, 1000: 16}`, from a step or epoch on.

@@ -24,7 +24,7 @@ DOCSTART = "-DOCSTART-"
 """Begins a document of CoNLL-2003, in a line like that of a word."""
 
 _BRACKETS = re.compile(r"(?:\(([^()*]+))?\*(\))?")
-_DOCUMENT = re.compile(rf"#(begin|end) document\b|{DOCSTART}([ \t]|$)")
+_DOCUMENT = re.compile(rf"#(begin|end) document\b|###MEDLINE:|{DOCSTART}([ \t]|$)")
 _TAG = re.compile(r"O|[BIESLU]-\S+")
 _NO_WORD = re.compile(r"[0-9]+[-.][0-9]+\t")
 _COMMENT = re.compile(r"# +(new(doc|par)\b|id +[^ ]|[\w.:-]+ *=( |$)|https?://)|#\thttps?://")
@@ -36,9 +36,7 @@ def is_columns(name: str, endings: tuple[str, ...] = COLUMNS) -> bool:
 
 
 def looks_tagged(name: str) -> bool:
-    """Whether a .txt file has a word and its tag in each line, as training reads it; where it has, that is said."""
-    if not is_columns(name, (".txt",)):
-        return False
+    """Whether a file has a word and its tag in each line."""
     width = 0
     for _, line in lines_of(name):
         if line.isspace() or _DOCUMENT.match(line):
@@ -47,18 +45,16 @@ def looks_tagged(name: str) -> bool:
         width = width or len(cells)
         if len(cells) < 2 or len(cells) != width or _TAG.fullmatch(cells[-1]) is None:
             return False
-    if width:
-        say_once(f"{name}: each line ends in a tag, and is read as a word. Sentences with such ends go into a .jsonl")
     return width > 0
 
 
 def read_sentences(files: Sequence[str]) -> Iterator[tuple[str, list[list[str]]]]:
     """Yield ("file:line" of its first word, columns by word) of each sentence.
 
-    `#begin document`, `#end document` and `-DOCSTART-` stand between sentences, comments (`# key = value`) at their
-    beginning; other lines that begin with # are words. CoNLL-U's multi-word tokens (1-2) and empty nodes (2.1) are left
-    out and counted. Raises UserError: a line has more or fewer columns than the
-    sentence. Names file and line.
+    `#begin document`, `#end document`, `-DOCSTART-` and `###MEDLINE:` stand between sentences, comments
+    (`# key = value`) at their beginning; other lines that begin with # are words. CoNLL-U's multi-word tokens (1-2) and
+    empty nodes (2.1) are left out and counted. Raises UserError: a line has more or fewer columns than the sentence.
+    Names file and line.
     """
     for name in files:
         lines: list[Line] = []
@@ -73,7 +69,7 @@ def read_sentences(files: Sequence[str]) -> Iterator[tuple[str, list[list[str]]]
                 lines.append((number, line.removesuffix("\n")))
         yield from _sentence(name, lines)
         if without:
-            say_once(f"{name}: {without:,} multi-word tokens and empty nodes, of which the words stand beside, left out")
+            say_once(f"{name}: {without:,} multi-word tokens and empty nodes left out: their words stand beside")
 
 
 def _sentence(name: str, lines: list[Line]) -> Iterator[tuple[str, list[list[str]]]]:

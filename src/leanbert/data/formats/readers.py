@@ -28,6 +28,9 @@ FOREIGN = {
     codecs.BOM_UTF16_LE: "UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8",
     codecs.BOM_UTF16_BE: "UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8",
     b"\x1f\x8b": "compressed with gzip. Give it a name that ends in .gz",
+    **{b"BZh%d1AY&SY" % level: "compressed with bzip2. Unpack it, or use gzip" for level in range(1, 10)},
+    b"\xfd7zXZ\0": "compressed with xz. Unpack it, or use gzip",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd. Unpack it, or use gzip",
     b"PK\x03\x04": "a zip archive or a workbook, not text. Unpack it, or save it as .csv",
     b"PAR1": "in parquet format. Give it a name that ends in .parquet",
 }

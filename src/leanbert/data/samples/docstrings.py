@@ -13,6 +13,7 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def embedded_corpus(cache_dir: Path) -> Path:
     return folder / FILE
 
 
+@cache
 def installed_libraries() -> dict[str, metadata.Distribution]:
     """Return the distributions that leanbert requires, directly or not, without extras, by normalised name."""
     found: dict[str, metadata.Distribution] = {}

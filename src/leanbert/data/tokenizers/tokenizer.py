@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -93,7 +94,7 @@ class TextTokenizer:
             path = path / name
         if not os.path.isdir(path) and not os.path.isfile(path):
             raise UserError(f"data.{name}: {path} does not exist. Give a tokenizer.json or vocab.txt")
-        if path.suffix == ".ckpt" and path.is_file():
+        if os.path.isfile(path) and (path.suffix == ".ckpt" or zipfile.is_zipfile(path)):
             return cls.from_json(_checkpoint_json(path, name), source=str(path))
         tokenizer, named = read_files(path, name)
         return cls(tokenizer, str(path), named)

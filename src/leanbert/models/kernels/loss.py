@@ -48,7 +48,7 @@ def cross_entropy_sum(
     Targets of -100 do not count. Equals `F.cross_entropy(logits.float(), ..., reduction="sum")`, but float32
     values and probabilities exist for a few rows at a time only, in the forward and again in the backward.
     With `smoothing` this fraction of each target is spread over the first `vocab_size` labels (None: all): Szegedy et
-    al. 2016, arXiv 1512.00567. With a `mixture` the probability of a target is that of both parts together.
+    al. 2016, arXiv 1512.00567. With a `mixture` a target has the probability of both parts together.
     """
     size = logits.shape[-1] if vocab_size is None else vocab_size
     flat = targets.flatten()
@@ -110,7 +110,7 @@ def linear_cross_entropy_sum(
     The first `vocab_size` of the R rows count. Logits [chunk, R] exist for `chunk` targets at a time only. Equals
     `cross_entropy_sum` of the logits (with its `smoothing` and `mixture`): the gradients are made chunk by chunk in the
     forward pass, while the logits are there, so nothing is computed twice (as in Liger Kernel, Hsu et al. 2024, arXiv
-    2410.10989); those of weight and bias are summed in at least float32. Can be back-propagated once. Exact.
+    2410.10989); the gradients of weight and bias are summed in at least float32. Can be back-propagated once. Exact.
     """
     inputs = (hidden, weight, bias, *(mixture or (None, None)))
     if not torch.is_grad_enabled():  # which the function itself is not told

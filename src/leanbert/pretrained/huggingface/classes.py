@@ -89,7 +89,7 @@ IGNORED_BESIDE_DECODER = (
 class Layout(NamedTuple):
     """What a folder holds: a model with `config` and `metadata`, its weights by `names`.
 
-    Weights that begin with `ignored` and have no name play no part. `prefix` is that of the encoder's weights. `tied`:
+    Weights that begin with `ignored` and have no name play no part. `prefix` begins the encoder's weights. `tied`:
     whether the output matrix is the token embedding where no weights say otherwise; `guessed`: whether config.json
     does not name what it is.
     """

@@ -11,6 +11,7 @@ from leanbert.ranges import POSITIVE, Range
 
 WINDOW = Range(least=2, most=2**24, whole=True)
 GATES = {"gelu": "geglu", "silu": "swiglu"}
+BIASES = ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias")
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
 
 # Settings of transformers' classes by our names, with the values that they take where config.json is silent.
@@ -43,12 +44,7 @@ LOCAL_ATTENTION = 128
 
 def read_bert(settings: dict[str, Any], path: Path) -> ResolvedConfig:
     """Read `BertConfig`; raises `UserError` for what our encoder cannot do."""
-    for name, ours, default in (
-        ("hidden_act", "gelu", "gelu"),
-        ("position_embedding_type", "absolute", "absolute"),
-        ("is_decoder", False, False),
-    ):
-        _require(settings, name, ours, default, path)
+    _require(settings, path, hidden_act="gelu", position_embedding_type="absolute", is_decoder=False)
     return _resolve(_sizes(settings, BERT_FIELDS, path) | {"preset": "bert"}, path)
 
 
@@ -61,15 +57,13 @@ def bert_settings(config: ResolvedConfig) -> dict[str, Any]:
 def read_modernbert(settings: dict[str, Any], path: Path) -> ResolvedConfig:
     """Read `ModernBertConfig`, old and new style; raises `UserError` for what our encoder cannot do."""
     bias = settings.get("norm_bias", False)
-    for name in ("attention_bias", "mlp_bias", "classifier_bias"):
-        _require(settings, name, bias, False, path)
-    _require(settings, "decoder_bias", True, True, path)
-    _require(settings, "classifier_activation", "gelu", "gelu", path)
+    _require(dict.fromkeys(BIASES, False) | settings, path, **dict.fromkeys(BIASES, bias))
+    _require(settings, path, decoder_bias=True, classifier_activation="gelu")
     gate = settings.get("hidden_activation", "gelu")
     if gate not in list(GATES):
         raise UserError(f"{path}: hidden_activation {gate!r} is not supported. Only {' and '.join(GATES)} are")
     sizes = _sizes(settings, MODERNBERT_FIELDS, path)
-    local_every = _global_every(_layer_types(settings, sizes["num_layers"], path), path)
+    local_every = _global_every(settings, sizes["num_layers"], path)
     window = settings.get("local_attention", LOCAL_ATTENTION)
     if local_every and window not in WINDOW:
         raise UserError(f"{path}: local_attention {window!r} is out of range. Give {WINDOW}.")
@@ -90,12 +84,11 @@ def read_modernbert(settings: dict[str, Any], path: Path) -> ResolvedConfig:
 
 def modernbert_settings(config: ResolvedConfig) -> dict[str, Any]:
     """`config.json` of `ModernBertForMaskedLM`, without special token ids."""
-    biases = ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias")
     theta = {GLOBAL: config.rotary_theta, LOCAL: config.local_rotary_theta}
     return {
         "model_type": "modernbert",
         **{theirs: getattr(config, ours) for ours, (theirs, _) in MODERNBERT_FIELDS.items()},
-        **dict.fromkeys(biases, config.bias),
+        **dict.fromkeys(BIASES, config.bias),
         "embedding_dropout": config.dropout,
         "hidden_activation": next(name for name, ours in GATES.items() if ours == config.activation),
         "classifier_activation": "gelu",
@@ -123,27 +116,25 @@ def _sizes(settings: dict[str, Any], fields: dict[str, tuple[str, float]], path:
     return values
 
 
-def _require(settings: dict[str, Any], name: str, ours: Any, default: Any, path: Path) -> None:
-    if (value := settings.get(name, default)) != ours:
-        raise UserError(f"{path}: {name} {value!r} is not supported. Only {ours!r} is")
+def _require(settings: dict[str, Any], path: Path, **ours: object) -> None:
+    for name, only in ours.items():
+        if (value := settings.get(name, only)) != only:
+            raise UserError(f"{path}: {name} {value!r} is not supported. Only {only!r} is")
 
 
-def _layer_types(settings: dict[str, Any], layers: int, path: Path) -> list[str]:
-    if (kinds := settings.get("layer_types")) is not None:
-        if not isinstance(kinds, list) or len(kinds) != layers:
-            raise UserError(f"{path}: layer_types is no list of {layers} kinds, one for each of num_hidden_layers")
-        return kinds
-    if (every := settings.get("global_attn_every_n_layers", 3)) not in RANGES["global_every"]:
-        raise UserError(f"{path}: global_attn_every_n_layers {every!r} is out of range. Give {RANGES['global_every']}.")
-    return [LOCAL if layer % every else GLOBAL for layer in range(layers)]
-
-
-def _global_every(kinds: list[str], path: Path) -> int | None:
+def _global_every(settings: dict[str, Any], layers: int, path: Path) -> int | None:
     """Smallest n with global attention in layers 0, n, 2n, ... and local in others; None: all are global."""
+    if (kinds := settings.get("layer_types")) is None:
+        if (every := settings.get("global_attn_every_n_layers", 3)) not in RANGES["global_every"]:
+            allowed = RANGES["global_every"]
+            raise UserError(f"{path}: global_attn_every_n_layers {every!r} is out of range. Give {allowed}.")
+        return every if every > 1 and layers > 1 else None
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        raise UserError(f"{path}: layer_types is no list of {layers} kinds, one for each of num_hidden_layers")
     if all(kind == GLOBAL for kind in kinds):
         return None
-    for every in range(2, len(kinds) + 1):
-        if kinds == [LOCAL if layer % every else GLOBAL for layer in range(len(kinds))]:
+    for every in range(2, layers + 1):
+        if kinds == [LOCAL if layer % every else GLOBAL for layer in range(layers)]:
             return every
     raise UserError(f"{path}: layer_types have no regular pattern. Global layers must be 0, n, 2n, ...")
 

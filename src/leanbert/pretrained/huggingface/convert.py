@@ -163,33 +163,6 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _translate(theirs: StateDict, names: Names, layout: Layout, folder: Path) -> StateDict:
-    _check_keys(theirs, names, folder)
-    shapes = _expected_shapes(layout)
-    state: StateDict = {}
-    for ours, parts in names.items():
-        tensor = _stacked([theirs[part] for part in parts], " + ".join(parts), folder)
-        found = list(tensor.shape)
-        if found != shapes.get(ours):
-            raise UserError(
-                f"{folder}: {' + '.join(parts)} has shape {found}, config.json asks for {shapes.get(ours)}. "
-                "Take both files from one model"
-            )
-        if not bool(tensor.isfinite().all()):
-            raise UserError(f"{folder}: {' + '.join(parts)} holds numbers that are not finite. Copy the file again")
-        state[ours] = _pad(ours, tensor.float())
-    return state
-
-
-def _stacked(tensors: list[Tensor], names: str, folder: Path) -> Tensor:
-    if len(tensors) == 1:
-        return tensors[0]
-    if any(tensor.shape != tensors[0].shape or tensor.dim() == 0 for tensor in tensors):
-        shapes = " and ".join(str(list(tensor.shape)) for tensor in tensors)
-        raise UserError(f"{folder}: {names} have shapes {shapes}, which do not fit. Copy the file again")
-    return torch.cat([tensor.float() for tensor in tensors])
-
-
-def _check_keys(theirs: StateDict, names: Names, folder: Path) -> None:
     wanted = {part for parts in names.values() for part in parts}
     for problem, keys in (("lack", wanted - theirs.keys()), ("have unexpected", theirs.keys() - wanted)):
         if keys:
@@ -197,16 +170,25 @@ def _check_keys(theirs: StateDict, names: Names, folder: Path) -> None:
                 f"{folder}: the weights {problem} {min(keys)} ({len(keys)} in all). "
                 "Take config.json and weights from one model"
             )
-
-
-def _expected_shapes(layout: Layout) -> dict[str, list[int]]:
     with torch.device("meta"):
         model = make_model(layout.config, layout.metadata)
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, tokens in _tokens(model).items():
-        if name in shapes:
-            shapes[name][0] = tokens
-    return shapes
+    tokens, shapes = _tokens(model), {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    state: StateDict = {}
+    for ours, parts in names.items():
+        rows, *width = shapes.get(ours, [0])
+        expected = [tokens.get(ours, rows) // len(parts), *width]
+        for part in parts:
+            if (found := list(theirs[part].shape)) != expected:
+                raise UserError(
+                    f"{folder}: {part} has shape {found}, config.json asks for {expected}. "
+                    "Take both files from one model"
+                )
+            if not bool(theirs[part].isfinite().all()):
+                raise UserError(f"{folder}: {part} holds numbers that are not finite. Copy the file again")
+        tensors = [theirs[part].float() for part in parts]
+        whole = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        state[ours] = _pad(whole) if ours in tokens else whole
+    return state
 
 
 def _tokens(model: EncoderModel) -> dict[str, int]:
@@ -217,9 +199,7 @@ def _tokens(model: EncoderModel) -> dict[str, int]:
     return dict(zip(OF_VOCABULARY, (sources, targets, targets), strict=True))
 
 
-def _pad(ours: str, tensor: Tensor) -> Tensor:
-    if ours not in OF_VOCABULARY:
-        return tensor
+def _pad(tensor: Tensor) -> Tensor:
     missing = padded_rows(len(tensor)) - len(tensor)
     return F.pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, missing))
 

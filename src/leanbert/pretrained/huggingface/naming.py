@@ -21,7 +21,7 @@ HEAD_BIAS = "head.bias"
 OF_VOCABULARY = (TOKEN_EMBEDDING, TARGET_EMBEDDING, HEAD_BIAS)
 """Weights with a row for each token, which are padded here and not there."""
 DECODER_TOKENS = "decoder.bert.embeddings.word_embeddings.weight"
-"""In an `EncoderDecoderModel` the token embedding once more, or that of targets."""
+"""In an `EncoderDecoderModel` the token embedding once more, or the targets' own."""
 SCORES = {"head.scores": ("classifier",)}
 
 
@@ -84,7 +84,7 @@ def modernbert_names(config: ResolvedConfig, kind: Kind) -> Names:
 
 
 def _bert_trunk(ours: str, theirs: str, layers: int) -> Names:
-    """Table of embeddings, but for those of tokens, and blocks without cross-attention."""
+    """Table of embeddings, but for the tokens', and blocks without cross-attention."""
     names: Names = {
         f"{ours}.embeddings.segment.weight": (f"{theirs}.embeddings.token_type_embeddings.weight",),
         f"{ours}.embeddings.position.weight": (f"{theirs}.embeddings.position_embeddings.weight",),

@@ -93,7 +93,7 @@ def decoder_settings(
 ) -> dict[str, Any]:  # fmt: skip
     """Return the settings of an `EncoderDecoderModel`.
 
-    `ids` are those of special tokens of targets, whose vocabulary has `vocab_size` tokens, `source_ids` of sources.
+    `ids` are the special tokens of targets, whose vocabulary has `vocab_size` tokens, `source_ids` of sources.
     """
     own = replace(config, num_layers=layers, vocab_size=vocab_size)
     decoder = {**ids, **bert_settings(own), "architectures": ["BertLMHeadModel"]}

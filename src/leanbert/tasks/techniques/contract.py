@@ -18,7 +18,7 @@ class Techniques:
     """What the callbacks of a run ask for; the defaults are plain training."""
 
     structured: tuple[float, float] | None = None
-    """Shares of attention heads and of feed-forward neurons that are removed from the new model."""
+    """Fractions of attention heads and of feed-forward neurons that are removed from the new model."""
     removal_step: int = 0
     """Optimizer steps after which they are removed from the model in training; 0: they are not."""
     masks: bool = False
@@ -40,7 +40,7 @@ class Techniques:
     recovery: bool = False
     """Replay a step with smaller micro-batches when memory runs out."""
     precision: str | None = None
-    """16-bit precision, from some step on; None: that of the trainer."""
+    """16-bit precision, from some step on; None: the trainer's."""
     returns_pages: bool = False
     """Freed memory goes back to the system at once."""
     own: list[Technique] = field(default_factory=list)
@@ -67,7 +67,7 @@ class Technique:
     name: str
     """What it is called; LeanBERT's have an overlay `configs/memory/NAME.yaml`."""
     exact: bool
-    """Gradients are those of plain training."""
+    """Gradients are the same as in plain training."""
     lowers: str
     """Which bytes it lowers, and to what."""
     costs: str

@@ -1,0 +1,95 @@
+"""All names of torch that its documentation does not promise: what another version of torch breaks, breaks here.
+
+LeanBERT runs with torch 2.11 to 2.13, which have them all; the number behind a name is the version that brought it. Of
+other modules only attributes of operators and tensors (`_schema`, `_opname`, `_is_view`, `_version`) are private.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload  # 1.11: one operation, as a dispatch mode is given it
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily  # 1.13, 2.1: dry runs
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass  # 1.13, 2.1: traces
+from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+__all__ = [
+    "FakeTensor", "FakeTensorMode", "OpOverload", "TorchDispatchMode", "compiled", "cpu_computes_bf16", "fake_store",
+    "in_backward_pass", "keep_cuda_history", "runs_first", "tensors_in", "unset_fake_temporarily", "unwrapped",
+    "wraps_tensors", "write_cuda_history",
+]  # fmt: skip
+
+
+def in_backward_pass() -> bool:
+    """Return whether autograd runs this, `_current_graph_task_id` (2.0); it has no public sign of that."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def runs_first(handle: RemovableHandle, parameter: Tensor) -> None:
+    """Let a hook on a parameter's gradient run before the others, `_post_accumulate_grad_hooks` (2.1)."""
+    hooks: dict[int, object] = parameter._post_accumulate_grad_hooks
+    for key in [key for key in hooks if key != handle.id]:
+        hooks[key] = hooks.pop(key)
+
+
+def unwrapped(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield a tensor, or the inner ones of a wrapper, `__tensor_flatten__` (2.1); of a DTensor, not its mesh."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        if isinstance(inner := getattr(tensor, name), Tensor):
+            yield from unwrapped(inner)
+
+
+def wraps_tensors(types: Iterable[type]) -> bool:
+    """Return whether an operation is on wrappers: a mode returns NotImplemented, and is given the inner ones."""
+    return any(hasattr(kind, "__tensor_flatten__") for kind in types)
+
+
+def tensors_in(tree: object) -> Iterator[Tensor]:
+    """Yield the tensors among the arguments or results of an operation; `torch.utils._pytree` is many times slower."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, list | tuple):
+        for inner in tree:
+            yield from tensors_in(inner)
+    elif isinstance(tree, dict):
+        yield from tensors_in(list(tree.values()))
+
+
+def compiled(module: nn.Module) -> bool:
+    """Return whether `Module.compile` was called, or torch.compile made it: `_compiled_call_impl` (2.2)."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def cpu_computes_bf16() -> bool:
+    """Return whether the CPU has bf16 instructions, which torch.cpu knows (2.6) and does not say."""
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+def keep_cuda_history(events: int | None) -> None:
+    """Keep the last allocations and frees on CUDA, `_record_memory_history` (2.1); None: stop."""
+    if events is None:
+        torch.cuda.memory._record_memory_history(enabled=None)
+    else:
+        torch.cuda.memory._record_memory_history(max_entries=events)
+
+
+def write_cuda_history(path: str) -> None:
+    """Write what was kept as a pickle for https://pytorch.org/memory_viz, `_dump_snapshot` (2.1)."""
+    torch.cuda.memory._dump_snapshot(path)
+
+
+def fake_store() -> Store:
+    """Return a store of the process group "fake" (2.1), whose collectives do nothing; to import it registers that."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    store: Store = FakeStore()
+    return store
