@@ -100,7 +100,7 @@ def body(curves: dict[str, Curve], unigram: float) -> str:
         reached = passed(curve, peer_loss) if name != "Trainer" else None
         when = f"step {reached[0]}, {reached[1]:.0f} s, 1/{peer_seconds / reached[1]:.0f}" if reached else ""
         summary.append([name, f"{curve[-1][1]:.2f}", f"{curve[-1][2]:,.0f}", when])
-    header = ["", "final loss", "seconds", f"passes the Trainer's {peer_loss:.2f} at (its share of the Trainer's time)"]
+    header = ["", "final loss", "seconds", f"passes the Trainer's {peer_loss:.2f} at (fraction of the Trainer's time)"]
     return (
         f"{table(header, summary)}\n\n![validation loss against tokens]({FIGURE.name})\n\n"
         f"{table(['step', *curves], rows)}\n\n"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 
+import leanbert
+from leanbert.api import Pretrained
+from leanbert.cli.app import CLI, quiet_libraries
 from tests import launcher
 from tests.cli.program import ROOT, environment
 from tests.corpus import write_corpus
@@ -25,6 +30,9 @@ STEPS_A_COMMAND = 2
 
 def blocks(document, language):
     return re.findall(rf"```{language}\n(.*?)```", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+API = ROOT / "docs" / "api.md"
 
 
 def commands(document):
@@ -56,24 +64,73 @@ def test_the_first_command_is_the_installation_and_the_main_job():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "document",
-    [document for document in DOCUMENTS if commands(document) and document.name != FOLLOWED_ELSEWHERE],
+    [
+        document
+        for document in DOCUMENTS
+        if document.name != FOLLOWED_ELSEWHERE and (commands(document) or blocks(document, "python"))
+    ],
     ids=lambda document: document.name,
 )
 def test_commands_and_snippets_run_in_order(document, folder):
-    lines = commands(document)
-    if any("exports/mlm" in line for line in lines):
+    lines, snippets = commands(document), blocks(document, "python")
+    if "exports/mlm" in "".join([*lines, *snippets]):
         lines = [MAIN_JOB, *([] if any("export " in line for line in lines) else [EXPORT]), *lines]
     for number, line in enumerate(lines):
-        result = subprocess.run(
-            shortened(line, number), shell=True, cwd=folder, env=environment(), capture_output=True, text=True
-        )
-        assert result.returncode == 0, f"{line}\n{result.stderr[-2000:]}"
-    for snippet in blocks(document, "python"):
-        result = subprocess.run(
-            [sys.executable, "-c", snippet], cwd=folder, env=environment(), capture_output=True, text=True
-        )
-        assert result.returncode == 0, f"{snippet}\n{result.stderr[-2000:]}"
-        assert result.stdout
+        run(shortened(line, number), folder, shell=True)
+    assert all("print(" in snippet for snippet in snippets)
+    if snippets:  # one after the other in one process, which imports the libraries once
+        assert run([sys.executable, "-c", "\n".join(snippets)], folder)
+
+
+def run(command, folder, shell=False):
+    """Run a command that succeeds and return what it prints."""
+    result = subprocess.run(
+        command, shell=shell, cwd=folder, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, f"{command}\n{result.stderr[-2000:]}"
+    return result.stdout
+
+
+def test_the_page_on_python_has_the_signatures_of_the_code():
+    page = API.read_text(encoding="utf-8")
+    names = {"leanbert": leanbert, "Pretrained": Pretrained}
+    for line in re.findall(r"^from leanbert.* import .*$", page, flags=re.MULTILINE):
+        exec(line, names)
+    rows = re.findall(r"^\| `([\w.]+)\((.*?)\)` \|", page, flags=re.MULTILINE)
+    assert len(rows) > 15
+    for name, shown in rows:
+        real = signature(eval(name, names))
+        if name != "CLI":  # Lightning's own, of which the page shows what counts
+            assert real == shown or (shown.endswith(", ...") and real.startswith(shown[:-3])), f"{name}({real})"
+    public = {name for name in vars(Pretrained) if not name.startswith("_")}
+    assert {name.split(".")[1] for name, _ in rows if name.startswith("Pretrained.")} == public
+
+
+def signature(function):
+    """Return names and defaults of the parameters, without types."""
+    is_method = inspect.isfunction(function) and "." in function.__qualname__
+    parameters = list(inspect.signature(function).parameters.values())[is_method:]
+    plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
+    return str(inspect.Signature(plain))[1:-1]
+
+
+def commands_above(config):
+    return re.findall(r"^#   (python train\.py .*)$", config.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_commands_above_a_configuration_are_understood(config, capsys):
+    quiet_libraries()
+    for line in commands_above(config):
+        with pytest.raises(SystemExit) as ended:
+            CLI([*shlex.split(line)[2:], "--print_config"])
+        assert ended.value.code == 0
+        assert "class_path" in capsys.readouterr().out
+
+
+def test_each_configuration_begins_with_the_command_that_uses_it():
+    for config in sorted((ROOT / "configs").rglob("*.yaml")):
+        assert any(f"--config {config.relative_to(ROOT)}" in line for line in commands_above(config)), config
 
 
 def test_the_documents_hold_commands():
@@ -84,7 +141,22 @@ def test_the_documents_hold_commands():
 def test_documents_name_files_that_exist():
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
         for config in re.findall(r"configs/[\w/]+\.yaml", text):
             assert (ROOT / config).is_file(), f"{document.name}: {config}"
+        for code in re.findall(r"`([\w./]+/\w+\.py)`", text):
+            assert any((root / code).exists() for root in (ROOT, ROOT / "src" / "leanbert")), f"{document.name}: {code}"
+        for file, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", text):
+            assert anchor in anchors(document.parent / file if file else document), f"{document.name}: {file}#{anchor}"
+
+
+def anchors(document):
+    """Return what a link may name in a document: its headings in lower case, without punctuation, with hyphens."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_benchmarks_begin_with_links_to_all_sections():
+    document = ROOT / "docs" / "benchmarks.md"
+    assert set(re.findall(r"\(#(.*?)\)", document.read_text(encoding="utf-8"))) == anchors(document) - {"benchmarks"}

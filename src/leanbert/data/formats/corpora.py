@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,9 @@ SUFFIXES = (
     *(f"{ending}{packed}" for ending in (".txt", ".conll", ".jsonl", ".csv", ".tsv") for packed in ("", ".gz")),
     ".parquet",
 )
+
+READERS: dict[str, Callable[[str, Report], Iterator[tuple[str, Record]]]] = {}
+"""Formats of a user's own, with records of named fields: what yields ("file:line", record), by the file's ending."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class Corpus:
         for path in paths:
             if not path.is_file():
                 raise UserError(f"{path}: no file, or a link to none. Correct it, or leave it out of {self.setting}")
-            if not path.name.lower().endswith(self.suffixes):
+            if kind_of(path.name) not in READERS and not path.name.lower().endswith(self.suffixes):
                 raise UserError(f"{path}: unknown format. {self.setting} takes {' '.join(self.suffixes)}")
         return paths
 
@@ -116,7 +119,7 @@ def expanded(patterns: Sequence[str], setting: str) -> list[str]:
 
 def has_fields(name: str) -> bool:
     """Return whether a file or data set holds records of named fields, not text."""
-    return _is_dataset(name) or kind_of(name) in FIELDS
+    return _is_dataset(name) or kind_of(name) in FIELDS or kind_of(name) in READERS
 
 
 def records_of(
@@ -126,6 +129,8 @@ def records_of(
     kind = kind_of(name)
     if _is_dataset(name):
         yield from dataset_records(name, wanted, optional)
+    elif kind in READERS:
+        yield from READERS[kind](name, report)
     elif kind == ".parquet":
         yield from parquet_records(Path(name), wanted, optional, report)
     elif kind == ".jsonl":
