@@ -37,11 +37,9 @@ class RowData(LightningDataModule):
         train_files: Files of examples (.jsonl, .csv, .tsv, each also with .gz, and .parquet), globs of them, or
             hf:NAME_OR_FOLDER[:[CONFIGURATION:]SPLIT]. Default: an embedded sample.
         val_files: Validation examples. Default: the embedded sample's, or `val_share` of the training examples.
-        predict_files: What to answer: files as of training, whose answers may be missing, or text, one input a line;
-            - is standard input, which is text.
+        predict_files: What to answer: files as of training, or lines of text; - is standard input, which has lines.
         val_share: Share of the training examples that is held out for validation where `val_files` is not given.
-        tokenizer: tokenizer.json, vocab.txt, a folder with one, or a checkpoint. Default: model.init_from's, or one
-            is trained on the training examples.
+        tokenizer: tokenizer.json, vocab.txt, a folder with one, or a checkpoint. Default: model.init_from's, or trained.
         tokenizer_kind: Kind of tokenizer to train; auto: WordPiece, or byte-level BPE for text without spaces.
         lowercase: Whether a trained tokenizer lowercases.
         strip_accents: Whether a trained tokenizer strips accents. Default: WordPiece does where it lowercases.
