@@ -27,7 +27,7 @@ class Model(torch.nn.Module):
 def test_the_middle_word_of_one_token_is_hidden_where_it_stands_in_the_text():
     words = hide_words(["..!", *CORPUS], tokenizer(), count=2, length=64)
     assert [(word.text, word.text[word.start : word.end]) for word in words] == [(CORPUS[0], "mat"), (CORPUS[1], "The")]
-    assert [word.place for word in words] == [6, 2]
+    assert [word.token for word in words] == [6, 2]
 
 
 def test_of_a_long_text_the_beginning_is_shown_and_only_what_the_model_reads_is_hidden():
