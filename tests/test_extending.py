@@ -101,7 +101,7 @@ def test_a_task(folder, monkeypatch, capsys):
     plan, fit, more, validate, ask, tune = section.commands
     predicted = section.run(plan, texts, "--prepare=true").prediction.peak_bytes
     trained = summary(section.run(fit, texts))
-    assert trained["peak_bytes"] == pytest.approx(predicted, rel=0.02)
+    assert trained["peak_bytes"] == pytest.approx(predicted, rel=0.02), trained
 
     resumed = summary(section.run(more, texts))
     alone = summary(section.run(fit, texts, f"--trainer.max_steps={2 * STEPS}", "--trainer.default_root_dir=alone"))
