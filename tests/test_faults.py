@@ -36,6 +36,21 @@ def test_one_bit_is_a_difference():
     assert kills.difference(one, {"weights": one["weights"]}) == ": ['loss'] on one side only"
 
 
+def test_a_signal_may_leave_other_checkpoints_but_the_last_is_the_same():
+    def result(*steps, loss=1.0):
+        files = {f"checkpoints/step-{step}.ckpt": True for step in steps}
+        return {"files": {"best.ckpt": True, **files}, "summary": {"checkpoint": f"step-{steps[-1]}.ckpt"}} | {
+            f"step-{step}.ckpt": {"loss": loss} for step in steps
+        }
+
+    at_the_end = signals._at_the_end
+    assert kills.difference(at_the_end(result(6, 8)), at_the_end(result(7, 8))) is None
+    assert kills.difference(at_the_end(result(6, 8)), at_the_end(result(6, 7))) is not None
+    assert (
+        kills.difference(at_the_end(result(6, 8)), at_the_end(result(7, 8, loss=2.0))) == "/step-8.ckpt/loss: 1.0, 2.0"
+    )
+
+
 def test_experiments_are_drawn_by_the_seed():
     assert kills.experiments(40, 1) == kills.experiments(40, 1) != kills.experiments(40, 2)
     kinds = {experiment["kind"].split()[0] for experiment in mutations.experiments(90, 0)}

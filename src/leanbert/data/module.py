@@ -39,7 +39,7 @@ class RowData(LightningDataModule):
         val_files: Validation examples. Default: the embedded sample's, or `val_share` of the training examples.
         predict_files: What to answer: files as of training, or lines of text; - is standard input, which has lines.
         val_share: Share of the training examples that is held out for validation where `val_files` is not given.
-        tokenizer: tokenizer.json, vocab.txt, a folder with one, or a checkpoint. Default: model.init_from's, or trained.
+        tokenizer: tokenizer.json, vocab.txt, a folder with one, or a checkpoint. Default: init_from's, or trained.
         tokenizer_kind: Kind of tokenizer to train; auto: WordPiece, or byte-level BPE for text without spaces.
         lowercase: Whether a trained tokenizer lowercases.
         strip_accents: Whether a trained tokenizer strips accents. Default: WordPiece does where it lowercases.
