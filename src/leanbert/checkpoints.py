@@ -207,7 +207,7 @@ class StreamedCheckpointIO(CheckpointIO):
     def __init__(self, path: str | None = None, checkpoint: dict[str, Any] | None = None) -> None:
         self._path, self._checkpoint = path, checkpoint
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: object = None) -> None:
         """Write atomically; see `save`."""
         save(checkpoint, path)
 

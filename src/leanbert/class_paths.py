@@ -41,7 +41,7 @@ def whole_path(name: str) -> str:
     return f"leanbert.{MODULES[last]}.{last}" if ours else name
 
 
-def with_whole_paths(settings: Any) -> Any:
+def with_whole_paths(settings: object) -> Any:
     """Return nested settings with the whole path of each `class_path`."""
     if isinstance(settings, list):
         return [with_whole_paths(value) for value in settings]

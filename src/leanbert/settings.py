@@ -118,7 +118,7 @@ def _check_yaml(path: Path) -> None:
         raise UserError(f"{path}: its aliases stand for more than {MOST_VALUES:,} values. Write them out.")
 
 
-def _size(value: Any, known: dict[int, int]) -> int:
+def _size(value: object, known: dict[int, int]) -> int:
     """Return how many values there are with all aliases written out."""
     if not isinstance(value, dict | list):
         return 1
@@ -178,7 +178,7 @@ def check_devices(trainer: Any) -> None:
         )
 
 
-def device_type(accelerator: Any) -> str:
+def device_type(accelerator: object) -> str:
     """Return cpu, cuda or mps for Lightning's accelerator setting."""
     if accelerator in ("cuda", "gpu", "auto", None) and torch.cuda.is_available():
         return "cuda"

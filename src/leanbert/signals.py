@@ -129,7 +129,7 @@ def held() -> Iterator[None]:
         _end(received[0])
 
 
-def _receive(number: int, frame: Any) -> None:
+def _receive(number: int, frame: object) -> None:
     _State.answered_at = time.monotonic()
     receiver, _State.receiver = _State.receiver, None
     if receiver is not None:

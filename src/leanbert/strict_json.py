@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 
-def dumps(value: Any, **options: Any) -> str:
+def dumps(value: object, **options: Any) -> str:
     """Return `json.dumps(value, **options)`, with null for each number that is not finite."""
     return json.dumps(_finite(value), allow_nan=False, **options)
 

@@ -207,7 +207,7 @@ def _is_array(text: str) -> bool:
     return parse_list(text) is not None or _ARRAY.fullmatch(text.strip()) is not None
 
 
-def _said(item: Any) -> Any:
+def _said(item: object) -> Any:
     """Return the yes or no, or the number, that a text is; what is none stays as it is."""
     value = _bare(item) if isinstance(item, str) else item
     return value if value in (0, 1) else item

@@ -131,7 +131,7 @@ class LiveBytes:
             self._phase = now
             self._events.append(Event(self._operation, now, None, 0))  # what was live on entry
 
-    def _enter_module(self, module: nn.Module, _: Any) -> None:
+    def _enter_module(self, module: nn.Module, _: object) -> None:
         outer = self._modules[-1] if self._modules else ""
         self._modules.append(self._module_names.get(id(module), outer))
 
@@ -232,7 +232,7 @@ class LiveBytes:
     def _watch(self, storage: torch.UntypedStorage, record: Storage) -> None:
         key = id(storage)
 
-        def freed(_: Any) -> None:
+        def freed(_: object) -> None:
             if self._live.pop(key, None) is None:
                 return
             if self._deferred is None or self._deferred[1] is not record:

@@ -100,7 +100,7 @@ class MemoryMonitor(Callback):
         log_dir = trainer.log_dir  # exchanged between ranks
         self._folder = Path(log_dir) if log_dir is not None else None
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Begin a sample when one is due."""
         step = trainer.global_step + 1
         if self._clock.begin(step) and trainer.is_global_zero:
@@ -119,12 +119,12 @@ class MemoryMonitor(Callback):
         """End the backward pass of a micro-batch."""
         self._border(trainer, "backward")
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: object) -> None:
         """Begin the update: Lightning calls this after the last backward pass, before gradients are clipped."""
         if self._trace is not None:
             self._trace.enter_phase("optimizer")
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """End the sample and show it."""
         self._border(trainer, "optimizer")
         timeline = self._end()
@@ -140,13 +140,13 @@ class MemoryMonitor(Callback):
             log_values(trainer, {**phases, **cuda_allocator(trainer.strategy.root_device)})
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Sample the first batch of a validation: all are of one size."""
         if batch_idx == 0 and dataloader_idx == 0 and trainer.state.fn == "fit" and trainer.is_global_zero:
             self._begin(trainer, pl_module, "validation")
 
-    def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, *_: object, **__: object) -> None:
         """Log the peak."""
         timeline = self._end()
         if timeline is not None:

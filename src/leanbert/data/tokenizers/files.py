@@ -170,7 +170,7 @@ def _added(value: Any) -> AddedToken:
     return AddedToken(**{key: field for key, field in value.items() if key != "__type"})
 
 
-def _token(value: Any, **flags: bool) -> Any:
+def _token(value: object, **flags: bool) -> Any:
     """Return an entry of a file as a token if it is one; tokens by name alone stay as they are."""
     return _added({**value, **flags}) if isinstance(value, dict) and "content" in value else value
 

@@ -42,7 +42,7 @@ def own_settings(metadata: ModelMetadata) -> dict[str, Any]:
     return {} if metadata.task == "mlm" else {OWN: {"task": metadata.task, **kept}}
 
 
-def read_metadata(settings: dict[str, Any], kind: Kind, path: Path, **told: Any) -> ModelMetadata:
+def read_metadata(settings: dict[str, Any], kind: Kind, path: Path, **told: object) -> ModelMetadata:
     """Return the metadata under our own key, where we have written the folder, and what transformers' keys have `told`.
 
     Raises `UserError` for a value that cannot be one.
