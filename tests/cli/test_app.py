@@ -117,6 +117,7 @@ def test_answers_do_not_depend_on_the_processor(trained, corpus):
     assert [mask["probability"] for mask in asked] != [mask["probability"] for mask in answer["masks"][0]]
 
 
+@pytest.mark.slow
 def test_standard_output_is_utf_8_and_where_it_takes_nothing_that_is_said(trained, corpus):
     (corpus / "lines.txt").write_text("The k\u00f6nig sold the [MASK].\n" * 300, encoding="utf-8")
     words = [sys.executable, str(launcher.PROGRAM), "predict", "--config=configs/mlm.yaml", "--ckpt_path=last",
@@ -218,6 +219,7 @@ def test_a_saved_config_serves_every_subcommand(trained, corpus):
     assert not (corpus / "runs" / "config.yaml").exists()
 
 
+@pytest.mark.slow
 def test_an_average_answers_like_other_checkpoints(corpus):
     settings = [*TINY, "--data.train_files=train.txt", "--trainer.default_root_dir=averaged"]
     result = run(
@@ -241,6 +243,7 @@ def test_an_average_answers_like_other_checkpoints(corpus):
     refused(corpus, "fit", *average, "--trainer.max_steps=8", says=["average.ckpt", "weights only", "model.init_from"])
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(corpus):
     settings = [*TINY, "--data.train_files=train.txt", "--trainer.max_steps=6"]
     run(corpus, "fit", *settings, "--trainer.default_root_dir=one")

@@ -52,8 +52,10 @@ def same_losses(expected, actual):
         assert actual[tag] == expected[tag], tag
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("seen", [6, 15])  # right after a validation is due, and in the middle
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "seen", [6, pytest.param(15, marks=pytest.mark.slow)]
+)  # right after a validation is due, and in the middle
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(corpus, undisturbed, workers, seen):
     root = f"killed-{workers}-{seen}"
     settings = [*RESUME, f"--trainer.default_root_dir={root}", f"--data.num_workers={workers}"]

@@ -33,6 +33,7 @@ def prepare(corpus: str, folder: Path, **settings: object) -> dict[str, str]:
     return {name: value for name, value in digest(folder).items() if name != "digests.json"}
 
 
+@pytest.mark.slow
 def test_other_processes_at_the_same_moment_give_the_same_bytes(tmp_path: Path, corpus: str) -> None:
     here = prepare(corpus, tmp_path / "here")
     command = [sys.executable, "-c", PROGRAM, corpus, str(tmp_path / "there")]

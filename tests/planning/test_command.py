@@ -66,6 +66,7 @@ def test_the_answer_for_people_has_phases_candidates_and_costs(planned):
         assert word in printed
 
 
+@pytest.mark.slow
 def test_a_budget_changes_memory_and_nothing_else(folder, planned):
     """Effective batch, order and losses are those of the plain run."""
     budget = planned[1]["predicted_rss_bytes"] - 60 * MIB
@@ -166,6 +167,7 @@ def test_modules_of_the_working_folder_are_not_imported_while_planning(tmp_path)
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.slow
 def test_a_small_corpus_gives_fewer_entries_than_asked_for(folder):
     settings = [*SHAPE, "--data.train_files=train.txt", "--data.vocab_size=30000"]
     told = run(folder, "plan", *settings, "--json=asked.json")
@@ -212,6 +214,7 @@ def test_what_cannot_be_planned_is_said_in_one_line(folder, arguments, says):
     assert says in line
 
 
+@pytest.mark.slow
 def test_times_measured_and_estimated(folder):
     settings = [*SHAPE, "--data.train_files=train.txt", "--trainer.max_steps=40", "--trainer.limit_val_batches=1"]
     done = run(folder, "plan", *settings, "--data.batch_size=2", "--measure", "--json=time.json", "--device=a100")

@@ -107,6 +107,7 @@ def few(monkeypatch):
     monkeypatch.setattr(candidates, "ladder", short)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few")
 def test_the_cheapest_that_fits_has_the_largest_micro_batch_that_fits():
     run = settings(rows=32)

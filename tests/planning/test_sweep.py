@@ -10,6 +10,7 @@ from tests.planning.test_predict import settings
 GPU = Target("cuda", 1000, slack=0.1, slack_returned=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("technique", [(), ("layer_major",)])
 def test_one_sequence_more_would_not_fit(technique):
     run = settings(*technique)

@@ -145,6 +145,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_ranks_stop_together_when_one_computes_nonsense(folder, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(ONE_BAD_RANK)

@@ -164,6 +164,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_agree_when_one_runs_out_of_memory(folder, tmp_path):
     """The rank that has enough memory would otherwise wait in the exchange of gradients for ever."""
     script = tmp_path / "train.py"

@@ -109,6 +109,7 @@ def test_only_what_is_required_counts() -> None:
     assert list(libraries) == sorted(libraries)
 
 
+@pytest.mark.slow
 def test_the_corpus_has_ten_megabytes_and_is_made_once(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
