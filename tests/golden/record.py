@@ -18,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from tqdm import tqdm
@@ -102,11 +103,11 @@ def losses(folder: Path, task: str, overlay: str) -> list[float] | str:
 
 
 def peaks(folder: Path, task: str, size: str, overlay: str) -> dict[str, int] | str:
-    """Return the planned peak of live bytes by phase, or why the run is refused."""
+    """Return the planned peak of live bytes by phase, or why the run is refused; as on a CPU with 16-bit products."""
     try:
-        return predict(
-            Settings(["plan", *command(folder, task, f"size/{size}", f"memory/{overlay}")]).settings
-        ).by_phase
+        settings = Settings(["plan", *command(folder, task, f"size/{size}", f"memory/{overlay}")]).settings
+        with mock.patch("leanbert.optim.muon.has_16_bit_products", return_value=True):
+            return predict(settings).by_phase
     except UserError as refused:
         return str(refused)
 
