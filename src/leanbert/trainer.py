@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +28,13 @@ LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "lim
 """Batches if whole, else shares of all batches."""
 
 
-@contextmanager
-def _readable() -> Iterator[None]:
-    """Raise what Lightning says of its settings as UserError."""
-    try:
-        yield
-    except (TypeError, ValueError, ImportError, MisconfigurationException) as error:
-        raise UserError(f"trainer: {str(error).strip().rstrip('.!')}. Correct the setting.") from error
+FOUND_LATE = ("`val_check_interval`", "conditioned on metric")
+"""What Lightning finds only in `fit`: an interval longer than an epoch, EarlyStopping of what is not logged."""
+
+
+def _bad_setting(error: Exception) -> UserError:
+    """Return what Lightning says of its settings as bad input."""
+    return UserError(f"trainer: {str(error).strip().rstrip('.!')}. Correct the setting.")
 
 
 class _Loop(_FitLoop):
@@ -45,10 +43,6 @@ class _Loop(_FitLoop):
     @property
     def skip(self) -> bool:
         return self.trainer.limit_train_batches == 0 or self.max_batches == 0
-
-    def setup_data(self) -> None:
-        with _readable():
-            super().setup_data()
 
 
 class _Signals(_SignalConnector):
@@ -80,11 +74,22 @@ class Trainer(pl.Trainer):
         _check_ranges(settings)
         given = [callbacks] if isinstance(callbacks, Callback) else callbacks or []
         stop = StopOnBadSteps(max_bad_steps)
-        with _readable():
+        try:
             super().__init__(callbacks=[*given, stop], **settings)
+        except (TypeError, ValueError, ImportError, MisconfigurationException) as error:
+            raise _bad_setting(error) from error
         loop, self.fit_loop = self.fit_loop, _Loop(self, self.fit_loop.min_epochs, self.fit_loop.max_epochs)
         self.fit_loop.epoch_loop = loop.epoch_loop
         self._signal_connector = _Signals(self)
+
+    def fit(self, *arguments: Any, **settings: Any) -> None:
+        """Train. Raises UserError too for what Lightning finds wrong with its settings only now."""
+        try:
+            super().fit(*arguments, **settings)
+        except (ValueError, RuntimeError) as error:
+            if not any(sign in str(error) for sign in FOUND_LATE):
+                raise
+            raise _bad_setting(error) from error
 
     @property
     def log_dir(self) -> str | None:

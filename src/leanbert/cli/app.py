@@ -54,10 +54,6 @@ class CLI(Setup):
             if is_new and start.run is not None and trainer.global_step == 0:  # refused, not stopped
                 start.run.discard()
             raise
-        except RuntimeError as error:
-            if "conditioned on metric" not in str(error):
-                raise
-            raise UserError(f"trainer.callbacks: {error}") from error  # EarlyStopping, of what is not logged
         stop = next(c for c in trainer.callbacks if isinstance(c, StopBetweenSteps))  # type: ignore[attr-defined]
         if stop.received is not None:  # after the last step
             raise Interrupted(stop.received)
