@@ -167,9 +167,7 @@ class Setup(LightningCLI):
                 self.plan_report = apply_budget(settings, self.arguments)
         else:
             self.save_config_callback = None  # only a run has a folder
-            warnings.filterwarnings(
-                "ignore", ".*callbacks used to create the checkpoint.*"
-            )  # of training: nothing is trained
+            warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint.*")  # nothing is trained
 
     def _check(self, settings: Any, trainer: Any) -> None:
         """Raise UserError for settings that cannot be right together."""

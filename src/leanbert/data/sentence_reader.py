@@ -90,11 +90,7 @@ class SentenceReader:
         skipped = Skipped()
         tokens, *others = self._fields()
         for name in prediction_names(files):
-            as_columns = is_columns(name)
-            if not as_columns and is_columns(name, (".txt",)) and looks_tagged(name):
-                say_once(f"{name}: each line ends in a tag, and is a word as in training. Else give it as .jsonl")
-                as_columns = True
-            if as_columns:
+            if _has_columns(name):
                 yield from (
                     Sentence([w for (w,) in rows]) for _, rows in read_columns([name], [self.settings["word_column"]])
                 )
@@ -140,6 +136,14 @@ class SentenceReader:
         if isinstance(tag, int) and self.settings["label_names"] is None:
             raise UserError(f"{where}: tag {tag} is a number. Set data.label_names to the names of all, in their order")
         return self.named(where, tag)
+
+
+def _has_columns(name: str) -> bool:
+    """Return whether a file to answer has columns; one of text may, as in training, and then a line says so."""
+    tagged = is_columns(name, (".txt",)) and looks_tagged(name)
+    if tagged:
+        say_once(f"{name}: each line ends in a tag, and is a word as in training. Else give it as .jsonl")
+    return tagged or is_columns(name)
 
 
 def _listed(where: str, record: Record, field: str) -> object:

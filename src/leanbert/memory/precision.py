@@ -23,15 +23,11 @@ def default_precision(device_type: str) -> DefaultPrecision:
     """
     if device_type == "cuda":
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    return "bf16-mixed" if device_type == "cpu" and _cpu_computes_bf16() else "32-true"
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() not in _LIMITS_WITHOUT_BF16
+    computes = device_type == "cpu" and allowed and has_16_bit_products("cpu") and cpu_computes_bf16()
+    return "bf16-mixed" if computes else "32-true"
 
 
 def has_16_bit_products(device_type: str) -> bool:
     """Return whether bfloat16 matrix products are no slower than those in float32; without AVX-512 a CPU has none."""
     return device_type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-
-
-def _cpu_computes_bf16() -> bool:
-    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _LIMITS_WITHOUT_BF16 or not has_16_bit_products("cpu"):
-        return False
-    return cpu_computes_bf16()
