@@ -182,7 +182,7 @@ def test_training_goes_on_from_an_exported_folder(trained, corpus):
     assert first == pytest.approx(scalars(trained[0])["val/loss"][30], abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("kind", ["file", pytest.param("folder", marks=pytest.mark.slow)])
 def test_a_plan_that_starts_from_a_model_has_its_architecture(trained, corpus, kind):
     source = trained[0] / "checkpoints" / "step-00000030.ckpt"
     if kind == "folder":
@@ -269,6 +269,7 @@ def test_a_process_without_a_validation_row_waits_for_nothing(corpus):
     assert set(scalars(corpus / "few" / "srl" / "version_0")["val/f1"]) == {0, 1}
 
 
+@pytest.mark.slow
 def test_compiled_blocks_train(corpus):
     run(
         corpus, "fit", *TINY, "--data.train_files=train.txt", "--model.compile=true", "--trainer.max_steps=3",

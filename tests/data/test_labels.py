@@ -102,6 +102,7 @@ def test_a_number_with_and_without_decimals_would_be_two_labels():
     assert own.targets("a.csv:2", "1") == [0]
     with pytest.raises(UserError, match=r"^b\.csv:2: field .* is '1\.0', where others have \"1\"\. Write all in one"):
         own.targets("b.csv:2", "1.0")
+    assert [own.targets("a.csv:3", name) for name in ("v1", "v1.0", "2.1", "2.1.0")] == [[1], [2], [3], [4]]
 
 
 def test_other_marks_than_commas_between_labels_are_pointed_out(capsys):

@@ -16,6 +16,8 @@ from leanbert.measure.trace import LiveBytes, live_tensors, phase
 from leanbert.memory.step import optimizer_step
 from tests.tiny import PlainTask, tiny_model, unequal_batch
 
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm"}
+
 
 def model_bytes(model):
     return sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
@@ -133,30 +135,37 @@ def test_gradients_are_summed_in_place_where_autograd_would():
 
 
 def profiled_peak(step):
-    """Bytes by which a step's allocations exceeded those at its start, from torch's own allocator."""
+    """Bytes by which a step's allocations exceeded those at its start, from torch's own allocator.
+
+    After its result, a matrix product may allocate copies inside its kernel: whether depends on the processor.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
+    live = peak = product_until = allocated = 0
+    for event in sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() in PRODUCTS and event.start_ns() > product_until:
+            product_until, allocated = event.start_ns() + event.duration_ns(), 0
+        elif event.name() == "[memory]":
+            allocated += 1
+            if event.start_ns() > product_until or allocated == 1:
+                live += event.nbytes()
+                peak = max(peak, live)
     return peak
 
 
 @pytest.mark.parametrize(
     ("autocast", "micro_batch", "preset", "tolerance_bytes"),
-    [(False, None, "modern", 64), (False, 8, "bert", 64), (True, None, "modern", 60_000), (True, 8, "bert", 60_000)],
+    [(False, None, "modern", 64), (False, 8, "bert", 64), (True, None, "modern", 64), (True, 8, "bert", 32_768)],
 )
 def test_the_profiler_agrees(autocast, micro_batch, preset, tolerance_bytes):
-    """But for Python's numbers, 8 bytes each, and bf16 products of narrow matrices, which copy inside the kernel."""
+    """But for Python's numbers, 8 bytes each, and a sum of two dtypes, which converts 8 x 32 x 64 inside the kernel."""
     model = tiny_model(torch.float32, hidden_size=64, preset=preset, dropout=0.1).train()
     optimizer, step = make_step(model, micro_batch, autocast)
     with LiveBytes(model, [optimizer], existing=live_tensors()) as trace:
         step()
     peak = trace.timeline().peak_bytes - trace.timeline().totals[0]
     expected = profiled_peak(step)
-    assert expected > 2_000_000  # so all are within 3 %
+    assert expected > 1_900_000
     assert peak == pytest.approx(expected, rel=0, abs=tolerance_bytes)
 
 

@@ -179,6 +179,7 @@ def test_a_small_corpus_gives_fewer_entries_than_asked_for(folder):
     assert there == json.loads(summary.read_text())["parameters"] < asked
 
 
+@pytest.mark.slow
 def test_a_sweep_finds_the_largest_micro_batch(folder):
     result = run(
         folder, "plan", *SHAPE, "--target=cuda", "--budget=1GiB", "--json=sweep.json", "--figure=out/sweep.png",

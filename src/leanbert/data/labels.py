@@ -95,7 +95,7 @@ class LabelReader(Numbering):
         whole = int(value) if isinstance(value, float) and value.is_integer() else None
         name = self.named(where, str(value).strip() if whole is None else whole)
         other = name.removesuffix(".0") if name.endswith(".0") else f"{name}.0"
-        if other in self._numbers:  # of two tables of text, one of which had a missing number
+        if other in self._numbers and _NUMBER.fullmatch(name):  # of two tables, one had a missing number
             raise self._error(where, value, f'where others have "{other}". Write all in one form')
         return name
 
