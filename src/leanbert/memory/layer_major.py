@@ -44,13 +44,13 @@ class _Call:
         self.layer = getattr(block, "layer", 0)
         self.seed = torch.initial_seed()
         self.length = hidden.shape[0]
-        self.kind = hidden.device.type
-        self.autocast = torch.is_autocast_enabled(self.kind)
-        self.dtype = torch.get_autocast_dtype(self.kind)
+        self.device_type = hidden.device.type
+        self.autocast = torch.is_autocast_enabled(self.device_type)
+        self.dtype = torch.get_autocast_dtype(self.device_type)
 
     def precision(self) -> AbstractContextManager[Any]:
         # no cache: it would hold 16-bit copies of all weights
-        return torch.autocast(self.kind, dtype=self.dtype, enabled=self.autocast, cache_enabled=False)
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.autocast, cache_enabled=False)
 
     def slices(self) -> list[slice]:
         return parts(self.length, self.rows)

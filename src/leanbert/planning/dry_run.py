@@ -94,8 +94,8 @@ class _Fake(FakeTensorMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            kind = args[0].dtype
-            return 1.0 if kind.is_floating_point else True if kind is torch.bool else 1
+            dtype = args[0].dtype
+            return 1.0 if dtype.is_floating_point else True if dtype is torch.bool else 1
         if _changes_values_only(func) and isinstance(args[0], FakeTensor):
             return args[0]
         return super().__torch_dispatch__(func, types, args, kwargs or {})

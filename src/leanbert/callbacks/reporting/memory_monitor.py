@@ -237,8 +237,8 @@ class MemoryMonitor(Callback):
         if self._trace is not None:
             live = self._trace.live()
         else:
-            kind = trainer.strategy.root_device.type
-            live = find_live(_model(module), trainer.optimizers, kind, self._makers)
+            device_type = trainer.strategy.root_device.type
+            live = find_live(_model(module), trainer.optimizers, device_type, self._makers)
         text = oom_report(error, live, when, advice())
         say(text)
         for writer in tensorboard_writers(trainer):
