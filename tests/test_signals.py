@@ -15,6 +15,8 @@ from leanbert import signals
 signals.install()
 def ready():
     print("ready", flush=True)
+def wait():  # in pieces: Python does not see a signal that arrives just before it begins to sleep until it wakes up
+    for _ in range(600): time.sleep(0.1)
 """
 
 
@@ -38,11 +40,11 @@ def interrupt(program, *arguments, number=signal.SIGTERM, group=False):
 @pytest.mark.parametrize(
     "waiting",
     [
-        "ready(); time.sleep(60)",
+        "ready(); wait()",
         "ready()\nwhile True: pass",
         "ready(); sys.stdin = os.fdopen(os.pipe()[0]); sys.stdin.read()",
-        "class Slow:\n    def __del__(self): ready(); time.sleep(60)\nSlow()",
-        "import atexit; atexit.register(lambda: (ready(), time.sleep(60)))",
+        "class Slow:\n    def __del__(self): ready(); wait()\nSlow()",
+        "import atexit; atexit.register(lambda: (ready(), wait()))",
     ],
 )
 def test_a_message_and_the_promised_code_wherever_it_arrives(waiting, number):
@@ -51,7 +53,7 @@ def test_a_message_and_the_promised_code_wherever_it_arrives(waiting, number):
 
 
 def test_the_message_says_how_to_go_on():
-    assert interrupt('signals.hint("To go on:\\n  x"); ready(); time.sleep(60)')[1] == (
+    assert interrupt('signals.hint("To go on:\\n  x"); ready(); wait()')[1] == (
         "Stopped by SIGTERM. To go on:\n  x\n"
     )
 
@@ -66,7 +68,7 @@ def test_nothing_half_written_stays(tmp_path):
             path.write_text("half")
             (folder / "half").write_text("half")
             ready()
-            time.sleep(60)
+            wait()
     """
     assert interrupt(program, tmp_path)[0] == 143
     assert [path.name for path in tmp_path.iterdir()] == ["scratch"]
@@ -79,16 +81,16 @@ def test_its_processes_end_with_it_and_say_nothing(tmp_path, group):
     program = """
     import psutil
     again = "import os, sys, time; from leanbert import signals; signals.install();" \\
-        "open(os.path.join(sys.argv[1], 'again'), 'w').close(); time.sleep(60)"
+        "open(os.path.join(sys.argv[1], 'again'), 'w').close(); wait()"
     rank = subprocess.Popen([sys.executable, "-c", again, sys.argv[1]])
     worker = os.fork()
     if worker == 0:
-        time.sleep(60)
+        wait()
     while not os.path.exists(os.path.join(sys.argv[1], "again")):
         time.sleep(0.01)
     print(rank.pid, worker, file=open(os.path.join(sys.argv[1], "pids"), "w"), flush=True)
     ready()
-    time.sleep(60)
+    wait()
     """
     code, errors = interrupt(program, tmp_path, number=signal.SIGINT, group=group)
     assert (code, errors) == (130, "Stopped by SIGINT.\n")
@@ -114,7 +116,7 @@ def test_who_wants_to_end_in_order_gets_the_first_signal_and_the_second_ends_at_
     os.kill(os.getpid(), signal.SIGINT)
     assert received == [signal.SIGINT]
     ready()
-    time.sleep(60)
+    wait()
     """
     assert interrupt(program) == (143, "Stopped by SIGTERM.\n")
 
@@ -124,7 +126,7 @@ def test_a_line_is_not_cut_in_half():
     with signals.held():
         os.kill(os.getpid(), signal.SIGTERM)
         ready()
-    time.sleep(60)
+    wait()
     """
     process = start(program)
     output, errors = process.communicate(timeout=30)
