@@ -144,6 +144,35 @@ def test_a_run_a_checkpoint_and_an_export_answer_as_predict_does(run, capsys, tm
     assert same(predict(folder, task, capsys, f"--model.init_from={tmp_path}"), expected)
 
 
+@pytest.mark.slow
+def test_onnx_files_answer_as_the_model_does(run, tmp_path):
+    task, folder, version = run
+    CLI([*arguments(folder, task, "export"), "--ckpt_path=best", "--format=onnx", f"--output={tmp_path}"])
+    model, written = leanbert.load(version), leanbert.load(tmp_path)
+    assert same(ask(written), ask(model))
+    assert ask(written, []) == []
+    texts = ["the dog", "a much longer text about the dog and the house"]
+    torch.testing.assert_close(written.encode(texts), model.encode(texts), rtol=1e-4, atol=1e-5)
+    if task == "seq2seq":  # one by one, and hypotheses that change beams
+        for generation in ({"beams": 1}, {"beams": 4, "no_repeat_ngram": 2}, {"beams": 3, "early": False}):
+            assert same(written.translate(ASKED[task], **generation), model.translate(ASKED[task], **generation))
+    with pytest.raises(UserError, match=r"^export: this model is in ONNX files already"):
+        written.export(tmp_path)
+    with pytest.raises(UserError, match=r"^to: cuda, but a model in ONNX files is computed on the CPU"):
+        written.to("cuda")
+    CLI([*arguments(folder, task, "export"), "--ckpt_path=best", "--format=onnx", "--quantize=int8",
+         f"--output={tmp_path / 'int8'}"])  # fmt: skip
+    assert len(ask(leanbert.load(tmp_path / "int8"))) == len(ask(model))
+    sizes = [sum(file.stat().st_size for file in place.glob("*.onnx")) for place in (tmp_path / "int8", tmp_path)]
+    assert sizes[0] < sizes[1]
+
+
+def test_only_onnx_files_are_quantized(run, tmp_path):
+    with pytest.raises(UserError, match=r"^export: --quantize int8 is of ONNX files\. Give --format onnx$"):
+        leanbert.load(run[2]).export(tmp_path / "new", quantize="int8")
+    assert not (tmp_path / "new").exists()
+
+
 def test_vectors_come_from_any_task(run):
     model = leanbert.load(run[2])
     together = model.encode(["the dog", "a much longer text about the dog and the house"])

@@ -6,12 +6,15 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from leanbert.checkpoints import BEST
+from leanbert.compression.onnx.folder import write_onnx
+from leanbert.compression.onnx.quantization import Scheme
+from leanbert.compression.onnx.runtime import OnnxModel, holds_onnx, read_onnx
 from leanbert.data.batches.batch import PredictBatch
 from leanbert.data.batches.loading import encode_lines
 from leanbert.data.batches.sentences import Sentence, word_batch
@@ -59,7 +62,7 @@ class Pretrained:
     """
 
     def __init__(
-        self, model: EncoderModel, tokenizer: TextTokenizer, metadata: ModelMetadata | None = None,
+        self, model: EncoderModel | OnnxModel, tokenizer: TextTokenizer, metadata: ModelMetadata | None = None,
         target_tokenizer: TextTokenizer | None = None,
     ) -> None:  # fmt: skip
         self.target_tokenizer = tokenizer if target_tokenizer is None else target_tokenizer
@@ -70,7 +73,9 @@ class Pretrained:
         self.max_length = min(self.metadata.max_length or positions, positions)
 
     def to(self, device: str | torch.device) -> Pretrained:
-        """Move the model and return self."""
+        """Move the model and return self. Raises `UserError` for one in ONNX files, which stays on the CPU."""
+        if isinstance(self.model, OnnxModel) and torch.device(device).type != "cpu":
+            raise UserError(f"to: {device}, but a model in ONNX files is computed on the CPU. Load the checkpoint")
         self.model.to(device)
         return self
 
@@ -104,7 +109,7 @@ class Pretrained:
         problem, threshold = self.metadata.problem or "single", self.metadata.threshold
 
         def answer(part: list[list[str]]) -> Answers:
-            batch = encode_groups(part, self.tokenizer, self.max_length)[0].to(self._device)
+            batch = encode_groups(part, self.tokenizer, self.max_length)[0].to(self.model.device)
             return classify(self.model, batch, problem, 0.5 if threshold is None else threshold)
 
         return self._answers(groups, batch_size, answer)
@@ -118,7 +123,7 @@ class Pretrained:
         decoder = self._decoder("tag", "tagging")
 
         def answer(part: list[Sentence]) -> Answers:
-            batch = word_batch(part, self.tokenizer, self.max_length, "tokens").to(self._device)
+            batch = word_batch(part, self.tokenizer, self.max_length, "tokens").to(self.model.device)
             return tag_sentences(self.model, decoder, batch)
 
         return self._answers(_sentences(sentences), batch_size, answer)
@@ -153,15 +158,36 @@ class Pretrained:
         """Return `{"source", "output", "score"}` for each text; see `translate`."""
         return self._generate("summarize", texts, batch_size, {**generation, "beams": beams})
 
-    def export(self, folder: str | Path) -> None:
-        """Write a Hugging Face folder with weights, configuration and tokenizer.
+    def export(self, folder: str | Path, format: Literal["hf", "onnx"] = "hf", quantize: Scheme | None = None) -> None:
+        """Write a folder with the model and its tokenizer.
 
         A tokenizer of targets alone goes to its subfolder `target_tokenizer`.
 
+        Args:
+            folder: The folder, which is created.
+            format: hf: `config.json` and `model.safetensors` of Hugging Face. onnx: `model.onnx`, or
+                `encoder_model.onnx` and `decoder_model.onnx`, which onnxruntime computes and `leanbert.load` loads.
+            quantize: Weights in 8 or 4 bits; onnx only.
+
         Raises:
-            UserError: No class of transformers expresses the model.
+            UserError: No class of transformers expresses the model, or onnxruntime computes something else.
 
         """
+        if isinstance(self.model, OnnxModel):
+            raise UserError("export: this model is in ONNX files already. Load the checkpoint that they are of")
+        if quantize is not None and format != "onnx":
+            raise UserError(f"export: --quantize {quantize} is of ONNX files. Give --format onnx")
+        folder = expand(folder, "output")
+        if format == "onnx":
+            write_onnx(self.model, folder, self.metadata, quantize)
+        else:
+            self._write_huggingface(folder)
+        segments = self.task != "seq2seq" and self.model.config.type_vocab_size > 1
+        self.tokenizer.save(folder, segments=segments)
+        if self.target_tokenizer is not self.tokenizer:
+            self.target_tokenizer.save(folder / TARGET)
+
+    def _write_huggingface(self, folder: Path) -> None:
         tokenizer, targets = self.tokenizer, self.target_tokenizer
         ids = _special_ids(targets)
         if self.task == "seq2seq":
@@ -171,10 +197,7 @@ class Pretrained:
         write_huggingface(self.model, folder, ids, self.metadata, source_ids)
         if self.task == "seq2seq":
             searching = generation_settings(self.metadata, ids, tokens.suppressed, self.max_length)
-            write_text_atomically(Path(folder) / "generation_config.json", json.dumps(searching, indent=2) + "\n")
-        tokenizer.save(folder, segments=self.task != "seq2seq" and self.model.config.type_vocab_size > 1)
-        if targets is not tokenizer:
-            targets.save(Path(folder) / TARGET)
+            write_text_atomically(folder / "generation_config.json", json.dumps(searching, indent=2) + "\n")
 
     def _require(self, method: str, task: str) -> None:
         if self.task != task:
@@ -194,7 +217,7 @@ class Pretrained:
 
         def answer(part: list[str]) -> Answers:
             batch, _ = encode_lines(part, self.tokenizer, self.max_length, masks=False)
-            return generate_texts(self.model, self.target_tokenizer, batch.to(self._device), config)
+            return generate_texts(self.model, self.target_tokenizer, batch.to(self.model.device), config)
 
         found = dict(zip(order, self._answers([texts[index] for index in order], batch_size, answer), strict=True))
         return [found[index] for index in range(len(texts))]
@@ -206,16 +229,12 @@ class Pretrained:
     def _lines(self, texts: list[str]) -> PredictBatch:
         masks = self.task == "mlm"
         batch, _ = encode_lines(texts, self.tokenizer, self.model.config.max_positions, masks=masks)
-        return batch.to(self._device)
+        return batch.to(self.model.device)
 
     def _mean(self, batch: PredictBatch) -> Tensor:
         hidden = self.model.encode(batch.inputs)  # [B, S, D]
         real = batch.inputs.real.unsqueeze(-1)  # [B, S, 1]
         return (hidden * real).sum(1).float() / real.sum(1)
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
     def _decoder(self, method: str, task: str) -> BioDecoder:
         self._require(method, task)
@@ -226,7 +245,10 @@ class Pretrained:
 
 
 def load(path: str | Path) -> Pretrained:
-    """Load a trained model of any task: a run's folder (its best checkpoint), a .ckpt file, or a Hugging Face folder.
+    """Load a trained model of any task.
+
+    `path` is a run's folder (its best checkpoint is taken), a .ckpt file, or a folder that `export` has written, of
+    Hugging Face or with ONNX files.
 
     Nothing in the files is executed.
 
@@ -234,6 +256,11 @@ def load(path: str | Path) -> Pretrained:
         UserError: The path is none of these, or is damaged.
     """
     path = expand(path, "path")
+    if holds_onnx(path):
+        model, tokenizer = read_onnx(path), TextTokenizer.from_file(path)
+        own = model.metadata.target_vocab_size is not None
+        targets = TextTokenizer.from_file(path, TARGET) if own else None
+        return Pretrained(model, tokenizer, model.metadata, targets)
     if not (path / "config.json").is_file():
         if (path / "checkpoints").is_dir():
             run = Run(path)

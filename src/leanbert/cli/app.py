@@ -149,7 +149,7 @@ class CLI(Setup):
             raise UserError(
                 "export: nothing to export. Give --ckpt_path (a file, last, best or average) or --model.init_from."
             )
-        load(source).export(Path(options.output))
+        load(source).export(options.output, options.format, options.quantize)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -75,8 +75,11 @@ class ExportOptions(Options):
     """Checkpoint to export: a file, or `last`, `best` or `average` of the newest run; else --model.init_from."""
     output: str
     """Folder to write; it is created."""
-    format: Literal["hf"] = "hf"
-    """hf: config.json, model.safetensors and the tokenizer, as `transformers` loads them."""
+    format: Literal["hf", "onnx"] = "hf"
+    """hf: config.json, model.safetensors and the tokenizer, as `transformers` loads them. onnx: model.onnx (of sequence
+    to sequence encoder_model.onnx and decoder_model.onnx) and the tokenizer; compared with the model when written."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Weights in 8 or 4 bits; of ONNX files only. Default: 32 bits."""
 
 
 OPTIONS: dict[str, type[Options]] = {

@@ -43,6 +43,11 @@ class EncoderModel(nn.Module):
         self.head_chunk: int | None = None
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.encoder.embeddings.token.weight.device
+
+    @property
     def num_parameters(self) -> int:
         """Parameters as published and exported, shared ones once: without the padding rows of the vocabulary."""
         padding = sum((len(table) - tokens) * table.shape[1] for table, tokens in self.token_tables)

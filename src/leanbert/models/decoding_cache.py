@@ -7,7 +7,7 @@ head size, D hidden.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from leanbert.models.decoder import DecoderBlock
 from leanbert.models.kernels.attention import additive, product_dtype
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.pointer import Source
-from leanbert.models.seq2seq import Seq2SeqModel
+
+if TYPE_CHECKING:
+    from leanbert.models.seq2seq import Seq2SeqModel
 
 
 class Cache:

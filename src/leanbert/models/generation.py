@@ -6,15 +6,14 @@ Shapes: N sentences, K beams, Q = N * K hypotheses, S source tokens, t tokens so
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from leanbert.errors import UserError
-from leanbert.models.decoding_cache import Cache
+from leanbert.models.config import ResolvedConfig
 from leanbert.models.packed_inputs import PackedInputs
-from leanbert.models.seq2seq import Seq2SeqModel
 from leanbert.ranges import POSITIVE, WHOLE, Range
 
 DROPPED_TOGETHER = 8
@@ -85,14 +84,36 @@ class SpecialTokens(NamedTuple):
     suppressed: list[int]
 
 
+class Decoding(Protocol):
+    """Decodes N sentences with K beams each, token by token."""
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Return the logits [Q, V] after the tokens [Q], float32."""
+
+    def reorder(self, parents: Tensor) -> None:
+        """Let beam k of each sentence go on from what was beam `parents[n, k]` (int64 [N, K])."""
+
+    def select(self, sentences: Tensor) -> None:
+        """Drop all sentences but these (int64, ascending)."""
+
+
+class Generator(Protocol):
+    """What outputs can be generated with."""
+
+    config: ResolvedConfig
+
+    def start_decoding(self, inputs: PackedInputs, beams: int, positions: int) -> Decoding:
+        """Return what decodes the sources `inputs` [N, S] into at most `positions` tokens."""
+
+
 @torch.inference_mode()
 def generate(
-    model: Seq2SeqModel, inputs: PackedInputs, tokens: SpecialTokens, config: GenerationConfig
+    model: Generator, inputs: PackedInputs, tokens: SpecialTokens, config: GenerationConfig
 ) -> list[Generated]:
     """Return the best output for each source, `inputs` [N, S], one a row; the model is in evaluation mode."""
     longest = (inputs.real.sum(1) * config.length_ratio).long() + config.length_more  # [N]
     limits = longest.clamp(max=model.config.max_positions).tolist()
-    cache = Cache(model, inputs, config.beams, max(limits))
+    cache = model.start_decoding(inputs, config.beams, max(limits))
     search = _one_by_one if config.beams == 1 else _beam_search
     return search(cache, limits, tokens, config, inputs.input_ids.device)
 
@@ -107,7 +128,7 @@ class _Running:
         self.numbers = list(range(count))
         self.done = [False] * count
 
-    def drop_ended(self, cache: Cache, outputs: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def drop_ended(self, cache: Decoding, outputs: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows of outputs and scores to go on with, in the cache too: all until enough have ended."""
         if not all(self.done) and sum(self.done) * DROPPED_TOGETHER < len(self.done):
             return outputs, scores
@@ -120,7 +141,7 @@ class _Running:
 
 
 def _one_by_one(
-    cache: Cache, limits: list[int], tokens: SpecialTokens, config: GenerationConfig, device: torch.device
+    cache: Decoding, limits: list[int], tokens: SpecialTokens, config: GenerationConfig, device: torch.device
 ) -> list[Generated]:
     """Take the likeliest token, or draw one, until each output has ended."""
     found: list[Generated] = [Generated([], 0.0)] * len(limits)
@@ -147,7 +168,7 @@ def _one_by_one(
 
 
 def _beam_search(
-    cache: Cache, limits: list[int], tokens: SpecialTokens, config: GenerationConfig, device: torch.device
+    cache: Decoding, limits: list[int], tokens: SpecialTokens, config: GenerationConfig, device: torch.device
 ) -> list[Generated]:
     """Keep the K best hypotheses of each sentence until K outputs that ended are better than any that may still end."""
     beams, running = config.beams, _Running(len(limits))

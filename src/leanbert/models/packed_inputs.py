@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -60,3 +61,36 @@ class PackedInputs:
         """Cut into views of `micro_batch` rows, the last maybe smaller."""
         starts = range(0, len(self), micro_batch)
         return [self.map(lambda tensor, start=start: tensor[start : start + micro_batch]) for start in starts]  # type: ignore[misc]
+
+    def unpacked(self) -> Unpacked:
+        """Return each document as a row of its own, in their order; there must be one."""
+        real = self.real
+        row = torch.arange(len(self), device=real.device)[:, None] * (self.document_ids.max() + 1)
+        _, number, counts = torch.unique_consecutive(
+            (row + self.document_ids)[real], return_inverse=True, return_counts=True
+        )
+        place = torch.arange(len(number), device=real.device) - (counts.cumsum(0) - counts)[number]
+
+        def documents(tensor: Tensor, padding: int = 0) -> Tensor:
+            rows = tensor.new_full((len(counts), int(counts.max())), padding)
+            rows[number, place] = tensor[real]
+            return rows
+
+        def packed(values: Tensor) -> Tensor:
+            return torch.zeros_like(self.input_ids).masked_scatter(real, values)
+
+        segments = None if self.segment_ids is None else documents(self.segment_ids)
+        alone = documents(torch.zeros_like(self.document_ids), padding=-1)
+        inputs = PackedInputs(documents(self.input_ids), documents(self.position_ids), alone, segments)
+        return Unpacked(inputs, packed(number), packed(place))
+
+
+class Unpacked(NamedTuple):
+    """Documents as rows of their own, and for each place of the packed rows where it is in them.
+
+    `row` and `place` are int64 [B, S]; padding is said to be at 0, 0.
+    """
+
+    inputs: PackedInputs
+    row: Tensor
+    place: Tensor

@@ -16,6 +16,7 @@ from leanbert.models.attention import CrossAttention
 from leanbert.models.base import EncoderModel
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.decoder import Decoder, DecoderBlock
+from leanbert.models.decoding_cache import Cache
 from leanbert.models.encoder import Block, Encoder
 from leanbert.models.heads import MaskedLMHead
 from leanbert.models.kernels.loss import Mixture
@@ -164,6 +165,10 @@ class Seq2SeqModel(EncoderModel):
         """Logits [B, T, V] of decoder states [B, T, D] and what is copied."""
         scores = self.head(hidden, self.target_table)
         return scores if copied is None else add_copied(scores, copied)
+
+    def start_decoding(self, inputs: PackedInputs, beams: int, positions: int) -> Cache:
+        """Return what decodes token by token: arguments as of `Cache`."""
+        return Cache(self, inputs, beams, positions)
 
     def loss_sum(
         self, inputs: PackedInputs, decoder_inputs: PackedInputs, targets: Tensor, smoothing: float = 0.0

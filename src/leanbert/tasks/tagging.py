@@ -192,7 +192,7 @@ def label_roles(
     Sentences without a predicate are looked at first, and those in which none is found have no answer but
     `"predicate": null` with all tags O.
     """
-    device = next(model.parameters()).device
+    device = model.device
 
     def tags(some: Sequence[Sentence]) -> list[list[str]]:
         return tag(model, decoder, word_batch(some, tokenizer, length, mark).to(device)) if some else []

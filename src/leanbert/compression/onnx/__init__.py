@@ -1,0 +1,1 @@
+"""Trained models as ONNX files, quantized if asked, and run by onnxruntime."""

@@ -1,0 +1,214 @@
+"""What a model computes as graphs of plain tensors, and how they are written as ONNX.
+
+Shapes: B batch, S source tokens, T target tokens, P target tokens before them, D hidden, L labels, V vocabulary, H
+heads, d head size.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leanbert.errors import UserError
+from leanbert.models.attention import make_angles
+from leanbert.models.base import EncoderModel
+from leanbert.models.classifier import Classifier
+from leanbert.models.kernels.attention import additive
+from leanbert.models.packed_inputs import PackedInputs
+from leanbert.models.pointer import Source
+from leanbert.models.seq2seq import Seq2SeqModel
+from leanbert.models.stored import ModelMetadata
+
+MODEL, ENCODER, DECODER = "model.onnx", "encoder_model.onnx", "decoder_model.onnx"
+"""Names of files: a whole model, or the halves of one for sequence to sequence."""
+
+OPSET = 20
+"""Version of the operators; the first with GELU, which onnxruntime has had since 1.17."""
+
+KEY = "leanbert"
+"""Under which a file says, as JSON, what model it is."""
+
+MOST_BYTES = 2**31 - 2**24
+"""Of one file: protobuf counts bytes with 31 bits."""
+
+
+class EncoderGraph(nn.Module):
+    """All of a model, or the part of a sequence-to-sequence model that runs once for each source.
+
+    Takes int64 [B, S]: `input_ids`; `attention_mask`, 1 at tokens and 0 at padding; `token_type_ids` where the model
+    has segments. Gives `logits`, of texts [B, L], of words [B, S, L], of masked tokens [B, S, V], and
+    `last_hidden_state` [B, S, D]. Before a decoder instead of logits: `cross_keys` and `cross_values` of all its blocks
+    [layers, B, H, S, d], and `pointer_keys` [B, S, D] if tokens can be copied.
+    """
+
+    def __init__(self, model: EncoderModel) -> None:
+        super().__init__()
+        self.model: Any = model
+        segments = model.config.type_vocab_size > 0 and not isinstance(model, Seq2SeqModel)
+        self.inputs = ("input_ids", "attention_mask", *(("token_type_ids",) if segments else ()))
+        self.outputs: tuple[str, ...] = ("logits", "last_hidden_state")
+        if isinstance(model, Seq2SeqModel):
+            self.outputs = ("last_hidden_state", "cross_keys", "cross_values")
+            if model.pointer is not None:
+                self.outputs += ("pointer_keys",)
+
+    def examples(self) -> tuple[Tensor, ...]:
+        """Return inputs of two rows, of which the first is shorter."""
+        ids = torch.zeros(2, _some(self.model, 5), dtype=torch.int64)
+        mask = torch.ones_like(ids)
+        mask[0, -1] = 0
+        return (ids, mask, torch.zeros_like(ids))[: len(self.inputs)]
+
+    def axes(self) -> list[dict[int, Any]]:
+        """Return the axes of each input that differ from call to call."""
+        length = torch.export.Dim("length", min=1, max=self.model.config.max_positions)
+        return [{0: torch.export.Dim("batch", min=1), 1: length} for _ in self.inputs]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
+        """Return the outputs in their order."""
+        model = self.model
+        inputs = PackedInputs.whole_rows(input_ids, token_type_ids)
+        hidden = model.encode(replace(inputs, document_ids=attention_mask - 1))  # [B, S, D]
+        if isinstance(model, Seq2SeqModel):
+            projected = [block.cross_attention.project(hidden) for block in model.decoder.blocks]  # type: ignore[operator, union-attr]
+            pairs = tuple(torch.stack(tensors) for tensors in zip(*projected, strict=True))
+            return (hidden, *pairs, *(() if model.pointer is None else (model.pointer.key(hidden),)))
+        if isinstance(model, Classifier):
+            return model.head(hidden[:, 0] if model.of == "text" else hidden), hidden
+        return model.head(hidden, model.encoder.embeddings.token.weight), hidden
+
+
+class DecoderGraph(nn.Module):
+    """The part of a sequence-to-sequence model that runs for each next token.
+
+    Takes `input_ids`, int64 [B, T]; of the source `attention_mask`, int64 [B, S], and what the other graph gives:
+    `cross_keys`, `cross_values`, and with `pointer_keys` the sources' `source_ids`, int64 [B, S]; and of the targets
+    before `past_keys` and `past_values` [layers, B, H, P, d], where P is 0 at first. Gives `logits` [B, T, V] of the
+    next tokens, and `keys` and `values` [layers, B, H, P + T, d], the next call's past.
+    """
+
+    def __init__(self, model: Seq2SeqModel) -> None:
+        super().__init__()
+        self.model = model
+        self.inputs: tuple[str, ...] = (
+            "input_ids", "attention_mask", "cross_keys", "cross_values", "past_keys", "past_values",
+        )  # fmt: skip
+        if model.pointer is not None:
+            self.inputs += ("pointer_keys", "source_ids")
+        self.outputs = ("logits", "keys", "values")
+
+    def examples(self) -> tuple[Tensor, ...]:
+        """Return inputs of two rows, of which the first source is shorter."""
+        config, layers = self.model.config, len(self.model.decoder.blocks)
+        ids, mask, *_ = EncoderGraph(self.model).examples()
+        cross, past = (
+            [torch.zeros(layers, 2, config.num_heads, length, config.head_size) for _ in range(2)]  # one twice is one
+            for length in (ids.shape[1], _some(self.model, 3))
+        )
+        hidden = torch.zeros(*ids.shape, config.hidden_size)
+        targets = torch.zeros(2, _some(self.model, 4), dtype=torch.int64)
+        return (targets, mask, *cross, *past, hidden, ids)[: len(self.inputs)]
+
+    def axes(self) -> list[dict[int, Any]]:
+        """Return the axes of each input that differ from call to call."""
+        most = self.model.config.max_positions
+        batch, source, target = (
+            torch.export.Dim(name, min=1, max=limit)
+            for name, limit in (("batch", None), ("source", most), ("target", most))
+        )
+        past = torch.export.Dim("past", min=0, max=most)
+        tokens, cross, own = {0: batch, 1: source}, {1: batch, 3: source}, {1: batch, 3: past}
+        return [{0: batch, 1: target}, tokens, cross, cross, own, own, tokens, tokens][: len(self.inputs)]
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, cross_keys: Tensor, cross_values: Tensor, past_keys: Tensor,
+        past_values: Tensor, pointer_keys: Tensor | None = None, source_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Return the outputs in their order."""
+        decoder, before = self.model.decoder, past_keys.shape[3]
+        inputs = PackedInputs.whole_rows(input_ids)
+        inputs = replace(inputs, position_ids=inputs.position_ids + before)
+        hidden = decoder.embeddings(inputs, self.model.target_table)  # [B, T, D]
+        angles = make_angles(decoder.config, inputs.position_ids, hidden)
+        position = torch.arange(before + input_ids.shape[1], device=hidden.device)  # [P + T]
+        own_mask = additive((position[before:, None] >= position)[None, None], hidden)
+        real = attention_mask > 0  # [B, S]
+        cross_mask = additive(real[:, None, None, :], hidden)
+        keys, values = [], []
+        for layer, block in enumerate(decoder.blocks):
+
+            def attend(x: Tensor, layer: int = layer, attention: Any = block.attention) -> Tensor:
+                query, key, value = attention.project(x, angles)
+                keys.append(torch.cat((past_keys[layer], key), dim=2))
+                values.append(torch.cat((past_values[layer], value), dim=2))
+                return attention.mix(query, keys[-1], values[-1], own_mask)
+
+            def attend_to_source(x: Tensor, layer: int = layer, cross: Any = block.cross_attention) -> Tensor:
+                return cross(x, cross_keys[layer], cross_values[layer], cross_mask)
+
+            hidden = block.run(hidden, attend, attend_to_source)  # type: ignore[operator]
+        if decoder.final_norm is not None:
+            hidden = decoder.final_norm(hidden)
+        copied = None
+        if self.model.pointer is not None and pointer_keys is not None and source_ids is not None:
+            copied = self.model.pointer(hidden, Source(pointer_keys, source_ids, real[:, None, :]))
+        return self.model.logits(hidden, copied), torch.stack(keys), torch.stack(values)
+
+
+def graphs_of(model: EncoderModel) -> dict[str, EncoderGraph | DecoderGraph]:
+    """Return the graphs of a model by the names of their files, in float32 and evaluation mode; it stays as it is."""
+    model = copy.deepcopy(model).float().eval()
+    if not isinstance(model, Seq2SeqModel):
+        return {MODEL: EncoderGraph(model)}
+    return {ENCODER: EncoderGraph(model), DECODER: DecoderGraph(model)}
+
+
+def write_graph(graph: EncoderGraph | DecoderGraph, path: Path, metadata: ModelMetadata) -> None:
+    """Write a graph, and what model it is, to `path`.
+
+    Raises `UserError` where the exporter is not installed or the model is larger than such a file.
+    """
+    size = sum(parameter.nbytes for parameter in graph.parameters())
+    if size > MOST_BYTES:
+        raise UserError(f"{path}: the model has {size / 1e9:.1f} GB, a file of this format 2 at most. Export with hf")
+    with _quiet():
+        program = torch.onnx.export(
+            graph.eval(), graph.examples(), dynamo=True, dynamic_shapes=tuple(graph.axes()), opset_version=OPSET,
+            input_names=graph.inputs, output_names=graph.outputs, verbose=False,
+        )  # fmt: skip
+    assert program is not None
+    program.model.metadata_props[KEY] = json.dumps(
+        {"encoder": asdict(graph.model.config), "task": metadata.task, **metadata.said()}
+    )
+    program.save(path)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what the exporter says of itself and of what it does not need; without gradients."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    except ImportError as error:
+        raise UserError(f'export: ONNX needs {error.name}. Run: pip install "leanbert[compress]"') from None
+    finally:
+        logger.setLevel(level)
+
+
+def _some(model: EncoderModel, length: int) -> int:
+    """Return a length that the model has positions for; the exporter takes 1 for a constant."""
+    return max(2, min(length, model.config.max_positions))
