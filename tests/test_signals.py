@@ -81,7 +81,7 @@ def test_its_processes_end_with_it_and_say_nothing(tmp_path, group):
     program = """
     import psutil
     again = "import os, sys, time; from leanbert import signals; signals.install();" \\
-        "open(os.path.join(sys.argv[1], 'again'), 'w').close(); wait()"
+        "open(os.path.join(sys.argv[1], 'again'), 'w').close(); time.sleep(60)"
     rank = subprocess.Popen([sys.executable, "-c", again, sys.argv[1]])
     worker = os.fork()
     if worker == 0:
