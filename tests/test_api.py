@@ -173,6 +173,46 @@ def test_only_onnx_files_are_quantized(run, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
+def test_compress_reports_on_each_variant(run, tmp_path, capsys):
+    task, folder, version = run
+    _, _, model, data = TASKS[task]
+    command = [*arguments(folder, task, "compress", model, {"val_share": 0.2, **data}), "--ckpt_path=best",
+               f"--output={tmp_path}", "--seconds=0.1"]  # fmt: skip
+    CLI([*command, '--steps=["structured_pruning=0.5", "quantize=int8"]'])
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows = {row["name"]: row for row in report["variants"] if row["metrics"]}
+    smaller = "structured_pruning-0.5"
+    assert list(rows) == ["original", "onnx", "onnxruntime-int8", smaller, f"{smaller}+int8"]
+    assert report["metric"] == "val/loss"
+    for name, value in rows["original"]["metrics"].items():
+        assert rows["onnx"]["metrics"][name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+    losses = [row["metrics"]["val/loss"] for row in rows.values()]
+    assert [row["drop"] for row in rows.values()] == pytest.approx([loss / losses[0] - 1 for loss in losses])
+    for name, row in list(rows.items())[1:]:
+        assert row["size_bytes"] == sum(file.stat().st_size for file in (tmp_path / name).glob("*.onnx"))
+        assert 0 < row["latency_p50"] <= row["latency_p95"]
+        assert 0 < row["load_peak_bytes"] <= row["run_peak_bytes"]
+    assert rows[smaller]["parameters"] < rows["onnx"]["parameters"] == rows["original"]["parameters"]
+    assert rows[smaller]["flops_per_token"] < rows["onnx"]["flops_per_token"]
+    assert len(ask(leanbert.load(tmp_path / f"{smaller}+int8"))) == len(ask(leanbert.load(version)))
+    table = capsys.readouterr().out
+    assert table.strip() in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "pareto.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(
+        UserError, match=r"^compress: no variant keeps the limits\. The nearest, .* of 1\.0 KiB\."
+    ):
+        CLI([*command, '--steps=["quantize=int8"]', "--max_size=1KiB"])
+    with pytest.raises(UserError, match=r"^checkpoint\.monitor: no val/nothing is logged"):
+        CLI([*command, "--checkpoint.monitor=val/nothing"])
+
+
+def test_compress_needs_a_model(run, tmp_path):
+    with pytest.raises(UserError, match=r"^compress: no model is named\. Give --ckpt_path"):
+        CLI([*arguments(run[1], run[0], "compress"), f"--output={tmp_path / 'new'}"])
+    assert not (tmp_path / "new").exists()
+
+
 def test_vectors_come_from_any_task(run):
     model = leanbert.load(run[2])
     together = model.encode(["the dog", "a much longer text about the dog and the house"])

@@ -52,10 +52,23 @@ def test_a_message_and_the_promised_code_wherever_it_arrives(waiting, number):
     assert (code, errors) == (128 + number, f"Stopped by {number.name}.\n")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_has_ended_well_stays_so(number):
+    """Python has given the signals back to the system when it clears its modules."""
+    program = """
+    class Late:
+        def __init__(self):
+            self.write, self.sleep = os.write, time.sleep
+        def __del__(self):
+            self.write(1, b"ready\\n")
+            self.sleep(0.5)
+    late = Late()
+    """
+    assert interrupt(program, number=number) == (0, "")
+
+
 def test_the_message_says_how_to_go_on():
-    assert interrupt('signals.hint("To go on:\\n  x"); ready(); wait()')[1] == (
-        "Stopped by SIGTERM. To go on:\n  x\n"
-    )
+    assert interrupt('signals.hint("To go on:\\n  x"); ready(); wait()')[1] == ("Stopped by SIGTERM. To go on:\n  x\n")
 
 
 def test_nothing_half_written_stays(tmp_path):

@@ -7,6 +7,7 @@ Standard library only: this is imported before anything that takes time.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import shutil
@@ -47,6 +48,8 @@ def install() -> Callable[[], None]:
     previous = handlers()
     for number in SIGNALS:
         signal.signal(number, _receive)
+    if not installed:
+        atexit.register(_ignore)  # the first to be registered is the last to be called
     _State.installed = True
 
     def restore() -> None:
@@ -57,6 +60,13 @@ def install() -> Callable[[], None]:
             os.environ[LEADER] = leader
 
     return restore
+
+
+def _ignore() -> None:
+    """Ignore signals from now on: on its way out Python would let one end what is done as if it had failed."""
+    for number, handler in handlers().items():
+        if handler is _receive:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def watch() -> None:

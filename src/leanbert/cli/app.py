@@ -7,9 +7,11 @@ import shlex
 import sys
 import warnings
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -21,13 +23,24 @@ from leanbert.callbacks.reporting.report import tagged
 from leanbert.cli.budget import run_length
 from leanbert.cli.ending import one_line_errors
 from leanbert.cli.help import answer, program_name
-from leanbert.cli.options import OPTIONS, EvaluateOptions, ExportOptions, FitOptions, Options, PlanOptions
+from leanbert.cli.options import (
+    OPTIONS,
+    CompressOptions,
+    EvaluateOptions,
+    ExportOptions,
+    FitOptions,
+    Options,
+    PlanOptions,
+)
 from leanbert.cli.resume import config_arguments, resume_command
 from leanbert.cli.setup import Setup
 from leanbert.errors import UserError
 from leanbert.messages import leads, say
 from leanbert.planning.device import target_of
 from leanbert.planning.run_settings import RunSettings
+
+CALIBRATION_BATCHES = 8
+"""Of validation, for steps of `compress` that look at what a model computes inside."""
 
 
 class CLI(Setup):
@@ -144,12 +157,44 @@ class CLI(Setup):
         """Write a trained model in a standard format. Raises UserError if there is none."""
         from leanbert.api import load
 
-        source = options.ckpt_path or self.model.init_from
-        if source is None:
+        load(self._trained()).export(options.output, options.format, options.quantize)
+
+    def compress(self, options: CompressOptions) -> None:
+        """Make smaller variants of a trained model and report on them."""
+        from leanbert.compression_report.command import Source, run_compress
+
+        checkpoint = next(c for c in self.trainer.callbacks if isinstance(c, RunCheckpoint))  # type: ignore[attr-defined]
+        source = Source(self._trained(), self._metrics_of, self._calibrate, checkpoint.monitor, checkpoint.sign)
+        again = f"{program_name()} compress {config_arguments(self.arguments)} --ckpt_path {source.path}"
+        run_compress(options, source, f"{again} --output {options.output}")
+
+    def _metrics_of(self, model: Any = None) -> dict[str, float]:
+        """Return the metrics of a model in place of the run's own, by tag; on test files too, if there are some."""
+        if model is not None:
+            self.model.model = model
+        own = None if model is not None else self._settings["ckpt_path"]
+        self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path=own, verbose=False)
+        found = tagged(self.trainer.callback_metrics)
+        if self.datamodule.hparams.get("test_files") is not None:
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+            found |= tagged(self.trainer.callback_metrics)
+        return found
+
+    def _calibrate(self, model: Any) -> None:
+        """Run a model on the first batches of validation."""
+        self.model.model = model
+        with torch.no_grad():
+            for batch in islice(self.datamodule.val_dataloader(), CALIBRATION_BATCHES):
+                self.model.loss_sum(batch)
+
+    def _trained(self) -> Path:
+        """Return where the trained model is. Raises UserError if none is named."""
+        if (source := self._settings["ckpt_path"] or self.model.init_from) is None:
             raise UserError(
-                "export: nothing to export. Give --ckpt_path (a file, last, best or average) or --model.init_from."
+                f"{self.subcommand}: no model is named. Give --ckpt_path (a file, last, best or average) or "
+                "--model.init_from."
             )
-        load(source).export(options.output, options.format, options.quantize)
+        return Path(source)
 
 
 def main(arguments: list[str] | None = None) -> None:

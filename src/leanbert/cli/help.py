@@ -17,6 +17,7 @@ SUBCOMMANDS = {
     "prepare": "Build tokenizer and token cache only; needs no accelerator, so it suits a login node.",
     "plan": "Say what memory a run needs, before anything is allocated, and which techniques fit it into a budget.",
     "export": "Write a trained model in a standard format.",
+    "compress": "Make smaller variants of a trained model, and report what each has saved and cost.",
 }
 """What each subcommand does, in the order of the help."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from leanbert.compression_report.request import CompressRequest
 from leanbert.planning.request import PlanRequest
 
 
@@ -82,6 +83,14 @@ class ExportOptions(Options):
     """Weights in 8 or 4 bits; of ONNX files only. Default: 32 bits."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions(CompressRequest, Options):
+    """Options of `compress`."""
+
+    ckpt_path: str | None = None
+    """Checkpoint to compress: a file, or `last`, `best` or `average` of the newest run; else --model.init_from."""
+
+
 OPTIONS: dict[str, type[Options]] = {
     "fit": FitOptions,
     "validate": EvaluateOptions,
@@ -90,5 +99,6 @@ OPTIONS: dict[str, type[Options]] = {
     "prepare": Options,
     "plan": PlanOptions,
     "export": ExportOptions,
+    "compress": CompressOptions,
 }
 """Options by subcommand."""

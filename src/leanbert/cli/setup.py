@@ -51,7 +51,7 @@ from leanbert.settings import (
 from leanbert.tasks.base import Task
 from leanbert.trainer import Trainer
 
-DEVICELESS = ("prepare", "plan", "export")
+DEVICELESS = ("prepare", "plan", "export", "compress")
 """Subcommands that need no device."""
 
 

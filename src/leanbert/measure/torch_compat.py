@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 __all__ = [
-    "FakeTensor", "FakeTensorMode", "OpOverload", "TorchDispatchMode", "compiled", "cpu_computes_bf16", "fake_store",
-    "in_backward_pass", "keep_cuda_history", "runs_first", "tensors_in", "unset_fake_temporarily", "unwrapped",
-    "wraps_tensors", "write_cuda_history",
+    "FakeTensor", "FakeTensorMode", "OpOverload", "TorchDispatchMode", "compiled", "cpu_computes_bf16",
+    "cpu_computes_int8", "fake_store", "in_backward_pass", "keep_cuda_history", "runs_first",
+    "tensors_in", "unset_fake_temporarily", "unwrapped", "wraps_tensors", "write_cuda_history",
 ]  # fmt: skip
 
 
@@ -72,6 +72,11 @@ def compiled(module: nn.Module) -> bool:
 def cpu_computes_bf16() -> bool:
     """Return whether the CPU has bf16 instructions, which torch.cpu knows (2.6) and does not say."""
     return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+def cpu_computes_int8() -> bool:
+    """Return whether the CPU has instructions for sums of products of 8 bits, which torch.cpu knows (2.6)."""
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_vnni_supported", "_is_amx_tile_supported"))
 
 
 def keep_cuda_history(events: int | None) -> None:

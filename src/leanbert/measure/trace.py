@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim import Optimizer
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from leanbert.measure import torch_compat
 from leanbert.measure.timeline import Event, Storage, Timeline
@@ -26,6 +26,24 @@ from leanbert.measure.timeline import Event, Storage, Timeline
 aten = torch.ops.aten
 SHARDED = {"all_gather_copy_in": "parameters", "split_with_sizes_copy": "parameters", "chunk_cat": "gradients"}
 """Category of what operations of FSDP2 (`torch.distributed.fsdp`, namespace fsdp) read and write."""
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _attention_backward_flops(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object
+) -> int:
+    return sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
+
+
+FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,  # which has only the kernels of accelerators
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+"""Counts the floating-point operations of a call, by operation."""
 
 _active: list[LiveBytes] = []  # the backward of an accelerator runs in threads of its own: no thread-local here
 
@@ -167,7 +185,7 @@ class LiveBytes:
         for tensor in inputs:
             self._found(tensor, "other", "")
         result = func(*args, **kwargs)
-        if count := flop_registry.get(func._overloadpacket):
+        if count := FLOPS.get(func._overloadpacket):
             self.flops[self._phase] += count(*args, **kwargs, out_val=result)
         category = "optimizer" if self._phase == "optimizer" else "activations"
         if func is aten._to_copy.default and any(r.category == "parameters" for r in self._records(inputs)):

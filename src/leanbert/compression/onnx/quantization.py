@@ -41,6 +41,14 @@ def quantize(source: Path, target: Path, scheme: Scheme) -> None:
             _quantize_int4(folded, target)
 
 
+def quantize_plainly(source: Path, target: Path) -> None:
+    """Write the graph in `source` to `target` as onnxruntime's dynamic quantization makes it where nothing is set."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    with _quiet():
+        quantize_dynamic(source, target)
+
+
 def _quantize_int4(source: Path, target: Path) -> None:
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer

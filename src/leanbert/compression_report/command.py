@@ -1,0 +1,256 @@
+"""What `compress` does: makes variants of a model, measures them in turns, writes the report and says which fits."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from leanbert import strict_json
+from leanbert.api import load
+from leanbert.compression.onnx.quantization import quantize_plainly
+from leanbert.compression.onnx.runtime import read_onnx
+from leanbert.compression.steps import Calibrate, Step, apply_steps, parse_steps
+from leanbert.compression_report.measuring import (
+    LONG,
+    MANY,
+    SHORT,
+    bytes_of,
+    flops_per_token,
+    peak_memory,
+    run,
+    time_in_turns,
+    weights_of,
+)
+from leanbert.compression_report.report import Row, as_json, as_table, mark_front, pareto_figure
+from leanbert.compression_report.request import CompressRequest, Limits
+from leanbert.errors import UserError
+from leanbert.files import explain_disk_errors, write_text_atomically
+from leanbert.measure.torch_compat import cpu_computes_int8
+from leanbert.memory.precision import default_precision
+from leanbert.messages import say
+from leanbert.units import format_size
+
+LADDER = (
+    ("quantize=int8",),
+    ("quantize=int4",),
+    ("low_rank=0.99", "quantize=int8"),
+    ("structured_pruning=0.25", "quantize=int8"),
+)
+"""What is tried where no steps are given: none of it trains."""
+
+ORIGINAL, ONNX, PLAIN = "original", "onnx", "onnxruntime-int8"
+"""Names of what stands beside the variants: the model itself, the same in an ONNX file, and that file quantized as
+onnxruntime does where nothing is set."""
+
+Evaluate = Callable[[nn.Module | None], dict[str, float]]
+"""Returns the metrics of a model by tag, on the validation set and, if there is one, the test set; None: of the model
+that is compressed."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model to compress: the file or folder, and how the run that is set judges models.
+
+    `tag` is the metric that counts, of which more is better where `sign` is -1, and less where it is 1.
+    """
+
+    path: Path
+    evaluate: Evaluate
+    calibrate: Calibrate
+    tag: str
+    sign: float
+
+
+@dataclass
+class _Variant:
+    row: Row
+    path: Path
+    model: Any
+    bf16: bool = False
+
+
+def run_compress(request: CompressRequest, source: Source, command: str) -> None:
+    """Make the variants, measure and report them; `command` makes them again, but for the steps.
+
+    Raises:
+        UserError: Steps that cannot be, or have no effect on the model; or, after the report is written, limits that no
+            variant keeps.
+
+    """
+    limits = request.limits()
+    lists = _lists(request.steps)
+    with explain_disk_errors(request.output, "--output"):
+        request.output.mkdir(parents=True, exist_ok=True)
+    metrics = source.evaluate(None)
+    if source.tag not in metrics:
+        raise UserError(f"checkpoint.monitor: no {source.tag} is logged. Choose from {', '.join(sorted(metrics))}.")
+    variants = [*_references(source, request.output), *_make(request, source, lists)]
+    _evaluate(variants, source, metrics)
+    _measure(variants, request.seconds)
+    rows = [variant.row for variant in variants]
+    mark_front(rows)
+    answer, fits = _answer(rows, limits, source.tag, command)
+    _write(request.output, rows, source.tag, answer)
+    print(as_table(rows, source.tag))
+    say(f"Report       {request.output / 'report.md'}, {request.output / 'pareto.png'}")
+    if not fits:
+        raise UserError(answer)
+    say(answer)
+
+
+def _lists(given: Sequence[str] | None) -> list[list[Step]]:
+    """Return the lists of steps that make a variant each."""
+    if given is None:
+        return [parse_steps(texts) for texts in LADDER]
+    steps = parse_steps(given)
+    if not steps:
+        raise UserError("steps: none is given. Give some, or leave them out to have several tried")
+    return [steps[: count + 1] for count in range(len(steps))]
+
+
+def _references(source: Source, output: Path) -> list[_Variant]:
+    """Return the model itself, in 32 bits and where the CPU has them 16, its ONNX file and that plainly quantized."""
+    original = load(source.path)
+    parameters, nonzero = weights_of(original.model)
+    row = Row(ORIGINAL, [], "PyTorch float32", True, parameters=parameters, nonzero=nonzero)
+    row.flops_per_token = flops_per_token(original.model)
+    try:
+        original.export(output / ORIGINAL)
+        row.size_bytes = bytes_of(output / ORIGINAL)
+    except UserError:  # no class of transformers is like it
+        row.size_bytes = sum(parameter.nbytes for parameter in original.model.parameters())
+    found = [_Variant(row, source.path, original.model)]
+    if default_precision("cpu") == "bf16-mixed":
+        found.append(_Variant(replace(row, runtime="PyTorch bfloat16"), source.path, original.model, bf16=True))
+    original.export(output / ONNX, "onnx")
+    shutil.copytree(output / ONNX, output / PLAIN, dirs_exist_ok=True)
+    for file in (output / ONNX).glob("*.onnx"):
+        quantize_plainly(file, output / PLAIN / file.name)
+    for name in (ONNX, PLAIN):
+        path = output / name
+        own = replace(row, name=name, runtime="onnxruntime", reference=name == PLAIN, size_bytes=bytes_of(path))
+        found.append(_Variant(own, path, read_onnx(path)))
+    return found
+
+
+def _make(request: CompressRequest, source: Source, lists: list[list[Step]]) -> list[_Variant]:
+    """Write the folder of each list of steps. Raises `UserError` for a given step that has no effect."""
+    found = []
+    for steps in tqdm(lists, desc="Variants", leave=False, disable=None):
+        original = load(source.path)
+        name, model = "+".join(step.slug for step in steps), original.model
+        try:
+            scheme = apply_steps(model, steps, source.calibrate)
+        except UserError as error:
+            if request.steps is not None:
+                raise
+            say(f"Left out {name}: {error}")
+            continue
+        path = request.output / name
+        original.export(path, "onnx", scheme)
+        row = Row(name, [str(step) for step in steps], "onnxruntime", size_bytes=bytes_of(path))
+        row.parameters, row.nonzero = weights_of(model)
+        row.flops_per_token = flops_per_token(model)
+        found.append(_Variant(row, path, read_onnx(path)))
+    return found
+
+
+def _evaluate(variants: Sequence[_Variant], source: Source, original: dict[str, float]) -> None:
+    """Give each row its metrics; the model itself has those of `original`, and in 16 bits it is not evaluated."""
+    before = original[source.tag]
+    for variant in tqdm(variants, desc="Evaluating", leave=False, disable=None):
+        if not variant.bf16:
+            row, alone = variant.row, variant.row.name == ORIGINAL
+            row.metrics = original if alone else source.evaluate(variant.model)
+            row.drop = source.sign * (row.metrics[source.tag] - before) / abs(before) if before else 0.0
+
+
+def _measure(variants: Sequence[_Variant], seconds: float) -> None:
+    """Give each row its times, of all in turns, and its memory, each in a process of its own."""
+    progress = partial(tqdm, desc="Timing", leave=False, disable=None)
+
+    def times(rows: int, length: int) -> list[list[float]]:
+        calls = {
+            str(number): partial(run, variant.model, rows, length, variant.bf16)
+            for number, variant in enumerate(variants)
+        }
+        return list(time_in_turns(calls, seconds / 3, progress).values())
+
+    one, short, long = times(1, SHORT), times(MANY, SHORT), times(MANY, LONG)
+    for variant, alone, few, many in zip(variants, one, short, long, strict=True):
+        row = variant.row
+        row.latency_p50 = statistics.median(alone)
+        row.latency_p95 = statistics.quantiles(alone, n=20)[-1]
+        row.rows_per_second_short, row.rows_per_second_long = (MANY / statistics.median(each) for each in (few, many))
+    for variant in tqdm(variants, desc="Memory", leave=False, disable=None):
+        if not variant.bf16:
+            variant.row.load_peak_bytes, variant.row.run_peak_bytes = peak_memory(variant.path)
+
+
+def _answer(rows: Sequence[Row], limits: Limits, tag: str, command: str) -> tuple[str, bool]:
+    """Return in words which variant to take, and whether it keeps the limits."""
+    variants = [row for row in rows if row.steps]
+    if not limits.any:
+        names = [row.name for row in variants if row.on_front]
+        return (
+            f"No other variant beats {', '.join(names)}. Give --max_size, --max_latency or --max_drop to choose",
+            True,
+        )
+    fitting = [row for row in variants if not row.misses(limits)]
+    if not fitting:
+        nearest = min(variants, key=lambda row: row.excess(limits))
+        missed = " and ".join(nearest.misses(limits))
+        return (
+            f"compress: no variant keeps the limits. The nearest, {nearest.name}, has {missed}. "
+            "Raise a limit, or train a smaller model (configs/size) or one that is pruned while it trains "
+            "(configs/memory/structured_pruning.yaml)"
+        ), False
+    best = min(fitting, key=lambda row: row.latency_p50)
+    drop = "" if best.drop is None else f", {tag} {-best.drop:+.2%}"
+    again = f"{command} --steps {shlex.quote(json.dumps(best.steps))}"
+    return (
+        f"Take {best.name}: {format_size(best.size_bytes)}, {best.latency_p50 * 1e3:.2f} ms a row{drop}. "
+        f"Made again by: {again}"
+    ), True
+
+
+def _write(output: Path, rows: Sequence[Row], tag: str, answer: str) -> None:
+    """Write report.md, report.json, pareto.png and TensorBoard's events."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    machine = (
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    table = as_table(rows, tag)
+    slow = "" if cpu_computes_int8() else " int8 is no faster on a processor without VNNI, as here."
+    note = (
+        f"{answer}\n\n* no other row is at least as good in file size, p50 and metric, and better in one. The one "
+        f"row and short rows have {SHORT} tokens, long ones {LONG}, as far as the model has positions. load and run: "
+        f"resident memory of a new process beyond the libraries', to load and to compute {MANY} long rows besides. "
+        f"Measured in turns on {machine}.{slow}"
+    )
+    write_text_atomically(output / "report.md", f"# Variants\n\n{table}\n\n{note}\n\n![Pareto front](pareto.png)\n")
+    write_text_atomically(
+        output / "report.json", strict_json.dumps(as_json(rows, tag, machine, answer), indent=2) + "\n"
+    )
+    figure = pareto_figure(rows, tag)
+    with explain_disk_errors(output, "--output"):
+        building = output / ".pareto.png"
+        figure.savefig(building, format="png")
+        os.replace(building, output / "pareto.png")
+        with SummaryWriter(output / "tensorboard") as writer:
+            writer.add_text("compression/report", f"{table}\n\n{note}")
+            writer.add_figure("compression/pareto", figure, close=False)

@@ -1,0 +1,122 @@
+"""What a model needs: weights, bytes, operations, time and memory. All are counted or measured here and now.
+
+Letters: B rows, S tokens of each.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leanbert.measure.trace import LiveBytes
+from leanbert.models.base import EncoderModel
+from leanbert.models.packed_inputs import PackedInputs
+
+SHORT, LONG, MANY = 32, 128, 32
+"""Tokens of rows, and rows of a large batch."""
+
+OUTPUT_TOKENS = 16
+"""Tokens that a sequence-to-sequence model writes for each row, greedily."""
+
+FEWEST_ROUNDS = 5
+
+_MEMORY = """
+import json, sys
+import onnxruntime
+import leanbert.compression_report.measuring as measuring
+from leanbert import load
+from leanbert.measure.counters import peak_rss_bytes
+before = peak_rss_bytes()
+model = load(sys.argv[1]).model
+loaded = peak_rss_bytes()
+measuring.run(model, int(sys.argv[2]), int(sys.argv[3]))
+print(json.dumps([loaded - before, peak_rss_bytes() - before]))
+"""
+
+
+def run(model: Any, rows: int, length: int, bf16: bool = False) -> None:
+    """Compute the scores of all tokens of drawn rows [B, S] (of texts: of each text), or write `OUTPUT_TOKENS`."""
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+        _compute(model, rows, length)
+
+
+def _compute(model: Any, rows: int, length: int) -> None:
+    length = min(length, model.config.max_positions)
+    ids = torch.randint(_tokens(model), (rows, length), generator=torch.Generator().manual_seed(0))
+    inputs = PackedInputs.whole_rows(ids)
+    if model.task == "seq2seq":
+        decoding, tokens = model.start_decoding(inputs, 1, OUTPUT_TOKENS), ids[:, 0]
+        for _ in range(min(OUTPUT_TOKENS, model.config.max_positions)):
+            tokens = decoding.step(tokens).argmax(-1)
+    else:
+        index = torch.arange(length).expand_as(ids)
+        model(inputs, index[:, :1] if getattr(model, "of", "word") == "text" else index)
+
+
+def weights_of(model: nn.Module) -> tuple[int, int]:
+    """Return how many parameters there are, shared ones once, and how many of them are not zero."""
+    parameters: list[Tensor] = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(int(p.count_nonzero()) for p in parameters)
+
+
+def flops_per_token(model: EncoderModel) -> float:
+    """Return the operations of matrix products and attention for each token of a row of `LONG`, counted in a run."""
+    length = min(LONG, model.config.max_positions)
+    with torch.no_grad(), LiveBytes(model) as trace:
+        _compute(model, 1, length)
+    return trace.flops.total() / length
+
+
+def time_in_turns(
+    calls: Mapping[str, Callable[[], object]], seconds: float, progress: Callable[[Iterable[int]], Iterable[int]]
+) -> dict[str, list[float]]:
+    """Return the seconds of each call, all in turns, so that what else the machine does is alike for all.
+
+    There are as many rounds as take `seconds` for each call, five at least, after one that does not count.
+    """
+    for call in calls.values():
+        call()
+    found: dict[str, list[float]] = {name: [] for name in calls}
+
+    def turn() -> float:
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            found[name].append(time.perf_counter() - start)
+        return sum(times[-1] for times in found.values())
+
+    rounds = max(FEWEST_ROUNDS, round(seconds * len(calls) / max(turn(), 1e-6))) - 1
+    for _ in progress(range(rounds)):
+        turn()
+    return found
+
+
+def peak_memory(path: Path) -> tuple[int, int]:
+    """Return the bytes by which the resident memory of a new process grows to load a model, and to run it besides.
+
+    `path` is a checkpoint or a folder; it runs `MANY` rows of `LONG` tokens. The libraries are there before.
+    """
+    words = [sys.executable, "-c", _MEMORY, str(path), str(MANY), str(LONG)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    loaded, ran = json.loads(done.stdout.splitlines()[-1])
+    return loaded, ran
+
+
+def bytes_of(folder: Path) -> int:
+    """Return the bytes of the weights' files in a folder."""
+    return sum(file.stat().st_size for suffix in ("onnx", "safetensors") for file in folder.glob(f"*.{suffix}"))
+
+
+def _tokens(model: Any) -> int:
+    """Return how many tokens there are in all vocabularies of the model."""
+    own = getattr(model, "target_vocab_size", None)
+    return min(model.config.vocab_size, own or model.config.vocab_size)

@@ -1,0 +1,142 @@
+"""A table of variants: which of them no other beats, which keep to limits, in words and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from leanbert.compression_report.request import Limits
+from leanbert.measure.figures import new_figure
+from leanbert.tasks.tables import markdown_table
+from leanbert.units import MIB, format_size
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass
+class Row:
+    """A variant and what was measured of it; sizes in bytes, times in seconds, memory beyond that of the libraries.
+
+    `metrics` are by tag; `drop` is the relative loss of the metric that counts on the validation set. What shares files
+    with another row is its `runtime` only. A row that is no variant, but shown beside them, is a `reference`.
+    """
+
+    name: str
+    steps: list[str]
+    runtime: str
+    reference: bool = False
+    metrics: dict[str, float] | None = None
+    drop: float | None = None
+    parameters: int = 0
+    nonzero: int = 0
+    size_bytes: int = 0
+    flops_per_token: float = 0.0
+    load_peak_bytes: int = 0
+    run_peak_bytes: int = 0
+    latency_p50: float = 0.0
+    latency_p95: float = 0.0
+    rows_per_second_short: float = 0.0
+    rows_per_second_long: float = 0.0
+    on_front: bool = False
+
+    def misses(self, limits: Limits) -> list[str]:
+        """Return the limits that it does not keep, in words."""
+        found = []
+        if limits.size_bytes is not None and self.size_bytes > limits.size_bytes:
+            found.append(f"{format_size(self.size_bytes)} of {format_size(limits.size_bytes)}")
+        if limits.latency_seconds is not None and self.latency_p50 > limits.latency_seconds:
+            found.append(f"{self.latency_p50 * 1e3:.1f} of {limits.latency_seconds * 1e3:g} ms")
+        if limits.drop is not None and self.drop is not None and self.drop > limits.drop:
+            found.append(f"a drop of {self.drop:.1%} of {limits.drop:.1%}")
+        return found
+
+    def excess(self, limits: Limits) -> float:
+        """Return by which factor it misses the limit that it misses most; 1 or less: none."""
+        factors = [0.0]
+        if limits.size_bytes is not None:
+            factors.append(self.size_bytes / limits.size_bytes)
+        if limits.latency_seconds is not None:
+            factors.append(self.latency_p50 / limits.latency_seconds)
+        if limits.drop is not None and self.drop is not None:
+            factors.append(self.drop / max(limits.drop, 1e-6))
+        return max(factors)
+
+
+def mark_front(rows: Sequence[Row]) -> None:
+    """Mark the rows that no other beats: in size, latency and drop at least as good, and better in one (Pareto)."""
+    for row in rows:
+        mine = _costs(row)
+        row.on_front = not any(
+            all(a <= b for a, b in zip(_costs(other), mine, strict=True)) and _costs(other) != mine for other in rows
+        )
+
+
+def _costs(row: Row) -> tuple[float, float, float]:
+    return row.size_bytes, row.latency_p50, row.drop or 0.0
+
+
+def as_table(rows: Sequence[Row], tag: str) -> str:
+    """Return the rows as Markdown, with the metric `tag`; those on the front have a star."""
+    test = "test/" + tag.removeprefix("val/")
+    header = [
+        "variant", "computed by", tag, "change", *([test] if _has(rows, test) else []), "parameters", "not zero",
+        "file", "load", "run", "MFLOP a token", "1 row p50", "p95", "32 short rows", "32 long rows",
+    ]  # fmt: skip
+    lines = []
+    for row in rows:
+        metrics = row.metrics or {}
+        change = "" if row.drop is None else f"{-row.drop:+.2%}"
+        lines.append([
+            f"{row.name}{' *' if row.on_front else ''}", row.runtime, _number(metrics.get(tag)), change,
+            *([_number(metrics.get(test))] if _has(rows, test) else []), f"{row.parameters:,}", f"{row.nonzero:,}",
+            *map(format_size, (row.size_bytes, row.load_peak_bytes, row.run_peak_bytes)),
+            f"{row.flops_per_token / 1e6:,.2f}", f"{row.latency_p50 * 1e3:,.2f} ms", f"{row.latency_p95 * 1e3:,.2f} ms",
+            f"{row.rows_per_second_short:,.0f}/s", f"{row.rows_per_second_long:,.0f}/s",
+        ])  # fmt: skip
+    return markdown_table(header, lines)
+
+
+def as_json(rows: Sequence[Row], tag: str, machine: str, answer: str) -> dict[str, Any]:
+    """Return the same for programs."""
+    return {"metric": tag, "machine": machine, "answer": answer, "variants": [asdict(row) for row in rows]}
+
+
+def pareto_figure(rows: Sequence[Row], tag: str) -> Figure:
+    """Return the metric over size and over latency, with the variants that no other beats in colour."""
+    figure, (left, right) = _two_axes(f"{tag} of each variant; coloured: no other is at least as good in all three")
+    shown = [row for row in rows if row.metrics and tag in row.metrics]
+    for axes, label, values in (
+        (left, "file (MiB)", [row.size_bytes / MIB for row in shown]),
+        (right, "one row of 32 tokens (ms, median)", [row.latency_p50 * 1e3 for row in shown]),
+    ):
+        for number, (row, x) in enumerate(zip(shown, values, strict=True)):
+            y = (row.metrics or {})[tag]
+            axes.plot(x, y, "o" if row.on_front else "x", color="#D55E00" if row.on_front else "#777777")
+            above = number % 2 == 0
+            axes.annotate(
+                row.name, (x, y), xytext=(0, 7 if above else -7), textcoords="offset points", fontsize=8, ha="center",
+                va="bottom" if above else "top",
+            )  # fmt: skip
+        axes.set(xlabel=label, ylabel=tag, xscale="log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.margins(0.25)
+    return figure
+
+
+def _two_axes(title: str) -> tuple[Figure, Any]:
+    figure, axes = new_figure("")
+    axes.remove()
+    figure.set_size_inches(12, 5)
+    figure.suptitle(title)
+    return figure, figure.subplots(1, 2)
+
+
+def _has(rows: Sequence[Row], tag: str) -> bool:
+    return any(tag in (row.metrics or {}) for row in rows)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

@@ -1,0 +1,58 @@
+"""Which steps there are, in which order, and what each does to a model."""
+
+import pytest
+import torch
+
+from leanbert.compression.steps import apply_steps, parse_steps
+from leanbert.errors import UserError
+from leanbert.models.packed_inputs import PackedInputs
+from tests.compression.onnx.models import make
+
+
+def run(model):
+    model(PackedInputs.whole_rows(torch.randint(100, (4, 16), generator=torch.Generator().manual_seed(0))))
+
+
+def test_steps_are_read_in_their_order():
+    steps = parse_steps(["structured_pruning=0.5", "low_rank=0.9", "quantize=int8"])
+    assert [str(step) for step in steps] == ["structured_pruning=0.5", "low_rank=0.9", "quantize=int8"]
+    assert "+".join(step.slug for step in steps) == "structured_pruning-0.5+low_rank-0.9+int8"
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["prune=0.5"], r"'prune=0.5' is none. Give structured_pruning=VALUE, low_rank=VALUE, quantize=VALUE"),
+        (["quantize=int3"], "'quantize=int3'. Give quantize=int8 or quantize=int4"),
+        (["low_rank=1"], "'low_rank=1' needs a finite number from 0 to below 1"),
+        (["low_rank=x"], "'low_rank=x' needs"),
+        (["low_rank"], "'low_rank' needs"),
+        (["low_rank=nan"], "'low_rank=nan' needs"),
+        (["quantize=int8", "low_rank=0.9"], "low_rank=0.9 cannot follow quantize=int8. Put them in the order"),
+        (["low_rank=0.9", "structured_pruning=0.5"], "structured_pruning=0.5 cannot follow low_rank=0.9"),
+        (["low_rank=0.9", "low_rank=0.8"], "low_rank=0.8 is there twice"),
+    ],
+)
+def test_what_cannot_be_is_said(texts, message):
+    with pytest.raises(UserError) as caught:
+        parse_steps(texts)
+    assert str(caught.value).startswith(f"steps: {message.replace(' from 0 to below 1', '')}")
+
+
+def test_each_step_acts_on_what_the_one_before_has_left():
+    model, _ = make("tagging", hidden_size=64, num_heads=4, intermediate_size=128)
+    assert apply_steps(model, parse_steps(["structured_pruning=0.5"]), run) is None
+    assert (model.config.num_heads, model.config.intermediate_size) == (2, 64)
+    assert model.blocks[0].attention.output.weight.shape == (64, 32)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    assert apply_steps(model, parse_steps(["low_rank=0.5", "quantize=int4"]), run) == "int4"
+    assert sum(parameter.numel() for parameter in model.parameters()) < before
+    run(model)
+
+
+def test_a_step_without_effect_is_an_error():
+    model, _ = make("tagging")
+    with pytest.raises(UserError, match=r"^structured_pruning=0\.001: of this model it removes nothing"):
+        apply_steps(model, parse_steps(["structured_pruning=0.001"]), run)
+    with pytest.raises(UserError, match=r"^low_rank: encoder\.blocks\.0\.attention\.qkv was not run"):
+        apply_steps(model, parse_steps(["low_rank=0.9"]), lambda model: None)
