@@ -199,9 +199,7 @@ def test_compress_reports_on_each_variant(run, tmp_path, capsys):
     table = capsys.readouterr().out
     assert table.strip() in (tmp_path / "report.md").read_text()
     assert (tmp_path / "pareto.png").read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(
-        UserError, match=r"^compress: no variant keeps the limits\. The nearest, .* of 1\.0 KiB\."
-    ):
+    with pytest.raises(UserError, match=r"^compress: no variant keeps the limits\. The nearest, .* of 1\.0 KiB\."):
         CLI([*command, '--steps=["quantize=int8"]', "--max_size=1KiB"])
     with pytest.raises(UserError, match=r"^checkpoint\.monitor: no val/nothing is logged"):
         CLI([*command, "--checkpoint.monitor=val/nothing"])
