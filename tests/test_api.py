@@ -176,6 +176,8 @@ def test_only_onnx_files_are_quantized(run, tmp_path):
 @pytest.mark.slow
 def test_compress_reports_on_each_variant(run, tmp_path, capsys):
     task, folder, version = run
+    if task in ("classification", "srl"):
+        pytest.skip("as tagging")
     _, _, model, data = TASKS[task]
     command = [*arguments(folder, task, "compress", model, {"val_share": 0.2, **data}), "--ckpt_path=best",
                f"--output={tmp_path}", "--seconds=0.1"]  # fmt: skip
@@ -199,8 +201,6 @@ def test_compress_reports_on_each_variant(run, tmp_path, capsys):
     table = capsys.readouterr().out
     assert table.strip() in (tmp_path / "report.md").read_text()
     assert (tmp_path / "pareto.png").read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(UserError, match=r"^compress: no variant keeps the limits\. The nearest, .* of 1\.0 KiB\."):
-        CLI([*command, '--steps=["quantize=int8"]', "--max_size=1KiB"])
     with pytest.raises(UserError, match=r"^checkpoint\.monitor: no val/nothing is logged"):
         CLI([*command, "--checkpoint.monitor=val/nothing"])
 

@@ -32,7 +32,7 @@ def test_without_limits_the_front_is_named():
     mark_front(ROWS)
     words, fits = answer_of(ROWS, Limits(), "val/f1", "again")
     assert (words, fits) == (
-        "None beats int8, int4, both. Give --max_size, --max_latency or --max_drop to have one chosen", True,
+        "No other variant beats int8, int4, both. Give --max_size, --max_latency or --max_drop to choose", True,
     )  # fmt: skip
 
 

@@ -102,7 +102,7 @@ def run_compress(request: CompressRequest, source: Source, command: str) -> None
     _measure(variants, request.seconds)
     rows = [variant.row for variant in variants]
     mark_front(rows)
-    answer, fits = _answer(rows, limits, source.tag, command)
+    answer, fits = answer_of(rows, limits, source.tag, command)
     _write(request.output, rows, source.tag, answer)
     print(as_table(rows, source.tag))
     say(f"Report       {request.output / 'report.md'}, {request.output / 'pareto.png'}")
@@ -200,7 +200,7 @@ def _measure(variants: Sequence[_Variant], seconds: float) -> None:
             variant.row.load_peak_bytes, variant.row.run_peak_bytes = peak_memory(variant.path)
 
 
-def _answer(rows: Sequence[Row], limits: Limits, tag: str, command: str) -> tuple[str, bool]:
+def answer_of(rows: Sequence[Row], limits: Limits, tag: str, command: str) -> tuple[str, bool]:
     """Return in words which variant to take, and whether it keeps the limits."""
     variants = [row for row in rows if row.steps]
     if not limits.any:
