@@ -95,6 +95,7 @@ def test_a_technique(folder):
         section.run(f"{fit} --config configs/memory/structured_pruning.yaml")
 
 
+@pytest.mark.slow
 def test_a_task(folder, monkeypatch, capsys):
     texts = f"--data.train_files={folder / 'train.txt'}"
     section = Section("A task", folder)

@@ -256,6 +256,7 @@ def test_two_processes_train_as_one(corpus):
         assert two[tag] == pytest.approx(one[tag], rel=1e-5), tag
 
 
+@pytest.mark.slow
 def test_a_process_without_a_validation_row_waits_for_nothing(corpus):
     record = {"tokens": ["Ada", "left"], "predicate": 1, "labels": ["B-A0", "B-V"]}
     for part, count in (("train", 8), ("val", 1)):

@@ -70,7 +70,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(corpus, undisturbed, wo
     same_losses(undisturbed, scalars(corpus / root / "mlm" / "version_0"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_prints_the_command_that_goes_on(corpus, undisturbed, number):
     settings = [*RESUME, f"--trainer.default_root_dir=interrupted-{number}"]
     process = start(corpus, "fit", *settings)

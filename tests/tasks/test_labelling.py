@@ -78,6 +78,7 @@ def test_texts_are_learnt_and_answers_come_in_order(tmp_path, capsys):
     assert [(answer["text"], answer["label"]) for answer in answers] == [("a bad film", "neg"), ("a fine film", "pos")]
 
 
+@pytest.mark.slow
 def test_texts_are_planned_validation_included(tmp_path, capsys):
     trained = texts(tmp_path, 1)
     texts(tmp_path, 1, f"--json={tmp_path / 'plan.json'}", subcommand="plan")

@@ -24,7 +24,7 @@ LOCAL = {"local_window": 4, "global_every": 2}
         ("seq2seq", {"copy": True}),
         pytest.param("mlm", {"preset": "bert"}, marks=slow),
         pytest.param("classification", {}, marks=slow),
-        ("classification", {"preset": "bert"}),
+        pytest.param("classification", {"preset": "bert"}, marks=slow),
         pytest.param("tagging", LOCAL, marks=slow),
         pytest.param("srl", {"preset": "bert"}, marks=slow),
         pytest.param("seq2seq", {"preset": "bert", "targets": 70}, marks=slow),
@@ -46,6 +46,7 @@ def test_onnxruntime_computes_what_the_model_does(tmp_path, task, settings):
     } == {20}
 
 
+@pytest.mark.slow
 def test_weights_of_16_bits_are_written_with_32_and_the_model_stays_as_it_is(tmp_path):
     model, metadata = make("classification")
     model.bfloat16().train()
@@ -71,6 +72,7 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path, monkeypat
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"what was there"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "share", "error"), [("int8", 0.27, 0.05), ("int4", 0.18, 0.3)])
 def test_quantized_files_are_small_and_near(tmp_path, scheme, share, error):
     model, metadata = make("tagging", hidden_size=128, num_layers=4)
@@ -84,6 +86,7 @@ def test_quantized_files_are_small_and_near(tmp_path, scheme, share, error):
     assert 1e-4 < largest_difference(model, written) < error
 
 
+@pytest.mark.slow
 def test_int8_does_not_overflow_where_sums_of_two_products_have_16_bits(tmp_path):
     """Without VNNI two products of 8 bits are added with saturation: weights must stay within 7 bits."""
     model, metadata = make("classification")
