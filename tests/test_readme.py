@@ -42,7 +42,7 @@ def commands(document):
 
 def shortened(line, number):
     """Return the command for a tiny model and few steps; a later `fit` of the same run still has some to do."""
-    if re.search(r"train\.py (fit|validate|prepare|plan) ", line):
+    if re.search(r"train\.py (fit|validate|prepare|plan|compress) ", line):
         limits = [*TINY, f"--trainer.max_steps={STEPS_A_COMMAND * (number + 1)}", "--trainer.limit_val_batches=2"]
         line = f"{line} {' '.join(limits)}"
     return line.replace("python train.py", f"{sys.executable} {launcher.__file__}")

@@ -99,6 +99,7 @@ def test_a_finished_run_is_extended(corpus):
     assert set(extended) == set(range(1, 13))
 
 
+@pytest.mark.slow
 def test_an_extended_run_takes_the_rates_of_the_longer_schedule(corpus):
     settings = [*RESUME, "--model.schedule.warmup_steps=2", "--trainer.default_root_dir=stretched"]
     run(corpus, "fit", *settings, "--trainer.max_steps=6")

@@ -167,6 +167,7 @@ def test_every_rung_needs_less_than_the_one_before():
     assert len(plan.candidates) > 6
 
 
+@pytest.mark.slow
 def test_techniques_that_the_given_ones_exclude_are_left_out():
     plan = search(settings("layer_major", encoder={"num_layers": 3}), CPU, None)
     assert len(plan.candidates) > 2

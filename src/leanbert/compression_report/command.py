@@ -92,12 +92,12 @@ def run_compress(request: CompressRequest, source: Source, command: str) -> None
     """
     limits = request.limits()
     lists = _lists(request.steps)
-    with explain_disk_errors(request.output, "--output"):
-        request.output.mkdir(parents=True, exist_ok=True)
     metrics = source.evaluate(None)
     if source.tag not in metrics:
         raise UserError(f"checkpoint.monitor: no {source.tag} is logged. Choose from {', '.join(sorted(metrics))}.")
-    variants = [*_references(source, request.output), *_make(request, source, lists)]
+    with explain_disk_errors(request.output, "--output"):
+        request.output.mkdir(parents=True, exist_ok=True)
+        variants = [*_references(source, request.output), *_make(request, source, lists)]
     _evaluate(variants, source, metrics)
     _measure(variants, request.seconds)
     rows = [variant.row for variant in variants]
