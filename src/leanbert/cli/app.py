@@ -165,8 +165,9 @@ class CLI(Setup):
 
         checkpoint = next(c for c in self.trainer.callbacks if isinstance(c, RunCheckpoint))  # type: ignore[attr-defined]
         source = Source(self._trained(), self._metrics_of, self._calibrate, checkpoint.monitor, checkpoint.sign)
-        again = f"{program_name()} compress {config_arguments(self.arguments)} --ckpt_path {source.path}"
-        run_compress(options, source, f"{again} --output {options.output}")
+        again = [config_arguments(self.arguments), "--ckpt_path", shlex.quote(str(source.path))]
+        again += ["--output", shlex.quote(str(options.output))]
+        run_compress(options, source, f"{program_name()} compress {' '.join(again)}")
 
     def _metrics_of(self, model: Any = None) -> dict[str, float]:
         """Return the metrics of a model in place of the run's own, by tag; on test files too, if there are some."""

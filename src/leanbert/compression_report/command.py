@@ -125,7 +125,7 @@ def _references(source: Source, output: Path) -> list[_Variant]:
     """Return the model itself, in 32 bits and where the CPU has them 16, its ONNX file and that plainly quantized."""
     original = load(source.path)
     parameters, nonzero = weights_of(original.model)
-    row = Row(ORIGINAL, [], "PyTorch float32", True, parameters=parameters, nonzero=nonzero)
+    row = Row(ORIGINAL, [], "PyTorch float32", parameters=parameters, nonzero=nonzero)
     row.flops_per_token = flops_per_token(original.model)
     try:
         original.export(output / ORIGINAL)
@@ -141,7 +141,7 @@ def _references(source: Source, output: Path) -> list[_Variant]:
         quantize_plainly(file, output / PLAIN / file.name)
     for name in (ONNX, PLAIN):
         path = output / name
-        own = replace(row, name=name, runtime="onnxruntime", reference=name == PLAIN, size_bytes=bytes_of(path))
+        own = replace(row, name=name, runtime="onnxruntime", size_bytes=bytes_of(path))
         found.append(_Variant(own, path, read_onnx(path)))
     return found
 
@@ -204,11 +204,8 @@ def answer_of(rows: Sequence[Row], limits: Limits, tag: str, command: str) -> tu
     """Return in words which variant to take, and whether it keeps the limits."""
     variants = [row for row in rows if row.steps]
     if not limits.any:
-        names = [row.name for row in variants if row.on_front]
-        return (
-            f"No other variant beats {', '.join(names)}. Give --max_size, --max_latency or --max_drop to choose",
-            True,
-        )
+        names = ", ".join(row.name for row in variants if row.on_front) or "the model itself"
+        return f"No other variant beats {names}. Give --max_size, --max_latency or --max_drop to choose", True
     fitting = [row for row in variants if not row.misses(limits)]
     if not fitting:
         nearest = min(variants, key=lambda row: row.excess(limits))

@@ -19,14 +19,13 @@ if TYPE_CHECKING:
 class Row:
     """A variant and what was measured of it; sizes in bytes, times in seconds, memory beyond that of the libraries.
 
-    `metrics` are by tag; `drop` is the relative loss of the metric that counts on the validation set. What shares files
-    with another row is its `runtime` only. A row that is no variant, but shown beside them, is a `reference`.
+    `metrics` are by tag; `drop` is the relative loss of the metric that counts on the validation set. Without
+    steps it is the model itself, which stands beside the variants.
     """
 
     name: str
     steps: list[str]
     runtime: str
-    reference: bool = False
     metrics: dict[str, float] | None = None
     drop: float | None = None
     parameters: int = 0
