@@ -28,6 +28,7 @@ OUTPUT_TOKENS = 16
 """Tokens that a sequence-to-sequence model writes for each row, greedily."""
 
 FEWEST_ROUNDS = 5
+PAUSE_SECONDS = 0.03
 
 _MEMORY = """
 import json, sys
@@ -81,20 +82,22 @@ def time_in_turns(
 ) -> dict[str, list[float]]:
     """Return the seconds of each call, all in turns, so that what else the machine does is alike for all.
 
-    There are as many rounds as take `seconds` for each call, five at least, after one that does not count.
+    There are as many rounds as take `seconds` for each call, five at least. In each a call runs twice, after a pause:
+    threads of the call before it still look for work for a while, and take the cores; the second time counts.
     """
-    for call in calls.values():
-        call()
     found: dict[str, list[float]] = {name: [] for name in calls}
 
     def turn() -> float:
+        begin = time.perf_counter()
         for name, call in calls.items():
+            time.sleep(PAUSE_SECONDS)
+            call()
             start = time.perf_counter()
             call()
             found[name].append(time.perf_counter() - start)
-        return sum(times[-1] for times in found.values())
+        return time.perf_counter() - begin
 
-    rounds = max(FEWEST_ROUNDS, round(seconds * len(calls) / max(turn(), 1e-6))) - 1
+    rounds = max(FEWEST_ROUNDS, round(seconds * len(calls) / turn())) - 1
     for _ in progress(range(rounds)):
         turn()
     return found

@@ -90,7 +90,8 @@ def as_table(rows: Sequence[Row], tag: str) -> str:
         lines.append([
             f"{row.name}{' *' if row.on_front else ''}", row.runtime, _number(metrics.get(tag)), change,
             *([_number(metrics.get(test))] if _has(rows, test) else []), f"{row.parameters:,}", f"{row.nonzero:,}",
-            *map(format_size, (row.size_bytes, row.load_peak_bytes, row.run_peak_bytes)),
+            format_size(row.size_bytes),
+            *(format_size(size) if size else "" for size in (row.load_peak_bytes, row.run_peak_bytes)),
             f"{row.flops_per_token / 1e6:,.2f}", f"{row.latency_p50 * 1e3:,.2f} ms", f"{row.latency_p95 * 1e3:,.2f} ms",
             f"{row.rows_per_second_short:,.0f}/s", f"{row.rows_per_second_long:,.0f}/s",
         ])  # fmt: skip
