@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,32 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim import Optimizer
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from leanbert.measure import torch_compat
+from leanbert.measure.flops import FLOPS
 from leanbert.measure.timeline import Event, Storage, Timeline
 
 aten = torch.ops.aten
 SHARDED = {"all_gather_copy_in": "parameters", "split_with_sizes_copy": "parameters", "chunk_cat": "gradients"}
 """Category of what operations of FSDP2 (`torch.distributed.fsdp`, namespace fsdp) read and write."""
-
-
-def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
-
-
-def _attention_backward_flops(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object
-) -> int:
-    return sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
-
-
-FLOPS: dict[Any, Callable[..., int]] = {
-    **flop_registry,  # which has only the kernels of accelerators
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-}
-"""Counts the floating-point operations of a call, by operation."""
 
 _active: list[LiveBytes] = []  # the backward of an accelerator runs in threads of its own: no thread-local here
 
