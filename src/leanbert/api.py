@@ -26,7 +26,7 @@ from leanbert.errors import UserError
 from leanbert.files import expand, write_text_atomically
 from leanbert.models.base import EncoderModel
 from leanbert.models.generation import GenerationConfig
-from leanbert.models.stored import ModelMetadata
+from leanbert.models.stored import ModelMetadata, Stored
 from leanbert.pretrained.build import read_model, rebuild
 from leanbert.pretrained.huggingface.convert import write_huggingface
 from leanbert.pretrained.huggingface.tasks import generation_settings
@@ -256,24 +256,28 @@ def load(path: str | Path) -> Pretrained:
         UserError: The path is none of these, or is damaged.
     """
     path = expand(path, "path")
+    stored: Stored | OnnxModel
     if holds_onnx(path):
-        model, tokenizer = read_onnx(path), TextTokenizer.from_file(path)
-        own = model.metadata.target_vocab_size is not None
-        targets = TextTokenizer.from_file(path, TARGET) if own else None
-        return Pretrained(model, tokenizer, model.metadata, targets)
-    if not (path / "config.json").is_file():
-        if (path / "checkpoints").is_dir():
-            run = Run(path)
-            path = best if (best := run.checkpoints / BEST).is_file() else run.find("last").path
-        if not path.is_file():
-            raise UserError(f"{path}: no run, checkpoint or Hugging Face folder. Give the path of one.")
-    stored, tokenizer = read_model(path), TextTokenizer.from_file(path)
-    if stored.metadata.target_vocab_size is None:
-        return Pretrained(rebuild(stored, tokenizer.vocab_size), tokenizer, stored.metadata)
-    if path.is_dir() and not (path / TARGET).is_dir():
-        raise UserError(f"{path}: the decoder has tokens of its own, but there is no {TARGET} with them. Save it there")
-    targets = TextTokenizer.from_file(path, TARGET)
-    return Pretrained(rebuild(stored, tokenizer.vocab_size, targets.vocab_size), tokenizer, stored.metadata, targets)
+        stored = read_onnx(path)
+    else:
+        if not (path / "config.json").is_file():
+            if (path / "checkpoints").is_dir():
+                run = Run(path)
+                path = best if (best := run.checkpoints / BEST).is_file() else run.find("last").path
+            if not path.is_file():
+                raise UserError(f"{path}: no run, checkpoint or Hugging Face folder. Give the path of one.")
+        stored = read_model(path)
+    tokenizer, targets = TextTokenizer.from_file(path), None
+    if stored.metadata.target_vocab_size is not None:
+        if path.is_dir() and not (path / TARGET).is_dir():
+            raise UserError(
+                f"{path}: the decoder has tokens of its own, but there is no {TARGET} with them. Save it there"
+            )
+        targets = TextTokenizer.from_file(path, TARGET)
+    if isinstance(stored, OnnxModel):
+        return Pretrained(stored, tokenizer, stored.metadata, targets)
+    model = rebuild(stored, tokenizer.vocab_size, None if targets is None else targets.vocab_size)
+    return Pretrained(model, tokenizer, stored.metadata, targets)
 
 
 def _special_ids(tokenizer: TextTokenizer) -> dict[str, int | None]:

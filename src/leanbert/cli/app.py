@@ -91,7 +91,7 @@ class CLI(Setup):
         metrics = tagged(trainer.callback_metrics)
         if "val/loss" in metrics:
             say(self.model.closing_words(metrics))
-        checkpoint = next(c for c in trainer.callbacks if isinstance(c, RunCheckpoint))
+        checkpoint = self._checkpoint
         program, configs = program_name(), config_arguments(self.arguments)
         say(f"Checkpoint   {checkpoint.last_path}")
         if checkpoint.average_path is not None:
@@ -163,8 +163,8 @@ class CLI(Setup):
         """Make smaller variants of a trained model and report on them."""
         from leanbert.compression_report.command import Source, run_compress
 
-        checkpoint = next(c for c in self.trainer.callbacks if isinstance(c, RunCheckpoint))  # type: ignore[attr-defined]
-        source = Source(self._trained(), self._metrics_of, self._calibrate, checkpoint.monitor, checkpoint.sign)
+        best = self._checkpoint
+        source = Source(self._trained(), self._metrics_of, self._calibrate, best.monitor, best.sign)
         again = [config_arguments(self.arguments), "--ckpt_path", shlex.quote(str(source.path))]
         again += ["--output", shlex.quote(str(options.output))]
         run_compress(options, source, f"{program_name()} compress {' '.join(again)}")
@@ -187,6 +187,11 @@ class CLI(Setup):
         with torch.no_grad():
             for batch in islice(self.datamodule.val_dataloader(), CALIBRATION_BATCHES):
                 self.model.loss_sum(batch)
+
+    @property
+    def _checkpoint(self) -> RunCheckpoint:
+        """Return the callback that every trainer has."""
+        return next(c for c in self.trainer.callbacks if isinstance(c, RunCheckpoint))  # type: ignore[attr-defined]
 
     def _trained(self) -> Path:
         """Return where the trained model is. Raises UserError if none is named."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
@@ -19,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from leanbert import strict_json
-from leanbert.api import load
+from leanbert.api import Pretrained, load
 from leanbert.compression.onnx.quantization import quantize_plainly
 from leanbert.compression.onnx.runtime import read_onnx
 from leanbert.compression.steps import Calibrate, Step, apply_steps, parse_steps
@@ -97,7 +98,8 @@ def run_compress(request: CompressRequest, source: Source, command: str) -> None
         raise UserError(f"checkpoint.monitor: no {source.tag} is logged. Choose from {', '.join(sorted(metrics))}.")
     with explain_disk_errors(request.output, "--output"):
         request.output.mkdir(parents=True, exist_ok=True)
-        variants = [*_references(source, request.output), *_make(request, source, lists)]
+        original = load(source.path)
+        variants = [*_references(source, original, request.output), *_make(request, source, original, lists)]
     _evaluate(variants, source, metrics)
     _measure(variants, request.seconds)
     rows = [variant.row for variant in variants]
@@ -121,9 +123,8 @@ def _lists(given: Sequence[str] | None) -> list[list[Step]]:
     return [steps[: count + 1] for count in range(len(steps))]
 
 
-def _references(source: Source, output: Path) -> list[_Variant]:
+def _references(source: Source, original: Pretrained, output: Path) -> list[_Variant]:
     """Return the model itself, in 32 bits and where the CPU has them 16, its ONNX file and that plainly quantized."""
-    original = load(source.path)
     parameters, nonzero = weights_of(original.model)
     row = Row(ORIGINAL, [], "PyTorch float32", parameters=parameters, nonzero=nonzero)
     row.flops_per_token = flops_per_token(original.model)
@@ -146,12 +147,13 @@ def _references(source: Source, output: Path) -> list[_Variant]:
     return found
 
 
-def _make(request: CompressRequest, source: Source, lists: list[list[Step]]) -> list[_Variant]:
+def _make(request: CompressRequest, source: Source, original: Pretrained, lists: list[list[Step]]) -> list[_Variant]:
     """Write the folder of each list of steps. Raises `UserError` for a given step that has no effect."""
     found = []
     for steps in tqdm(lists, desc="Variants", leave=False, disable=None):
-        original = load(source.path)
-        name, model = "+".join(step.slug for step in steps), original.model
+        smaller = copy.copy(original)
+        name, model = "+".join(step.slug for step in steps), copy.deepcopy(original.model)
+        smaller.model = model
         try:
             scheme = apply_steps(model, steps, source.calibrate)
         except UserError as error:
@@ -160,7 +162,7 @@ def _make(request: CompressRequest, source: Source, lists: list[list[Step]]) -> 
             say(f"Left out {name}: {error}")
             continue
         path = request.output / name
-        original.export(path, "onnx", scheme)
+        smaller.export(path, "onnx", scheme)
         row = Row(name, [str(step) for step in steps], "onnxruntime", size_bytes=bytes_of(path))
         row.parameters, row.nonzero = weights_of(model)
         row.flops_per_token = flops_per_token(model)
