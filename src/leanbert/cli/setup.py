@@ -49,6 +49,7 @@ from leanbert.settings import (
     user_error_within,
 )
 from leanbert.tasks.base import Task
+from leanbert.tasks.distillation import START
 from leanbert.trainer import Trainer
 
 DEVICELESS = ("prepare", "plan", "export", "compress")
@@ -161,7 +162,9 @@ class Setup(LightningCLI):
         for part in ("model", "data"):  # a seed of their own may be given
             own = settings[part]["init_args"]
             own["seed"] = own["seed"] or int(settings["seed_everything"])
-        _take_tokenizers(settings["data"]["init_args"], settings["model"]["init_args"]["init_from"])
+        own = settings["model"]["init_args"]
+        teacher = (own.get("distillation") or {}).get("teacher")
+        _take_tokenizers(settings["data"]["init_args"], own["init_from"] or (None if teacher == START else teacher))
         if self.subcommand == "fit":
             if settings.pop("budget") is not None:  # what it chooses is saved, not it
                 self.plan_report = apply_budget(settings, self.arguments)
@@ -206,6 +209,8 @@ class Setup(LightningCLI):
             self.start.hand_over(self.model, self.datamodule, resumes=self.subcommand == "fit", shrinks=shrinks)
         elif self.model.init_from is not None:
             adopt_start(self.model, self.datamodule, self.model.init_from, str(self.subcommand))
+        elif self.model.teacher_source not in (None, START):
+            self.datamodule.start_from(read_model(self.model.teacher_source).metadata)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return the trainer with the callbacks that every run has, its run folder and its checkpoint files."""

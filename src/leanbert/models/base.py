@@ -5,6 +5,8 @@ Shapes: B batch, S sequence, M targets per row, D hidden.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -70,6 +72,9 @@ class EncoderModel(nn.Module):
         """All blocks, in the order in which they run: what is checkpointed, sliced, compiled, sharded and pruned."""
         return [block for stack in self.stacks for block in stack.blocks]  # type: ignore[misc]
 
+    def check_sharing(self) -> None:
+        """Raise `UserError` if modules that are shared are not those that a new model of this depth shares."""
+
     def inherits(self, name: str, metadata: ModelMetadata) -> bool:
         """Whether weight `name` of a stored model is taken over when training starts from it."""
         return metadata.task == self.task or name.startswith(ENCODER)
@@ -84,3 +89,15 @@ class EncoderModel(nn.Module):
         """Hidden states [B, M, D] at `target_index` (int64 [B, M], positions inside each row), else [B, S, D]."""
         hidden = self.encoder(inputs)
         return hidden if target_index is None else gather_rows(hidden, target_index)
+
+    def hidden(self, inputs: PackedInputs, target_index: Any = None) -> tuple[Tensor, Any]:
+        """Return what `logits` takes: hidden states as `encode`, and of some models more."""
+        return self.encode(inputs, target_index), None
+
+    def logits(self, hidden: Tensor, copied: Any = None) -> Tensor:
+        """Return scores [B, M, L] of what `hidden` returns."""
+        raise NotImplementedError
+
+    def forward(self, inputs: PackedInputs, target_index: Any = None) -> Tensor:
+        """Scores [B, M, L] at `target_index` (int64 [B, M], positions inside each row), else [B, S, L]."""
+        return self.logits(*self.hidden(inputs, target_index))

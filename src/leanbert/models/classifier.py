@@ -75,9 +75,9 @@ class Classifier(EncoderModel):
             return True
         return name.startswith(ENCODER) or (metadata.task in ("mlm", self.task) and name.startswith(INHERITED))
 
-    def forward(self, inputs: PackedInputs, target_index: Tensor | None = None) -> Tensor:
-        """Scores [B, M, L] at `target_index` (int64 [B, M], positions inside each row), else [B, S, L]."""
-        return self.head(self.encode(inputs, target_index))
+    def logits(self, hidden: Tensor, copied: None = None) -> Tensor:
+        """Scores [B, M, L] of hidden states [B, M, D]."""
+        return self.head(hidden)
 
     def loss_sum(
         self, inputs: PackedInputs, target_index: Tensor, targets: Tensor, criterion: Callable[[Tensor, Tensor], Tensor]

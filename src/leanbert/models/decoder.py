@@ -17,7 +17,7 @@ from leanbert.memory.checkpointing import run_block
 from leanbert.models.attention import AttentionContext, CrossAttention, SelfAttention, make_angles
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.embeddings import Embeddings
-from leanbert.models.encoder import FeedForward, ResidualBlock, make_norm
+from leanbert.models.encoder import FeedForward, ResidualBlock, make_norm, note
 from leanbert.models.kernels.attention import additive, same_document
 from leanbert.models.packed_inputs import PackedInputs
 
@@ -80,6 +80,7 @@ class Decoder(nn.Module):
         )
         self.final_norm = make_norm(config) if config.norm_position == "pre" else None
         self.storage: Callable[[], AbstractContextManager[Any]] = nullcontext  # of saved activations
+        self.states: list[Tensor] | None = None  # as of `Encoder`
 
     def forward(self, inputs: PackedInputs, embedding: Tensor, memory: Tensor, source_documents: Tensor) -> Tensor:
         """Decode rows [B, T] with the token embedding [R, D], looking at `memory` [B, S, D].
@@ -89,10 +90,10 @@ class Decoder(nn.Module):
         """
         self.config.check_length(inputs.input_ids.shape[1])
         with self.storage() if torch.is_grad_enabled() else nullcontext():
-            hidden = self.embeddings(inputs, embedding)
+            hidden = note(self.states, self.embeddings(inputs, embedding))
             context = self.make_context(inputs, source_documents, hidden)
             for block in self.blocks:
-                hidden = run_block(block, hidden, context, memory)
+                hidden = note(self.states, run_block(block, hidden, context, memory))
             return hidden if self.final_norm is None else self.final_norm(hidden)
 
     def make_context(self, inputs: PackedInputs, source_documents: Tensor, like: Tensor) -> DecoderContext:

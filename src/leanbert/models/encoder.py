@@ -27,6 +27,13 @@ def make_norm(config: ResolvedConfig) -> nn.LayerNorm:
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.bias)
 
 
+def note(states: list[Tensor] | None, hidden: Tensor) -> Tensor:
+    """Return `hidden`, which is added to `states` if there are some."""
+    if states is not None:
+        states.append(hidden)
+    return hidden
+
+
 class FeedForward(nn.Module):
     """Position-wise network, plain or gated (Shazeer 2020, arXiv 2002.05202): [B, S, D] -> [B, S, D]."""
 
@@ -94,16 +101,17 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_norm = make_norm(config) if config.norm_position == "pre" else None
         self.storage: Callable[[], AbstractContextManager[Any]] = nullcontext  # of saved activations
+        self.states: list[Tensor] | None = None  # of the embeddings and after each block, where somebody looks
 
     def forward(self, inputs: PackedInputs) -> Tensor:
         """Encode rows. Raises `UserError` if S exceeds the model's positions."""
         self.config.check_length(inputs.input_ids.shape[1])
         with self.storage() if torch.is_grad_enabled() else nullcontext():
-            hidden = self.embeddings(inputs)
+            hidden = note(self.states, self.embeddings(inputs))
             local_layers = [self.config.is_local(layer) for layer in range(self.config.num_layers)]
             contexts = {local: self.make_context(inputs, hidden, local) for local in set(local_layers)}
             for block, local in zip(self.blocks, local_layers, strict=True):
-                hidden = run_block(block, hidden, contexts[local])
+                hidden = note(self.states, run_block(block, hidden, contexts[local]))
             return hidden if self.final_norm is None else self.final_norm(hidden)
 
     def make_context(self, inputs: PackedInputs, like: Tensor, local: bool = False) -> AttentionContext:

@@ -22,9 +22,9 @@ class MaskedLanguageModel(EncoderModel):
         super().__init__(config)
         self.head = MaskedLMHead(config)
 
-    def forward(self, inputs: PackedInputs, target_index: Tensor | None = None) -> Tensor:
-        """Logits [B, M, V] at `target_index` (int64 [B, M], positions inside each row), else [B, S, V]."""
-        return self.head(self.encode(inputs, target_index), self.encoder.embeddings.token.weight)
+    def logits(self, hidden: Tensor, copied: None = None) -> Tensor:
+        """Logits [B, M, V] of hidden states [B, M, D]."""
+        return self.head(hidden, self.encoder.embeddings.token.weight)
 
     def loss_sum(self, inputs: PackedInputs, target_index: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy (nats, shape []) summed over `targets` (int64 [B, M], -100: none) at `target_index` [B, M]."""

@@ -137,6 +137,15 @@ class Seq2SeqModel(EncoderModel):
         count, layers = len(self.decoder.blocks), len(self.encoder.blocks)
         return [(self.encoder.blocks[i * layers // count], block) for i, block in enumerate(self.decoder.blocks)]
 
+    def check_sharing(self) -> None:
+        """Raise `UserError` if the decoder's blocks are not those of the encoder that it begins with, evenly chosen."""
+        pairs = self._corresponding_blocks() if self.start == "shared" else []
+        if any(block.attention is not source.attention for source, block in pairs):
+            raise UserError(
+                "StructuredPruning.blocks: the decoder shares its blocks with the encoder, whose depth is another. "
+                "Give a fraction that leaves both whole multiples, or decoder_start=encoder"
+            )
+
     def _share(self) -> None:
         """Let the decoder's blocks use the encoder's self-attention and feed-forward."""
         for source, block in self._corresponding_blocks():
@@ -145,7 +154,9 @@ class Seq2SeqModel(EncoderModel):
             if type(block.attention_norm) is type(source.attention_norm):
                 block.attention_norm = source.attention_norm
 
-    def hidden(self, inputs: PackedInputs, decoder_inputs: PackedInputs) -> tuple[Tensor, Copied | None]:
+    def hidden(  # type: ignore[override]
+        self, inputs: PackedInputs, decoder_inputs: PackedInputs
+    ) -> tuple[Tensor, Copied | None]:
         """Hidden states [B, T, D] for sources [B, S] and what the decoder reads [B, T].
 
         And what is copied from the sources, if the model does that.
@@ -157,11 +168,7 @@ class Seq2SeqModel(EncoderModel):
         allowed = decoder_inputs.document_ids[:, :, None] == inputs.document_ids[:, None, :]
         return hidden, self.pointer(hidden, self.pointer.read(memory, inputs.input_ids, allowed))
 
-    def forward(self, inputs: PackedInputs, decoder_inputs: PackedInputs) -> Tensor:
-        """Logits [B, T, V] of the next tokens; arguments as in `hidden`."""
-        return self.logits(*self.hidden(inputs, decoder_inputs))
-
-    def logits(self, hidden: Tensor, copied: Copied | None) -> Tensor:
+    def logits(self, hidden: Tensor, copied: Copied | None = None) -> Tensor:
         """Logits [B, T, V] of decoder states [B, T, D] and what is copied."""
         scores = self.head(hidden, self.target_table)
         return scores if copied is None else add_copied(scores, copied)

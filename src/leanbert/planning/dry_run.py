@@ -32,6 +32,7 @@ from leanbert.measure.trace import LiveBytes
 from leanbert.memory.offload import DiskStorage, to_host
 from leanbert.optim.build import trainable
 from leanbert.planning.run_settings import RunSettings, technique_callbacks
+from leanbert.pretrained.build import blank_model
 from leanbert.tasks.base import Task
 
 
@@ -168,6 +169,7 @@ def stage(
         task.encoder_config = replace(task.encoder_config, num_layers=layers)
     task.compile_blocks &= real  # a compiled block needs no more memory than one that is not
     task.init_from = None  # the architecture is in the settings already
+    task.build_teacher = blank_model  # type: ignore[method-assign]
     task.schedule_config = replace(task.schedule_config, warmup_steps=0)
     data.hparams["batch_size"] = rows
     data.pretend_prepared(settings.vocab_size)
@@ -189,6 +191,7 @@ def _trainer(settings: RunSettings, callbacks: Sequence[Callback], device_type: 
 
 def set_up(task: Task, trainer: Trainer) -> None:
     """Let the callbacks register what they ask for. Raises UserError for what they refuse, or cannot be planned."""
+    task.setup("fit")
     for callback in technique_callbacks(trainer.callbacks):  # type: ignore[attr-defined]
         callback.setup(trainer, task, "fit")
     if (task.techniques.micro_batch or 0) >= trainer.datamodule.hparams["batch_size"]:  # type: ignore[attr-defined]
@@ -260,4 +263,6 @@ def _existing(task: Task, batch: Batch) -> list[Tensor]:
     """Return the tensors of a batch, and those of a task that are not its model's (metrics)."""
     model = {id(tensor) for tensor in (*task.model.parameters(), *task.model.buffers())}
     own = [t for module in task.modules() for t in vars(module).values() if isinstance(t, Tensor)]
+    if task.distillation is not None:
+        own += task.distillation.teacher.parameters()
     return [*(t for t in (*own, *task.buffers()) if id(t) not in model), *batch.tensors().values()]

@@ -98,7 +98,9 @@ def _depths(settings: RunSettings) -> list[int]:
     layers, period = settings.task.encoder_config.num_layers, _period_of_blocks(settings)
     small = SMALLEST_STACK + (layers - SMALLEST_STACK) % period
     large = small + period * -(-SMALLEST_STACK // period)
-    return [small, large] if large < layers else [layers]
+    removed = settings.techniques.structured
+    alike = settings.task.teacher_source is None and not (removed and removed[2])  # else depth is not one number
+    return [small, large] if alike and large < layers else [layers]
 
 
 def _period_of_blocks(settings: RunSettings) -> int:

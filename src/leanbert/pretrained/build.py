@@ -145,6 +145,12 @@ def read_model(source: str | Path) -> Stored:
     return read_huggingface(source) if source.is_dir() else read_checkpoint(source)
 
 
+def blank_model(source: str | Path) -> EncoderModel:
+    """Return the model at `source` without its weights, which are not read."""
+    stored = read_model(source)
+    return make_model(stored.config, stored.metadata)
+
+
 def starting_config(config: EncoderConfig, stored: Stored) -> ResolvedConfig:
     """Return the architecture of a stored model, with the dropout that `config` sets."""
     rates = {"dropout": config.dropout, "attention_dropout": config.attention_dropout}

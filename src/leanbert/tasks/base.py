@@ -12,25 +12,35 @@ from typing import Any, ClassVar
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from leanbert.compression.distillation import soft_loss
+from leanbert.data.pairs import TARGET
 from leanbert.data.settings import Part
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
-from leanbert.memory.step import seed_position
+from leanbert.memory.step import StepTask, seed_position
 from leanbert.models.base import EncoderModel
 from leanbert.models.config import EncoderConfig
+from leanbert.models.kernels.loss import IGNORED, cross_entropy_sum
 from leanbert.models.stored import ModelMetadata, Stored
 from leanbert.optim.build import OptimizerConfig, Schedule, ScheduleConfig, build_optimizer, effective_warmup
 from leanbert.optim.in_backward import accumulate_in_backward, update_in_backward
+from leanbert.pretrained.build import read_model, rebuild
 from leanbert.pretrained.weights import unpack
 from leanbert.ranges import SEED
+from leanbert.tasks.distillation import START, Distillation, DistillationConfig
 from leanbert.tasks.step import B, SteppedModule, StepState
 from leanbert.tasks.techniques import Surroundings, Techniques, apply, refuse
 
 Answer = dict[str, Any]
 """What `predict` writes of one input: JSON."""
 
-SHRINKING = ("num_heads", "intermediate_size")
+PROJECTIONS = "projections."
+"""Prefix of the weights that only training with a teacher has."""
+
+SHRINKING = ("num_layers", "num_heads", "intermediate_size")
 """Sizes of the encoder that structured pruning makes smaller."""
 
 
@@ -44,6 +54,7 @@ class Task(SteppedModule[B]):
         init_from: Hugging Face folder or LeanBERT checkpoint whose weights and architecture to start from; of a model
             of another task they are its encoder's.
         compile: Compile each block with torch.compile: faster steps after about a minute of compilation.
+        distillation: What is learnt of a teacher.
         seed: Seed of initial weights and dropout (the CLI sets it to seed_everything if it is 0).
 
     """
@@ -60,12 +71,18 @@ class Task(SteppedModule[B]):
         init_from: str | None = None,
         compile: bool = False,
         seed: int = 0,
+        distillation: DistillationConfig | None = None,
     ) -> None:
         super().__init__()
         self.encoder_config = encoder or EncoderConfig()
         self.optimizer_config = optimizer or OptimizerConfig()
         self.schedule_config = schedule or ScheduleConfig()
         self.init_from = init_from
+        self.distillation_config = distillation or DistillationConfig()
+        self.teacher_source = self.distillation_config.source(init_from)
+        self.distillation: Distillation | None = None
+        self.projections = nn.ModuleList()  # of the distillation
+        self.trains = False
         self.compile_blocks = compile
         SEED.check("model.seed", seed)
         self.seed = seed
@@ -80,8 +97,34 @@ class Task(SteppedModule[B]):
         """Return the model for the attached data."""
         raise NotImplementedError
 
+    def build_teacher(self, source: str) -> EncoderModel:
+        """Return the model that is learnt from. Raises UserError if it reads other tokens."""
+        for name, tokenizer in self._data.tokenizers.items():
+            if TextTokenizer.from_file(source, name).to_json() != tokenizer.to_json():
+                raise UserError(
+                    f"model.distillation.teacher: {source} has another tokenizer than the data. Leave data.{name} out"
+                )
+        sizes = {name: tokenizer.vocab_size for name, tokenizer in self._data.tokenizers.items()}
+        return rebuild(read_model(source), sizes["tokenizer"], sizes.get(TARGET))
+
     def build_metrics(self) -> None:
         """Make the metrics of evaluation, which live on the task."""
+
+    def model_inputs(self, batch: B) -> tuple[Any, ...]:
+        """Return what the model takes of a batch: what its stacks of blocks read, and where there are targets."""
+        raise NotImplementedError
+
+    def forward(self, batch: B) -> Tensor:
+        """Return scores [B, M, L] at the targets."""
+        return self.model(*self.model_inputs(batch))
+
+    def criterion(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of scores [B, M, L] at `targets`, summed, shape []."""
+        return cross_entropy_sum(scores, targets)
+
+    def soft_criterion(self, scores: Tensor, teacher_scores: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        """Return the divergence from a teacher's scores [B, M, L], summed over targets [B, M], shape []."""
+        return (soft_loss(scores, teacher_scores, temperature) * (targets != IGNORED)).sum()
 
     def samples(self, batch: B) -> dict[str, str]:
         """Return Markdown by TensorBoard tag: what the model makes of a few rows of a validation batch."""
@@ -94,6 +137,20 @@ class Task(SteppedModule[B]):
         )
 
     # ---- weights and optimizer
+
+    def setup(self, stage: str) -> None:
+        """Know whether the model is trained."""
+        self.trains = stage == "fit"
+
+    @property
+    def objective(self) -> StepTask[B]:
+        """What is minimised: the task's own loss, or the student's."""
+        return self.distillation or self
+
+    @property
+    def trained(self) -> nn.Module:
+        """What the optimizer updates: the model, and in distillation its projections."""
+        return nn.ModuleList((self.model, self.projections)) if self.projections else self.model
 
     def configure_model(self) -> None:
         """Build the weights once."""
@@ -114,6 +171,15 @@ class Task(SteppedModule[B]):
         self.model.config.check_length(self._data.hparams["max_length"])
         techniques = replace(self.techniques, structured=None) if self.resumes else self.techniques
         apply(techniques, self.model, compile_blocks=self.compile_blocks)
+        if self.trains and self.teacher_source is not None:
+            if self.teacher_source == START:
+                raise UserError(
+                    "model.distillation.teacher: is the model that training starts from, but none is named. "
+                    "Give --model.init_from, or the path of a teacher"
+                )
+            teacher = self.build_teacher(self.teacher_source)
+            self.distillation = Distillation(self.distillation_config, teacher, self)
+            self.projections = self.distillation.projections
         # alike on all ranks: to exchange them in each forward pass would leave a rank waiting that has one more
         buffers = [name for name, _ in self.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, buffers)
@@ -135,12 +201,12 @@ class Task(SteppedModule[B]):
         """Return the optimizer and a schedule by steps."""
         in_backward, state = self.techniques.in_backward, self.step_state
         optimizer = build_optimizer(
-            self.model, self.optimizer_config, seed=self.seed, sliced=in_backward == "accumulate"
+            self.trained, self.optimizer_config, seed=self.seed, sliced=in_backward == "accumulate"
         )
         if in_backward == "update":
-            update_in_backward(self.model, optimizer, state.check.guard)
+            update_in_backward(self.trained, optimizer, state.check.guard)
         elif in_backward == "accumulate":
-            accumulate_in_backward(self.model, optimizer, lambda: state.position, state.check.guard)
+            accumulate_in_backward(self.trained, optimizer, lambda: state.position, state.check.guard)
         total_steps = int(self.trainer.estimated_stepping_batches)
         wanted, warmup = self.schedule_config.warmup_steps, effective_warmup(self.schedule_config, total_steps)
         if warmup != wanted:
@@ -200,6 +266,9 @@ class Task(SteppedModule[B]):
 
         """
         self.check_resumable(unpack(checkpoint, Path("--ckpt_path")))
+        if not self.trains:
+            weights = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: weights[name] for name in weights if not name.startswith(PROJECTIONS)}
         self._data.samples_consumed = checkpoint["leanbert"]["samples_consumed"]
 
     def check_resumable(self, stored: Stored, *, shrinks: bool = False) -> None:

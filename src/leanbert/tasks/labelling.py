@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from leanbert.compression.distillation import soft_binary_loss
 from leanbert.data.batches.batch import IGNORED, LabelledBatch
 from leanbert.data.labelled import LabelledData
 from leanbert.data.labels import Problem
 from leanbert.data.settings import Part
 from leanbert.models.classifier import Classifier, Of
 from leanbert.models.kernels.loss import cross_entropy_sum
+from leanbert.models.packed_inputs import PackedInputs
 from leanbert.pretrained.build import build_model
 from leanbert.tasks.base import Task
 from leanbert.tasks.metrics import ExactSums
@@ -59,9 +61,9 @@ class Labelling(Task[LabelledBatch], Generic[Kept]):
         self.sums = ExactSums("loss", "targets")
         self._kept: list[Kept] = []
 
-    def forward(self, batch: LabelledBatch) -> Tensor:
-        """Return scores [B, M, L] at the targets."""
-        return self.model(batch.inputs, batch.target_index)
+    def model_inputs(self, batch: LabelledBatch) -> tuple[PackedInputs, Tensor]:
+        """Return the rows, and the positions that are labelled."""
+        return batch.inputs, batch.target_index
 
     def count_targets(self, batch: LabelledBatch) -> Tensor:
         """Return the number of labels that count, shape []: words or texts, times numbers where there are several."""
@@ -82,6 +84,17 @@ class Labelling(Task[LabelledBatch], Generic[Kept]):
             losses = F.binary_cross_entropy_with_logits(scores.float(), truth, reduction="none")
         else:
             losses = (scores.float() - truth).square()
+        return losses.where(used, 0.0).sum()
+
+    def soft_criterion(self, scores: Tensor, teacher_scores: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        """Return the divergence from a teacher's scores [B, M, L], summed; of numbers their squared distance."""
+        if self.problem == "single":
+            return super().soft_criterion(scores, teacher_scores, targets, temperature)
+        used = ~targets.isnan()
+        if self.problem == "multi":
+            losses = soft_binary_loss(scores, teacher_scores, temperature)
+        else:
+            losses = (scores.float() - teacher_scores.float()).square()
         return losses.where(used, 0.0).sum()
 
     # ---- evaluation

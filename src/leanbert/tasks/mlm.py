@@ -16,6 +16,7 @@ from leanbert.data.mlm import MaskedLMData
 from leanbert.data.settings import Part
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.models.mlm import MaskedLanguageModel
+from leanbert.models.packed_inputs import PackedInputs
 from leanbert.pretrained.build import build_model
 from leanbert.ranges import COUNT
 from leanbert.tasks.base import Answer, Task
@@ -64,9 +65,9 @@ class MaskedLM(Task[MLMBatch]):
     def _counts(self) -> np.ndarray | None:
         return getattr(self._data, "unigram_counts", None)  # predict reads no corpus
 
-    def forward(self, batch: MLMBatch) -> Tensor:
-        """Return logits [B, M, V] at the target positions."""
-        return self.model(batch.inputs, batch.target_index)
+    def model_inputs(self, batch: MLMBatch) -> tuple[PackedInputs, Tensor]:
+        """Return the rows, and the positions of the masks."""
+        return batch.inputs, batch.target_index
 
     def count_targets(self, batch: MLMBatch) -> Tensor:
         """Return the number of masked positions, shape []."""

@@ -17,6 +17,8 @@ from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.messages import say
 from leanbert.models.generation import GenerationConfig, SpecialTokens, generate
+from leanbert.models.kernels.loss import cross_entropy_sum
+from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.seq2seq import Seq2SeqModel
 from leanbert.models.stored import ModelMetadata, Start, Stored
 from leanbert.pretrained.build import build_model, read_model
@@ -130,6 +132,8 @@ class Seq2Seq(Task[PairBatch]):
     def resume_from(self, stored: Stored, *, shrinks: bool) -> None:
         """Check `stored` and take over the vocabularies too."""
         super().resume_from(stored, shrinks=shrinks)
+        if shrinks:
+            self.decoder_layers = stored.metadata.decoder_layers
         self._stored_targets = stored.metadata.target_vocab_size or 0
 
     def check_resumable(self, stored: Stored, *, shrinks: bool = False) -> None:
@@ -137,8 +141,9 @@ class Seq2Seq(Task[PairBatch]):
         super().check_resumable(stored, shrinks=shrinks)
         metadata = stored.metadata
         start = metadata.decoder_start or self.decoder_start
+        layers, known = self.decoder_layers or stored.config.num_layers, metadata.decoder_layers
         own: dict[str, tuple[object, object]] = {
-            "decoder_layers": (self.decoder_layers or stored.config.num_layers, metadata.decoder_layers),
+            "decoder_layers": (layers, None if shrinks and (known or 0) < layers else known),
             "decoder_start": (self.decoder_start, start if "shared" in (start, self.decoder_start) else None),
             "copy": (self.copy, bool(metadata.copy)),
         }
@@ -158,6 +163,14 @@ class Seq2Seq(Task[PairBatch]):
     def count_targets(self, batch: PairBatch) -> Tensor:
         """Return the number of target tokens, shape []."""
         return (batch.targets != IGNORED).sum()
+
+    def model_inputs(self, batch: PairBatch) -> tuple[PackedInputs, PackedInputs]:
+        """Return the sources, and what the decoder reads."""
+        return batch.inputs, batch.decoder_inputs
+
+    def criterion(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Return the smoothed cross entropy in nats of scores [B, T, V], summed, shape []."""
+        return cross_entropy_sum(scores, targets, self.label_smoothing)
 
     def loss_sum(self, batch: PairBatch) -> Tensor:
         """Return the smoothed cross entropy in nats summed over target tokens, shape []."""

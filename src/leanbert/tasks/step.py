@@ -19,7 +19,7 @@ from leanbert.data.batches.batch import Batch
 from leanbert.data.module import RowData
 from leanbert.memory.finite import StepCheck
 from leanbert.memory.recovery import agree, retry_smaller
-from leanbert.memory.step import backpropagate_all_but_last, seed_position
+from leanbert.memory.step import StepTask, backpropagate_all_but_last, seed_position
 from leanbert.models.base import EncoderModel
 from leanbert.optim.build import trainable
 from leanbert.tasks.techniques import Techniques
@@ -72,6 +72,11 @@ class SteppedModule(LightningModule, Generic[B]):
         raise NotImplementedError
 
     @property
+    def objective(self) -> StepTask[B]:
+        """What is minimised."""
+        return self
+
+    @property
     def _data(self) -> RowData:
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
@@ -84,11 +89,11 @@ class SteppedModule(LightningModule, Generic[B]):
         def attempt() -> tuple[Tensor, Tensor]:
             state.check.reset()
             return backpropagate_all_but_last(
-                self,
+                self.objective,
                 batch,
                 micro_batch=state.micro_batch,
                 world_size=world_size,
-                sum_over_ranks=self._sum_over_ranks if parallel else None,
+                sum_over_ranks=self.sum_over_ranks if parallel else None,
                 backward=lambda part: strategy.backward(part, None),
                 no_sync=parallel.block_backward_sync if parallel else nullcontext,
                 seed_micro_batch=self._start_micro_batch,
@@ -99,7 +104,7 @@ class SteppedModule(LightningModule, Generic[B]):
             last, loss = retry_smaller(lambda: agree(attempt, self._any_rank), self._undo_and_shrink)
         else:
             last, loss = attempt()
-        loss = state.check.loss = self._sum_over_ranks(loss) if parallel else loss
+        loss = state.check.loss = self.sum_over_ranks(loss) if parallel else loss
         # the last group is AdamW's where Muon has its own
         rate = float(self.trainer.optimizers[0].param_groups[-1]["lr"])
         return {"loss": last, "step_loss": loss, "learning_rate": rate}
@@ -109,13 +114,14 @@ class SteppedModule(LightningModule, Generic[B]):
         seed_position(self.seed, self.global_step, self.global_rank, index)
 
     def _any_rank(self, failed: bool) -> bool:
-        return bool(self._sum_over_ranks(torch.tensor(float(failed), device=self.device)) > 0)
+        return bool(self.sum_over_ranks(torch.tensor(float(failed), device=self.device)) > 0)
 
     def _undo_and_shrink(self, error: BaseException) -> bool:
         self.zero_grad(set_to_none=True)
         return self.step_state.shrink(error)
 
-    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """Return the sum of a tensor of shape [] over all ranks."""
         return self.trainer.strategy.reduce(value.clone(), reduce_op="sum")
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
@@ -146,7 +152,7 @@ class SteppedModule(LightningModule, Generic[B]):
         """Run the passes of a step, and look at what they have left."""
         result = closure()
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        parameters = trainable(self.model.parameters())
+        parameters = trainable(self.parameters())
         if scaler is None:
             self.step_state.check.guard(parameters)
         elif scaler.get_scale() <= 1.0:  # above, gradients overflow while the scale is found, and the scaler leaves out

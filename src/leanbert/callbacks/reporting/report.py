@@ -76,6 +76,13 @@ def start_report(trainer: Trainer, task: Task, seconds_per_token: float | None) 
         f"{'model':<11} {config.preset}, {config.num_layers} x {config.hidden_size}, "
         f"vocabulary {vocabulary}, {task.model.num_parameters:,} parameters"
     )
+    if task.distillation is not None:
+        teacher = task.distillation.teacher
+        theirs, path = teacher.config, task.teacher_source
+        lines.append(
+            f"{'teacher':<11} {theirs.preset}, {theirs.num_layers} x {theirs.hidden_size}, "
+            f"{teacher.num_parameters:,} parameters, {path}"
+        )
     threads = f", {torch.get_num_threads()} threads" if task.device.type == "cpu" else ""
     lines.append(f"{'device':<11} {task.device.type} x {trainer.world_size}{threads}, precision {trainer.precision}")
     if "16" in str(trainer.precision) and not has_16_bit_products(task.device.type):

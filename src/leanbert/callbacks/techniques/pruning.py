@@ -153,7 +153,7 @@ class MagnitudePruning(TechniqueCallback):
 
 
 class StructuredPruning(TechniqueCallback):
-    """Remove the least important heads and feed-forward neurons, the same number in each block. Approximate.
+    """Remove the least important heads and feed-forward neurons, the same number in each block, or blocks. Approximate.
 
     Of encoder, decoder and cross-attention alike. The model becomes smaller: parameters, gradients, optimizer state,
     activations and time per step all fall. Prune a trained model (`model.init_from`) before the first step, or the
@@ -163,6 +163,8 @@ class StructuredPruning(TechniqueCallback):
     Args:
         heads: Share of each block's attention heads that leaves, from 0 to below 1.
         neurons: Share of each block's feed-forward neurons that leaves, from 0 to below 1.
+        blocks: Share of the encoder's blocks, and of the decoder's, that leaves, from 0 to below 1: evenly chosen ones,
+            when the model is built.
         at_step: Optimizer steps before the removal; 0: when the model is built, after its weights were loaded.
         importance: weight: the norm of what a head or neuron can add, from its weights alone. taylor: by how much the
             loss would change, from gradients (Michel et al. 2019, arXiv 1905.10650), which needs `at_step` > 0.
@@ -177,12 +179,13 @@ class StructuredPruning(TechniqueCallback):
         self,
         heads: float = 0.5,
         neurons: float = 0.5,
+        blocks: float = 0.0,
         at_step: int = 0,
         importance: Literal["weight", "taylor"] = "weight",
         importance_steps: int = 20,
     ) -> None:
-        _check_structured(heads, neurons, at_step, importance, importance_steps)
-        self.heads, self.neurons, self.at_step = heads, neurons, at_step
+        _check_structured(heads, neurons, blocks, at_step, importance, importance_steps)
+        self.heads, self.neurons, self.blocks, self.at_step = heads, neurons, blocks, at_step
         self.importance, self.importance_steps = importance, importance_steps
         self.done = False
         self._scores: Importance | None = None  # summed over steps
@@ -199,7 +202,7 @@ class StructuredPruning(TechniqueCallback):
     def register(self, techniques: Techniques) -> None:
         """Ask the task to prune what it builds, or tell when the model in training is pruned."""
         if self.at_step == 0:
-            techniques.structured = (self.heads, self.neurons)
+            techniques.structured = (self.heads, self.neurons, self.blocks)
         techniques.removal_step = self.at_step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -261,13 +264,17 @@ def _check_magnitude(final: float, scope: str, start: int | None, end: int | Non
             _require(value is None, f"{name}.{setting}: 2:4 prunes once, at start_step. Leave it out.")
 
 
-def _check_structured(heads: float, neurons: float, at_step: int, importance: str, importance_steps: int) -> None:
+def _check_structured(
+    heads: float, neurons: float, blocks: float, at_step: int, importance: str, importance_steps: int
+) -> None:
     name = "StructuredPruning"
     RATE.check(f"{name}.heads", heads)
     RATE.check(f"{name}.neurons", neurons)
+    RATE.check(f"{name}.blocks", blocks)
     WHOLE.check(f"{name}.at_step", at_step)
     COUNT.check(f"{name}.importance_steps", importance_steps)
-    _require(heads + neurons > 0.0, f"{name}.heads: and neurons are both 0, so nothing would leave. Give a share.")
+    _require(heads + neurons + blocks > 0.0, f"{name}.heads: 0, as neurons and blocks: nothing leaves. Give a share.")
+    _require(not (blocks and at_step), f"{name}.blocks: leave when the model is built. Leave at_step out.")
     known = importance in ("weight", "taylor")
     _require(known, f"{name}.importance: {importance!r} is unknown. Choose weight or taylor.")
     possible = importance == "weight" or at_step > 0

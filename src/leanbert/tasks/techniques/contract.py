@@ -17,8 +17,8 @@ InBackward = Literal["update", "accumulate"]
 class Techniques:
     """What the callbacks of a run ask for; the defaults are plain training."""
 
-    structured: tuple[float, float] | None = None
-    """Fractions of attention heads and of feed-forward neurons that are removed from the new model."""
+    structured: tuple[float, float, float] | None = None
+    """Fractions of attention heads, feed-forward neurons and blocks that are removed from the new model."""
     removal_step: int = 0
     """Optimizer steps after which they are removed from the model in training; 0: they are not."""
     masks: bool = False

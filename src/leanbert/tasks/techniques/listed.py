@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from leanbert.compression.structured import prune_structured, sizes_kept
+from leanbert.compression.structured import prune_structured, remove_blocks, sizes_kept
 from leanbert.memory.allocator import can_be_asked
 from leanbert.memory.checkpointing import set_checkpointing
 from leanbert.memory.offload import DiskStorage, to_host
@@ -61,7 +61,11 @@ def _offload(model: EncoderModel, t: Techniques) -> None:
 
 def _prune(model: EncoderModel, t: Techniques) -> None:
     if t.structured is not None:
-        prune_structured(model, *sizes_kept(model.config, *t.structured))
+        heads, neurons, blocks = t.structured
+        if blocks:
+            remove_blocks(model, blocks)
+        if heads or neurons:
+            prune_structured(model, *sizes_kept(model.config, heads, neurons))
 
 
 TECHNIQUES = (
@@ -150,7 +154,7 @@ TECHNIQUES = (
         conflicts=conflicts.pruning,
     ),
     Technique(
-        "structured_pruning", exact=False, lowers="everything: heads and neurons are removed",
+        "structured_pruning", exact=False, lowers="everything: heads, neurons or blocks are removed",
         costs="accuracy: half of the heads and neurons leave the model", conflicts=conflicts.structured, apply=_prune,
         rung=_at(13),
     ),
