@@ -1,4 +1,3 @@
-from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,39 +14,11 @@ from leanbert.measure.trace import LiveBytes
 from leanbert.memory.layer_major import run_in_slices
 from leanbert.models.config import EncoderConfig
 from leanbert.models.kernels.loss import linear_cross_entropy_sum
-from leanbert.planning.dry_run import _Fake, dry_run
+from leanbert.planning.dry_run import dry_run
+from leanbert.planning.fake import Fake
 from leanbert.planning.run_settings import RunSettings
-from leanbert.slices import parts
 from leanbert.tasks.seq2seq import Seq2Seq
 from tests.planning.test_predict import settings
-
-
-def through(mode, slices, inner=(), alike=False):
-    """Go through a shortened loop whose body counts one operation, or those of an inner loop."""
-    seen = []
-    for part in mode.shorten(slices, alike):
-        seen.append((part.start, part.stop))
-        if inner:
-            through(mode, inner)
-        else:
-            mode.flops["forward"] += part.stop - part.start
-    return seen
-
-
-def test_the_second_slice_stands_for_all_of_its_length_operations_included():
-    mode = _Fake()
-    mode.flops = Counter(forward=100)
-    assert through(mode, parts(20, 4)) == [(0, 4), (4, 8)]
-    assert mode.flops["forward"] == 120
-    assert through(mode, parts(19, 4)) == [(0, 4), (4, 8), (16, 19)]
-    assert mode.flops["forward"] == 139
-    assert through(mode, parts(3, 4)) == [(0, 3)]
-    assert through(mode, []) == []
-    assert through(mode, parts(19, 4), alike=True) == [(0, 4), (16, 19)]
-    assert mode.flops["forward"] == 142 + 19
-    mode.flops["forward"] -= 19
-    through(mode, parts(5, 1), inner=parts(7, 1))
-    assert mode.flops["forward"] == 142 + 5 * 7
 
 
 def head(dtype: torch.dtype) -> LiveBytes:
@@ -83,7 +54,7 @@ def blocks() -> LiveBytes:
 @pytest.mark.parametrize("work", [lambda: head(torch.float32), lambda: head(torch.bfloat16), blocks])
 def test_shortened_loops_have_the_same_peak_and_count_the_same_operations(work):
     traces = []
-    for mode in (_Fake(), FakeTensorMode()):
+    for mode in (Fake(), FakeTensorMode()):
         with mode:
             running = work()
             traces.append(next(running))
@@ -102,7 +73,7 @@ def test_shortened_loops_have_the_same_peak_and_count_the_same_operations(work):
 def test_a_step_with_shortened_loops_needs_what_the_whole_one_needs(names, monkeypatch):
     run = settings(*names, encoder={"num_layers": 3, "hidden_size": 64, "vocab_size": 40_000})
     few = dry_run(run, 16)
-    monkeypatch.setattr(_Fake, "shorten", lambda self, slices, alike: slices)
+    monkeypatch.setattr(Fake, "shorten", lambda self, slices, alike: slices)
     whole = dry_run(run, 16)
     assert few.flops == whole.flops
     assert few.step.by_phase == pytest.approx(whole.step.by_phase, abs=64)

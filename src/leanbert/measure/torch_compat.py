@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FakeTensor", "FakeTensorMode", "OpOverload", "TorchDispatchMode", "compiled", "cpu_computes_bf16",
-    "cpu_computes_int8", "fake_store", "in_backward_pass", "keep_cuda_history", "runs_first",
+    "cpu_computes_int8", "dispatch_keys", "fake_store", "in_backward_pass", "keep_cuda_history", "runs_first",
     "tensors_in", "unset_fake_temporarily", "unwrapped", "wraps_tensors", "write_cuda_history",
 ]  # fmt: skip
 
@@ -36,6 +36,11 @@ def runs_first(handle: RemovableHandle, parameter: Tensor) -> None:
     hooks: dict[int, object] = parameter._post_accumulate_grad_hooks
     for key in [key for key in hooks if key != handle.id]:
         hooks[key] = hooks.pop(key)
+
+
+def dispatch_keys(tensor: Tensor) -> int:
+    """Return all that operations go by but type and shape, `_dispatch_keys` (1.13): device, layout, conjugation, ..."""
+    return torch._C._dispatch_keys(tensor).raw_repr()
 
 
 def unwrapped(tensor: Tensor) -> Iterator[Tensor]:
@@ -53,15 +58,17 @@ def wraps_tensors(types: Iterable[type]) -> bool:
     return any(hasattr(kind, "__tensor_flatten__") for kind in types)
 
 
-def tensors_in(tree: object) -> Iterator[Tensor]:
-    """Yield the tensors among the arguments or results of an operation; `torch.utils._pytree` is many times slower."""
+def tensors_in(tree: object) -> list[Tensor]:
+    """Return the tensors among the arguments or results of an operation; `torch.utils._pytree` is many times slower."""
     if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, list | tuple):
-        for inner in tree:
-            yield from tensors_in(inner)
-    elif isinstance(tree, dict):
-        yield from tensors_in(list(tree.values()))
+        return [tree]
+    found: list[Tensor] = []
+    for inner in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ():
+        if isinstance(inner, Tensor):
+            found.append(inner)
+        elif isinstance(inner, list | tuple | dict):
+            found += tensors_in(inner)
+    return found
 
 
 def compiled(module: nn.Module) -> bool:

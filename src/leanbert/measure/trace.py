@@ -163,7 +163,7 @@ class LiveBytes:
         self._settle()
         self._set_phase()
         self._operation += 1
-        inputs = list(torch_compat.tensors_in((args, kwargs)))
+        inputs = torch_compat.tensors_in((args, kwargs))
         for tensor in inputs:
             self._found(tensor, "other", "")
         result = func(*args, **kwargs)

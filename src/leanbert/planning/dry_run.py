@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,10 +26,11 @@ from leanbert.data.module import RowData
 from leanbert.distributed.sharding import Collectives, shard
 from leanbert.errors import UserError
 from leanbert.measure.timeline import Timeline
-from leanbert.measure.torch_compat import FakeTensor, FakeTensorMode, OpOverload, unset_fake_temporarily
+from leanbert.measure.torch_compat import unset_fake_temporarily
 from leanbert.measure.trace import LiveBytes
 from leanbert.memory.offload import DiskStorage, to_host
 from leanbert.optim.build import trainable
+from leanbert.planning.fake import Fake
 from leanbert.planning.run_settings import RunSettings, technique_callbacks
 from leanbert.pretrained.build import blank_model
 from leanbert.tasks.base import Task
@@ -69,47 +69,6 @@ class _Nowhere(DiskStorage):
         return stored if isinstance(stored, Tensor) else stored()
 
 
-class _Fake(FakeTensorMode):
-    """Tensors without values, of which a value that is read back is 1; loops over slices of them are shortened.
-
-    Attributes:
-        flops: Counts the operations by phase of what runs now.
-
-    """
-
-    def __init__(self) -> None:
-        super().__init__(allow_non_fake_inputs=True)
-        self.flops: Counter[str] = Counter()
-
-    def shorten(self, slices: list[slice], alike: bool) -> Iterator[slice]:
-        """Yield the first slice if it is not `alike`, the next, which stands for all of its length, a shorter last."""
-        lead = 0 if alike else 1
-        same = [part for part in slices[lead:] if part.stop - part.start == slices[0].stop - slices[0].start]
-        yield from slices[:lead]
-        if same:
-            before = self.flops.copy()
-            yield same[0]
-            for name, count in self.flops.items():
-                self.flops[name] += (len(same) - 1) * (count - before[name])
-        yield from slices[lead + len(same) :]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            dtype = args[0].dtype
-            return 1.0 if dtype.is_floating_point else True if dtype is torch.bool else 1
-        if _changes_values_only(func) and isinstance(args[0], FakeTensor):
-            return args[0]
-        return super().__torch_dispatch__(func, types, args, kwargs or {})
-
-
-@cache
-def _changes_values_only(func: OpOverload) -> bool:
-    """Return whether an operation gives back its first argument with its shape: most of those of an update do."""
-    name, results = func._schema.name, func._schema.returns
-    in_place = name.startswith("aten::") and name.endswith("_") and not name.endswith("__")
-    return in_place and len(results) == 1 and torch.Tag.inplace_view not in func.tags
-
-
 def dry_run(settings: RunSettings, rows: int) -> DryRun:
     """Trace a step of `rows` sequences, with the optimizer's state there before, and a validation batch.
 
@@ -122,7 +81,7 @@ def dry_run(settings: RunSettings, rows: int) -> DryRun:
 
     """
     task, data, trainer = stage(settings, rows)
-    with warnings.catch_warnings(), _Fake() as mode:
+    with warnings.catch_warnings(), Fake() as mode:
         warnings.simplefilter("ignore")
         set_up(task, trainer)
         _forgo_values(task, trainer)
