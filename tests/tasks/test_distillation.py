@@ -12,8 +12,10 @@ from leanbert.errors import UserError
 from leanbert.memory.checkpointing import set_checkpointing
 from leanbert.memory.step import optimizer_step
 from leanbert.models.kernels.loss import cross_entropy_sum
+from leanbert.planning.dry_run import dry_run
 from leanbert.tasks.base import Task
 from leanbert.tasks.distillation import Distillation, DistillationConfig
+from tests.planning.test_predict import settings
 from tests.pretrained.pairs import packed_batch, tiny_seq2seq
 from tests.tiny import tiny_model, unequal_batch
 from tests.training import TINY, fit, scalars
@@ -161,7 +163,7 @@ def corpus(folder):
 def distil(folder, *more, steps=4):
     teacher = "init_from" if any("init_from" in word for word in more) else str(folder / "teacher.ckpt")
     return fit(
-        folder, "--model.init_from=" + str(folder / "teacher.ckpt"), "--config=configs/compress/distil.yaml",
+        folder, "--model.init_from=" + str(folder / "teacher.ckpt"), "--config=configs/distillation.yaml",
         f"--model.distillation.teacher={teacher}", *more, steps=steps,
     )  # fmt: skip
 
@@ -187,7 +189,7 @@ def test_a_student_is_trained_resumed_and_used_like_any_model(folder, capsys):
     assert [scalars(resumed)["train/loss"][step] for step in (3, 4)] == [losses[step] for step in (3, 4)]
     student = load(resumed.trainer.log_dir)
     assert student.model.config.num_layers == 2
-    CLI(["validate", "--config=configs/mlm.yaml", "--config=configs/compress/distil.yaml", "--ckpt_path=last",
+    CLI(["validate", "--config=configs/mlm.yaml", "--config=configs/distillation.yaml", "--ckpt_path=last",
          f"--data.train_files={folder / 'train.txt'}", f"--data.cache_dir={folder / 'cache'}", *TINY,
          f"--trainer.default_root_dir={folder / 'runs'}", "--trainer.accelerator=cpu"])  # fmt: skip
 
@@ -209,7 +211,7 @@ def test_a_wider_teacher_teaches_by_a_projection_that_resumes_and_is_left_behind
 
 def test_without_a_start_there_is_no_teacher(folder):
     with pytest.raises(UserError, match="is the model that training starts from, but none is named"):
-        fit(folder, "--config=configs/compress/distil.yaml")
+        fit(folder, "--config=configs/distillation.yaml")
 
 
 def test_another_tokenizer_is_refused(folder):
@@ -222,3 +224,15 @@ def other(folder):
     (folder / "other/train.txt").write_text("".join(f"{i} of quite other things\n\n" for i in range(400)))
     run = fit(folder / "other", steps=1)
     return run.runs.find("last").path
+
+
+def test_the_plan_counts_the_teacher_also_while_it_waits(folder):
+    found = {}
+    for teacher in (None, str(folder / "teacher.ckpt")):
+        run = settings(encoder={"num_layers": 2}, rows=2)
+        run.task.teacher_source = teacher
+        found[teacher] = dry_run(run, 2).validation.categories_by_phase["validation"]
+    without, beside = found.values()
+    weights = load(folder / "teacher.ckpt").model.parameters()
+    size = sum(weight.nbytes for weight in weights)
+    assert beside["other"] - without["other"] == size
