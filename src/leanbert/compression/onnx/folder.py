@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,10 +39,10 @@ def write_onnx(
     Raises `UserError` if something is not installed, the disk is full, or outputs differ.
     """
     sizes: dict[str, int] = {}
+    model = deepcopy(model).float().eval()
     with scratch_folder() as scratch, ExitStack() as stack, explain_disk_errors(folder):
         for name, graph in graphs_of(model).items():
             write_graph(graph, scratch / name, metadata)
-            model = graph.model  # in float32
         worst = largest_difference(model, read_onnx(scratch))
         if not worst <= TOLERANCE:
             raise UserError(f"{folder}: onnxruntime computes something else, by {worst:.1e}. Nothing was written")

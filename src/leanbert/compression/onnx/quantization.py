@@ -20,6 +20,9 @@ SCHEMES = get_args(Scheme)
 BLOCK = 32
 """4-bit weights that share a scale; as many as onnxruntime's fastest kernels want at least."""
 
+OPERATORS = ("MatMul", "Gather")
+"""What is quantized; onnxruntime's quantizers take ONNX's attention for an older operator of that name."""
+
 
 def quantize(source: Path, target: Path, scheme: Scheme) -> None:
     """Write the graph in `source` to `target` with the weights of matrix products and embeddings quantized.
@@ -36,17 +39,19 @@ def quantize(source: Path, target: Path, scheme: Scheme) -> None:
         folded = scratch / "folded.onnx"  # transposed weights as constants: else the quantizers do not see them
         quant_pre_process(source, folded, skip_symbolic_shape=True)
         if scheme == "int8":
-            quantize_dynamic(folded, target, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
+            quantize_dynamic(
+                folded, target, OPERATORS, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True
+            )
         else:
             _quantize_int4(folded, target)
 
 
 def quantize_plainly(source: Path, target: Path) -> None:
-    """Write the graph in `source` to `target` as onnxruntime's dynamic quantization makes it where nothing is set."""
+    """Write the graph in `source` to `target` as onnxruntime's dynamic quantization makes it where no more is set."""
     from onnxruntime.quantization import quantize_dynamic
 
     with _quiet():
-        quantize_dynamic(source, target)
+        quantize_dynamic(source, target, OPERATORS)
 
 
 def _quantize_int4(source: Path, target: Path) -> None:
@@ -55,7 +60,7 @@ def _quantize_int4(source: Path, target: Path) -> None:
 
     graph: Any = onnx.load(source)
     quantizer = MatMulNBitsQuantizer(
-        graph, block_size=BLOCK, is_symmetric=True, op_types_to_quantize=("MatMul", "Gather"),
+        graph, block_size=BLOCK, is_symmetric=True, op_types_to_quantize=OPERATORS,
         quant_axes=(("MatMul", 0), ("Gather", 1)), accuracy_level=4,
     )  # fmt: skip
     quantizer.process()

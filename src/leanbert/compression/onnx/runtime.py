@@ -24,6 +24,9 @@ from leanbert.untrusted import first_line
 
 FIX = "Export the model again."
 
+SLOW = ["SkipLayerNormFusion"]
+"""Optimizations of onnxruntime that cost time: LayerNorm that adds takes three times as long as the two alone."""
+
 
 class Session:
     """One ONNX file, opened: nothing in it can execute code but the operators of onnxruntime.
@@ -40,7 +43,9 @@ class Session:
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
         try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(
+                path, options, providers=["CPUExecutionProvider"], disabled_optimizers=SLOW
+            )
             self.said: dict[str, Any] = json.loads(self._session.get_modelmeta().custom_metadata_map[KEY])
         except KeyError:
             raise UserError(f"{path}: not a model of LeanBERT, which says what it is in the file. {FIX}") from None
