@@ -167,6 +167,45 @@ def test_onnx_files_answer_as_the_model_does(run, tmp_path):
     assert sizes[0] < sizes[1]
 
 
+def test_a_sparse_folder_answers_as_the_pruned_model_does(run, tmp_path, capsys):
+    task, folder, version = run
+    checkpoint = torch.load(version / "checkpoints" / "best.ckpt", weights_only=True)
+    for weight in checkpoint["state_dict"].values():
+        if weight.dim() == 2:
+            weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.8] = 0.0
+    torch.save(checkpoint, tmp_path / "pruned.ckpt")
+    dense, output = leanbert.load(tmp_path / "pruned.ckpt"), tmp_path / "sparse"
+    CLI([*arguments(folder, task, "export"), f"--ckpt_path={tmp_path / 'pruned.ckpt'}", "--format=sparse",
+         f"--output={output}"])  # fmt: skip
+    written = leanbert.load(output)
+    assert (written.metadata, written.max_length) == (dense.metadata, dense.max_length)
+    assert ask(written) == ask(dense)
+    weights = sum(parameter.nbytes for parameter in dense.model.parameters())
+    assert (output / "model.safetensors").stat().st_size < 0.5 * weights
+    sparse = leanbert.load(output, weights="sparse")
+    assert same(ask(sparse), ask(dense))
+    assert sum(each.nbytes for each in (*sparse.model.parameters(), *sparse.model.buffers())) < 0.8 * weights
+    assert same(predict(folder, task, capsys, f"--model.init_from={output}"), ask(dense))
+    with pytest.raises(UserError, match=r"^export: this model was loaded with weights='sparse'"):
+        sparse.export(tmp_path / "again")
+
+
+def test_formats_and_weights_that_there_are_not_or_that_cannot_be(run, tmp_path):
+    model = leanbert.load(run[2])
+    with pytest.raises(UserError, match=r"^export: format 'torch' is unknown\. Give hf, onnx, sparse$"):
+        model.export(tmp_path / "new", format="torch")
+    with pytest.raises(UserError, match=r"^weights: 'csr' is unknown\. Give dense or sparse$"):
+        leanbert.load(run[2], weights="csr")
+    with pytest.raises(UserError, match=r"^weights: sparse, but no layer of this model has enough zeros"):
+        leanbert.load(run[2], weights="sparse")
+    assert not (tmp_path / "new").exists()
+    for first, second, file in (("hf", "sparse", "config.json"), ("sparse", "hf", "leanbert.json")):
+        model.export(tmp_path / first, format=first)
+        with pytest.raises(UserError, match=rf"{first}: has a model of another format \({file}\)\. Choose another"):
+            model.export(tmp_path / first, format=second)
+        assert ask(leanbert.load(tmp_path / first)) == ask(model)
+
+
 def test_only_onnx_files_are_quantized(run, tmp_path):
     with pytest.raises(UserError, match=r"^export: --quantize int8 is of ONNX files\. Give --format onnx$"):
         leanbert.load(run[2]).export(tmp_path / "new", quantize="int8")

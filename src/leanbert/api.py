@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -15,12 +15,13 @@ from leanbert.checkpoints import BEST
 from leanbert.compression.onnx.folder import write_onnx
 from leanbert.compression.onnx.quantization import Scheme
 from leanbert.compression.onnx.runtime import OnnxModel, holds_onnx, read_onnx
+from leanbert.compression.sparse import SparseLinear, make_sparse
 from leanbert.data.batches.batch import PredictBatch
 from leanbert.data.batches.loading import encode_lines
 from leanbert.data.batches.sentences import Sentence, word_batch
 from leanbert.data.batches.texts import encode_groups
 from leanbert.data.pairs import TARGET
-from leanbert.data.sentence_reader import predicate_place
+from leanbert.data.sentence_reader import given_sentences
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.files import expand, write_text_atomically
@@ -30,6 +31,8 @@ from leanbert.models.stored import ModelMetadata, Stored
 from leanbert.pretrained.build import read_model, rebuild
 from leanbert.pretrained.huggingface.convert import write_huggingface
 from leanbert.pretrained.huggingface.tasks import generation_settings
+from leanbert.pretrained.sparse import write_sparse
+from leanbert.pretrained.weights import SETTINGS_FILES
 from leanbert.runs import Run
 from leanbert.tasks.classification import classify
 from leanbert.tasks.mlm import fill_masks
@@ -39,6 +42,8 @@ from leanbert.tasks.tagging import label_roles, tag_sentences
 
 Item = TypeVar("Item")
 Answers = list[dict[str, Any]]
+Format = Literal["hf", "onnx", "sparse"]
+Weights = Literal["dense", "sparse"]
 
 METHODS = {
     "mlm": "fill_mask",
@@ -126,7 +131,7 @@ class Pretrained:
             batch = word_batch(part, self.tokenizer, self.max_length, "tokens").to(self.model.device)
             return tag_sentences(self.model, decoder, batch)
 
-        return self._answers(_sentences(sentences), batch_size, answer)
+        return self._answers(given_sentences(_listed(sentences)), batch_size, answer)
 
     def label_roles(
         self, sentences: Sequence[str | Sequence[str] | Mapping[str, Any]], batch_size: int = 32
@@ -138,7 +143,7 @@ class Pretrained:
         """
         decoder, mark = self._decoder("label_roles", "srl"), self.metadata.mark or "tokens"
         return self._answers(
-            _sentences(sentences), batch_size,
+            given_sentences(_listed(sentences)), batch_size,
             lambda part: label_roles(self.model, decoder, part, self.tokenizer, self.max_length, mark),
         )  # fmt: skip
 
@@ -158,7 +163,7 @@ class Pretrained:
         """Return `{"source", "output", "score"}` for each text; see `translate`."""
         return self._generate("summarize", texts, batch_size, {**generation, "beams": beams})
 
-    def export(self, folder: str | Path, format: Literal["hf", "onnx"] = "hf", quantize: Scheme | None = None) -> None:
+    def export(self, folder: str | Path, format: Format = "hf", quantize: Scheme | None = None) -> None:
         """Write a folder with the model and its tokenizer.
 
         A tokenizer of targets alone goes to its subfolder `target_tokenizer`.
@@ -167,19 +172,27 @@ class Pretrained:
             folder: The folder, which is created.
             format: hf: `config.json` and `model.safetensors` of Hugging Face. onnx: `model.onnx`, or
                 `encoder_model.onnx` and `decoder_model.onnx`, which onnxruntime computes and `leanbert.load` loads.
+                sparse: `leanbert.json` and `model.safetensors`, in which zeros take one bit, for `leanbert.load`.
             quantize: Weights in 8 or 4 bits; onnx only.
 
         Raises:
-            UserError: No class of transformers expresses the model, or onnxruntime computes something else.
+            UserError: No class of transformers expresses the model, or onnxruntime computes something else; the folder
+                has a model in another format, of which a file would be replaced.
 
         """
         if isinstance(self.model, OnnxModel):
             raise UserError("export: this model is in ONNX files already. Load the checkpoint that they are of")
+        if any(isinstance(module, SparseLinear) for module in self.model.modules()):
+            raise UserError("export: this model was loaded with weights='sparse'. Load it with 'dense'")
+        if format not in get_args(Format):
+            raise UserError(f"export: format {format!r} is unknown. Give {', '.join(get_args(Format))}")
         if quantize is not None and format != "onnx":
             raise UserError(f"export: --quantize {quantize} is of ONNX files. Give --format onnx")
         folder = expand(folder, "output")
         if format == "onnx":
             write_onnx(self.model, folder, self.metadata, quantize)
+        elif format == "sparse":
+            write_sparse(self.model, folder, self.metadata)
         else:
             self._write_huggingface(folder)
         segments = self.task != "seq2seq" and self.model.config.type_vocab_size > 1
@@ -244,28 +257,31 @@ class Pretrained:
             raise UserError(f"{method}: {error}. Load a model with such labels") from None
 
 
-def load(path: str | Path) -> Pretrained:
-    """Load a trained model of any task.
+def load(path: str | Path, weights: Weights = "dense") -> Pretrained:
+    """Load a trained model of any task. Nothing in its files is executed.
 
-    `path` is a run's folder (its best checkpoint is taken), a .ckpt file, or a folder that `export` has written, of
-    Hugging Face or with ONNX files.
-
-    Nothing in the files is executed.
+    Args:
+        path: A run's folder (its best checkpoint is taken), a .ckpt file, or a folder that `export` has written.
+        weights: sparse: linear layers that are smaller so, of any path but ONNX files, hold only what is not zero
+            (`SparseLinear`).
 
     Raises:
-        UserError: The path is none of these, or is damaged.
+        UserError: The path is none of these, or is damaged; no layer would be smaller with sparse weights.
+
     """
+    if weights not in get_args(Weights):
+        raise UserError(f"weights: {weights!r} is unknown. Give {' or '.join(get_args(Weights))}")
     path = expand(path, "path")
     stored: Stored | OnnxModel
     if holds_onnx(path):
         stored = read_onnx(path)
     else:
-        if not (path / "config.json").is_file():
+        if not any((path / name).is_file() for name in SETTINGS_FILES):
             if (path / "checkpoints").is_dir():
                 run = Run(path)
                 path = best if (best := run.checkpoints / BEST).is_file() else run.find("last").path
             if not path.is_file():
-                raise UserError(f"{path}: no run, checkpoint or Hugging Face folder. Give the path of one.")
+                raise UserError(f"{path}: no run, checkpoint or exported folder. Give the path of one.")
         stored = read_model(path)
     tokenizer, targets = TextTokenizer.from_file(path), None
     if stored.metadata.target_vocab_size is not None:
@@ -275,8 +291,12 @@ def load(path: str | Path) -> Pretrained:
             )
         targets = TextTokenizer.from_file(path, TARGET)
     if isinstance(stored, OnnxModel):
+        if weights == "sparse":
+            raise UserError(f"weights: sparse, but {path} is in ONNX files. Load the checkpoint that they are of")
         return Pretrained(stored, tokenizer, stored.metadata, targets)
     model = rebuild(stored, tokenizer.vocab_size, None if targets is None else targets.vocab_size)
+    if weights == "sparse":
+        make_sparse(model)
     return Pretrained(model, tokenizer, stored.metadata, targets)
 
 
@@ -296,19 +316,3 @@ def _batches(items: Sequence[Item], batch_size: int) -> Iterator[list[Item]]:
     items = _listed(items)
     for start in range(0, len(items), batch_size):
         yield items[start : start + batch_size]
-
-
-def _sentences(values: Sequence[Any]) -> list[Sentence]:
-    return [_sentence(f"sentence {number}", value) for number, value in enumerate(_listed(values))]
-
-
-def _sentence(where: str, value: Any) -> Sentence:
-    """Return a sentence. Raises `UserError`, naming `where`, if its predicate is none of its words."""
-    if isinstance(value, str):
-        return Sentence(value.split())
-    if not isinstance(value, Mapping):
-        return Sentence(list(value))
-    if "tokens" not in value:
-        raise UserError(f'{where}: no "tokens" in it. Give the list of words')
-    tokens, predicate = list(value["tokens"]), value.get("predicate")
-    return Sentence(tokens, None if predicate is None else predicate_place(where, predicate, len(tokens)))

@@ -76,9 +76,11 @@ class ExportOptions(Options):
     """Checkpoint to export: a file, or `last`, `best` or `average` of the newest run; else --model.init_from."""
     output: str
     """Folder to write; it is created."""
-    format: Literal["hf", "onnx"] = "hf"
+    format: Literal["hf", "onnx", "sparse"] = "hf"
     """hf: config.json, model.safetensors and the tokenizer, as `transformers` loads them. onnx: model.onnx (of sequence
-    to sequence encoder_model.onnx and decoder_model.onnx) and the tokenizer; compared with the model when written."""
+    to sequence encoder_model.onnx and decoder_model.onnx) and the tokenizer; compared with the model when written.
+    sparse: leanbert.json, model.safetensors and the tokenizer, for LeanBERT: of pruned tensors one bit a weight and the
+    weights that are left."""
     quantize: Literal["int8", "int4"] | None = None
     """Weights in 8 or 4 bits; of ONNX files only. Default: 32 bits."""
 

@@ -119,14 +119,14 @@ def make_low_rank(model: EncoderModel, energy: float, moments: dict[str, Tensor]
         factors = factorise(layer.weight, energy, None if moments is None else moments[name])
         if factors.down.numel() + factors.up.numel() < layer.weight.numel():
             new = LowRankLinear(factors.down, factors.up, None if layer.bias is None else layer.bias.detach())
-            _replace_everywhere(model, layer, new)
+            replace_everywhere(model, layer, new)
             replaced += 1
     if not replaced:
         raise UserError(f"low_rank: at {energy:.0%} of the energy no layer gets smaller. Keep less, or leave it out")
     return replaced
 
 
-def _replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` where `old` is, in each module that has it: blocks of a shared decoder are the encoder's."""
     for parent in model.modules():
         for name, child in parent.named_children():

@@ -164,6 +164,25 @@ def _with_predicates_to_find(sentences: Iterator[Tagged]) -> Iterator[Tagged]:
             yield where, Sentence(sentence.tokens), tags
 
 
+def given_sentences(values: Sequence[Any]) -> list[Sentence]:
+    """Return the sentences that a program gives: texts, lists of words, or `{"tokens": [...], "predicate": 1}`.
+
+    Raises `UserError`, naming the sentence by its number, if a predicate is none of its words.
+    """
+    return [_given_sentence(f"sentence {number}", value) for number, value in enumerate(values)]
+
+
+def _given_sentence(where: str, value: Any) -> Sentence:
+    if isinstance(value, str):
+        return Sentence(value.split())
+    if not isinstance(value, Mapping):
+        return Sentence(list(value))
+    if "tokens" not in value:
+        raise UserError(f'{where}: no "tokens" in it. Give the list of words')
+    tokens, predicate = list(value["tokens"]), value.get("predicate")
+    return Sentence(tokens, None if predicate is None else predicate_place(where, predicate, len(tokens)))
+
+
 def predicate_place(where: str, value: object, words: int) -> int:
     """Return the predicate's place. Raises UserError, naming the `where`, if there is no such word."""
     if isinstance(value, str | float) and re.fullmatch(r" *[0-9]+(\.0)? *", str(value)):  # of a table

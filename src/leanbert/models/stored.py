@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
 from leanbert.errors import UserError
-from leanbert.models.config import RANGES, ResolvedConfig
+from leanbert.models.config import RANGES, EncoderConfig, ResolvedConfig
 from leanbert.ranges import SHARE
 
 Problem = Literal["single", "multi", "regression"]
@@ -83,6 +83,23 @@ ALLOWED: dict[str, Any] = {
     "generation": dict,
 }
 """What values can be, by name: a type, or what holds them."""
+
+
+def describe(config: ResolvedConfig, metadata: ModelMetadata) -> dict[str, Any]:
+    """Return what a file says of its model, as `read_description` reads it: primitives by name."""
+    return {"encoder": asdict(config), "task": metadata.task, **metadata.said()}
+
+
+def read_description(said: Mapping[str, Any], source: Path, fix: str) -> tuple[ResolvedConfig, ModelMetadata]:
+    """Return the encoder's settings and the metadata that the file `source` has of `describe`.
+
+    Raises `UserError`, which ends with `fix`, for what is missing or cannot be.
+    """
+    try:
+        config, task = EncoderConfig(**said["encoder"]).resolved(), said["task"]
+    except (KeyError, TypeError, UserError):
+        raise UserError(f"{source}: does not say what model it is. {fix}") from None
+    return config, ModelMetadata.read(task, said, source, fix)
 
 
 class Stored(NamedTuple):

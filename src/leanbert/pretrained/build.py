@@ -22,6 +22,7 @@ from leanbert.models.mlm import MaskedLanguageModel
 from leanbert.models.stored import StateDict, Stored
 from leanbert.pretrained.architectures import make_model
 from leanbert.pretrained.huggingface.convert import read_huggingface
+from leanbert.pretrained.sparse import SETTINGS, read_sparse
 from leanbert.pretrained.weights import read_checkpoint
 
 Model = TypeVar("Model", bound=EncoderModel)
@@ -48,9 +49,9 @@ def build_model(
         config: Architecture of a new model.
         vocab_size: Tokens of the tokenizer, V.
         make: Makes an `EncoderModel` of a whole configuration.
-        init_from: Hugging Face folder or LeanBERT checkpoint: it brings architecture and weights; of `config` only
-            `dropout` and `attention_dropout`, where set, count. Of a model of another task the encoder is taken, and
-            what its head has in common (`EncoderModel.inherits`).
+        init_from: Folder of Hugging Face or LeanBERT, or a checkpoint: it brings architecture and weights; of
+            `config` only `dropout` and `attention_dropout`, where set, count. Of a model of another task the encoder is
+            taken, and what its head has in common (`EncoderModel.inherits`).
         unigram_counts: Integers [V]: a new masked language model's output bias begins at the log frequencies.
 
     Raises:
@@ -137,11 +138,14 @@ def set_unigram_bias(model: MaskedLanguageModel, counts: np.ndarray) -> None:
 
 
 def read_model(source: str | Path) -> Stored:
-    """Read what a Hugging Face folder or a LeanBERT checkpoint says of its model; the weights when they are asked for.
+    """Read what a folder or a LeanBERT checkpoint says of its model; the weights when they are asked for.
 
-    Raises `UserError` for a file that is missing or damaged, and for an architecture that we do not have.
+    A folder is of Hugging Face or, with `leanbert.json`, of LeanBERT. Raises `UserError` for a file that is missing or
+    damaged, and for an architecture that we do not have.
     """
     source = Path(source)
+    if (source / SETTINGS).is_file():
+        return read_sparse(source)
     return read_huggingface(source) if source.is_dir() else read_checkpoint(source)
 
 

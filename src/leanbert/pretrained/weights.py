@@ -1,7 +1,8 @@
-"""Weights from disk, read so that no file can run code."""
+"""Weights on disk, written whole and read so that no file can run code."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from leanbert.errors import UserError
+from leanbert.files import explain_disk_errors, temporary
 from leanbert.models.config import EncoderConfig
 from leanbert.models.stored import ModelMetadata, StateDict, Stored
 from leanbert.untrusted import check_sums, first_line, load_pickled, read_json, refuse_pointer
@@ -20,6 +22,8 @@ POSITION_IDS = "position_ids"
 
 MODEL_PREFIX = "model."
 FIX = "Use another checkpoint of the run."
+SETTINGS_FILES = ("config.json", "leanbert.json")
+"""What a folder says its weights by: Hugging Face's, or our own."""
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -68,6 +72,26 @@ def unpack(checkpoint: Any, path: Path) -> Stored:
     return Stored(config, ModelMetadata.read(task, said, path, FIX), path, lambda: state)
 
 
+def write_safetensors(state: StateDict, path: Path, settings: Path) -> None:
+    """Write tensors, beside what is at `path`, and rename them; `settings`, the file that is about the old ones, goes.
+
+    Raises `UserError` if the disk is full, or forbids it, or what is there is of another format: nothing has changed
+    then.
+    """
+    for name in SETTINGS_FILES:
+        if name != settings.name and (path.parent / name).is_file():
+            raise UserError(f"{path.parent}: has a model of another format ({name}). Choose another folder")
+    with explain_disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary(path) as building:
+            try:
+                safetensors.torch.save_file(state, building, metadata={"format": "pt"})
+            except SafetensorError as error:  # what the system says is in its text
+                raise UserError(f"{path}: cannot be written ({error}). Free space, or choose another folder") from None
+            settings.unlink(missing_ok=True)
+            os.replace(building, path)
+
+
 def _read_file(path: Path) -> StateDict:
     if path.suffix != ".safetensors":
         state = load_pickled(path, "Ask for a .safetensors file.")
@@ -76,6 +100,11 @@ def _read_file(path: Path) -> StateDict:
         ):
             raise UserError(f"{path}: not a table of tensors. Save it with save_pretrained")
         return state
+    return read_safetensors(path)
+
+
+def read_safetensors(path: Path) -> StateDict:
+    """Read the tensors of one file. Raises `UserError` if it is damaged."""
     refuse_pointer(path)
     try:
         return safetensors.torch.load_file(path)

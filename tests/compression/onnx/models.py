@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from leanbert.compression.pruning import apply_masks, magnitude_masks, prunable
 from leanbert.models.classifier import Classifier
 from leanbert.models.mlm import MaskedLanguageModel
 from leanbert.models.seq2seq import Seq2SeqModel
@@ -34,3 +35,11 @@ def make(task, preset="modern", copy=False, targets=None, **changes):
         task, max_length=16, labels=labels, decoder_layers=layers, target_vocab_size=targets, copy=copy or None
     )
     return model.eval(), metadata
+
+
+def pruned(task, sparsity=0.8, **settings):
+    """Return the same, with this share of zeros in each matrix and embedding."""
+    model, metadata = make(task, **settings)
+    weights = prunable(model, include_embeddings=True)
+    apply_masks(weights, magnitude_masks(weights, sparsity, "layer"))
+    return model, metadata

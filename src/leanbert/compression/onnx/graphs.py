@@ -12,7 +12,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from leanbert.models.kernels.attention import additive
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.pointer import Source
 from leanbert.models.seq2seq import Seq2SeqModel
-from leanbert.models.stored import ModelMetadata
+from leanbert.models.stored import ModelMetadata, describe
 
 MODEL, ENCODER, DECODER = "model.onnx", "encoder_model.onnx", "decoder_model.onnx"
 """Names of files: a whole model, or the halves of one for sequence to sequence."""
@@ -248,9 +248,7 @@ def write_graph(graph: EncoderGraph | DecoderGraph, path: Path, metadata: ModelM
             input_names=graph.inputs, output_names=graph.outputs, verbose=False,
         )  # fmt: skip
     assert program is not None
-    program.model.metadata_props[KEY] = json.dumps(
-        {"encoder": asdict(graph.model.config), "task": metadata.task, **metadata.said()}
-    )
+    program.model.metadata_props[KEY] = json.dumps(describe(graph.model.config, metadata))
     program.save(path)
 
 

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from leanbert.compression.onnx.graphs import DECODER, ENCODER, KEY, MODEL
 from leanbert.errors import UserError
-from leanbert.models.config import EncoderConfig
 from leanbert.models.kernels.loss import cross_entropy_sum
 from leanbert.models.packed_inputs import PackedInputs
-from leanbert.models.stored import ModelMetadata
+from leanbert.models.stored import read_description
 from leanbert.untrusted import first_line
 
 FIX = "Export the model again."
@@ -71,13 +70,9 @@ class OnnxModel(nn.Module):
 
     def __init__(self, session: Session, path: Path) -> None:
         super().__init__()
-        self.session, said = session, dict(session.said)
-        try:
-            self.config = EncoderConfig(**said.pop("encoder")).resolved()
-            self.task: str = said.pop("task")
-        except (KeyError, TypeError, UserError):
-            raise UserError(f"{path}: does not say what model it is. {FIX}") from None
-        self.metadata = ModelMetadata.read(self.task, said, path, FIX)
+        self.session = session
+        self.config, self.metadata = read_description(session.said, path, FIX)
+        self.task = self.metadata.task
         self.labels = self.metadata.labels or []
         self.of = "text" if self.task == "classification" else "word"
 

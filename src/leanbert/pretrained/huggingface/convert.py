@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 
 from leanbert.errors import UserError
-from leanbert.files import explain_disk_errors, temporary, write_text_atomically
+from leanbert.files import write_text_atomically
 from leanbert.models.base import EncoderModel
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.embeddings import padded_rows
@@ -31,7 +28,7 @@ from leanbert.pretrained.huggingface.naming import (
     TOKEN_EMBEDDING,
     Names,
 )
-from leanbert.pretrained.weights import read_folder
+from leanbert.pretrained.weights import read_folder, write_safetensors
 from leanbert.untrusted import read_json
 
 log = logging.getLogger(__name__)
@@ -82,17 +79,7 @@ def write_huggingface(
     settings["dtype"] = str(model.encoder.embeddings.token.weight.dtype).removeprefix("torch.")
     folder = Path(folder)
     weights, config = folder / "model.safetensors", folder / "config.json"
-    with explain_disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with temporary(weights) as building:
-            try:
-                safetensors.torch.save_file(_their_state(model, names), building, metadata={"format": "pt"})
-            except SafetensorError as error:  # what the system says is in its text
-                raise UserError(
-                    f"{weights}: cannot be written ({error}). Free space, or choose another folder"
-                ) from None
-            config.unlink(missing_ok=True)
-            os.replace(building, weights)
+    write_safetensors(_their_state(model, names), weights, config)
     write_text_atomically(config, json.dumps(settings, indent=2) + "\n")
 
 
