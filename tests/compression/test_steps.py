@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from leanbert.compression.steps import apply_steps, parse_steps
+from leanbert.compression.steps import apply_steps, callbacks_of, parse_steps, split_at_training
 from leanbert.errors import UserError
 from leanbert.models.packed_inputs import PackedInputs
 from tests.compression.onnx.models import make
@@ -22,7 +22,16 @@ def test_steps_are_read_in_their_order():
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["prune=0.5"], r"'prune=0.5' is none. Give structured_pruning=VALUE, low_rank=VALUE, quantize=VALUE"),
+        (
+            ["prune=0.5"],
+            "'prune=0.5' is none. Give blocks=VALUE, structured_pruning=VALUE, pruning=VALUE, train=VALUE, "
+            "low_rank=VALUE, quantize=VALUE",
+        ),
+        (["train=0"], "'train=0' needs a whole number from 1: optimizer steps"),
+        (["train=1.5"], "'train=1.5' needs a whole number from 1: optimizer steps"),
+        (["pruning=4:8"], "'pruning=4:8' needs a finite number from above 0 to below 1: fraction of all weights"),
+        (["train=9", "blocks=0.5"], "blocks=0.5 cannot follow train=9. Put them in the order blocks, structured"),
+        (["pruning=0.5", "low_rank=0.9"], "low_rank=0.9 after pruning=0.5 would fill the zeros again. Leave one"),
         (["quantize=int3"], "'quantize=int3'. Give quantize=int8 or quantize=int4"),
         (["low_rank=1"], "'low_rank=1' needs a finite number from 0 to below 1"),
         (["low_rank=x"], "'low_rank=x' needs"),
@@ -54,5 +63,35 @@ def test_a_step_without_effect_is_an_error():
     model, _ = make("tagging")
     with pytest.raises(UserError, match=r"^structured_pruning=0\.001: of this model it removes nothing"):
         apply_steps(model, parse_steps(["structured_pruning=0.001"]), run)
+    with pytest.raises(UserError, match=r"^blocks=0\.01: 0\.01 of 2 blocks is less than one"):
+        apply_steps(model, parse_steps(["blocks=0.01"]), run)
     with pytest.raises(UserError, match=r"^low_rank: encoder\.blocks\.0\.attention\.qkv was not run"):
         apply_steps(model, parse_steps(["low_rank=0.9"]), lambda model: None)
+
+
+@pytest.mark.parametrize(("value", "zeros"), [("0.75", 0.75), ("2:4", 0.5)])
+def test_single_weights_become_zero(value, zeros):
+    model, _ = make("tagging")
+    apply_steps(model, parse_steps([f"pruning={value}"]), run)
+    names = ("weight",) if value == "2:4" else ("weight", "embeddings")
+    matrices = [
+        module.weight
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding)
+        and (isinstance(module, torch.nn.Linear) or "embeddings" in names)
+        and (value != "2:4" or module.weight.shape[-1] % 4 == 0)
+    ]
+    count = sum(matrix.numel() for matrix in matrices)
+    assert sum(int((matrix == 0).sum()) for matrix in matrices) == pytest.approx(zeros * count, abs=1)
+
+
+def test_steps_before_training_are_callbacks_of_the_run():
+    steps = parse_steps(["blocks=0.5", "structured_pruning=0.25", "pruning=2:4", "train=70", "quantize=int8"])
+    cuts, count, rest = split_at_training(steps)
+    assert (count, [str(step) for step in rest]) == (70, ["quantize=int8"])
+    assert callbacks_of(cuts) == [
+        {"class_path": "StructuredPruning", "init_args": {"heads": 0.25, "neurons": 0.25, "blocks": 0.5}},
+        {"class_path": "MagnitudePruning", "init_args": {"final_sparsity": 0.5, "scope": "2:4"}},
+    ]
+    assert callbacks_of(parse_steps(["blocks=0.5"]))[0]["init_args"] == {"heads": 0.0, "neurons": 0.0, "blocks": 0.5}
+    assert split_at_training(rest) == ([], 0, rest)

@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from leanbert.compression.steps import parse_steps
-from leanbert.compression_report.command import LADDER, answer_of
+from leanbert.compression_report.command import LADDER, TRAINED, answer_of
 from leanbert.compression_report.report import Row, mark_front
 from leanbert.compression_report.request import Limits
 
@@ -25,7 +25,8 @@ ROWS = [
 
 
 def test_every_list_of_the_ladder_can_be():
-    assert [[str(step) for step in parse_steps(texts)] for texts in LADDER] == [list(texts) for texts in LADDER]
+    for texts in (*LADDER, *([text.format(9) for text in texts] for texts in TRAINED)):
+        assert [str(step) for step in parse_steps(texts)] == list(texts)
 
 
 def test_without_limits_the_front_is_named():
@@ -54,4 +55,4 @@ def test_where_none_does_the_nearest_is_named_and_what_training_would_do():
     words, fits = answer_of(ROWS, Limits(size_bytes=4 * MIB, drop=0.01), "val/f1", "again")
     assert not fits
     assert words.startswith("compress: no variant keeps the limits. The nearest, int8, has 5.0 MiB of 4.0 MiB. Raise")
-    assert "configs/memory/structured_pruning.yaml" in words
+    assert words.endswith("let smaller ones be trained by distillation: --search true")

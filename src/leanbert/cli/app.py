@@ -6,12 +6,14 @@ import logging
 import shlex
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -34,6 +36,8 @@ from leanbert.cli.options import (
 )
 from leanbert.cli.resume import config_arguments, resume_command
 from leanbert.cli.setup import Setup
+from leanbert.cli.training import student_settings, train_student
+from leanbert.compression.steps import Step
 from leanbert.errors import UserError
 from leanbert.messages import leads, say
 from leanbert.planning.device import target_of
@@ -164,7 +168,10 @@ class CLI(Setup):
         from leanbert.compression_report.command import Source, run_compress
 
         best = self._checkpoint
-        source = Source(self._trained(), self._metrics_of, self._calibrate, best.monitor, best.sign)
+        source = Source(
+            self._trained(), self._metrics_of, self._calibrate, self._train_student, best.monitor, best.sign,
+            self.trainer.max_steps,
+        )  # fmt: skip
         again = [config_arguments(self.arguments), "--ckpt_path", shlex.quote(str(source.path))]
         again += ["--output", shlex.quote(str(options.output))]
         run_compress(options, source, f"{program_name()} compress {' '.join(again)}")
@@ -187,6 +194,13 @@ class CLI(Setup):
         with torch.no_grad():
             for batch in islice(self.datamodule.val_dataloader(), CALIBRATION_BATCHES):
                 self.model.loss_sum(batch)
+
+    def _train_student(self, cuts: Sequence[Step], steps: int, folder: Path) -> Path:
+        """Train what the cuts leave of the model, on the devices that are set."""
+        given = yaml.safe_load(self._parser("compress").dump(self._settings, skip_none=False))
+        given["trainer"] |= self.hardware
+        settings = student_settings(given, self._trained(), cuts, steps)
+        return train_student(settings, cuts, self.model.name, folder)
 
     @property
     def _checkpoint(self) -> RunCheckpoint:

@@ -155,6 +155,7 @@ class Setup(LightningCLI):
         if self.subcommand == "plan":
             self.planned_devices = count_devices(settings)
             self.device_type = self.device_type if settings["target"] == "auto" else settings["target"]
+        self.hardware = {name: trainer[name] for name in ("accelerator", "devices", "strategy")}
         if self.subcommand in DEVICELESS:
             trainer["accelerator"], trainer["devices"], trainer["strategy"] = "cpu", 1, "auto"
         trains = self.subcommand in ("fit", "plan")  # answers shall not depend on the processor

@@ -4,35 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from leanbert.compression.low_rank import make_low_rank, second_moments
 from leanbert.compression.onnx.quantization import SCHEMES, Scheme
-from leanbert.compression.structured import prune_structured, sizes_kept
+from leanbert.compression.pruning import apply_masks, magnitude_masks, prunable, two_of_four_masks
+from leanbert.compression.structured import prune_structured, remove_blocks, sizes_kept
 from leanbert.errors import UserError
 from leanbert.models.base import EncoderModel
-from leanbert.ranges import Range
+from leanbert.ranges import COUNT, Range
 
 Calibrate = Callable[[EncoderModel], None]
 """Runs a model on real batches, for a step that looks at what happens inside."""
 
-Apply = Callable[[EncoderModel, float, Calibrate], None]
+Apply = Callable[[EncoderModel, str, Calibrate], None]
 
-QUANTIZE = "quantize"
+TRAIN, QUANTIZE, PRUNING = "train", "quantize", "pruning"
+TWO_OF_FOUR = "2:4"
 
 
 @dataclass(frozen=True)
 class Technique:
-    """What a step of one name does; `fraction` are the values that it takes, `apply` changes the model in place."""
+    """What a step of one name does; its values are a fraction, or one of some words."""
 
     text: str
-    fraction: Range
     apply: Apply
+    """Changes the model in place."""
+    callback: tuple[str, Callable[[str], dict[str, Any]]] | None = None
+    """The callback that does the same in a run of `fit`, and its arguments; None: the step cannot be trained."""
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step, written as `name=value`: a fraction, or of `quantize` the scheme."""
+    """One step, written as `name=value`: a fraction, of `train` optimizer steps, of `quantize` the scheme."""
 
     name: str
     value: str
@@ -44,39 +49,73 @@ class Step:
     @property
     def slug(self) -> str:
         """A part of the name of a folder."""
-        return self.value if self.name == QUANTIZE else f"{self.name}-{self.value}"
+        return self.value if self.name == QUANTIZE else f"{self.name}-{self.value.replace(':', 'of')}"
 
 
-def _remove_structures(model: EncoderModel, fraction: float, calibrate: Calibrate) -> None:
+def _remove_blocks(model: EncoderModel, fraction: str, calibrate: Calibrate) -> None:
     try:
-        heads, neurons = sizes_kept(model.config, fraction, fraction)
+        remove_blocks(model, float(fraction))
+    except UserError as error:
+        raise UserError(str(error).replace("StructuredPruning.blocks", f"blocks={fraction}")) from None
+
+
+def _remove_structures(model: EncoderModel, fraction: str, calibrate: Calibrate) -> None:
+    try:
+        heads, neurons = sizes_kept(model.config, float(fraction), float(fraction))
     except UserError:
         raise UserError(f"structured_pruning={fraction}: of this model it removes nothing. Give a larger one") from None
     prune_structured(model, heads, neurons)
 
 
-def _factorise(model: EncoderModel, energy: float, calibrate: Calibrate) -> None:
+def _remove_weights(model: EncoderModel, fraction: str, calibrate: Calibrate) -> None:
+    if fraction == TWO_OF_FOUR:
+        weights = {name: weight for name, weight in prunable(model).items() if weight.shape[-1] % 4 == 0}
+        masks = {name: two_of_four_masks(weight) for name, weight in weights.items()}
+    else:
+        weights = prunable(model, include_embeddings=True)
+        masks = magnitude_masks(weights, float(fraction), "global")
+    apply_masks(weights, masks)
+
+
+def _pruning_settings(fraction: str) -> dict[str, Any]:
+    if fraction == TWO_OF_FOUR:
+        return {"final_sparsity": 0.5, "scope": TWO_OF_FOUR}
+    return {"final_sparsity": float(fraction), "include_embeddings": True}
+
+
+def _factorise(model: EncoderModel, energy: str, calibrate: Calibrate) -> None:
     with second_moments(model) as moments:
         calibrate(model)
-    make_low_rank(model, energy, moments)
+    make_low_rank(model, float(energy), moments)
 
 
 TECHNIQUES = {
+    "blocks": Technique(
+        "fraction of the blocks that leave", _remove_blocks,
+        ("StructuredPruning", lambda fraction: {"blocks": float(fraction)}),
+    ),
     "structured_pruning": Technique(
-        "fraction of attention heads and feed-forward neurons that leave", Range(above=0, below=1), _remove_structures
+        "fraction of attention heads and feed-forward neurons that leave", _remove_structures,
+        ("StructuredPruning", lambda fraction: {"heads": float(fraction), "neurons": float(fraction)}),
     ),
-    "low_rank": Technique(
-        "fraction of the outputs' energy that two thin matrices keep of each large one", Range(above=0, below=1),
-        _factorise,
+    PRUNING: Technique(
+        "fraction of all weights that become zero, the smallest; or 2:4, two of each four neighbours", _remove_weights,
+        ("MagnitudePruning", _pruning_settings), (TWO_OF_FOUR,),
     ),
+    "low_rank": Technique("fraction of the outputs' energy that two thin matrices keep of each large one", _factorise),
 }  # fmt: skip
 """Steps that change the model, in the order in which they may follow each other: a layer that was made of two factors
-has no rows that belong to heads. `quantize` comes after all, for its weights cannot be changed any more."""
+has no rows that belong to heads."""
+
+FRACTION = Range(above=0, below=1)
+
+ORDER = (*(name for name in TECHNIQUES if TECHNIQUES[name].callback), TRAIN, "low_rank", QUANTIZE)
+"""Of all steps. Training makes good what those before it have cost. Quantized weights cannot be changed any more."""
 
 
 def parse_steps(texts: Sequence[str]) -> list[Step]:
     """Read steps. Raises `UserError` for what is none, for values out of range and for an order that cannot be."""
-    order = [*TECHNIQUES, QUANTIZE]
+    order = list(ORDER)
     steps: list[Step] = []
     for text in texts:
         name, _, value = text.partition("=")
@@ -85,9 +124,14 @@ def parse_steps(texts: Sequence[str]) -> list[Step]:
         if name == QUANTIZE:
             if value not in SCHEMES:
                 raise UserError(f"steps: {text!r}. Give {QUANTIZE}={f' or {QUANTIZE}='.join(SCHEMES)}")
-        elif (number := _number(value)) is None or number not in TECHNIQUES[name].fraction:
-            raise UserError(f"steps: {text!r} needs {TECHNIQUES[name].fraction}: {TECHNIQUES[name].text}")
+        elif name == TRAIN:
+            if not value.isdecimal() or int(value) not in COUNT:
+                raise UserError(f"steps: {text!r} needs a whole number from 1: optimizer steps")
+        elif value not in TECHNIQUES[name].words and ((number := _number(value)) is None or number not in FRACTION):
+            raise UserError(f"steps: {text!r} needs {FRACTION}: {TECHNIQUES[name].text}")
         for before in steps:
+            if (before.name, name) == (PRUNING, "low_rank"):
+                raise UserError(f"steps: {text} after {before} would fill the zeros again. Leave one of them out")
             if order.index(before.name) >= order.index(name):
                 reason = "is there twice" if before.name == name else f"cannot follow {before}"
                 raise UserError(f"steps: {text} {reason}. Put them in the order {', '.join(order)}")
@@ -105,8 +149,29 @@ def apply_steps(model: EncoderModel, steps: Sequence[Step], calibrate: Calibrate
         if step.name == QUANTIZE:
             scheme = cast(Scheme, step.value)
         else:
-            TECHNIQUES[step.name].apply(model, float(step.value), calibrate)
+            TECHNIQUES[step.name].apply(model, step.value, calibrate)
     return scheme
+
+
+def callbacks_of(steps: Sequence[Step]) -> list[dict[str, Any]]:
+    """Return the callbacks, as in a configuration, that do in a run of `fit` what these steps do."""
+    found: dict[str, dict[str, Any]] = {}
+    for step in steps:
+        callback = TECHNIQUES[step.name].callback
+        assert callback is not None  # only such steps come before training
+        name, settings = callback
+        start = {"heads": 0.0, "neurons": 0.0} if name == "StructuredPruning" else {}
+        found[name] = {**found.get(name, start), **settings(step.value)}
+    return [{"class_path": name, "init_args": settings} for name, settings in found.items()]
+
+
+def split_at_training(steps: Sequence[Step]) -> tuple[Sequence[Step], int, Sequence[Step]]:
+    """Return the steps before training, its optimizer steps (0: there is none), and those after it."""
+    names = [step.name for step in steps]
+    if TRAIN not in names:
+        return [], 0, steps
+    place = names.index(TRAIN)
+    return steps[:place], int(steps[place].value), steps[place + 1 :]
 
 
 def _number(text: str) -> float | None:

@@ -23,7 +23,7 @@ from leanbert import strict_json
 from leanbert.api import Pretrained, load
 from leanbert.compression.onnx.quantization import quantize_plainly
 from leanbert.compression.onnx.runtime import read_onnx
-from leanbert.compression.steps import Calibrate, Step, apply_steps, parse_steps
+from leanbert.compression.steps import PRUNING, Calibrate, Step, apply_steps, parse_steps, split_at_training
 from leanbert.compression_report.measuring import (
     LONG,
     MANY,
@@ -42,6 +42,7 @@ from leanbert.files import explain_disk_errors, write_text_atomically
 from leanbert.measure.torch_compat import cpu_computes_int8
 from leanbert.memory.precision import default_precision
 from leanbert.messages import say
+from leanbert.models.base import EncoderModel
 from leanbert.units import format_size
 
 LADDER = (
@@ -52,6 +53,16 @@ LADDER = (
 )
 """What is tried where no steps are given: none of it trains."""
 
+TRAINED = (
+    ("blocks=0.5", "train={}", "quantize=int8"),
+    ("structured_pruning=0.5", "train={}", "quantize=int8"),
+    ("blocks=0.5", "structured_pruning=0.5", "train={}", "quantize=int8"),
+)
+"""What `search` tries besides, until one fits, with the steps of training that the configuration has."""
+
+TRAINING = "training"
+"""Folder of the runs of variants that are trained."""
+
 ORIGINAL, ONNX, PLAIN = "original", "onnx", "onnxruntime-int8"
 """Names of what stands beside the variants: the model itself, the same in an ONNX file, and that file quantized as
 onnxruntime does where nothing is set."""
@@ -61,18 +72,26 @@ Evaluate = Callable[[nn.Module | None], dict[str, float]]
 that is compressed."""
 
 
+Train = Callable[[Sequence[Step], int, Path], Path]
+"""Trains the model with steps applied to it, for so many optimizer steps, and returns the file of what came out; runs
+are kept in a folder."""
+
+
 @dataclass(frozen=True)
 class Source:
-    """The model to compress: the file or folder, and how the run that is set judges models.
+    """The model to compress: the file or folder, and how the run that is set judges and trains models.
 
-    `tag` is the metric that counts, of which more is better where `sign` is -1, and less where it is 1.
+    `tag` is the metric that counts, of which more is better where `sign` is -1, and less where it is 1. `max_steps` are
+    those of the run.
     """
 
     path: Path
     evaluate: Evaluate
     calibrate: Calibrate
+    train: Train
     tag: str
     sign: float
+    max_steps: int
 
 
 @dataclass
@@ -103,6 +122,16 @@ def run_compress(request: CompressRequest, source: Source, command: str) -> None
     _evaluate(variants, source, metrics)
     _measure(variants, request.seconds)
     rows = [variant.row for variant in variants]
+    answer, fits = answer_of(rows, limits, source.tag, command)
+    for texts in TRAINED if request.search else ():
+        if fits and limits.any:
+            break
+        steps = parse_steps([text.format(source.max_steps) for text in texts])
+        found = _make(request, source, original, [steps])
+        _evaluate(found, source, metrics)
+        _measure([variants[0], *found], request.seconds)
+        rows += [variant.row for variant in found]
+        answer, fits = answer_of(rows, limits, source.tag, command)
     mark_front(rows)
     answer, fits = answer_of(rows, limits, source.tag, command)
     _write(request.output, rows, source.tag, answer)
@@ -150,23 +179,28 @@ def _references(source: Source, original: Pretrained, output: Path) -> list[_Var
 def _make(request: CompressRequest, source: Source, original: Pretrained, lists: list[list[Step]]) -> list[_Variant]:
     """Write the folder of each list of steps. Raises `UserError` for a given step that has no effect."""
     found = []
+    trained: dict[str, EncoderModel] = {}  # lists that begin alike share it
     for steps in tqdm(lists, desc="Variants", leave=False, disable=None):
-        smaller = copy.copy(original)
-        name, model = "+".join(step.slug for step in steps), copy.deepcopy(original.model)
-        smaller.model = model
+        smaller, name = copy.copy(original), "+".join(step.slug for step in steps)
+        cuts, count, rest = split_at_training(steps)
         try:
-            scheme = apply_steps(model, steps, source.calibrate)
+            if count and (key := f"{list(map(str, cuts))} {count}") not in trained:
+                trained[key] = load(source.train(cuts, count, request.output / TRAINING)).model
+            model = smaller.model = copy.deepcopy(trained[key] if count else original.model)
+            scheme = apply_steps(model, rest, source.calibrate)
         except UserError as error:
-            if request.steps is not None:
+            if request.steps is not None or count:
                 raise
             say(f"Left out {name}: {error}")
             continue
         path = request.output / name
-        smaller.export(path, "onnx", scheme)
-        row = Row(name, [str(step) for step in steps], "onnxruntime", size_bytes=bytes_of(path))
+        sparse = scheme is None and any(step.name == PRUNING for step in steps)
+        smaller.export(path, "sparse" if sparse else "onnx", scheme)
+        row = Row(name, [str(step) for step in steps], "PyTorch float32" if sparse else "onnxruntime")
+        row.size_bytes = bytes_of(path)
         row.parameters, row.nonzero = weights_of(model)
         row.flops_per_token = flops_per_token(model)
-        found.append(_Variant(row, path, read_onnx(path)))
+        found.append(_Variant(row, path, model if sparse else read_onnx(path)))
     return found
 
 
@@ -214,8 +248,7 @@ def answer_of(rows: Sequence[Row], limits: Limits, tag: str, command: str) -> tu
         missed = " and ".join(nearest.misses(limits))
         return (
             f"compress: no variant keeps the limits. The nearest, {nearest.name}, has {missed}. "
-            "Raise a limit, or train a smaller model (configs/size) or one that is pruned while it trains "
-            "(configs/memory/structured_pruning.yaml)"
+            "Raise a limit, or let smaller ones be trained by distillation: --search true"
         ), False
     best = min(fitting, key=lambda row: row.latency_p50)
     drop = "" if best.drop is None else f", {tag} {-best.drop:+.2%}"

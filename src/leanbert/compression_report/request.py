@@ -18,9 +18,12 @@ class CompressRequest:
     output: Path
     """Folder to write: each variant in a folder of its own, report.md, report.json, pareto.png and tensorboard."""
     steps: list[str] | None = None
-    """What to do to the model, in this order: structured_pruning=FRACTION (of heads and feed-forward neurons),
-    low_rank=FRACTION (of the outputs' energy that stays), quantize=int8 or quantize=int4. Each is reported with those
-    before it. Default: several short lists, without training."""
+    """What to do to the model, in this order: blocks=FRACTION (that leaves), structured_pruning=FRACTION (of heads and
+    feed-forward neurons), pruning=FRACTION (of single weights, or 2:4), train=STEPS (what was cut learns from the whole
+    model, see model.distillation), low_rank=FRACTION (of the outputs' energy that stays), quantize=int8 or
+    int4. Each is reported with those before it. Default: several short lists, without training."""
+    search: bool = False
+    """Train smaller ones too, each for trainer.max_steps, until one keeps the limits."""
     max_size: str | None = None
     """Largest file that you can ship, such as 5MiB."""
     max_latency: str | None = None

@@ -275,13 +275,13 @@ def test_step_0_asks_the_task_and_only_for_training():
     StructuredPruning(0.5, 0.25).setup(SimpleNamespace(), module, "validate")
     assert module.techniques.structured is None
     StructuredPruning(0.5, 0.25).setup(SimpleNamespace(), module, "fit")
-    assert module.techniques.structured == (0.5, 0.25)
+    assert module.techniques.structured == (0.5, 0.25, 0.0)
 
 
-@pytest.mark.parametrize("at", [0, 2])
-def test_a_pruned_translation_run_resumes_validates_and_answers(tmp_path, at):
+@pytest.mark.parametrize(("what", "last"), [("at_step: 0", 1), ("at_step: 2", 1), ("blocks: 0.5", 0)])
+def test_a_pruned_translation_run_resumes_validates_and_answers(tmp_path, what, last):
     """Encoder, decoder and cross-attention shrink, and everything that reads its checkpoint knows."""
-    callback = f"{{class_path: StructuredPruning, init_args: {{at_step: {at}}}}}"
+    callback = f"{{class_path: StructuredPruning, init_args: {{{what}}}}}"
     settings = [
         "--model.encoder.preset=bert", "--checkpoint.every_n_steps=1", "--model.validation_sources=0",
         "--trainer.val_check_interval=4", f"--trainer.callbacks=[{callback}]", "--trainer.max_steps=4",
@@ -289,8 +289,9 @@ def test_a_pruned_translation_run_resumes_validates_and_answers(tmp_path, at):
     cli = run_translation(tmp_path, "fit", *settings)
     folder = Path(cli.trainer.log_dir) / "checkpoints"
     whole = torch.load(folder / "step-00000004.ckpt", weights_only=True)
-    assert whole["state_dict"]["model.decoder.blocks.1.cross_attention.query.weight"].shape == (32, 64)
-    assert whole["state_dict"]["model.decoder.blocks.1.feed_forward.output.weight"].shape == (64, 128)
+    assert whole["state_dict"][f"model.decoder.blocks.{last}.cross_attention.query.weight"].shape == (32, 64)
+    assert whole["state_dict"][f"model.decoder.blocks.{last}.feed_forward.output.weight"].shape == (64, 128)
+    assert f"model.decoder.blocks.{last + 1}.feed_forward.output.weight" not in whole["state_dict"]
     answers = leanbert.load(folder / "step-00000004.ckpt").translate(["Red cook"])
     assert answers[0]["source"] == "Red cook"
     loss = run_translation(tmp_path, "validate", "--ckpt_path=last", "--model.validation_sources=0")
@@ -310,6 +311,8 @@ def test_a_pruned_translation_run_resumes_validates_and_answers(tmp_path, at):
         ("heads", {"heads": 1.0}),
         ("heads", {"heads": 0.0, "neurons": 0.0}),
         ("neurons", {"neurons": -0.1}),
+        ("blocks", {"blocks": 1.0}),
+        ("blocks", {"blocks": 0.5, "at_step": 3}),
         ("at_step", {"at_step": -1}),
         ("importance", {"importance": "random"}),
         ("importance", {"importance": "taylor"}),
