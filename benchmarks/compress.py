@@ -1,0 +1,167 @@
+r"""What compression costs on real data: students with and without their teacher, and reports of `compress`.
+
+    python benchmarks/compress.py --data DATA --runs runs/compress --jobs 2    # an hour on 2 cores
+
+DATA has the folders classification (SST-2) and srl (PropBank on EWT). A teacher of 4 x 256 is trained for each
+task; then students of half its blocks, which begin with them, by the teacher and by labels alone, with several seeds. At last
+`compress` makes and measures variants of the teacher, one process at a time. With several jobs trainings have one thread
+each. What has finished is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from report import table, write_section
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = (
+    "trainer: {callbacks+: [{class_path: StructuredPruning, init_args: {heads: 0.0, neurons: 0.0, blocks: 0.5}}]}\n"
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: its configuration, its data, the metric that counts, and steps of teacher and students."""
+
+    config: str
+    arguments: tuple[str, ...]
+    metric: str
+    teacher_steps: int
+    student_steps: int
+    lists: tuple[tuple[str, ...], ...]
+    """Steps of `compress`, of which each list is a report."""
+
+
+def files(folder: str) -> tuple[str, ...]:
+    return tuple(f"--data.{part}_files={{data}}/{folder}/{part}.jsonl.gz" for part in ("train", "val", "test"))
+
+
+HYBRID = ("blocks=0.5", "structured_pruning=0.5", "train={}", "quantize=int8")
+TASKS = {
+    "classification": Task(
+        "classification", files("classification"), "accuracy", 250, 200,
+        (HYBRID, ("structured_pruning=0.5", "train={}"), ("pruning=2:4", "train={}"), ("pruning=0.8", "train={}"),
+         ("low_rank=0.99", "quantize=int4")),
+    ),
+    "srl": Task(
+        "srl", (*files("srl"), "--data.find_predicates=false", "--data.batch_size=24"), "f1", 300, 200, (HYBRID,),
+    ),
+}  # fmt: skip
+
+
+def call(name: str, subcommand: str, options: argparse.Namespace, *more: str, threads: bool = False) -> str:
+    """Run a subcommand of `train.py` for a task, its messages in a file, and return what it printed."""
+    task = TASKS[name]
+    own = [text.replace("{data}", options.data) for text in task.arguments]
+    words = [sys.executable, "train.py", subcommand, f"--config=configs/{task.config}.yaml", *own, *more]
+    environment = os.environ | ({} if threads or options.jobs == 1 else {"OMP_NUM_THREADS": "1"})
+    with open(Path(options.runs, f"{name}-{subcommand}.log"), "a") as log:
+        done = subprocess.run(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log)
+    if done.returncode:
+        raise SystemExit(f"{name}: {subcommand} failed, see {log.name}")
+    return done.stdout.decode()
+
+
+def trained(name: str, run: str, steps: int, options: argparse.Namespace, *more: str) -> tuple[Path, float]:
+    """Train a run, unless it has finished, and return its best checkpoint and the metric of test."""
+    root = Path(options.runs, name, run)
+    best, kept = root / TASKS[name].config / "version_0/checkpoints/best.ckpt", root / "test.json"
+    if not kept.is_file():
+        print(f"{name}: {run}", file=sys.stderr, flush=True)
+        settings = (f"--trainer.max_steps={steps}", f"--trainer.default_root_dir={root}", "--ckpt_path=auto")
+        call(name, "fit", options, *more, *settings, f"--trainer.val_check_interval={steps // 5}")
+        kept.write_text(call(name, "test", options, f"--ckpt_path={best}"))
+    return best, float(json.loads(kept.read_text())[f"test/{TASKS[name].metric}"])
+
+
+def students(name: str, teacher: Path, options: argparse.Namespace, pool: ThreadPoolExecutor) -> dict[str, list[float]]:
+    """Return the metric of students by how they were trained, seed by seed."""
+    blocks = Path(options.runs, "blocks.yaml")
+    blocks.write_text(BLOCKS)
+    ways = {"by the teacher": ROOT / "configs/distillation.yaml", "by labels alone": blocks}
+
+    def one(way: str, seed: int) -> float:
+        more = (f"--config={ways[way]}", f"--model.init_from={teacher}", f"--seed_everything={seed}")
+        return trained(name, f"{way.replace(' ', '-')}-{seed}", TASKS[name].student_steps, options, *more)[1]
+
+    seeds = range(1, 1 + options.seeds)
+    asked = {way: [pool.submit(one, way, seed) for seed in seeds] for way in ways}
+    return {way: [future.result() for future in futures] for way, futures in asked.items()}
+
+
+def reports(name: str, teacher: Path, options: argparse.Namespace) -> str:
+    """Return the table of all variants, each list of steps in a report of its own."""
+    task, lines = TASKS[name], []
+    for steps in task.lists:
+        texts = [step.format(task.student_steps) for step in steps]
+        output = Path(options.runs, name, "compress-" + "-".join(step.partition("=")[0] for step in steps))
+        if not (output / "report.json").is_file():
+            print(f"{name}: {texts}", file=sys.stderr, flush=True)
+            call(name, "compress", options, f"--ckpt_path={teacher}", f"--output={output}",
+                 f"--steps={json.dumps(texts)}", "--model.distillation.hidden=1", threads=True)  # fmt: skip
+        found = json.loads((output / "report.json").read_text())["variants"]
+        first = found[0]
+        for row in found:
+            if row["metrics"] and (row["steps"] or not lines or row["name"] == "onnxruntime-int8"):
+                lines.append(line_of(row, first, task.metric))
+    header = [
+        "variant", "test", "change of val", "parameters", "not zero", "file", "of the model's", "MFLOP a token",
+        "1 short row", "x", "32 long rows", "x",
+    ]  # fmt: skip
+    return table(header, list(dict.fromkeys(map(tuple, lines))))
+
+
+def line_of(row: dict, first: dict, metric: str) -> list[str]:
+    """Return a variant's row beside the model's, as measured in the same report."""
+    return [
+        row["name"], f"{row['metrics'][f'test/{metric}']:.4f}", f"{-row['drop']:+.2%}", f"{row['parameters']:,}",
+        f"{row['nonzero']:,}", f"{row['size_bytes'] / 2**20:.1f} MiB", f"{row['size_bytes'] / first['size_bytes']:.1%}",
+        f"{row['flops_per_token'] / 1e6:.2f}", f"{row['latency_p50'] * 1e3:.2f} ms",
+        f"{first['latency_p50'] / row['latency_p50']:.1f}", f"{row['rows_per_second_long']:,.0f}/s",
+        f"{row['rows_per_second_long'] / first['rows_per_second_long']:.1f}",
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--runs", default="runs/compress")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time; with several, each has one thread")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    options = parser.parse_args()
+    options.data, options.runs = str(Path(options.data).absolute()), str(Path(options.runs).absolute())
+    Path(options.runs).mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        teachers = dict(zip(options.tasks, pool.map(
+            lambda name: trained(name, "teacher", TASKS[name].teacher_steps, options), options.tasks
+        ), strict=True))  # fmt: skip
+        taught = {name: students(name, path, options, pool) for name, (path, _) in teachers.items()}
+    rows = []
+    for name, (_, score) in teachers.items():
+        for way, scores in taught[name].items():
+            mean = statistics.mean(scores)
+            rows.append([name, f"{score:.4f}", way, ", ".join(f"{each:.4f}" for each in scores), f"{mean:.4f}",
+                         f"{mean / score:.1%}"])  # fmt: skip
+    header = ["task", "teacher", "student of half the blocks", "seeds", "mean", "of the teacher"]
+    parts = [table(header, rows)]
+    for name, (path, _) in teachers.items():
+        parts.append(f"{name}, {TASKS[name].metric}:\n\n{reports(name, path, options)}")
+    steps = ", ".join(f"{name} {task.teacher_steps} and {task.student_steps}" for name, task in TASKS.items())
+    note = (
+        f"Steps of teachers and students: {steps}. Figures of test; x: the factor to the first row of the same report."
+    )
+    write_section("compress", "Compression on real data", "\n\n".join([*parts, note]))
+
+
+if __name__ == "__main__":
+    main()
