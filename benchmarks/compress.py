@@ -2,10 +2,10 @@ r"""What compression costs on real data: students with and without their teacher
 
     python benchmarks/compress.py --data DATA --runs runs/compress --jobs 2    # an hour on 2 cores
 
-DATA has the folders classification (SST-2) and srl (PropBank on EWT). A teacher of 4 x 256 is trained for each
-task; then students of half its blocks, which begin with them, by the teacher and by labels alone, with several seeds. At last
-`compress` makes and measures variants of the teacher, one process at a time. With several jobs trainings have one thread
-each. What has finished is not repeated.
+DATA has the folders classification (SST-2) and srl (PropBank on EWT). A teacher of 4 x 256 is trained for each task;
+then students of half its blocks, which begin with them, by the teacher and by labels alone, with several seeds. At last
+`compress` makes and measures variants of the teacher, one process at a time. With several jobs trainings have one
+thread each. What has finished is not repeated.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def students(name: str, teacher: Path, options: argparse.Namespace, pool: Thread
 
 def reports(name: str, teacher: Path, options: argparse.Namespace) -> str:
     """Return the table of all variants, each list of steps in a report of its own."""
-    task, lines = TASKS[name], []
+    task = TASKS[name]
+    lines: list[list[str]] = []
     for steps in task.lists:
         texts = [step.format(task.student_steps) for step in steps]
         output = Path(options.runs, name, "compress-" + "-".join(step.partition("=")[0] for step in steps))
