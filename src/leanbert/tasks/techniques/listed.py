@@ -154,7 +154,7 @@ TECHNIQUES = (
         conflicts=conflicts.pruning,
     ),
     Technique(
-        "structured_pruning", exact=False, lowers="everything: heads, neurons or blocks are removed",
+        "structured_pruning", exact=False, lowers="everything: heads and neurons are removed",
         costs="accuracy: half of the heads and neurons leave the model", conflicts=conflicts.structured, apply=_prune,
         rung=_at(13),
     ),
