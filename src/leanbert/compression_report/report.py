@@ -105,7 +105,9 @@ def as_json(rows: Sequence[Row], tag: str, machine: str, answer: str) -> dict[st
 
 def pareto_figure(rows: Sequence[Row], tag: str) -> Figure:
     """Return the metric over size and over latency, with the variants that no other beats in colour."""
-    figure, (left, right) = _two_axes(f"{tag} of each variant; coloured: no other is at least as good in all three")
+    figure, (left, right) = new_figure(
+        f"{tag} of each variant; coloured: no other is at least as good in all three", columns=2
+    )
     shown = [row for row in rows if row.metrics and tag in row.metrics]
     for axes, label, values in (
         (left, "file (MiB)", [row.size_bytes / MIB for row in shown]),
@@ -124,14 +126,6 @@ def pareto_figure(rows: Sequence[Row], tag: str) -> Figure:
         axes.xaxis.set_minor_formatter("{x:g}")
         axes.margins(0.25)
     return figure
-
-
-def _two_axes(title: str) -> tuple[Figure, Any]:
-    figure, axes = new_figure("")
-    axes.remove()
-    figure.set_size_inches(12, 5)
-    figure.suptitle(title)
-    return figure, figure.subplots(1, 2)
 
 
 def _has(rows: Sequence[Row], tag: str) -> bool:

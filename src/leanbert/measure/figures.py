@@ -83,12 +83,13 @@ def _widest(phases: Mapping[str, Mapping[str, int]]) -> int:
     return max(sum(categories.values()) for categories in phases.values())
 
 
-def new_figure(title: str) -> tuple[Figure, Any]:
-    """Return an empty figure and its axes."""
+def new_figure(title: str, columns: int = 1) -> tuple[Figure, Any]:
+    """Return an empty figure and its axes, of several columns a list."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), dpi=125, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    figure = Figure(figsize=(8 if columns == 1 else 6 * columns, 5), dpi=125, layout="constrained")
+    found = [figure.add_subplot(1, columns, number + 1) for number in range(columns)]
+    (found[0].set_title if columns == 1 else figure.suptitle)(title)
+    for axes in found:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, found[0] if columns == 1 else found
