@@ -190,3 +190,24 @@ def test_nothing_that_takes_time_is_imported_before_signals_are_answered():
     program = "import sys; from leanbert.cli import main; print(*[n for n in sys.modules if n.startswith('leanbert')])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) == {"leanbert", "leanbert.errors", "leanbert.cli", "leanbert.signals"}
+
+
+def test_a_command_that_answers_signals_is_told_and_waited_for(tmp_path):
+    """What a training does: it saves before it ends; only then the program ends, as it was told."""
+    child = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: "
+        f"(time.sleep(0.3), open({str(tmp_path / 'saved')!r}, 'w').close(), sys.exit(143))); "
+        f"open({str(tmp_path / 'ready')!r}, 'w').close(); time.sleep(60)"
+    )
+    parent = (
+        f"import sys; from leanbert import signals; signals.install(); signals.run([sys.executable, '-c', {child!r}])"
+    )
+    with subprocess.Popen([sys.executable, "-c", parent], stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "ready").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        _, words = process.communicate(timeout=30)
+    assert (tmp_path / "saved").exists()
+    assert process.returncode == 143
+    assert "Stopped by SIGTERM" in words

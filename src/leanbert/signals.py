@@ -12,6 +12,7 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -137,6 +138,29 @@ def held() -> Iterator[None]:
         defer_to(None)
     if received:
         _end(received[0])
+
+
+def run(command: list[str]) -> int:
+    """Run a command that answers signals itself, such as a training that saves, and return its exit code.
+
+    What this process is told meanwhile it passes on, and ends as it was told once the command has.
+    """
+    received: list[int] = []
+    environment = {name: value for name, value in os.environ.items() if name != LEADER}
+    with subprocess.Popen(command, stdout=sys.stderr, env=environment, start_new_session=True) as child:
+
+        def pass_on(number: int) -> None:
+            received.append(number)
+            child.send_signal(number)
+
+        defer_to(pass_on)
+        try:
+            code = child.wait()
+        finally:
+            defer_to(None)
+    if received:
+        _end(received[0])
+    return code
 
 
 def _receive(number: int, frame: object) -> None:

@@ -10,13 +10,19 @@ import torch
 import yaml
 
 import leanbert
-from leanbert.cli.training import student_settings
+from leanbert import signals
+from leanbert.cli.training import student_settings, train_student
 from leanbert.compression.steps import parse_steps
+from leanbert.errors import UserError
 from tests.training import TINY, fit
 
 GIVEN = {
     "seed_everything": 3,
-    "trainer": {"max_steps": 900, "max_epochs": 2, "callbacks": [{"class_path": "MemoryMonitor"}]},
+    "trainer": {
+        "max_steps": 900,
+        "max_epochs": 2,
+        "callbacks": [{"class_path": "MemoryMonitor"}, {"class_path": "leanbert.x.MagnitudePruning"}],
+    },
     "model": {"init_args": {"init_from": None, "distillation": {"teacher": None, "hidden": 1.0}}},
     "data": {},
     "checkpoint": {"monitor": "val/loss"},
@@ -38,6 +44,25 @@ def test_a_student_learns_from_what_is_compressed_unless_a_teacher_is_named(tmp_
     named = {**GIVEN, "model": {"init_args": {"init_from": None, "distillation": {"teacher": "t.ckpt"}}}}
     other = student_settings(named, tmp_path / "m.ckpt", cuts, 70)
     assert other["model"]["init_args"]["distillation"]["teacher"] == "t.ckpt"
+
+
+@pytest.mark.parametrize(("status", "code"), [("refused", 2), ("stopped", 0), ("failed", 1)])
+def test_a_training_that_has_not_finished_is_not_measured(tmp_path, monkeypatch, status, code):
+    (tmp_path / "m.ckpt").write_bytes(b"weights")
+    monkeypatch.setattr(signals, "run", lambda command: code)
+    settings = student_settings(GIVEN, tmp_path / "m.ckpt", parse_steps(["blocks=0.5"]), 70)
+    expected = SystemExit if status == "refused" else UserError
+    with pytest.raises(expected, match="2" if status == "refused" else "has ended early, see above. The same command"):
+        train_student(settings, parse_steps(["blocks=0.5"]), "mlm", tmp_path / "runs")
+
+
+def test_a_teacher_that_was_trained_again_has_a_run_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "run", lambda command: 1)
+    for content in (b"weights", b"weights", b"others"):
+        (tmp_path / "m.ckpt").write_bytes(content)
+        with pytest.raises(UserError):
+            train_student(student_settings(GIVEN, tmp_path / "m.ckpt", [], 70), [], "mlm", tmp_path / "runs")
+    assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
 @pytest.mark.slow

@@ -1,11 +1,13 @@
 import copy
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from leanbert import load
 from leanbert.cli.app import CLI
+from leanbert.compression.distillation import _relations, soft_loss
 from leanbert.compression.structured import remove_blocks
 from leanbert.data.batches.batch import IGNORED
 from leanbert.errors import UserError
@@ -13,11 +15,13 @@ from leanbert.memory.checkpointing import set_checkpointing
 from leanbert.memory.step import optimizer_step
 from leanbert.models.kernels.loss import cross_entropy_sum
 from leanbert.planning.dry_run import dry_run
+from leanbert.pretrained.build import build_model
 from leanbert.tasks.base import Task
+from leanbert.tasks.classification import TextClassification
 from leanbert.tasks.distillation import Distillation, DistillationConfig
 from tests.planning.test_predict import settings
 from tests.pretrained.pairs import packed_batch, tiny_seq2seq
-from tests.tiny import tiny_model, unequal_batch
+from tests.tiny import tiny_config, tiny_model, unequal_batch
 from tests.training import TINY, fit, scalars
 
 ALL = {"logits": 0.5, "hidden": 1.0, "relations": 1.0}
@@ -125,6 +129,9 @@ def test_weights_mix_the_losses_of_task_and_teacher():
     [
         ({"logits": 0.0, "hidden": 0.0, "relations": 0.0}, "nothing of the teacher is learnt"),
         ({"relation_heads": 7}, "7 do not divide the 32 numbers of the student's queries"),
+        ({"logits": 0.0, "temperature": 3.0}, r"model\.distillation\.temperature: has no effect"),
+        ({"hidden": 0.0, "relations": 0.0, "layers": [1]}, r"model\.distillation\.layers: has no effect"),
+        ({"relations": 0.0, "relation_heads": 2}, r"model\.distillation\.relation_heads: has no effect"),
         ({"layers": [1, 2]}, "a student of 1 blocks needs 1 numbers from 1 to 3"),
         ({"temperature": 0.0}, "model.distillation.temperature"),
     ],
@@ -140,6 +147,49 @@ def test_layers_say_which_block_teaches_which():
     even, first = (step_of(copy.deepcopy(student), teacher, batch, layers=layers)[0] for layers in ([3], [1]))
     assert torch.equal(even, step_of(student, teacher, batch)[0])
     assert not torch.equal(even, first)
+
+
+def test_a_teacher_with_more_rows_than_tokens_teaches_the_tokens():
+    student, teacher, batch = mlm_pair()
+    whole = step_of(copy.deepcopy(student), teacher, batch)
+    wide = build_model(tiny_config(num_layers=3, hidden_size=64), 110).double()
+    weights = wide.state_dict()
+    for name, tensor in teacher.state_dict().items():
+        weights[name][tuple(map(slice, tensor.shape))] = tensor
+    wide.load_state_dict(weights)
+    assert_same_step(whole, step_of(student, wide, batch))
+
+
+def test_relations_hold_large_numbers_in_16_bits():
+    states = torch.full((1, 4, 32), 90.0, dtype=torch.float16)
+    assert _relations(states.view(1, 1, 4, 32), torch.ones(1, 1, 4, 4, dtype=torch.bool)).isfinite().all()
+
+
+def test_weights_of_labels_count_for_the_teachers_part_too():
+    task = TextClassification(class_weights={"b": 4.0})
+    task.model = SimpleNamespace(labels=["a", "b"])
+    scores, taught = torch.randn(2, 1, 3, 2, generator=torch.Generator().manual_seed(0)).unbind(0)
+    found = task.soft_criterion(scores, taught, torch.tensor([[0, 1, -100]]), 2.0)
+    plain = soft_loss(scores, taught, 2.0)[0]
+    torch.testing.assert_close(found, plain[0] + 4.0 * plain[1])
+
+
+@pytest.mark.parametrize(("fraction", "fails"), [(0.5, False), (0.25, True)])
+def test_blocks_keep_their_kind_of_attention(fraction, fails):
+    model = tiny_model(num_layers=12, local_window=4)
+    if fails:
+        with pytest.raises(UserError, match="block 4 would come to place 3, where attention is global"):
+            remove_blocks(model, fraction)
+    else:
+        assert remove_blocks(model, fraction).num_layers == 6
+
+
+def test_a_decoder_of_one_block_keeps_it():
+    model = tiny_seq2seq(layers=1, num_layers=4)
+    remove_blocks(model, 0.5)
+    assert [len(stack.blocks) for stack in model.stacks] == [2, 1]
+    with pytest.raises(UserError, match=r"0\.9 of 1 blocks is less than one\. A single one has to stay"):
+        remove_blocks(tiny_seq2seq(layers=1, num_layers=1), 0.9)
 
 
 def test_a_student_of_the_teachers_blocks_is_what_is_left_of_it():
@@ -207,6 +257,14 @@ def test_a_wider_teacher_teaches_by_a_projection_that_resumes_and_is_left_behind
     assert [scalars(resumed)["train/loss"][step] for step in (3, 4)] == [losses["train/loss"][s] for s in (3, 4)]
     assert [tuple(weight.shape) for weight in resumed.model.projections.parameters()] == [(32, 16)]
     assert load(resumed.trainer.log_dir).model.config.hidden_size == 16
+
+
+def test_a_run_with_projections_does_not_go_on_without_its_teacher(folder):
+    with pytest.raises(UserError, match=r"^model\.distillation: the checkpoint was trained with another"):
+        distil(folder, "--model.init_from=null", "--model.encoder.hidden_size=16", "--trainer.callbacks=[]",
+               f"--data.tokenizer={folder / 'teacher.ckpt'}", f"--trainer.default_root_dir={folder / 'narrow'}",
+               f"--model.distillation.teacher={folder / 'teacher.ckpt'}", "--model.distillation.hidden=0",
+               "--ckpt_path=last", steps=6)  # fmt: skip
 
 
 def test_without_a_start_there_is_no_teacher(folder):

@@ -199,6 +199,10 @@ class CLI(Setup):
         """Train what the cuts leave of the model, on the devices that are set."""
         given = yaml.safe_load(self._parser("compress").dump(self._settings, skip_none=False))
         given["trainer"] |= self.hardware
+        # what was adopted from the model counts, not what the configuration says
+        given["data"]["init_args"] |= {name: self.datamodule.hparams[name] for name in self.datamodule.fixed}
+        made = [name for name in ("decoder_layers", "decoder_start", "copy") if hasattr(self.model, name)]
+        given["model"]["init_args"] |= {name: getattr(self.model, name) for name in made}
         settings = student_settings(given, self._trained(), cuts, steps)
         return train_student(settings, cuts, self.model.name, folder)
 

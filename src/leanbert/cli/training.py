@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import Any
 
 import yaml
 
+from leanbert import signals
 from leanbert.checkpoints import BEST
 from leanbert.compression.steps import PRUNING, Step, callbacks_of
+from leanbert.data.store.checksums import file_digest
 from leanbert.errors import UserError
 from leanbert.files import write_text_atomically
 from leanbert.messages import say
@@ -20,37 +21,57 @@ from leanbert.runs import TaskRuns
 from leanbert.tasks.distillation import START
 
 SETTINGS = ("seed_everything", "trainer", "model", "data", "checkpoint")
+PROGRAM = "import sys; sys.argv[0] = 'leanbert'; from leanbert.cli import main; main()"
+REFUSED = 2
+"""Exit code for bad input."""
 
 
 def student_settings(given: dict[str, Any], source: Path, cuts: Sequence[Step], steps: int) -> dict[str, Any]:
     """Return the settings of a run in which what the cuts leave of the model at `source` learns from all of it."""
     settings = yaml.safe_load(yaml.safe_dump({name: given[name] for name in SETTINGS}))
     model, trainer = settings["model"]["init_args"], settings["trainer"]
+    own = [callback for callback in trainer["callbacks"] or [] if not _prunes(callback)]  # the cuts say what leaves
     model["init_from"] = str(source.resolve())
     model["distillation"] = {**(model["distillation"] or {})}
     model["distillation"]["teacher"] = model["distillation"].get("teacher") or START
     trainer["max_steps"], trainer["max_epochs"] = steps, None
-    trainer["callbacks"] = [*(trainer["callbacks"] or []), *callbacks_of(cuts)]
+    trainer["callbacks"] = [*own, *callbacks_of(cuts)]
     return settings
 
 
 def train_student(settings: dict[str, Any], cuts: Sequence[Step], task: str, folder: Path) -> Path:
     """Run `fit` with these settings, or go on with the run that was interrupted, and return its checkpoint.
 
-    It is the best, but where weights became zero step by step the last. Raises `UserError` if the run fails.
+    It is the best, but where weights became zero step by step the last. Raises `UserError` if the run fails, and ends
+    the program if it is refused.
     """
-    text = yaml.safe_dump(settings, sort_keys=False)
-    name = "+".join([*(step.slug for step in cuts), hashlib.sha256(text.encode()).hexdigest()[:8]])
-    root = folder / name
+    model, steps = settings["model"]["init_args"], settings["trainer"]["max_steps"]
+    sources = {model["init_from"], model["distillation"]["teacher"]} - {START}
+    known = [yaml.safe_dump(settings, sort_keys=False), *(_digest(Path(source)) for source in sorted(sources))]
+    digest = hashlib.sha256("".join(known).encode()).hexdigest()[:8]
+    root = folder / "+".join([*(step.slug for step in cuts), digest])
     settings["trainer"]["default_root_dir"] = str(root)
     root.mkdir(parents=True, exist_ok=True)
     config = root / "config.yaml"
     write_text_atomically(config, yaml.safe_dump(settings, sort_keys=False))
-    say(f"Training     {root}, {settings['trainer']['max_steps']:,} steps")
-    command = [sys.executable, sys.argv[0], "fit", f"--config={config}", "--ckpt_path=auto"]
-    if subprocess.run(command, stdout=sys.stderr).returncode:
+    say(f"Training     {root}, {steps:,} steps")
+    code = signals.run([sys.executable, "-c", PROGRAM, "fit", f"--config={config}", "--ckpt_path=auto"])
+    if code == REFUSED:
+        sys.exit(code)  # it has said why
+    runs = TaskRuns(str(root), task).all()
+    if code or not runs or not runs[-1].finished_at(steps):
         raise UserError(f"train: the run in {root} has ended early, see above. The same command goes on with it")
-    run = TaskRuns(str(root), task).all()[-1]
+    run = runs[-1]
     best = run.checkpoints / BEST
     gradual = any(step.name == PRUNING for step in cuts)
     return best if best.is_file() and not gradual else run.find("last").path
+
+
+def _prunes(callback: dict[str, Any]) -> bool:
+    return callback["class_path"].rpartition(".")[2] in ("StructuredPruning", "MagnitudePruning")
+
+
+def _digest(source: Path) -> str:
+    """Return the digest of a model: of its file, or of all files of its folder."""
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    return "".join(file_digest(file) for file in files if file.is_file())

@@ -102,7 +102,8 @@ def _vectors(block: Block | DecoderBlock, states: Tensor, heads: int) -> Sequenc
 
 def _relations(vectors: Tensor, allowed: Tensor) -> Tensor:
     """Return log-probabilities [B, R, S, S] of vectors [B, R, S, d]; they are finite where nothing is allowed too."""
-    scores = (vectors @ vectors.mT).float() * vectors.shape[-1] ** -0.5
+    vectors = vectors * vectors.shape[-1] ** -0.25  # before the product, which float16 may not hold
+    scores = (vectors @ vectors.mT).float()
     return scores.masked_fill(~allowed, torch.finfo(torch.float32).min).log_softmax(-1)
 
 

@@ -186,12 +186,16 @@ def remove_blocks(model: EncoderModel, fraction: float) -> ResolvedConfig:
         UserError: No block would leave, or a decoder that shares its weights would no longer find them.
 
     """
-    for stack in model.stacks:
-        total = len(stack.blocks)
-        kept = max(1, total - round(fraction * total))
-        if kept == total:
-            raise UserError(f"StructuredPruning.blocks: {fraction} of {total} blocks is less than one. Give more")
-        stack.blocks = nn.ModuleList(stack.blocks[i * total // kept] for i in range(kept))
+    depths = [len(stack.blocks) for stack in model.stacks]
+    kept = [max(1, depth - round(fraction * depth)) for depth in depths]
+    stuck = [depth for depth, stay in zip(depths, kept, strict=True) if depth == stay > 1]
+    if stuck or kept == depths:
+        fix = "Give more" if stuck else "A single one has to stay"
+        raise UserError(f"StructuredPruning.blocks: {fraction} of {max(depths)} blocks is less than one. {fix}")
+    for stack, depth, stay in zip(model.stacks, depths, kept, strict=True):
+        chosen = [number * depth // stay for number in range(stay)]
+        _check_windows(model.config, chosen)
+        stack.blocks = nn.ModuleList(stack.blocks[number] for number in chosen)
     for number, block in enumerate(model.blocks):
         block.layer = number
     model.config = replace(model.config, num_layers=len(model.encoder.blocks))
@@ -199,6 +203,16 @@ def remove_blocks(model: EncoderModel, fraction: float) -> ResolvedConfig:
         stack.config = model.config
     model.check_sharing()
     return model.config
+
+
+def _check_windows(config: ResolvedConfig, chosen: list[int]) -> None:
+    """Raise `UserError` if a block that attends globally would come to where blocks attend locally, or the reverse."""
+    for place, number in enumerate(chosen):
+        if config.is_local(place) != config.is_local(number):
+            raise UserError(
+                f"StructuredPruning.blocks: block {number} would come to place {place}, where attention is "
+                f"{'local' if config.is_local(place) else 'global'}. Give a fraction such as 0.5, or another student"
+            )
 
 
 def _attentions(model: nn.Module) -> list[Attention]:

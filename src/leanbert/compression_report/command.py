@@ -111,6 +111,8 @@ def run_compress(request: CompressRequest, source: Source, command: str) -> None
 
     """
     limits = request.limits()
+    if request.search and source.max_steps < 1:
+        raise UserError("search: trains for trainer.max_steps, which is not set. Set it")
     lists = _lists(request.steps)
     metrics = source.evaluate(None)
     if source.tag not in metrics:
@@ -189,10 +191,12 @@ def _make(request: CompressRequest, source: Source, original: Pretrained, lists:
             model = smaller.model = copy.deepcopy(trained[key] if count else original.model)
             scheme = apply_steps(model, rest, source.calibrate)
         except UserError as error:
-            if request.steps is not None or count:
+            if request.steps is not None:
                 raise
             say(f"Left out {name}: {error}")
             continue
+        if (decoder := getattr(model, "decoder", None)) is not None:
+            smaller.metadata = replace(smaller.metadata, decoder_layers=len(decoder.blocks))
         path = request.output / name
         sparse = scheme is None and any(step.name == PRUNING for step in steps)
         smaller.export(path, "sparse" if sparse else "onnx", scheme)

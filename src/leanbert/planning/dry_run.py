@@ -105,7 +105,7 @@ def dry_run(settings: RunSettings, rows: int) -> DryRun:
         flops=trace.flops.total() - update,
         update_flops=update,
         parameters=task.model.num_parameters,
-        gradient_bytes=sum(weight.numel() * weight.itemsize for weight in trainable(task.model.parameters())),
+        gradient_bytes=sum(weight.numel() * weight.itemsize for weight in trainable(task.trained.parameters())),
         passes_bytes=dict(collectives.passes),
         update_bytes=dict(collectives.update),
     )

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from leanbert.compression.distillation import soft_loss
-from leanbert.data.pairs import TARGET
 from leanbert.data.settings import Part
-from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.memory.step import StepTask, seed_position
 from leanbert.models.base import EncoderModel
@@ -27,10 +25,9 @@ from leanbert.models.kernels.loss import IGNORED, cross_entropy_sum
 from leanbert.models.stored import ModelMetadata, Stored
 from leanbert.optim.build import OptimizerConfig, Schedule, ScheduleConfig, build_optimizer, effective_warmup
 from leanbert.optim.in_backward import accumulate_in_backward, update_in_backward
-from leanbert.pretrained.build import read_model, rebuild
 from leanbert.pretrained.weights import unpack
 from leanbert.ranges import SEED
-from leanbert.tasks.distillation import START, Distillation, DistillationConfig
+from leanbert.tasks.distillation import Distillation, DistillationConfig, check_distillation, read_teacher
 from leanbert.tasks.step import B, SteppedModule, StepState
 from leanbert.tasks.techniques import Surroundings, Techniques, apply, refuse
 
@@ -98,14 +95,8 @@ class Task(SteppedModule[B]):
         raise NotImplementedError
 
     def build_teacher(self, source: str) -> EncoderModel:
-        """Return the model that is learnt from. Raises UserError if it reads other tokens."""
-        for name, tokenizer in self._data.tokenizers.items():
-            if TextTokenizer.from_file(source, name).to_json() != tokenizer.to_json():
-                raise UserError(
-                    f"model.distillation.teacher: {source} has another tokenizer than the data. Leave data.{name} out"
-                )
-        sizes = {name: tokenizer.vocab_size for name, tokenizer in self._data.tokenizers.items()}
-        return rebuild(read_model(source), sizes["tokenizer"], sizes.get(TARGET))
+        """Return the model that is learnt from."""
+        return read_teacher(source, self._data, self._data.metadata(self.name))
 
     def build_metrics(self) -> None:
         """Make the metrics of evaluation, which live on the task."""
@@ -172,11 +163,7 @@ class Task(SteppedModule[B]):
         techniques = replace(self.techniques, structured=None) if self.resumes else self.techniques
         apply(techniques, self.model, compile_blocks=self.compile_blocks)
         if self.trains and self.teacher_source is not None:
-            if self.teacher_source == START:
-                raise UserError(
-                    "model.distillation.teacher: is the model that training starts from, but none is named. "
-                    "Give --model.init_from, or the path of a teacher"
-                )
+            check_distillation(self, self.teacher_source, shards=around.shards)
             teacher = self.build_teacher(self.teacher_source)
             self.distillation = Distillation(self.distillation_config, teacher, self)
             self.projections = self.distillation.projections
@@ -266,6 +253,15 @@ class Task(SteppedModule[B]):
 
         """
         self.check_resumable(unpack(checkpoint, Path("--ckpt_path")))
+        needed, found = (
+            {name for name in names if name.startswith(PROJECTIONS)}
+            for names in (self.state_dict(), checkpoint["state_dict"])
+        )
+        if self.trains and needed != found:
+            raise UserError(
+                "model.distillation: the checkpoint was trained with another teacher, or none, whose states are not "
+                "of the same width. Give its settings, or start from it with --model.init_from"
+            )
         if not self.trains:
             weights = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: weights[name] for name in weights if not name.startswith(PROJECTIONS)}

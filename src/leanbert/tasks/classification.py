@@ -12,6 +12,7 @@ from torchmetrics.functional.classification.f_beta import multiclass_f1_score
 from torchmetrics.functional.classification.matthews_corrcoef import multiclass_matthews_corrcoef
 from torchmetrics.functional.regression.spearman import spearman_corrcoef
 
+from leanbert.compression.distillation import soft_loss
 from leanbert.data.batches.batch import IGNORED, LabelledBatch, PredictBatch
 from leanbert.data.classification import ClassificationData
 from leanbert.data.labels import Problem
@@ -74,6 +75,13 @@ class TextClassification(Labelling[tuple[Tensor, Tensor]]):
             scores.flatten(0, 1).float(), targets.flatten(), self._weights(scores.device), ignore_index=IGNORED,
             reduction="sum",
         )  # fmt: skip
+
+    def soft_criterion(self, scores: Tensor, teacher_scores: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        """Return the divergence from a teacher's scores, each times the weight of the text's label."""
+        if not self.class_weights:
+            return super().soft_criterion(scores, teacher_scores, targets, temperature)
+        weights = self._weights(scores.device)[targets.clamp(min=0)] * (targets != IGNORED)
+        return (soft_loss(scores, teacher_scores, temperature) * weights).sum()
 
     def _weights(self, device: torch.device) -> Tensor:
         given = self.class_weights or {}

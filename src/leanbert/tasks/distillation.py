@@ -5,7 +5,7 @@ The teacher is beside the task, not a part of it: it has no gradients, and is in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol
 
 import torch
@@ -13,9 +13,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from leanbert.compression.distillation import check_teacher, hidden_loss, recorded_states, relation_loss
+from leanbert.data.module import RowData
+from leanbert.data.pairs import TARGET
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.models.base import EncoderModel
 from leanbert.models.packed_inputs import PackedInputs
+from leanbert.models.stored import ModelMetadata
+from leanbert.pretrained.build import read_model, rebuild
 from leanbert.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, check_ranges
 
 START = "init_from"
@@ -37,8 +42,8 @@ class DistillationConfig:
     """Weight of the distance of hidden states, which is added: of the embeddings and after each block of the student,
     by a learned projection where the teacher is wider (Jiao et al. 2020, arXiv 1909.10351)."""
     layers: list[int] | None = None
-    """Teacher's block, from 1, whose output the output of each block of the student is compared with. Default: evenly
-    spaced."""
+    """Teacher's block, from 1, that each block of the student's encoder is compared with. Default: evenly spaced, as
+    in a decoder."""
     relations: float = 0.0
     """Weight of the relations among queries, keys and values of the last blocks, which is added (Wang et al. 2021,
     arXiv 2012.15828)."""
@@ -54,6 +59,14 @@ class DistillationConfig:
             "relation_heads": COUNT,
         }  # fmt: skip
         check_ranges("model.distillation", vars(self), ranges)
+        idle = {
+            "temperature": self.logits > 0, "layers": self.hidden + self.relations > 0,
+            "relation_heads": self.relations > 0,
+        }  # fmt: skip
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, used in idle.items():
+            if self.teacher is not None and not used and getattr(self, name) != defaults[name]:
+                raise UserError(f"model.distillation.{name}: has no effect without what it belongs to. Leave it out")
         if self.teacher is not None and not (self.logits or self.hidden or self.relations):
             raise UserError(
                 "model.distillation.logits: 0, as hidden and relations, so nothing of the teacher is learnt. Give one"
@@ -62,6 +75,42 @@ class DistillationConfig:
     def source(self, init_from: str | None) -> str | None:
         """Return where the teacher is, `START` if that is the start of training and there is none."""
         return self.teacher if self.teacher != START or init_from is None else init_from
+
+
+def check_distillation(task: object, teacher: str, *, shards: bool) -> None:
+    """Raise UserError if a task cannot have the teacher that is asked for."""
+    if teacher == START:
+        raise UserError(
+            "model.distillation.teacher: is the model that training starts from, but none is named. "
+            "Give --model.init_from, or the path of a teacher"
+        )
+    if shards:
+        raise UserError("model.distillation: the teacher is whole on each device, not sharded. Use ddp")
+    own = {name: not getattr(type(task), name).__module__.startswith("leanbert.") for name in ("loss_sum", "criterion")}
+    if own["loss_sum"] and not own["criterion"]:
+        raise UserError(
+            f"model.distillation: {type(task).__name__} has a loss_sum of its own, which a student does not use. "
+            "Say in criterion and model_inputs what its loss is"
+        )
+
+
+def read_teacher(source: str, data: RowData, metadata: ModelMetadata) -> EncoderModel:
+    """Return the model at `source`.
+
+    Raises `UserError` if it reads other tokens than the data, or answers otherwise than `metadata` say.
+    """
+    stored = read_model(source)
+    for name, default in (("problem", "single"), ("mark", "tokens")):
+        own, theirs = (getattr(said, name) or default for said in (metadata, stored.metadata))
+        if own != theirs and stored.metadata.task == metadata.task:
+            raise UserError(f"data.{name}: is {own}, but the teacher {source} has learnt {theirs}. Give the same")
+    for name, tokenizer in data.tokenizers.items():
+        if TextTokenizer.from_file(source, name).to_json() != tokenizer.to_json():
+            raise UserError(
+                f"model.distillation.teacher: {source} has another tokenizer than the data. Leave data.{name} out"
+            )
+    sizes = {name: tokenizer.vocab_size for name, tokenizer in data.tokenizers.items()}
+    return rebuild(stored, sizes["tokenizer"], sizes.get(TARGET))
 
 
 class Distilled(Protocol):
@@ -121,14 +170,15 @@ class Distillation:
             nn.Linear(width, theirs, bias=False) for _ in student.stacks if config.hidden and width != theirs
         )
         self._layers = [
-            self._compared(len(own.blocks), len(known.blocks))
+            self._compared(len(own.blocks), len(known.blocks), config.layers if own is student.encoder else None)
             for own, known in zip(student.stacks, teacher.stacks, strict=True)
         ]
+        self._compares_states = config.hidden + config.relations > 0
         self._weights: list[Tensor] = []
 
-    def _compared(self, own: int, known: int) -> list[int]:
+    def _compared(self, own: int, known: int, layers: list[int] | None) -> list[int]:
         """Return the teacher's state that each of the student's is compared with; state 0 is the embeddings'."""
-        if (layers := self.config.layers) is None:
+        if layers is None:
             return [round(layer * known / own) for layer in range(own + 1)]
         if len(layers) != own or not all(1 <= layer <= known for layer in layers):
             raise UserError(
@@ -143,7 +193,7 @@ class Distillation:
         What is added to it is a mean over all tokens of the step, whose number is taken here too.
         """
         targets = self.task.count_targets(batch)
-        if self.config.hidden or self.config.relations:
+        if self._compares_states:
             total = self.task.sum_over_ranks
             tokens = [total(inputs.real.sum()) for inputs in _inputs(self.task.model_inputs(batch))]
             self._weights = [total(targets) / count / len(tokens) for count in tokens]
@@ -153,12 +203,16 @@ class Distillation:
         """Return the loss of a micro-batch, shape []: summed over targets, and what is added in proportion."""
         task = self.task
         given = task.model_inputs(batch)
+        if not self._compares_states:
+            with torch.no_grad():
+                known = self.teacher.hidden(*given)
+            return self._loss_of_outputs(task.model.hidden(*given), known, batch.targets)
         with torch.no_grad(), recorded_states(self.teacher) as theirs:
             known = self.teacher.hidden(*given)
         with recorded_states(task.model) as own:
             hidden = task.model.hidden(*given)
         loss = self._loss_of_outputs(hidden, known, batch.targets)
-        for stack, (inputs, weight) in enumerate(zip(_inputs(given), self._weights, strict=False)):
+        for stack, (inputs, weight) in enumerate(zip(_inputs(given), self._weights, strict=True)):
             loss = loss + weight * self._loss_of_states(stack, own[stack], theirs[stack], inputs)
         return loss
 
@@ -174,7 +228,8 @@ class Distillation:
                 return hard
             with torch.no_grad():
                 taught = self.teacher.logits(known_hidden, known_copied)
-            return hard + share * task.soft_criterion(scores, taught, targets, temperature)
+            width = min(scores.shape[-1], taught.shape[-1])  # rows beyond the tokenizer's tokens are nobody's
+            return hard + share * task.soft_criterion(scores[..., :width], taught[..., :width], targets, temperature)
 
         if model.head_chunk is None:
             return loss(hidden, known_hidden, targets)

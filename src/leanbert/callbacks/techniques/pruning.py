@@ -163,12 +163,12 @@ class StructuredPruning(TechniqueCallback):
     Args:
         heads: Share of each block's attention heads that leaves, from 0 to below 1.
         neurons: Share of each block's feed-forward neurons that leaves, from 0 to below 1.
-        blocks: Share of the encoder's blocks, and of the decoder's, that leaves, from 0 to below 1: evenly chosen ones,
-            when the model is built.
         at_step: Optimizer steps before the removal; 0: when the model is built, after its weights were loaded.
         importance: weight: the norm of what a head or neuron can add, from its weights alone. taylor: by how much the
             loss would change, from gradients (Michel et al. 2019, arXiv 1905.10650), which needs `at_step` > 0.
         importance_steps: Steps before `at_step` whose gradients count (taylor only).
+        blocks: Share of the encoder's blocks, and of the decoder's, that leaves, from 0 to below 1: evenly chosen ones,
+            when the model is built.
 
     Raises:
         UserError: A setting is out of its range, or does not fit to another one.
@@ -179,10 +179,10 @@ class StructuredPruning(TechniqueCallback):
         self,
         heads: float = 0.5,
         neurons: float = 0.5,
-        blocks: float = 0.0,
         at_step: int = 0,
         importance: Literal["weight", "taylor"] = "weight",
         importance_steps: int = 20,
+        blocks: float = 0.0,
     ) -> None:
         _check_structured(heads, neurons, blocks, at_step, importance, importance_steps)
         self.heads, self.neurons, self.blocks, self.at_step = heads, neurons, blocks, at_step
