@@ -53,7 +53,10 @@ def test_programs_get_all_of_it():
     assert answer["variants"][1]["latency_p50"] == 0.004
 
 
-def test_the_picture_names_each_variant_twice():
+def test_the_picture_numbers_each_variant_and_names_the_numbers():
     figure = pareto_figure(ROWS, "val/f1")
     for axes in figure.axes:
-        assert sorted(text.get_text() for text in axes.texts) == ["all", "fast", "small", "worse"]
+        assert [text.get_text() for text in axes.texts] == ["1", "2", "3", "4"]
+    (legend,) = figure.legends
+    names = [row.name for row in ROWS]
+    assert [text.get_text() for text in legend.texts] == [f"{i}  {name}" for i, name in enumerate(names, 1)]

@@ -115,16 +115,19 @@ def pareto_figure(rows: Sequence[Row], tag: str) -> Figure:
     ):
         for number, (row, x) in enumerate(zip(shown, values, strict=True)):
             y = (row.metrics or {})[tag]
-            axes.plot(x, y, "o" if row.on_front else "x", color="#D55E00" if row.on_front else "#777777")
+            (point,) = axes.plot(x, y, "o" if row.on_front else "x", color="#D55E00" if row.on_front else "#777777")
             above = number % 2 == 0
             axes.annotate(
-                row.name, (x, y), xytext=(0, 7 if above else -7), textcoords="offset points", fontsize=8, ha="center",
+                str(number + 1), (x, y), xytext=(0, 7 if above else -7), textcoords="offset points", ha="center",
                 va="bottom" if above else "top",
             )  # fmt: skip
+            if axes is left:
+                point.set_label(f"{number + 1}  {row.name}")
         axes.set(xlabel=label, ylabel=tag, xscale="log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")
-        axes.margins(0.25)
+        axes.margins(0.1)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
