@@ -163,7 +163,9 @@ class Pretrained:
         """Return `{"source", "output", "score"}` for each text; see `translate`."""
         return self._generate("summarize", texts, batch_size, {**generation, "beams": beams})
 
-    def export(self, folder: str | Path, format: Format = "hf", quantize: Scheme | None = None) -> None:
+    def export(
+        self, folder: str | Path, format: Format = "hf", quantize: Scheme | None = None, exceptions: Sequence[str] = ()
+    ) -> None:
         """Write a folder with the model and its tokenizer.
 
         A tokenizer of targets alone goes to its subfolder `target_tokenizer`.
@@ -174,10 +176,11 @@ class Pretrained:
                 `encoder_model.onnx` and `decoder_model.onnx`, which onnxruntime computes and `leanbert.load` loads.
                 sparse: `leanbert.json` and `model.safetensors`, in which zeros take one bit, for `leanbert.load`.
             quantize: Weights in 8 or 4 bits; onnx only.
+            exceptions: Layers that stay in 32 bits, such as `encoder.blocks.0.attention.qkv`.
 
         Raises:
             UserError: No class of transformers expresses the model, or onnxruntime computes something else; the folder
-                has a model in another format, of which a file would be replaced.
+                has a model in another format, of which a file would be replaced; an exception is not quantized.
 
         """
         if isinstance(self.model, OnnxModel):
@@ -188,9 +191,11 @@ class Pretrained:
             raise UserError(f"export: format {format!r} is unknown. Give {', '.join(get_args(Format))}")
         if quantize is not None and format != "onnx":
             raise UserError(f"export: --quantize {quantize} is of ONNX files. Give --format onnx")
+        if exceptions and quantize is None:
+            raise UserError("export: exceptions are of what --quantize does. Give it too")
         folder = expand(folder, "output")
         if format == "onnx":
-            write_onnx(self.model, folder, self.metadata, quantize)
+            write_onnx(self.model, folder, self.metadata, quantize, exceptions)
         elif format == "sparse":
             write_sparse(self.model, folder, self.metadata)
         else:

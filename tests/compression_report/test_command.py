@@ -6,8 +6,8 @@ import shlex
 import pytest
 
 from leanbert.compression.steps import parse_steps
-from leanbert.compression_report.command import LADDER, TRAINED, answer_of
-from leanbert.compression_report.report import Row, mark_front
+from leanbert.compression_report.command import LADDER, TRAINED
+from leanbert.compression_report.report import Row, answer_of, mark_front
 from leanbert.compression_report.request import Limits
 
 MIB = 2**20

@@ -161,7 +161,7 @@ class CLI(Setup):
         """Write a trained model in a standard format. Raises UserError if there is none."""
         from leanbert.api import load
 
-        load(self._trained()).export(options.output, options.format, options.quantize)
+        load(self._trained()).export(options.output, options.format, options.quantize, options.exceptions or ())
 
     def compress(self, options: CompressOptions) -> None:
         """Make smaller variants of a trained model and report on them."""
@@ -176,14 +176,14 @@ class CLI(Setup):
         again += ["--output", shlex.quote(str(options.output))]
         run_compress(options, source, f"{program_name()} compress {' '.join(again)}")
 
-    def _metrics_of(self, model: Any = None) -> dict[str, float]:
-        """Return the metrics of a model in place of the run's own, by tag; on test files too, if there are some."""
+    def _metrics_of(self, model: Any = None, test: bool = True) -> dict[str, float]:
+        """Return the metrics of a model in place of the run's own, by tag; on test files too if asked and given."""
         if model is not None:
             self.model.model = model
         own = None if model is not None else self._settings["ckpt_path"]
         self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path=own, verbose=False)
         found = tagged(self.trainer.callback_metrics)
-        if self.datamodule.hparams.get("test_files") is not None:
+        if test and self.datamodule.hparams.get("test_files") is not None:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
             found |= tagged(self.trainer.callback_metrics)
         return found

@@ -83,6 +83,8 @@ class ExportOptions(Options):
     weights that are left."""
     quantize: Literal["int8", "int4"] | None = None
     """Weights in 8 or 4 bits; of ONNX files only. Default: 32 bits."""
+    exceptions: list[str] | None = None
+    """Layers whose weights stay in 32 bits, such as encoder.blocks.0.attention.qkv; see `compress --sensitivity`."""
 
 
 @dataclass(frozen=True, kw_only=True)

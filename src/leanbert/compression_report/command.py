@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-import platform
-import shlex
 import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
-from leanbert import strict_json
 from leanbert.api import Pretrained, load
-from leanbert.compression.onnx.quantization import quantize_plainly
+from leanbert.compression.onnx.quantization import Scheme, quantize_plainly
 from leanbert.compression.onnx.runtime import read_onnx
-from leanbert.compression.steps import PRUNING, Calibrate, Step, apply_steps, parse_steps, split_at_training
+from leanbert.compression.steps import PRUNING, QUANTIZE, Calibrate, Step, apply_steps, parse_steps, split_at_training
 from leanbert.compression_report.measuring import (
     LONG,
     MANY,
@@ -35,15 +29,14 @@ from leanbert.compression_report.measuring import (
     time_in_turns,
     weights_of,
 )
-from leanbert.compression_report.report import Row, as_json, as_table, mark_front, pareto_figure
-from leanbert.compression_report.request import CompressRequest, Limits
+from leanbert.compression_report.report import Row, answer_of, as_table, mark_front, write_report
+from leanbert.compression_report.request import CompressRequest
+from leanbert.compression_report.sensitivity import Sensitivity, examine, relative_drop
 from leanbert.errors import UserError
-from leanbert.files import explain_disk_errors, write_text_atomically
-from leanbert.measure.torch_compat import cpu_computes_int8
+from leanbert.files import explain_disk_errors
 from leanbert.memory.precision import default_precision
 from leanbert.messages import say
 from leanbert.models.base import EncoderModel
-from leanbert.units import format_size
 
 LADDER = (
     ("quantize=int8",),
@@ -67,9 +60,12 @@ ORIGINAL, ONNX, PLAIN = "original", "onnx", "onnxruntime-int8"
 """Names of what stands beside the variants: the model itself, the same in an ONNX file, and that file quantized as
 onnxruntime does where nothing is set."""
 
-Evaluate = Callable[[nn.Module | None], dict[str, float]]
-"""Returns the metrics of a model by tag, on the validation set and, if there is one, the test set; None: of the model
-that is compressed."""
+
+class Evaluate(Protocol):
+    """Judges models as the run that is set does."""
+
+    def __call__(self, model: nn.Module | None, test: bool = True) -> dict[str, float]:
+        """Return the metrics by tag, on validation and, if asked and given, test data; None: of what is compressed."""
 
 
 Train = Callable[[Sequence[Step], int, Path], Path]
@@ -100,6 +96,8 @@ class _Variant:
     path: Path
     model: Any
     bf16: bool = False
+    whole: Pretrained | None = None  # what was quantized, and how
+    scheme: Scheme | None = None
 
 
 def run_compress(request: CompressRequest, source: Source, command: str) -> None:
@@ -113,7 +111,7 @@ def run_compress(request: CompressRequest, source: Source, command: str) -> None
     limits = request.limits()
     if request.search and source.max_steps < 1:
         raise UserError("search: trains for trainer.max_steps, which is not set. Set it")
-    lists = _lists(request.steps)
+    lists = _lists(request)
     metrics = source.evaluate(None)
     if source.tag not in metrics:
         raise UserError(f"checkpoint.monitor: no {source.tag} is logged. Choose from {', '.join(sorted(metrics))}.")
@@ -122,6 +120,8 @@ def run_compress(request: CompressRequest, source: Source, command: str) -> None
         original = load(source.path)
         variants = [*_references(source, original, request.output), *_make(request, source, original, lists)]
     _evaluate(variants, source, metrics)
+    with explain_disk_errors(request.output, "--output"):
+        layers = _examine(request, source, variants, metrics)
     _measure(variants, request.seconds)
     rows = [variant.row for variant in variants]
     answer, fits = answer_of(rows, limits, source.tag, command)
@@ -136,7 +136,7 @@ def run_compress(request: CompressRequest, source: Source, command: str) -> None
         answer, fits = answer_of(rows, limits, source.tag, command)
     mark_front(rows)
     answer, fits = answer_of(rows, limits, source.tag, command)
-    _write(request.output, rows, source.tag, answer)
+    write_report(request.output, rows, source.tag, answer, layers)
     print(as_table(rows, source.tag))
     say(f"Report       {request.output / 'report.md'}, {request.output / 'pareto.png'}")
     if not fits:
@@ -144,13 +144,18 @@ def run_compress(request: CompressRequest, source: Source, command: str) -> None
     say(answer)
 
 
-def _lists(given: Sequence[str] | None) -> list[list[Step]]:
+def _lists(request: CompressRequest) -> list[list[Step]]:
     """Return the lists of steps that make a variant each."""
-    if given is None:
+    if request.exceptions and request.steps is None:
+        raise UserError("exceptions: of which steps? Give --steps too, such as '[\"quantize=int8\"]'")
+    if request.steps is None:
         return [parse_steps(texts) for texts in LADDER]
-    steps = parse_steps(given)
+    steps = parse_steps(request.steps)
     if not steps:
         raise UserError("steps: none is given. Give some, or leave them out to have several tried")
+    for option in ("exceptions", "sensitivity"):
+        if getattr(request, option) and steps[-1].name != QUANTIZE:
+            raise UserError(f"{option}: no step quantizes. Add {QUANTIZE}=int8 or {QUANTIZE}=int4 to the steps")
     return [steps[: count + 1] for count in range(len(steps))]
 
 
@@ -197,14 +202,55 @@ def _make(request: CompressRequest, source: Source, original: Pretrained, lists:
             continue
         if (decoder := getattr(model, "decoder", None)) is not None:
             smaller.metadata = replace(smaller.metadata, decoder_layers=len(decoder.blocks))
+        exceptions = [] if scheme is None else list(request.exceptions or [])
+        name = _excepting(name, exceptions)
         path = request.output / name
         sparse = scheme is None and any(step.name == PRUNING for step in steps)
-        smaller.export(path, "sparse" if sparse else "onnx", scheme)
-        row = Row(name, [str(step) for step in steps], "PyTorch float32" if sparse else "onnxruntime")
+        smaller.export(path, "sparse" if sparse else "onnx", scheme, exceptions)
+        row = Row(name, [str(step) for step in steps], "PyTorch float32" if sparse else "onnxruntime", exceptions)
         row.size_bytes = bytes_of(path)
         row.parameters, row.nonzero = weights_of(model)
         row.flops_per_token = flops_per_token(model)
-        found.append(_Variant(row, path, model if sparse else read_onnx(path)))
+        computed = model if sparse else read_onnx(path)
+        found.append(_Variant(row, path, computed, whole=None if scheme is None else smaller, scheme=scheme))
+    return found
+
+
+def _excepting(name: str, exceptions: Sequence[str]) -> str:
+    """Return the name of a variant some of whose layers stay in 32 bits."""
+    return f"{name}-except-{len(exceptions)}" if exceptions else name
+
+
+def _examine(
+    request: CompressRequest, source: Source, variants: list[_Variant], original: dict[str, float]
+) -> list[Sensitivity]:
+    """Return what layers cost, where it is asked or a drop is too large, and add to the variants what keeps the drop.
+
+    Of steps that are given layers are excepted until it is kept, unless the exceptions are given too.
+    """
+    found = []
+    most = None if request.steps is None or request.exceptions else request.limits().drop
+    for variant in [*variants]:
+        row, whole, scheme = variant.row, variant.whole, variant.scheme
+        over = most is not None and row.drop is not None and not row.drop <= most
+        if whole is None or scheme is None or not (over or request.sensitivity):
+            continue
+        layers = examine(
+            row.name, whole, scheme, row.exceptions, lambda model: source.evaluate(model, test=False)[source.tag],
+            original[source.tag], source.sign, most if over else None,
+        )  # fmt: skip
+        found.append(layers)
+        if layers.choice is None:
+            continue
+        say(f"{row.name}: {layers.choice.in_words()}")
+        if layers.choice.kept:
+            exceptions = layers.choice.exceptions
+            name = _excepting(row.name, exceptions)
+            path = request.output / name
+            whole.export(path, "onnx", scheme, exceptions)
+            own = replace(row, name=name, exceptions=exceptions, size_bytes=bytes_of(path))
+            variants.append(_Variant(own, path, read_onnx(path)))
+            _evaluate(variants[-1:], source, original)
     return found
 
 
@@ -215,7 +261,7 @@ def _evaluate(variants: Sequence[_Variant], source: Source, original: dict[str, 
         if not variant.bf16:
             row, alone = variant.row, variant.row.name == ORIGINAL
             row.metrics = original if alone else source.evaluate(variant.model)
-            row.drop = source.sign * (row.metrics[source.tag] - before) / abs(before) if before else 0.0
+            row.drop = relative_drop(row.metrics[source.tag], before, source.sign)
 
 
 def _measure(variants: Sequence[_Variant], seconds: float) -> None:
@@ -238,55 +284,3 @@ def _measure(variants: Sequence[_Variant], seconds: float) -> None:
     for variant in tqdm(variants, desc="Memory", leave=False, disable=None):
         if not variant.bf16:
             variant.row.load_peak_bytes, variant.row.run_peak_bytes = peak_memory(variant.path)
-
-
-def answer_of(rows: Sequence[Row], limits: Limits, tag: str, command: str) -> tuple[str, bool]:
-    """Return in words which variant to take, and whether it keeps the limits."""
-    variants = [row for row in rows if row.steps]
-    if not limits.any:
-        names = ", ".join(row.name for row in variants if row.on_front) or "the model itself"
-        return f"No other variant beats {names}. Give --max_size, --max_latency or --max_drop to choose", True
-    fitting = [row for row in variants if not row.misses(limits)]
-    if not fitting:
-        nearest = min(variants, key=lambda row: row.excess(limits))
-        missed = " and ".join(nearest.misses(limits))
-        return (
-            f"compress: no variant keeps the limits. The nearest, {nearest.name}, has {missed}. "
-            "Raise a limit, or let smaller ones be trained by distillation: --search true"
-        ), False
-    best = min(fitting, key=lambda row: row.latency_p50)
-    drop = "" if best.drop is None else f", {tag} {-best.drop:+.2%}"
-    again = f"{command} --steps {shlex.quote(json.dumps(best.steps))}"
-    return (
-        f"Take {best.name}: {format_size(best.size_bytes)}, {best.latency_p50 * 1e3:.2f} ms a row{drop}. "
-        f"Made again by: {again}"
-    ), True
-
-
-def _write(output: Path, rows: Sequence[Row], tag: str, answer: str) -> None:
-    """Write report.md, report.json, pareto.png and TensorBoard's events."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    machine = (
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-    table = as_table(rows, tag)
-    slow = "" if cpu_computes_int8() else " int8 is no faster on a processor without VNNI, as here."
-    note = (
-        f"{answer}\n\n* no other row is at least as good in file size, p50 and metric, and better in one. The one "
-        f"row and short rows have {SHORT} tokens, long ones {LONG}, as far as the model has positions. load and run: "
-        f"resident memory of a new process beyond the libraries', to load and to compute {MANY} long rows besides. "
-        f"Measured in turns on {machine}.{slow}"
-    )
-    write_text_atomically(output / "report.md", f"# Variants\n\n{table}\n\n{note}\n\n![Pareto front](pareto.png)\n")
-    write_text_atomically(
-        output / "report.json", strict_json.dumps(as_json(rows, tag, machine, answer), indent=2) + "\n"
-    )
-    figure = pareto_figure(rows, tag)
-    with explain_disk_errors(output, "--output"):
-        building = output / ".pareto.png"
-        figure.savefig(building, format="png")
-        os.replace(building, output / "pareto.png")
-        with SummaryWriter(output / "tensorboard") as writer:
-            writer.add_text("compression/report", f"{table}\n\n{note}")
-            writer.add_figure("compression/pareto", figure, close=False)

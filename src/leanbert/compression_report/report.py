@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
+import platform
+import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from leanbert import strict_json
+from leanbert.compression_report.measuring import LONG, MANY, SHORT
 from leanbert.compression_report.request import Limits
+from leanbert.compression_report.sensitivity import Sensitivity
+from leanbert.files import explain_disk_errors, write_text_atomically
 from leanbert.measure.figures import new_figure
+from leanbert.measure.torch_compat import cpu_computes_int8
 from leanbert.tasks.tables import markdown_table
 from leanbert.units import MIB, format_size
 
@@ -19,13 +31,15 @@ if TYPE_CHECKING:
 class Row:
     """A variant and what was measured of it; sizes in bytes, times in seconds, memory beyond that of the libraries.
 
-    `metrics` are by tag; `drop` is the relative loss of the metric that counts on the validation set. Without
+    `metrics` are by tag; `drop` is the relative loss of the metric that counts on the validation set;
+    `exceptions` are layers that quantization has left in 32 bits. Without
     steps it is the model itself, which stands beside the variants.
     """
 
     name: str
     steps: list[str]
     runtime: str
+    exceptions: list[str] = field(default_factory=list)
     metrics: dict[str, float] | None = None
     drop: float | None = None
     parameters: int = 0
@@ -74,6 +88,31 @@ def mark_front(rows: Sequence[Row]) -> None:
 
 def _costs(row: Row) -> tuple[float, float, float]:
     return row.size_bytes, row.latency_p50, row.drop or 0.0
+
+
+def answer_of(rows: Sequence[Row], limits: Limits, tag: str, command: str) -> tuple[str, bool]:
+    """Return in words which variant to take, and whether it keeps the limits."""
+    variants = [row for row in rows if row.steps]
+    if not limits.any:
+        names = ", ".join(row.name for row in variants if row.on_front) or "the model itself"
+        return f"No other variant beats {names}. Give --max_size, --max_latency or --max_drop to choose", True
+    fitting = [row for row in variants if not row.misses(limits)]
+    if not fitting:
+        nearest = min(variants, key=lambda row: row.excess(limits))
+        missed = " and ".join(nearest.misses(limits))
+        return (
+            f"compress: no variant keeps the limits. The nearest, {nearest.name}, has {missed}. "
+            "Raise a limit, or let smaller ones be trained by distillation: --search true"
+        ), False
+    best = min(fitting, key=lambda row: row.latency_p50)
+    drop = "" if best.drop is None else f", {tag} {-best.drop:+.2%}"
+    again = f"{command} --steps {shlex.quote(json.dumps(best.steps))}"
+    if best.exceptions:
+        again += f" --exceptions {shlex.quote(json.dumps(best.exceptions))}"
+    return (
+        f"Take {best.name}: {format_size(best.size_bytes)}, {best.latency_p50 * 1e3:.2f} ms a row{drop}. "
+        f"Made again by: {again}"
+    ), True
 
 
 def as_table(rows: Sequence[Row], tag: str) -> str:
@@ -129,6 +168,38 @@ def pareto_figure(rows: Sequence[Row], tag: str) -> Figure:
         axes.margins(0.1)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
+
+
+def write_report(output: Path, rows: Sequence[Row], tag: str, answer: str, layers: Sequence[Sensitivity]) -> None:
+    """Write report.md, report.json, pareto.png and TensorBoard's events."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    machine = (
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    table = as_table(rows, tag)
+    slow = "" if cpu_computes_int8() else " int8 is no faster on a processor without VNNI, as here."
+    note = (
+        f"{answer}\n\n* no other row is at least as good in file size, p50 and metric, and better in one. The one "
+        f"row and short rows have {SHORT} tokens, long ones {LONG}, as far as the model has positions. load and run: "
+        f"resident memory of a new process beyond the libraries', to load and to compute {MANY} long rows besides. "
+        f"Measured in turns on {machine}.{slow}"
+    )
+    sections = "".join(f"\n\n{each.in_words(tag)}" for each in layers)
+    text = f"# Variants\n\n{table}\n\n{note}\n\n![Pareto front](pareto.png){sections}\n"
+    write_text_atomically(output / "report.md", text)
+    found = as_json(rows, tag, machine, answer) | {"sensitivity": [asdict(each) for each in layers]}
+    write_text_atomically(output / "report.json", strict_json.dumps(found, indent=2) + "\n")
+    figure = pareto_figure(rows, tag)
+    with explain_disk_errors(output, "--output"):
+        building = output / ".pareto.png"
+        figure.savefig(building, format="png")
+        os.replace(building, output / "pareto.png")
+        with SummaryWriter(output / "tensorboard") as writer:
+            writer.add_text("compression/report", f"{table}\n\n{note}")
+            for each in layers:
+                writer.add_text(f"compression/sensitivity/{each.variant}", each.in_words(tag))
+            writer.add_figure("compression/pareto", figure, close=False)
 
 
 def _has(rows: Sequence[Row], tag: str) -> bool:

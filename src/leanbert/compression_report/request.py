@@ -22,6 +22,11 @@ class CompressRequest:
     feed-forward neurons), pruning=FRACTION (of single weights, or 2:4), train=STEPS (what was cut learns from the whole
     model, see model.distillation), low_rank=FRACTION (of the outputs' energy that stays), quantize=int8 or
     int4. Each is reported with those before it. Default: several short lists, without training."""
+    exceptions: list[str] | None = None
+    """Layers that quantization leaves in 32 bits, such as encoder.blocks.0.attention.qkv. Default: none, or with steps
+    and max_drop as many of the most sensitive as keep it."""
+    sensitivity: bool = False
+    """Report too what each layer costs that is quantized alone: an evaluation for each."""
     search: bool = False
     """Train smaller ones too, each for trainer.max_steps, until one keeps the limits."""
     max_size: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
@@ -31,12 +31,14 @@ LENGTHS = (1, 7, 128)
 
 
 def write_onnx(
-    model: EncoderModel, folder: Path, metadata: ModelMetadata, scheme: Scheme | None = None
-) -> dict[str, int]:
-    """Write the files of a model, quantized if asked, and return their sizes in bytes by name.
+    model: EncoderModel, folder: Path, metadata: ModelMetadata, scheme: Scheme | None = None,
+    exceptions: Sequence[str] = (),
+) -> dict[str, int]:  # fmt: skip
+    """Write the files of a model, quantized if asked but for the layers `exceptions`, and return their sizes in bytes.
 
     Before they are put into `folder`, they are opened by onnxruntime, and float32 is compared with the model.
-    Raises `UserError` if something is not installed, the disk is full, or outputs differ.
+    Sizes are by name. Raises `UserError` if something is not installed, the disk is full, or outputs differ, and as
+    `quantize`.
     """
     sizes: dict[str, int] = {}
     model = deepcopy(model).float().eval()
@@ -49,8 +51,7 @@ def write_onnx(
         written = sorted(scratch.iterdir())
         if scheme is not None:
             (scratch / scheme).mkdir()
-            for file in written:
-                quantize(file, scratch / scheme / file.name, scheme)
+            quantize(scratch, scratch / scheme, scheme, exceptions)
             if not largest_difference(model, read_onnx(scratch / scheme)) < math.inf:
                 raise UserError(f"{folder}: quantized outputs are not finite. Export without --quantize {scheme}")
             written = [scratch / scheme / file.name for file in written]

@@ -6,6 +6,7 @@ heads, d head size.
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import logging
@@ -248,8 +249,29 @@ def write_graph(graph: EncoderGraph | DecoderGraph, path: Path, metadata: ModelM
             input_names=graph.inputs, output_names=graph.outputs, verbose=False,
         )  # fmt: skip
     assert program is not None
+    _name_nodes(program.model.graph)
     program.model.metadata_props[KEY] = json.dumps(describe(graph.model.config, metadata))
     program.save(path)
+
+
+def layer_of(node: str) -> str:
+    """Return the layer that a node of a written graph computes, by its name."""
+    return node.partition("/")[0]
+
+
+def _name_nodes(graph: Any) -> None:
+    """Put before the name of each node that of its layer: the module that it is in, or whose embedding it reads.
+
+    Names outlast what is done to graphs afterwards, other remarks do not. A product with the token embedding is
+    of the head that computes it.
+    """
+    for node in graph:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        read = node.inputs[0] if node.op_type == "Gather" else None
+        if read is not None and read.name.endswith(".weight"):
+            scopes = [read.name.removesuffix(".weight"), node.name]
+        if len(scopes) > 1 and (layer := scopes[-2].removeprefix("model.")):
+            node.name = f"{layer}/{node.name}"
 
 
 @contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from leanbert.compression.onnx.graphs import layer_of
 from leanbert.errors import UserError
 from leanbert.files import scratch_folder
 
@@ -23,27 +25,76 @@ BLOCK = 32
 OPERATORS = ("MatMul", "Gather")
 """What is quantized; onnxruntime's quantizers take ONNX's attention for an older operator of that name."""
 
+GEMM, FLOAT = "Gemm", 1
+"""Names of ONNX: a product of two matrices with what is added, and the type of 32-bit numbers."""
 
-def quantize(source: Path, target: Path, scheme: Scheme) -> None:
-    """Write the graph in `source` to `target` with the weights of matrix products and embeddings quantized.
+
+def quantize(source: Path, target: Path, scheme: Scheme, exceptions: Sequence[str] = ()) -> None:
+    """Write the graphs in the folder `source` to `target` with the weights of products and embeddings quantized.
 
     Of int8 each output channel has a scale, and weights use 7 bits: with 8 the sums of products overflow on processors
-    without VNNI (onnxruntime's documentation of `reduce_range`). Raises `UserError` if onnxruntime is not installed.
+    without VNNI (onnxruntime's documentation of `reduce_range`). The layers in `exceptions`, by the names of their
+    modules such as `encoder.blocks.0.attention.qkv`, stay in 32 bits.
+
+    Raises:
+        UserError: onnxruntime is not installed; an exception is no layer that is quantized, or nothing else is.
+
     """
-    with _quiet(), scratch_folder() as scratch:
-        try:
-            from onnxruntime.quantization import QuantType, quantize_dynamic
-            from onnxruntime.quantization.shape_inference import quant_pre_process
-        except ImportError as error:
-            raise UserError(f'export: {scheme} needs {error.name}. Run: pip install "leanbert[compress]"') from None
-        folded = scratch / "folded.onnx"  # transposed weights as constants: else the quantizers do not see them
-        quant_pre_process(source, folded, skip_symbolic_shape=True)
-        if scheme == "int8":
-            quantize_dynamic(
-                folded, target, OPERATORS, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True
-            )
-        else:
-            _quantize_int4(folded, target)
+    with scratch_folder() as folded:
+        fold(source, folded)
+        if exceptions:
+            check_exceptions(exceptions, layers_of(folded, scheme), scheme)
+        quantize_folded(folded, target, scheme, exceptions)
+
+
+def fold(source: Path, target: Path) -> None:
+    """Write the graphs in a folder with transposed weights as constants: else the quantizers do not see them."""
+    try:
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+    except ImportError as error:
+        raise UserError(f'export: quantization needs {error.name}. Run: pip install "leanbert[compress]"') from None
+    with _quiet():
+        for file in source.glob("*.onnx"):
+            quant_pre_process(file, target / file.name, skip_symbolic_shape=True)
+
+
+def layers_of(folded: Path, scheme: Scheme) -> list[str]:
+    """Return the names of the layers of which weights are quantized, as they are written in the graphs."""
+    import onnx
+
+    files = folded.glob("*.onnx")
+    return sorted({layer_of(node) for file in files for node in _quantized_nodes(onnx.load(file).graph, scheme)})
+
+
+def check_exceptions(exceptions: Sequence[str], layers: Sequence[str], scheme: Scheme) -> None:
+    """Raise `UserError` for a name that is not one of `layers`, and where none of these is left."""
+    for name in exceptions:
+        if name not in layers:
+            nearest = ", ".join(difflib.get_close_matches(name, layers, cutoff=0.0))
+            raise UserError(f"exceptions: {name!r} is no layer that {scheme} quantizes. The nearest are {nearest}")
+    if not set(layers) - set(exceptions):
+        raise UserError(f"exceptions: they are all layers, of which {scheme} would quantize none. Leave some out")
+
+
+def quantize_folded(folded: Path, target: Path, scheme: Scheme, exceptions: Collection[str] = ()) -> None:
+    """Do what `quantize` does with graphs that `fold` has written, and with exceptions that are layers."""
+    import onnx
+
+    with _quiet():
+        for file in folded.glob("*.onnx"):
+            graph: Any = onnx.load(file)
+            kept = [node for node in _quantized_nodes(graph.graph, scheme) if layer_of(node) in exceptions]
+            if scheme == "int8":
+                _quantize_int8(file, target / file.name, kept)
+            else:
+                _quantize_int4(graph, target / file.name, kept)
+
+
+def _quantized_nodes(graph: Any, scheme: Scheme) -> list[str]:
+    """Return the names of the nodes whose matrix is quantized: of int8 also `Gemm`, which becomes a `MatMul`."""
+    operators = (*OPERATORS, GEMM) if scheme == "int8" else OPERATORS
+    matrices = {tensor.name for tensor in graph.initializer if tensor.data_type == FLOAT and len(tensor.dims) == 2}
+    return [node.name for node in graph.node if node.op_type in operators and matrices.intersection(node.input)]
 
 
 def quantize_plainly(source: Path, target: Path) -> None:
@@ -54,14 +105,22 @@ def quantize_plainly(source: Path, target: Path) -> None:
         quantize_dynamic(source, target, OPERATORS)
 
 
-def _quantize_int4(source: Path, target: Path) -> None:
-    import onnx
+def _quantize_int8(source: Path, target: Path, kept: list[str]) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    kept += [f"{node}_MatMul" for node in kept]  # what a `Gemm` is called when it has become one
+    quantize_dynamic(
+        source, target, OPERATORS, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True,
+        nodes_to_exclude=kept,
+    )  # fmt: skip
+
+
+def _quantize_int4(graph: Any, target: Path, kept: list[str]) -> None:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    graph: Any = onnx.load(source)
     quantizer = MatMulNBitsQuantizer(
         graph, block_size=BLOCK, is_symmetric=True, op_types_to_quantize=OPERATORS,
-        quant_axes=(("MatMul", 0), ("Gather", 1)), accuracy_level=4,
+        quant_axes=(("MatMul", 0), ("Gather", 1)), accuracy_level=4, nodes_to_exclude=kept,
     )  # fmt: skip
     quantizer.process()
     quantizer.model.save_model_to_file(str(target), False)

@@ -1,0 +1,47 @@
+"""`compress` and `export` with layers that stay in 32 bits: the whole program."""
+
+import json
+
+import pytest
+
+from leanbert.cli.app import CLI
+from leanbert.compression_report import command as report
+from leanbert.errors import UserError
+from tests.training import TINY, fit
+
+
+@pytest.mark.slow
+def test_layers_are_reported_and_a_choice_is_exported_by_one_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "peak_memory", lambda path: (1, 1))
+    (tmp_path / "train.txt").write_text("".join(f"the {i} tests of words {i * i}\n\n" for i in range(400)))
+    checkpoint = fit(tmp_path, steps=4).runs.find("last").path
+    given = [
+        "--config=configs/mlm.yaml", *TINY, f"--data.train_files={tmp_path / 'train.txt'}",
+        f"--data.cache_dir={tmp_path / 'cache'}", "--trainer.accelerator=cpu", f"--ckpt_path={checkpoint}",
+    ]  # fmt: skip
+    left = '["encoder.blocks.1.feed_forward.output", "head"]'
+    CLI([
+        "compress", *given, f"--output={tmp_path / 'out'}", "--seconds=0.01", '--steps=["quantize=int8"]',
+        "--sensitivity=true", f"--exceptions={left}",
+    ])  # fmt: skip
+    found = json.loads((tmp_path / "out/report.json").read_text())
+    row = next(row for row in found["variants"] if row["name"] == "int8-except-2")
+    (layers,) = found["sensitivity"]
+    assert (row["exceptions"], layers["variant"], layers["choice"]) == (json.loads(left), "int8-except-2", None)
+    names = [effect["layer"] for effect in layers["effects"]]
+    parts = ("attention.qkv", "attention.output", "feed_forward.input", "feed_forward.output")
+    every = {f"encoder.blocks.{index}.{part}" for index in (0, 1) for part in parts}
+    assert len(names) == len(set(names))
+    assert set(names) == every - {"encoder.blocks.1.feed_forward.output"} | {"encoder.embeddings.token", "head.dense"}
+    assert layers["metric"] == pytest.approx(found["variants"][0]["metrics"]["val/loss"], rel=1e-5)
+    for effect in layers["effects"]:
+        assert effect["drop"] == pytest.approx(effect["metric"] / layers["metric"] - 1.0)
+    assert "## Sensitivity of int8-except-2" in (tmp_path / "out/report.md").read_text()
+    again = ["export", *given, "--format=onnx", f"--output={tmp_path / 'again'}"]
+    CLI([*again, "--quantize=int8", f"--exceptions={left}"])
+    files = [folder / "model.onnx" for folder in (tmp_path / "out/int8-except-2", tmp_path / "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    with pytest.raises(UserError, match=r"^exceptions: 'encoder\.blocks\.7\.attention\.qkv' is no layer that int8"):
+        CLI([*again, "--quantize=int8", '--exceptions=["encoder.blocks.7.attention.qkv"]'])
+    with pytest.raises(UserError, match=r"^export: exceptions are of what --quantize does\. Give it too"):
+        CLI([*again, f"--exceptions={left}"])

@@ -1,0 +1,165 @@
+"""Names of layers are modules and lead to their nodes; exceptions stay in 32 bits."""
+
+from collections import Counter
+
+import onnx
+import pytest
+import torch
+
+from leanbert.compression.onnx.folder import largest_difference, write_onnx
+from leanbert.compression.onnx.graphs import graphs_of, write_graph
+from leanbert.compression.onnx.quantization import fold, layers_of, quantize_folded
+from leanbert.compression.onnx.runtime import read_onnx
+from leanbert.compression.steps import apply_steps, parse_steps
+from leanbert.errors import UserError
+from leanbert.models.packed_inputs import PackedInputs
+from tests.compression.onnx.models import make
+
+slow = pytest.mark.slow
+FLOAT, EIGHT_BITS = [onnx.TensorProto.FLOAT], [onnx.TensorProto.INT8, onnx.TensorProto.UINT8]
+QKV = "encoder.blocks.0.attention.qkv"
+
+
+def blocks(wide=2):
+    """Return how many matrices each layer of two encoder blocks is made of; the gated input has two."""
+    parts = {"attention.qkv": 3, "attention.output": 1, "feed_forward.input": wide, "feed_forward.output": 1}
+    return {f"encoder.blocks.{index}.{name}": count for index in (0, 1) for name, count in parts.items()}
+
+
+EMBEDDING = {"encoder.embeddings.token": 1}
+EMBEDDINGS = {**EMBEDDING, "encoder.embeddings.segment": 1, "encoder.embeddings.position": 1}
+DECODER = {
+    f"decoder.blocks.{index}.{name}": 1
+    for index in (0, 1, 2)
+    for name in (
+        "attention.qkv", "attention.output", "cross_attention.query", "cross_attention.key_value",
+        "cross_attention.output", "feed_forward.input", "feed_forward.output",
+    )
+}  # fmt: skip
+HEAD, LABELS, TEXT = {"head": 1, "head.dense": 1}, {"head.dense": 1, "head.scores": 1}, ("head.pooler", "head.scores")
+
+
+def folded(tmp_path, model, metadata):
+    """Write the graphs of a model as quantizers take them, and return their folder."""
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "folded").mkdir()
+    for name, graph in graphs_of(model).items():
+        write_graph(graph, tmp_path / "plain" / name, metadata)
+    fold(tmp_path / "plain", tmp_path / "folded")
+    return tmp_path / "folded"
+
+
+def matrices(folder, types):
+    """Return the shapes of the matrices of some types in all files, but for scales."""
+    return Counter(
+        tuple(sorted(tensor.dims))
+        for file in folder.glob("*.onnx")
+        for tensor in onnx.load(file).graph.initializer
+        if tensor.data_type in types and len(tensor.dims) == 2 and not tensor.name.endswith("_scales")
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "expected"),
+    [
+        ("mlm", {"preset": "bert"}, {**EMBEDDINGS, **blocks(wide=1), **HEAD}),
+        pytest.param("mlm", {}, {**EMBEDDING, **blocks(), **HEAD}, marks=slow),
+        ("classification", {}, {**EMBEDDING, **blocks(), **LABELS}),
+        pytest.param(
+            "classification", {"preset": "bert"}, {**EMBEDDINGS, **blocks(wide=1), **dict.fromkeys(TEXT, 1)}, marks=slow
+        ),
+        pytest.param("tagging", {}, {**EMBEDDING, **blocks(), **LABELS}, marks=slow),
+        pytest.param("tagging", {"preset": "bert"}, {**EMBEDDINGS, **blocks(wide=1), "head.scores": 1}, marks=slow),
+        pytest.param(  # the embedding is in both files
+            "seq2seq", {"copy": True},
+            {"encoder.embeddings.token": 2, **blocks(), **DECODER, **HEAD}
+            | {f"pointer.{name}": 1 for name in ("query", "key", "gate")},
+        ),
+        pytest.param(
+            "seq2seq", {"preset": "bert", "targets": 70},
+            {
+                **{name: 1 for name in EMBEDDINGS if "segment" not in name}, **blocks(wide=1), **DECODER, **HEAD,
+                "decoder.embeddings.token": 1, "decoder.embeddings.position": 1,
+            }, marks=slow,
+        ),
+    ],
+)  # fmt: skip
+def test_each_layer_is_a_module_and_alone_stays_in_32_bits(tmp_path, task, settings, expected):
+    model, metadata = make(task, **settings)
+    source = folded(tmp_path, model, metadata)
+    whole = matrices(source, FLOAT)
+    assert set(expected) <= {name for name, _ in model.named_modules()}
+    target = tmp_path / "target"
+    target.mkdir()
+    for name, count in expected.items():
+        quantize_folded(source, target, "int8", [name])
+        left = matrices(target, FLOAT)
+        assert left.total() == count, name
+        assert left + matrices(target, EIGHT_BITS) == whole, name  # all others have 8 bits
+    assert layers_of(source, "int8") == sorted(expected)
+    of_text = [name for name in expected if task == "classification" and name.startswith("head.")]
+    assert layers_of(source, "int4") == sorted(set(expected) - set(of_text))  # one row a text: another operator
+    quantize_folded(source, target, "int4", [])
+    assert matrices(target, FLOAT).total() == len(of_text)
+    quantize_folded(source, target, "int4", [QKV])
+    assert matrices(target, FLOAT).total() == len(of_text) + 3
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_files_grow_by_the_bits_that_stay(tmp_path, scheme):
+    model, metadata = make("tagging", hidden_size=128, num_heads=4)
+    source, target = folded(tmp_path, model, metadata), tmp_path / "target"
+    target.mkdir()
+
+    def size(exceptions):
+        quantize_folded(source, target, scheme, exceptions)
+        return (target / "model.onnx").stat().st_size
+
+    qkv, scales = 3 * 128 * 128, 3 * 128 * (5 if scheme == "int8" else 4 * 4)  # int8: also zero points
+    saved = qkv * 4 - qkv * (8 if scheme == "int8" else 4) // 8 - scales
+    assert size([QKV]) - size([]) == pytest.approx(saved, rel=0.02)
+
+
+@slow
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_a_model_of_which_more_is_left_out_is_nearer(tmp_path, scheme):
+    model, metadata = make("seq2seq")
+    names = sorted({*EMBEDDING, *blocks(), *DECODER, *HEAD})
+    differences = []
+    for exceptions in ([], names[:-1]):
+        write_onnx(model, tmp_path / str(len(exceptions)), metadata, scheme, exceptions)
+        differences.append(largest_difference(model, read_onnx(tmp_path / str(len(exceptions)))))
+    assert 1e-4 < differences[1] < 0.8 * differences[0]  # one layer alone; the encoder's file is whole
+    assert (tmp_path / "0/encoder_model.onnx").stat().st_size < (
+        tmp_path / f"{len(names) - 1}/encoder_model.onnx"
+    ).stat().st_size
+
+
+@slow
+def test_both_factors_of_a_layer_of_low_rank_stay(tmp_path):
+    model, metadata = make("tagging", hidden_size=64)
+    ids = torch.randint(100, (4, 16), generator=torch.Generator().manual_seed(0))
+    apply_steps(model, parse_steps(["low_rank=0.5"]), lambda model: model(PackedInputs.whole_rows(ids)))
+    source, target = folded(tmp_path, model, metadata), tmp_path / "target"
+    target.mkdir()
+    quantize_folded(source, target, "int8", [QKV])
+    assert matrices(target, FLOAT).total() == 4  # one for all, and the parts of the other
+
+
+@pytest.mark.parametrize(
+    ("exceptions", "message"),
+    [
+        (
+            ["encoder.blocks.0.atention.qkv"],
+            r"'encoder\.blocks\.0\.atention\.qkv' is no layer that int8 quantizes\. The nearest are "
+            r"encoder\.blocks\.0\.attention\.qkv, encoder\.blocks\.1\.attention\.qkv, encoder",
+        ),
+        (["encoder.final_norm"], r"'encoder\.final_norm' is no layer that int8 quantizes\. The nearest are "),
+        ([*EMBEDDING, *blocks(), *LABELS], r"they are all layers, of which int8 would quantize none\. Leave some out"),
+    ],
+)
+def test_exceptions_that_cannot_be_are_said_and_nothing_is_written(tmp_path, exceptions, message):
+    model, metadata = make("tagging")
+    with pytest.raises(UserError, match=f"^exceptions: {message}"):
+        write_onnx(model, tmp_path / "new", metadata, "int8", exceptions)
+    assert not (tmp_path / "new").exists()
