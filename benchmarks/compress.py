@@ -102,9 +102,9 @@ def reports(name: str, teacher: Path, options: argparse.Namespace) -> str:
     """Return the table of all variants, each list of steps in a report of its own."""
     task = TASKS[name]
     lines: list[list[str]] = []
-    for steps in task.lists:
+    for steps in task.lists[: options.reports]:
         texts = [step.format(task.student_steps) for step in steps]
-        output = Path(options.runs, name, "compress-" + "-".join(step.partition("=")[0] for step in steps))
+        output = Path(options.runs, name, "compress-" + "-".join(texts).replace("=", "-").replace(":", "of"))
         if not (output / "report.json").is_file():
             print(f"{name}: {texts}", file=sys.stderr, flush=True)
             call(name, "compress", options, f"--ckpt_path={teacher}", f"--output={output}",
@@ -138,6 +138,7 @@ def main() -> None:
     parser.add_argument("--runs", default="runs/compress")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time; with several, each has one thread")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--reports", type=int, default=None, help="of each task only so many; default: all")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     options = parser.parse_args()
     options.data, options.runs = str(Path(options.data).absolute()), str(Path(options.runs).absolute())
