@@ -41,7 +41,7 @@ ROWS = {
     "layer_major": Technique({"slice_rows": 3}),
     "chunked_head": Technique({"head_chunk": 5}),
     "in_backward": Technique({"in_backward": "update"}),
-    "structured": Technique({"structured": (0.5, 0.5)}, moves=float("inf")),
+    "structured": Technique({"structured": (0.5, 0.5, 0.0)}, moves=float("inf")),
     "pruning": Technique(sparsity=0.5, moves=float("inf")),
     "adama": Technique({"in_backward": "accumulate", "micro_batch": 3}, micro_batch=3, moves=4.1e-3),
     "adamw8bit": Technique(optimizer="adamw8bit", moves=4.1e-3),
