@@ -159,9 +159,7 @@ def main() -> None:
     for name, (path, _) in teachers.items():
         parts.append(f"{name}, {TASKS[name].metric}:\n\n{reports(name, path, options)}")
     steps = ", ".join(f"{name} {task.teacher_steps} and {task.student_steps}" for name, task in TASKS.items())
-    note = (
-        f"Steps of teachers and students: {steps}. Figures of test; x: the factor to the first row of the same report."
-    )
+    note = f"Steps of teachers and students: {steps}. Figures of test; x: by the model itself, in the same report."
     write_section("compress", "Compression on real data", "\n\n".join([*parts, note]))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -36,12 +36,13 @@ from leanbert.cli.options import (
 )
 from leanbert.cli.resume import config_arguments, resume_command
 from leanbert.cli.setup import Setup
-from leanbert.cli.training import student_settings, train_student
-from leanbert.compression.steps import Step
 from leanbert.errors import UserError
 from leanbert.messages import leads, say
 from leanbert.planning.device import target_of
 from leanbert.planning.run_settings import RunSettings
+
+if TYPE_CHECKING:
+    from leanbert.compression.steps import Step
 
 CALIBRATION_BATCHES = 8
 """Of validation, for steps of `compress` that look at what a model computes inside."""
@@ -197,6 +198,8 @@ class CLI(Setup):
 
     def _train_student(self, cuts: Sequence[Step], steps: int, folder: Path) -> Path:
         """Train what the cuts leave of the model, on the devices that are set."""
+        from leanbert.cli.training import student_settings, train_student
+
         given = yaml.safe_load(self._parser("compress").dump(self._settings, skip_none=False))
         given["trainer"] |= self.hardware
         # what was adopted from the model counts, not what the configuration says

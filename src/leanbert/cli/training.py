@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import sys
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ REFUSED = 2
 
 def student_settings(given: dict[str, Any], source: Path, cuts: Sequence[Step], steps: int) -> dict[str, Any]:
     """Return the settings of a run in which what the cuts leave of the model at `source` learns from all of it."""
-    settings = yaml.safe_load(yaml.safe_dump({name: given[name] for name in SETTINGS}))
+    settings = copy.deepcopy({name: given[name] for name in SETTINGS})
     model, trainer = settings["model"]["init_args"], settings["trainer"]
     own = [callback for callback in trainer["callbacks"] or [] if not _prunes(callback)]  # the cuts say what leaves
     model["init_from"] = str(source.resolve())

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from leanbert.messages import say
+
 Scope = Literal["global", "layer"]
 
 SLICE = 2**22
@@ -70,6 +72,21 @@ def two_of_four_masks(weight: Tensor) -> Tensor:
     groups = weight.detach().abs().unflatten(-1, (-1, 4))  # [out, in / 4, 4]
     smallest = groups.argsort(dim=-1, stable=True)[..., :2]
     return torch.ones_like(groups, dtype=torch.bool).scatter_(-1, smallest, False).flatten(-2)
+
+
+def make_masks(weights: Mapping[str, Tensor], sparsity: float, scope: Scope | Literal["2:4"]) -> dict[str, Tensor]:
+    """Return the masks of a scope: by magnitude for this share of zeros, or two of each four neighbours."""
+    if scope == "2:4":
+        return {name: two_of_four_masks(weight) for name, weight in weights.items()}
+    return magnitude_masks(weights, sparsity, scope)
+
+
+def in_fours(weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Return the matrices whose inputs come in fours, and say how many do not."""
+    odd = [name for name, weight in weights.items() if weight.shape[-1] % 4]
+    if odd:
+        say(f"2:4 leaves {len(odd)} matrices dense, whose inputs do not come in fours: {odd[0]}, ...")
+    return {name: weight for name, weight in weights.items() if name not in odd}
 
 
 def masks_of_zeros(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

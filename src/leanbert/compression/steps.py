@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from leanbert.compression.low_rank import make_low_rank, second_moments
 from leanbert.compression.onnx.quantization import SCHEMES, Scheme
-from leanbert.compression.pruning import apply_masks, magnitude_masks, prunable, two_of_four_masks
+from leanbert.compression.pruning import apply_masks, in_fours, make_masks, prunable
 from leanbert.compression.structured import prune_structured, remove_blocks, sizes_kept
 from leanbert.errors import UserError
 from leanbert.models.base import EncoderModel
@@ -69,12 +69,11 @@ def _remove_structures(model: EncoderModel, fraction: str, calibrate: Calibrate)
 
 def _remove_weights(model: EncoderModel, fraction: str, calibrate: Calibrate) -> None:
     if fraction == TWO_OF_FOUR:
-        weights = {name: weight for name, weight in prunable(model).items() if weight.shape[-1] % 4 == 0}
-        masks = {name: two_of_four_masks(weight) for name, weight in weights.items()}
+        weights = in_fours(prunable(model))
+        apply_masks(weights, make_masks(weights, 0.5, "2:4"))
     else:
         weights = prunable(model, include_embeddings=True)
-        masks = magnitude_masks(weights, float(fraction), "global")
-    apply_masks(weights, masks)
+        apply_masks(weights, make_masks(weights, float(fraction), "global"))
 
 
 def _pruning_settings(fraction: str) -> dict[str, Any]:

@@ -124,16 +124,15 @@ def run_compress(request: CompressRequest, source: Source, command: str) -> None
         layers = _examine(request, source, variants, metrics)
     _measure(variants, request.seconds)
     rows = [variant.row for variant in variants]
-    answer, fits = answer_of(rows, limits, source.tag, command)
     for texts in TRAINED if request.search else ():
-        if fits and limits.any:
+        if limits.any and any(row.steps and not row.misses(limits) for row in rows):
             break
         steps = parse_steps([text.format(source.max_steps) for text in texts])
-        found = _make(request, source, original, [steps])
+        with explain_disk_errors(request.output, "--output"):
+            found = _make(request, source, original, [steps])
         _evaluate(found, source, metrics)
         _measure([variants[0], *found], request.seconds)
         rows += [variant.row for variant in found]
-        answer, fits = answer_of(rows, limits, source.tag, command)
     mark_front(rows)
     answer, fits = answer_of(rows, limits, source.tag, command)
     write_report(request.output, rows, source.tag, answer, layers)

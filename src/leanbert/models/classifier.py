@@ -11,13 +11,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from leanbert.models.base import ENCODER, EncoderModel
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.dropout import dropout
 from leanbert.models.encoder import make_norm
-from leanbert.models.heads import Output
+from leanbert.models.heads import Output, sum_in_chunks
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.stored import ModelMetadata
 
@@ -91,8 +90,4 @@ class Classifier(EncoderModel):
         def loss(part: Tensor, truth: Tensor) -> Tensor:
             return criterion(self.head(part), truth)
 
-        if self.head_chunk is None:
-            return loss(hidden, targets)
-        columns = max(1, self.head_chunk // len(hidden))
-        pieces = zip(hidden.split(columns, dim=1), targets.split(columns, dim=1), strict=True)
-        return torch.stack([checkpoint(loss, part, truth, use_reentrant=False) for part, truth in pieces]).sum()
+        return sum_in_chunks(loss, self.head_chunk, hidden, targets)

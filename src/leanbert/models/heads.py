@@ -5,9 +5,12 @@ Shapes: N any leading dimensions, D hidden, V vocabulary, R rows stored for it (
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.embeddings import padded_rows
@@ -16,6 +19,18 @@ from leanbert.models.kernels.loss import Mixture, cross_entropy_sum, linear_cros
 
 class Output(nn.Linear):
     """A linear layer whose outputs are results, such as scores of labels, and not hidden states."""
+
+
+def sum_in_chunks(loss: Callable[..., Tensor], chunk: int | None, *tensors: Tensor) -> Tensor:
+    """Sum of `loss` over tensors [B, M, ...]: of about `chunk` targets at a time, computed again in the backward pass.
+
+    None: of all at once.
+    """
+    if chunk is None:
+        return loss(*tensors)
+    columns = max(1, chunk // len(tensors[0]))
+    pieces = zip(*(tensor.split(columns, dim=1) for tensor in tensors), strict=True)
+    return torch.stack([checkpoint(loss, *piece, use_reentrant=False) for piece in pieces]).sum()
 
 
 class MaskedLMHead(nn.Module):

@@ -65,7 +65,7 @@ class TextClassification(Labelling[tuple[Tensor, Tensor]]):
         """Return the number of labels, shape [], or the sum of their weights."""
         if not self.class_weights:
             return super().count_targets(batch)
-        return (self._weights(batch.targets.device)[batch.targets.clamp(min=0)] * (batch.targets != IGNORED)).sum()
+        return self._weights_of(batch.targets).sum()
 
     def criterion(self, scores: Tensor, targets: Tensor) -> Tensor:
         """Sum of the losses, each times the weight of its label."""
@@ -80,8 +80,10 @@ class TextClassification(Labelling[tuple[Tensor, Tensor]]):
         """Return the divergence from a teacher's scores, each times the weight of the text's label."""
         if not self.class_weights:
             return super().soft_criterion(scores, teacher_scores, targets, temperature)
-        weights = self._weights(scores.device)[targets.clamp(min=0)] * (targets != IGNORED)
-        return (soft_loss(scores, teacher_scores, temperature) * weights).sum()
+        return (soft_loss(scores, teacher_scores, temperature) * self._weights_of(targets)).sum()
+
+    def _weights_of(self, targets: Tensor) -> Tensor:
+        return self._weights(targets.device)[targets.clamp(min=0)] * (targets != IGNORED)
 
     def _weights(self, device: torch.device) -> Tensor:
         given = self.class_weights or {}

@@ -10,7 +10,6 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from leanbert.compression.distillation import check_teacher, hidden_loss, recorded_states, relation_loss
 from leanbert.data.module import RowData
@@ -18,6 +17,7 @@ from leanbert.data.pairs import TARGET
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.models.base import EncoderModel
+from leanbert.models.heads import sum_in_chunks
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.stored import ModelMetadata
 from leanbert.pretrained.build import read_model, rebuild
@@ -231,11 +231,7 @@ class Distillation:
             width = min(scores.shape[-1], taught.shape[-1])  # rows beyond the tokenizer's tokens are nobody's
             return hard + share * task.soft_criterion(scores[..., :width], taught[..., :width], targets, temperature)
 
-        if model.head_chunk is None:
-            return loss(hidden, known_hidden, targets)
-        columns = max(1, model.head_chunk // len(hidden))
-        pieces = zip(*(tensor.split(columns, dim=1) for tensor in (hidden, known_hidden, targets)), strict=True)
-        return torch.stack([checkpoint(loss, *piece, use_reentrant=False) for piece in pieces]).sum()
+        return sum_in_chunks(loss, model.head_chunk, hidden, known_hidden, targets)
 
     def _loss_of_states(self, stack: int, own: list[Tensor], theirs: list[Tensor], inputs: PackedInputs) -> Tensor:
         config, compared = self.config, self._layers[stack]

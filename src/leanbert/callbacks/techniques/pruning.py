@@ -13,11 +13,11 @@ from leanbert.callbacks.values import log_values, task_of
 from leanbert.compression.pruning import (
     apply_masks,
     cubic_sparsity,
-    magnitude_masks,
+    in_fours,
+    make_masks,
     masks_of_zeros,
     prunable,
     sparsity_of,
-    two_of_four_masks,
 )
 from leanbert.compression.structured import Importance, prune_structured, sizes_kept, taylor_importance
 from leanbert.errors import UserError
@@ -119,10 +119,7 @@ class MagnitudePruning(TechniqueCallback):
     def _matching(self, pl_module: LightningModule) -> dict[str, nn.Parameter]:
         weights = prunable(task_of(pl_module).model, self.include_embeddings)
         if self.scope == "2:4":
-            odd = [name for name, weight in weights.items() if weight.shape[-1] % 4]
-            if odd:
-                say(f"2:4 leaves {len(odd)} matrices dense, whose inputs do not come in fours: {odd[0]}, ...")
-            weights = {name: weight for name, weight in weights.items() if name not in odd}
+            weights = in_fours(weights)
         if not weights:
             raise UserError(f"MagnitudePruning.scope: {self.scope} matches no weight of this model. Leave it out.")
         return weights
@@ -135,10 +132,7 @@ class MagnitudePruning(TechniqueCallback):
         if not due or target <= self.sparsity:  # a resumed run that was made longer waits for its schedule
             return False
         self._masks = {}  # free them first
-        if self.scope == "2:4":
-            self._masks = {name: two_of_four_masks(weight) for name, weight in self._weights.items()}
-        else:
-            self._masks = magnitude_masks(self._weights, target, self.scope)
+        self._masks = make_masks(self._weights, target, self.scope)
         apply_masks(self._weights, self._masks)
         self.sparsity = target
         return True
