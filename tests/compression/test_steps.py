@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from leanbert.compression.steps import apply_steps, callbacks_of, parse_steps, split_at_training
+from leanbert.compression.steps import TECHNIQUES, apply_steps, callbacks_of, parse_steps, split_at_training
 from leanbert.errors import UserError
 from leanbert.models.packed_inputs import PackedInputs
 from tests.compression.onnx.models import make
@@ -65,6 +65,8 @@ def test_a_step_without_effect_is_an_error():
         apply_steps(model, parse_steps(["structured_pruning=0.001"]), run)
     with pytest.raises(UserError, match=r"^blocks=0\.01: 0\.01 of 2 blocks is less than one"):
         apply_steps(model, parse_steps(["blocks=0.01"]), run)
+    with pytest.raises(UserError, match=r"^pruning=2:4: of this model no matrix has inputs in fours"):
+        TECHNIQUES["pruning"].apply(torch.nn.Linear(6, 8), "2:4", run)
     with pytest.raises(UserError, match=r"^low_rank: encoder\.blocks\.0\.attention\.qkv was not run"):
         apply_steps(model, parse_steps(["low_rank=0.9"]), lambda model: None)
 

@@ -69,7 +69,8 @@ def _remove_structures(model: EncoderModel, fraction: str, calibrate: Calibrate)
 
 def _remove_weights(model: EncoderModel, fraction: str, calibrate: Calibrate) -> None:
     if fraction == TWO_OF_FOUR:
-        weights = in_fours(prunable(model))
+        if not (weights := in_fours(prunable(model))):
+            raise UserError(f"pruning={fraction}: of this model no matrix has inputs in fours. Give a fraction")
         apply_masks(weights, make_masks(weights, 0.5, "2:4"))
     else:
         weights = prunable(model, include_embeddings=True)
