@@ -2,30 +2,57 @@ r"""What compression costs on real data: students with and without their teacher
 
     python benchmarks/compress.py --data DATA --runs runs/compress --jobs 2    # an hour on 2 cores
 
-DATA has the folders classification (SST-2) and srl (PropBank on EWT). A teacher of 4 x 256 is trained for each task;
-then students of half its blocks, which begin with them, by the teacher and by labels alone, with several seeds. At last
-`compress` makes and measures variants of the teacher, one process at a time. With several jobs trainings have one
-thread each. What has finished is not repeated.
+DATA has the folders classification (SST-2), srl (PropBank on EWT), ner (WNUT-17) and translation (Multi30k). A teacher
+is trained for each task; then smaller models, which begin with its weights, with several seeds. At last `compress`
+makes and measures variants of the teacher, one process at a time. With several jobs trainings have one thread each.
+What has finished is not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import re
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from report import table, write_section
+from subcommands import train_py
+from tasks import MULTI30K
 
-ROOT = Path(__file__).parents[1]
-BLOCKS = (
-    "trainer: {callbacks+: [{class_path: StructuredPruning, init_args: {heads: 0.0, neurons: 0.0, blocks: 0.5}}]}\n"
-)
+
+@dataclass(frozen=True)
+class Way:
+    """How a smaller model is trained: what makes it smaller, whether the teacher teaches it, what is evaluated."""
+
+    callback: str
+    settings: dict[str, Any]
+    taught: bool = True
+    weights: str = "best"
+
+    def overlay(self) -> dict[str, Any]:
+        """Return the configuration of it beyond that of its task."""
+        callback = {"class_path": self.callback, "init_args": self.settings}
+        found: dict[str, Any] = {"trainer": {"callbacks+": [callback]}}
+        if self.taught:
+            found["model"] = {"init_args": {"distillation": {"teacher": "init_from", "logits": 0.5, "hidden": 1.0}}}
+        return found
+
+
+HALF_THE_BLOCKS = {"heads": 0.0, "neurons": 0.0, "blocks": 0.5}
+STUDENTS = {
+    "half the blocks, by the teacher": Way("StructuredPruning", HALF_THE_BLOCKS),
+    "half the blocks, by labels alone": Way("StructuredPruning", HALF_THE_BLOCKS, taught=False),
+}
+PRUNED = {
+    "half of heads and neurons": Way("StructuredPruning", {"heads": 0.5, "neurons": 0.5}),
+    "2:4": Way("MagnitudePruning", {"scope": "2:4"}, weights="last"),
+    "80 % zeros": Way("MagnitudePruning", {"final_sparsity": 0.8, "include_embeddings": True}, weights="last"),
+}
 
 
 @dataclass(frozen=True)
@@ -37,64 +64,66 @@ class Task:
     metric: str
     teacher_steps: int
     student_steps: int
+    ways: dict[str, Way]
     lists: tuple[tuple[str, ...], ...]
     """Steps of `compress`, of which each list is a report."""
 
 
-def files(folder: str) -> tuple[str, ...]:
-    return tuple(f"--data.{part}_files={{data}}/{folder}/{part}.jsonl.gz" for part in ("train", "val", "test"))
+def files(folder: str, suffix: str = "jsonl") -> tuple[str, ...]:
+    return tuple(f"--data.{part}_files={{data}}/{folder}/{part}.{suffix}.gz" for part in ("train", "val", "test"))
 
 
 HYBRID = ("blocks=0.5", "structured_pruning=0.5", "train={}", "quantize=int8")
 TASKS = {
     "classification": Task(
-        "classification", files("classification"), "accuracy", 250, 200,
+        "classification", files("classification"), "accuracy", 250, 200, STUDENTS | PRUNED,
         (HYBRID, ("structured_pruning=0.5", "train={}"), ("pruning=2:4", "train={}"), ("pruning=0.8", "train={}"),
          ("low_rank=0.99", "quantize=int4")),
     ),
     "srl": Task(
-        "srl", (*files("srl"), "--data.find_predicates=false", "--data.batch_size=24"), "f1", 300, 200, (HYBRID,),
+        "srl", (*files("srl"), "--data.find_predicates=false", "--data.batch_size=24"), "f1", 300, 200, STUDENTS,
+        (HYBRID,),
     ),
+    "ner": Task("tagging", files("ner", "conll"), "f1", 300, 200, {}, (HYBRID,)),
+    "translation": Task("translation", MULTI30K, "bleu", 900, 450, {}, (HYBRID,)),
 }  # fmt: skip
 
 
 def call(name: str, subcommand: str, options: argparse.Namespace, *more: str, threads: bool = False) -> str:
-    """Run a subcommand of `train.py` for a task, its messages in a file, and return what it printed."""
-    task = TASKS[name]
+    """Run a subcommand of `train.py` for a task and return what it printed."""
+    task, log = TASKS[name], Path(options.runs, f"{name}-{subcommand}.log")
     own = [text.replace("{data}", options.data) for text in task.arguments]
-    words = [sys.executable, "train.py", subcommand, f"--config=configs/{task.config}.yaml", *own, *more]
-    environment = os.environ | ({} if threads or options.jobs == 1 else {"OMP_NUM_THREADS": "1"})
-    with open(Path(options.runs, f"{name}-{subcommand}.log"), "a") as log:
-        done = subprocess.run(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log)
-    if done.returncode:
-        raise SystemExit(f"{name}: {subcommand} failed, see {log.name}")
-    return done.stdout.decode()
+    return train_py(subcommand, task.config, *own, *more, log=log, one_thread=options.jobs > 1 and not threads)
 
 
-def trained(name: str, run: str, steps: int, options: argparse.Namespace, *more: str) -> tuple[Path, float]:
-    """Train a run, unless it has finished, and return its best checkpoint and the metric of test."""
+def trained(
+    name: str, run: str, steps: int, options: argparse.Namespace, *more: str, weights: str = "best"
+) -> tuple[Path, float]:
+    """Train a run, unless it has finished, and return its best or last checkpoint and the metric of test."""
     root = Path(options.runs, name, run)
-    best, kept = root / TASKS[name].config / "version_0/checkpoints/best.ckpt", root / "test.json"
+    kept = root / "test.json"
     if not kept.is_file():
         print(f"{name}: {run}", file=sys.stderr, flush=True)
-        settings = (f"--trainer.max_steps={steps}", f"--trainer.default_root_dir={root}", "--ckpt_path=auto")
-        call(name, "fit", options, *more, *settings, f"--trainer.val_check_interval={steps // 5}")
-        kept.write_text(call(name, "test", options, f"--ckpt_path={best}"))
-    return best, float(json.loads(kept.read_text())[f"test/{TASKS[name].metric}"])
+        folder = f"--trainer.default_root_dir={root}"
+        settings = (f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps // 5}", "--ckpt_path=auto")
+        call(name, "fit", options, *more, folder, *settings)
+        kept.write_text(call(name, "test", options, *more, folder, f"--ckpt_path={weights}"))
+    [checkpoint] = root.glob("*/version_0/checkpoints/best.ckpt")
+    return checkpoint, float(json.loads(kept.read_text())[f"test/{TASKS[name].metric}"])
 
 
 def students(name: str, teacher: Path, options: argparse.Namespace, pool: ThreadPoolExecutor) -> dict[str, list[float]]:
-    """Return the metric of students by how they were trained, seed by seed."""
-    blocks = Path(options.runs, "blocks.yaml")
-    blocks.write_text(BLOCKS)
-    ways = {"by the teacher": ROOT / "configs/distillation.yaml", "by labels alone": blocks}
+    """Return the metric of smaller models by how they were trained, seed by seed."""
 
     def one(way: str, seed: int) -> float:
-        more = (f"--config={ways[way]}", f"--model.init_from={teacher}", f"--seed_everything={seed}")
-        return trained(name, f"{way.replace(' ', '-')}-{seed}", TASKS[name].student_steps, options, *more)[1]
+        run, chosen = re.sub(r"\W+", "-", f"{way} {seed}"), TASKS[name].ways[way]
+        overlay = Path(options.runs, f"{name}-{run}.yaml")
+        overlay.write_text(json.dumps(chosen.overlay()))
+        more = (f"--config={overlay}", f"--model.init_from={teacher}", f"--seed_everything={seed}")
+        return trained(name, run, TASKS[name].student_steps, options, *more, weights=chosen.weights)[1]
 
     seeds = range(1, 1 + options.seeds)
-    asked = {way: [pool.submit(one, way, seed) for seed in seeds] for way in ways}
+    asked = {way: [pool.submit(one, way, seed) for seed in seeds] for way in TASKS[name].ways}
     return {way: [future.result() for future in futures] for way, futures in asked.items()}
 
 
@@ -154,7 +183,7 @@ def main() -> None:
             mean = statistics.mean(scores)
             rows.append([name, f"{score:.4f}", way, ", ".join(f"{each:.4f}" for each in scores), f"{mean:.4f}",
                          f"{mean / score:.1%}"])  # fmt: skip
-    header = ["task", "teacher", "student of half the blocks", "seeds", "mean", "of the teacher"]
+    header = ["task", "teacher", "smaller model", "seeds", "mean", "of the teacher"]
     parts = [table(header, rows)]
     for name, (path, _) in teachers.items():
         parts.append(f"{name}, {TASKS[name].metric}:\n\n{reports(name, path, options)}")

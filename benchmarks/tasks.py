@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,14 +21,13 @@ from typing import Any
 import sacrebleu
 
 from report import table, write_section
+from subcommands import train_py
 
-ROOT = Path(__file__).parents[1]
 PRETRAINING = "pretraining"
 FROM_PRETRAINED = [
     "--model.init_from={runs}/pretraining/mlm/version_0/checkpoints/best.ckpt",
     "--model.optimizer.lr=1.5e-3", "--model.optimizer.matrix_lr=0.01",
 ]  # fmt: skip
-MULTI30K = {"train": "train", "val": "val", "test": "test2016"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +52,12 @@ AESLC = (
     "--data.target_field=summary", "--data.max_length=64", "--data.max_target_length=24", "--data.batch_size=48",
     "--trainer.max_steps=2400", "--trainer.val_check_interval=200",
 )  # fmt: skip
+MULTI30K = (
+    *(f"--data.{part}{side}_files={{data}}/translation/{name}.{language}.gz"
+      for part, name in (("train", "train"), ("val", "val"), ("test", "test2016"))
+      for side, language in (("", "en"), ("_target", "de"))),
+    "--model.encoder.hidden_size=192", "--data.batch_size=24", "--data.vocab_size=6000",
+)  # fmt: skip
 TRAININGS = {
     PRETRAINING: Training(
         "mlm", "mlm",
@@ -63,10 +66,8 @@ TRAININGS = {
     ),
     "translation": Training(
         "seq2seq", "translation",
-        (*(f"--data.{part}{side}_files={{data}}/translation/{name}.{language}.gz" for part, name in MULTI30K.items()
-           for side, language in (("", "en"), ("_target", "de"))),
-         "--model.encoder.hidden_size=192", "--data.batch_size=24", "--data.vocab_size=6000",
-         "--trainer.max_steps=1700", "--trainer.val_check_interval=170", "--checkpoint.average_last=4"),
+        (*MULTI30K, "--trainer.max_steps=1700", "--trainer.val_check_interval=170",
+         "--checkpoint.average_last=4"),
         "average",
     ),
     "srl-scratch": Training("srl", "srl", SRL),
@@ -96,19 +97,12 @@ def summary_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def command(subcommand: str, name: str, options: argparse.Namespace, *more: str) -> str:
-    """Run a subcommand of `train.py` with a run's settings, its messages in a file; return what it printed."""
+    """Run a subcommand of `train.py` with a run's settings; return what it printed."""
     training = TRAININGS[name]
     own = [text.replace("{data}", options.data).replace("{runs}", options.runs) for text in training.arguments]
-    words = [
-        sys.executable, "train.py", subcommand, f"--config=configs/{training.config}.yaml", *own,
-        f"--trainer.default_root_dir={options.runs}/{name}", *more,
-    ]  # fmt: skip
-    threads = {} if options.jobs == 1 else {"OMP_NUM_THREADS": "1"}
-    with open(Path(options.runs, f"{name}-{subcommand}.log"), "w") as log:
-        done = subprocess.run(words, cwd=ROOT, env={**os.environ, **threads}, stdout=subprocess.PIPE, stderr=log)
-    if done.returncode:
-        raise SystemExit(f"{name}: {subcommand} failed, see {log.name}")
-    return done.stdout.decode()
+    root = f"--trainer.default_root_dir={options.runs}/{name}"
+    log = Path(options.runs, f"{name}-{subcommand}.log")
+    return train_py(subcommand, training.config, *own, root, *more, log=log, one_thread=options.jobs > 1)
 
 
 def train(name: str, options: argparse.Namespace) -> None:

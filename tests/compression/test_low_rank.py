@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from leanbert.compression.low_rank import LowRankLinear, factorise, make_low_rank, second_moments
+from leanbert.compression.low_rank import (
+    LowRankEmbedding,
+    LowRankLinear,
+    factorise,
+    factorise_embedding,
+    make_embedding_low_rank,
+    make_low_rank,
+    second_moments,
+    token_counts,
+)
 from leanbert.errors import UserError
 from leanbert.models.packed_inputs import PackedInputs
 from tests.compression.onnx.models import make
@@ -99,3 +108,56 @@ def test_nothing_gained_or_not_calibrated_is_an_error():
         make_low_rank(model, 1.0)
     with pytest.raises(UserError, match=r"^low_rank: encoder\.blocks\.0\.attention\.qkv was not run"):
         make_low_rank(model, 0.9, {})
+
+
+def test_tokens_that_are_looked_up_more_often_lose_less():
+    table = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double()
+    counts = torch.tensor([99, 99, 99, 0, 0, 0])
+    factors = factorise_embedding(table, 0.9, counts)
+    assert (factors.up.shape, factors.down.shape) == ((6, 3), (3, 4))
+    lost = (table - factors.up @ factors.down).square().sum(1) / table.square().sum(1)
+    assert lost[:3].max() < 0.01 < 0.1 < lost[3:].mean()
+    weight = (counts + 1).double()
+    energy = float((weight @ lost.mul(table.square().sum(1))) / (weight @ table.square().sum(1)))
+    assert energy == pytest.approx(1 - factors.kept, rel=1e-6)
+    assert factors.kept >= 0.9
+
+
+def test_tokens_are_counted_without_padding():
+    model, _ = make("classification")
+    inputs = PackedInputs.whole_rows(torch.tensor([[5, 5, 7], [7, 9, 0]]))
+    inputs.document_ids[1, 2] = -1
+    with token_counts(model) as counts:
+        model.encode(inputs)
+        model.encode(inputs)
+    assert counts.nonzero().flatten().tolist() == [5, 7, 9]
+    assert counts[[5, 7, 9]].tolist() == [4, 4, 2]
+    model.encode(inputs)
+    assert counts.sum() == 10
+
+
+def test_an_embedding_of_low_rank_is_two_matrices_of_the_same_function():
+    model, _ = make("classification")
+    with torch.no_grad():
+        table = model.encoder.embeddings.token.weight
+        table.copy_(torch.outer(table[:, 0], table[0]))  # rank 1
+    before, rows = copy.deepcopy(model), len(table)
+    make_embedding_low_rank(model, 0.999, torch.zeros(rows))
+    assert isinstance(model.encoder.embeddings.token, LowRankEmbedding)
+    width = model.config.hidden_size
+    assert before.num_parameters - model.num_parameters == 100 * width - (100 + width)  # of 100 tokens
+    inputs = PackedInputs.whole_rows(torch.randint(100, (2, 9)))
+    torch.testing.assert_close(model.encode(inputs), before.encode(inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["mlm", "seq2seq"])
+def test_an_embedding_that_is_the_output_matrix_too_stays(task):
+    model, _ = make(task)
+    with pytest.raises(UserError, match=r"^low_rank_embedding: here the token embedding is also the output matrix"):
+        make_embedding_low_rank(model, 0.5, torch.zeros(128))
+
+
+def test_an_embedding_that_gets_no_smaller_is_an_error():
+    model, _ = make("tagging")
+    with pytest.raises(UserError, match=r"^low_rank_embedding: at 100% of the energy it gets no smaller"):
+        make_embedding_low_rank(model, 1.0, torch.zeros(128))

@@ -25,7 +25,7 @@ def test_steps_are_read_in_their_order():
         (
             ["prune=0.5"],
             "'prune=0.5' is none. Give blocks=VALUE, structured_pruning=VALUE, pruning=VALUE, train=VALUE, "
-            "low_rank=VALUE, quantize=VALUE",
+            "low_rank=VALUE, low_rank_embedding=VALUE, quantize=VALUE",
         ),
         (["train=0"], "'train=0' needs a whole number from 1: optimizer steps"),
         (["train=1.5"], "'train=1.5' needs a whole number from 1: optimizer steps"),

@@ -1,6 +1,6 @@
-"""Factorisation: the matrix of a linear layer becomes the product of two thin ones. Approximate.
+"""Factorisation: the matrix of a linear layer or of an embedding becomes the product of two thin ones. Approximate.
 
-Shapes: m outputs, n inputs, r rank.
+Shapes: m outputs, n inputs, r rank, R rows of a token embedding, D hidden.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from leanbert.compression.pruning import prunable
 from leanbert.errors import UserError
 from leanbert.models.base import EncoderModel
+from leanbert.models.classifier import Classifier
 from leanbert.models.heads import Output
+from leanbert.models.packed_inputs import PackedInputs
 
 DAMPING = 1e-4
 """Of the mean square of the inputs, added to the square of each, so that inputs that never vary have an inverse."""
@@ -33,6 +35,19 @@ class LowRankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply by both."""
         return nn.functional.linear(nn.functional.linear(x, self.down), self.up, self.bias)
+
+
+class LowRankEmbedding(nn.Module):
+    """A token embedding of two matrices: ids [...] -> [..., r] -> [..., D]."""
+
+    def __init__(self, table: Tensor, up: Tensor) -> None:
+        """Take the `table` [R, r] and `up` [D, r]."""
+        super().__init__()
+        self.weight, self.up = nn.Parameter(table), nn.Parameter(up)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up and widen."""
+        return nn.functional.linear(nn.functional.embedding(ids, self.weight), self.up)
 
 
 class Factors(NamedTuple):
@@ -54,14 +69,30 @@ def factorise(weight: Tensor, energy: float, moments: Tensor | None = None) -> F
     """
     matrix = weight.double()
     root = None if moments is None else torch.linalg.cholesky(_damped(moments.double()))  # [n, n]
-    left, values, right = torch.linalg.svd(matrix if root is None else matrix @ root, full_matrices=False)
-    share = values.square().cumsum(0) / values.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
-    rank = min(int((share < energy * (1.0 - 1e-12)).sum()) + 1, len(values))
-    down = right[:rank]
+    down, up, kept = _singular(matrix if root is None else matrix @ root, energy)
     if root is not None:  # down = right @ root^-1
         down = torch.linalg.solve_triangular(root, down, upper=False, left=False)
-    up = left[:, :rank] * values[:rank]
-    return Factors(down.to(weight.dtype), up.to(weight.dtype), float(share[rank - 1]))
+    return Factors(down.to(weight.dtype), up.to(weight.dtype), kept)
+
+
+def _singular(matrix: Tensor, energy: float) -> Factors:
+    """Return the factors of the lowest rank that keep this fraction of the sum of squares."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    share = values.square().cumsum(0) / values.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
+    rank = min(int((share < energy * (1.0 - 1e-12)).sum()) + 1, len(values))
+    return Factors(right[:rank], left[:, :rank] * values[:rank], float(share[rank - 1]))
+
+
+@torch.no_grad()
+def factorise_embedding(table: Tensor, energy: float, counts: Tensor) -> Factors:
+    """Return the factors `down` [r, D] and `up` [R, r] that keep the fraction `energy` of what tokens look up.
+
+    `counts` [R]: how often each was looked up; one is added, so that none is free to become anything. Computed in
+    float64, as `factorise` where inputs are one token each.
+    """
+    often = (counts.double() + 1.0).sqrt()[:, None]  # [R, 1]
+    down, up, kept = _singular(often * table.double(), energy)
+    return Factors(down.to(table.dtype), (up / often).to(table.dtype), kept)
 
 
 def _damped(moments: Tensor) -> Tensor:
@@ -96,6 +127,39 @@ def second_moments(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             handle.remove()
         for name, count in counts.items():
             found[name] /= max(count, 1)
+
+
+@contextmanager
+def token_counts(model: EncoderModel) -> Iterator[Tensor]:
+    """Count how often each row of the token embedding is looked up, int64 [R], while the model runs; never padding."""
+    embeddings = model.encoder.embeddings
+    counts = torch.zeros(len(embeddings.token.weight), dtype=torch.int64, device=model.device)
+
+    def count(_: nn.Module, given: tuple[PackedInputs, ...]) -> None:
+        counts.add_(torch.bincount(given[0].input_ids[given[0].real], minlength=len(counts)))
+
+    handle = embeddings.register_forward_pre_hook(count)
+    try:
+        yield counts
+    finally:
+        handle.remove()
+
+
+def make_embedding_low_rank(model: EncoderModel, energy: float, counts: Tensor) -> None:
+    """Replace the token embedding of the model; `counts` as `token_counts` gives them.
+
+    Raises `UserError` where the table is also the output matrix, or two factors would have more weights.
+    """
+    embeddings = model.encoder.embeddings
+    table = embeddings.token.weight
+    if not isinstance(model, Classifier):
+        raise UserError("low_rank_embedding: here the token embedding is also the output matrix. Leave it out")
+    down, up, _ = factorise_embedding(table, energy, counts)
+    if down.numel() + up.numel() >= table.numel():
+        raise UserError(
+            f"low_rank_embedding: at {energy:.0%} of the energy it gets no smaller. Keep less, or leave it out"
+        )
+    embeddings.token = LowRankEmbedding(up, down.T.contiguous())  # type: ignore[assignment]
 
 
 def make_low_rank(model: EncoderModel, energy: float, moments: dict[str, Tensor] | None = None) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from leanbert.compression.low_rank import make_low_rank, second_moments
+from leanbert.compression.low_rank import make_embedding_low_rank, make_low_rank, second_moments, token_counts
 from leanbert.compression.onnx.quantization import SCHEMES, Scheme
 from leanbert.compression.pruning import apply_masks, in_fours, make_masks, prunable
 from leanbert.compression.structured import prune_structured, remove_blocks, sizes_kept
@@ -89,6 +89,12 @@ def _factorise(model: EncoderModel, energy: str, calibrate: Calibrate) -> None:
     make_low_rank(model, float(energy), moments)
 
 
+def _factorise_embedding(model: EncoderModel, energy: str, calibrate: Calibrate) -> None:
+    with token_counts(model) as counts:
+        calibrate(model)
+    make_embedding_low_rank(model, float(energy), counts)
+
+
 TECHNIQUES = {
     "blocks": Technique(
         "fraction of the blocks that leave", _remove_blocks,
@@ -103,13 +109,17 @@ TECHNIQUES = {
         ("MagnitudePruning", _pruning_settings), (TWO_OF_FOUR,),
     ),
     "low_rank": Technique("fraction of the outputs' energy that two thin matrices keep of each large one", _factorise),
+    "low_rank_embedding": Technique(
+        "fraction of the energy that two thin matrices keep of the token embedding", _factorise_embedding
+    ),
 }  # fmt: skip
 """Steps that change the model, in the order in which they may follow each other: a layer that was made of two factors
 has no rows that belong to heads."""
 
 FRACTION = Range(above=0, below=1)
 
-ORDER = (*(name for name in TECHNIQUES if TECHNIQUES[name].callback), TRAIN, "low_rank", QUANTIZE)
+_TRAINED = tuple(name for name, technique in TECHNIQUES.items() if technique.callback)
+ORDER = (*_TRAINED, TRAIN, *(name for name in TECHNIQUES if name not in _TRAINED), QUANTIZE)
 """Of all steps. Training makes good what those before it have cost. Quantized weights cannot be changed any more."""
 
 
@@ -130,7 +140,7 @@ def parse_steps(texts: Sequence[str]) -> list[Step]:
         elif value not in TECHNIQUES[name].words and ((number := _number(value)) is None or number not in FRACTION):
             raise UserError(f"steps: {text!r} needs {FRACTION}: {TECHNIQUES[name].text}")
         for before in steps:
-            if (before.name, name) == (PRUNING, "low_rank"):
+            if before.name == PRUNING and name.startswith("low_rank"):
                 raise UserError(f"steps: {text} after {before} would fill the zeros again. Leave one of them out")
             if order.index(before.name) >= order.index(name):
                 reason = "is there twice" if before.name == name else f"cannot follow {before}"

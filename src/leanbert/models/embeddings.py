@@ -56,7 +56,8 @@ class Embeddings(nn.Module):
 
     def forward(self, inputs: PackedInputs, embedding: Tensor | None = None) -> Tensor:
         """Embed ids; tokens with another table `embedding` [R, D] if one is given."""
-        hidden = nn.functional.embedding(inputs.input_ids, self.token.weight if embedding is None else embedding)
+        ids = inputs.input_ids
+        hidden = self.token(ids) if embedding is None else nn.functional.embedding(ids, embedding)
         if self.segment is not None:
             segments = inputs.segment_ids
             hidden = hidden + (self.segment.weight[0] if segments is None else self.segment(segments))

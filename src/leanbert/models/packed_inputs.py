@@ -64,6 +64,9 @@ class PackedInputs:
 
     def unpacked(self) -> Unpacked:
         """Return each document as a row of its own, in their order; there must be one."""
+        if not self.document_ids.any():  # as they are already
+            row = torch.arange(len(self), device=self.document_ids.device)[:, None]
+            return Unpacked(self, row.expand_as(self.input_ids), self.position_ids)
         real = self.real
         row = torch.arange(len(self), device=real.device)[:, None] * (self.document_ids.max() + 1)
         _, number, counts = torch.unique_consecutive(

@@ -69,7 +69,7 @@ class _CrossEntropies(torch.autograd.Function):
         score = logits.gather(1, wanted).squeeze(1).to(wide)  # [N]
         normaliser, mean = torch.empty_like(score), torch.empty_like(score) if smoothing else None
         for part in _in_float32(logits):
-            normaliser[part] = logits[part].to(wide).logsumexp(-1)
+            normaliser[part] = _log_sum_exp(logits[part].to(wide))
             if mean is not None:
                 mean[part] = logits[part, :size].to(wide).mean(-1)
         if mean is not None:
@@ -181,6 +181,12 @@ def _add_gradients(sums: list[Tensor | None], rows: slice, grad_logits: Tensor, 
             for_weight[block] += grad_logits[:, block].mT @ part
     if for_bias is not None:
         for_bias += grad_logits.sum(0, dtype=for_bias.dtype)
+
+
+def _log_sum_exp(logits: Tensor) -> Tensor:
+    """Return [N], of [N, V] the logarithm of the sum of exponentials; torch's own makes tensors that no trace sees."""
+    most = logits.amax(-1, keepdim=True)
+    return (logits - most).exp_().sum(-1).log_().add_(most.squeeze(-1))
 
 
 def _wide_dtype(logits: Tensor) -> torch.dtype:
