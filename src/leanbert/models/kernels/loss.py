@@ -91,6 +91,7 @@ class _CrossEntropies(torch.autograd.Function):
             if ctx.smoothing:
                 probability[:, : ctx.size] -= ctx.smoothing / ctx.size * factor
             grad_logits[part] = probability
+            del probability  # before the next is made
         return grad_logits, None, None, None
 
 
@@ -158,6 +159,8 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                     for whole, own in zip(ctx.gradients[3:], others, strict=False):
                         if whole is not None:
                             whole[rows] = own
+                    del grad_logits
+                del logits, loss  # before the next are made
         return total
 
     @staticmethod
@@ -178,7 +181,7 @@ def _add_gradients(sums: list[Tensor | None], rows: slice, grad_logits: Tensor, 
     elif for_weight is not None:  # row by row block: to add 16-bit numbers to a float32 matrix, torch copies them all
         step = max(1, GRADIENT_BLOCK // for_weight.shape[1])
         for block in rounds(parts(len(for_weight), step), grad_logits):
-            for_weight[block] += grad_logits[:, block].mT @ part
+            for_weight[block] += (grad_logits[:, block].mT @ part).to(for_weight.dtype)
     if for_bias is not None:
         for_bias += grad_logits.sum(0, dtype=for_bias.dtype)
 
