@@ -11,6 +11,7 @@ import yaml
 import leanbert
 from leanbert.api import Pretrained
 from leanbert.cli.app import CLI, quiet_libraries
+from leanbert.compression_report import command as report_command
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.models.classifier import Classifier
@@ -167,6 +168,64 @@ def test_onnx_files_answer_as_the_model_does(run, tmp_path):
     assert sizes[0] < sizes[1]
 
 
+def evaluate(folder, task, capsys, subcommand, *more):
+    """Return the metrics that `validate` or `test` prints."""
+    capsys.readouterr()
+    data = {"val_share": 0.2} if task == "mlm" else {"val_share": 0.2, "test_files": str(folder / "train.jsonl")}
+    settings = {name: value for name, value in TASKS[task][2].items() if name != "decoder_layers"}
+    CLI([*arguments(folder, task, subcommand, settings, data), *more])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_folders_are_evaluated_and_answer_as_their_checkpoint_does(run, capsys, tmp_path):
+    task, folder, version = run
+    model, subcommand = leanbert.load(version), "validate" if task == "mlm" else "test"
+    expected, answers = evaluate(folder, task, capsys, subcommand, "--ckpt_path=best"), ask(model)
+    assert len(expected) > 2
+    for format in ("onnx", "hf", "sparse"):
+        model.export(tmp_path / format, format)
+        # what the folder says counts; one of Hugging Face with a masked language model says nothing of lengths
+        shorter = [] if (task, format) == ("mlm", "hf") else ["--data.max_length=20"]
+        found = evaluate(folder, task, capsys, subcommand, f"--ckpt_path={tmp_path / format}", *shorter)
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        assert same(predict(folder, task, capsys, f"--ckpt_path={tmp_path / format}"), answers)
+    model.export(tmp_path / "int8", "onnx", "int8")
+    losses = [
+        evaluate(folder, task, capsys, "validate", f"--ckpt_path={path}", "--model.compile=true")["val/loss"]
+        for path in (tmp_path / "onnx", tmp_path / "int8")
+    ]
+    assert 1e-6 < abs(losses[1] - losses[0]) < 0.1 * losses[0]
+
+
+def test_what_a_folder_is_not_for_is_said(run, tmp_path):
+    task, folder, version = run
+    model, onnx, plain = leanbert.load(version), tmp_path / "onnx", tmp_path / "hf"
+    model.export(onnx, "onnx")
+    model.export(plain)
+    (tmp_path / "empty").mkdir()
+
+    def refused(subcommand, *more, path=onnx, kind=task):
+        with pytest.raises(UserError) as caught:
+            CLI([*arguments(folder, kind, subcommand), *([f"--ckpt_path={path}"] if path else []), *more])
+        return str(caught.value)
+
+    for subcommand in ("fit", "export", "compress"):
+        more = [] if subcommand == "fit" else [f"--output={tmp_path / 'new'}"]
+        assert refused(subcommand, *more).startswith(
+            f"--ckpt_path: {onnx} holds ONNX files, which can be neither trained nor changed: only validate, test, "
+            f"predict take them. Give {subcommand} the checkpoint"
+        )
+    assert "weights only, from which training cannot go on. Start a new run" in refused("fit", path=plain)
+    assert "is a folder without a model" in refused("validate", path=tmp_path / "empty")
+    assert refused("fit", f"--model.init_from={onnx}", path=None).startswith(f"{onnx}: holds ONNX files, which cannot")
+    assert refused("predict", "--trainer.accelerator=gpu").startswith("trainer.accelerator: gpu, but the ONNX files of")
+    assert refused("predict", "--trainer.precision=bf16-mixed").startswith("trainer.precision: bf16-mixed, but the ON")
+    other = "mlm" if task != "mlm" else "tagging"
+    for path in (onnx, plain):
+        assert f"{path} is a model of task {task}, not {other}" in refused("validate", path=path, kind=other)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_sparse_folder_answers_as_the_pruned_model_does(run, tmp_path, capsys):
     task, folder, version = run
     checkpoint = torch.load(version / "checkpoints" / "best.ckpt", weights_only=True)
@@ -213,16 +272,18 @@ def test_only_onnx_files_are_quantized(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_compress_reports_on_each_variant(run, tmp_path, capsys):
+def test_compress_reports_on_each_variant(run, tmp_path, capsys, monkeypatch):
     task, folder, version = run
     if task in ("classification", "srl"):
         pytest.skip("as tagging")
     _, _, model, data = TASKS[task]
+    monkeypatch.setattr(report_command, "default_precision", lambda device: "bf16-mixed")
     command = [*arguments(folder, task, "compress", model, {"val_share": 0.2, **data}), "--ckpt_path=best",
                f"--output={tmp_path}", "--seconds=0.1"]  # fmt: skip
     CLI([*command, '--steps=["structured_pruning=0.5", "quantize=int8"]'])
     report = json.loads((tmp_path / "report.json").read_text())
-    rows = {row["name"]: row for row in report["variants"] if row["metrics"]}
+    (narrow,) = [row for row in report["variants"] if row["runtime"] == "PyTorch bfloat16"]
+    rows = {row["name"]: row for row in report["variants"] if row is not narrow}
     smaller = "structured_pruning-0.5"
     assert list(rows) == ["original", "onnx", "onnxruntime-int8", smaller, f"{smaller}+int8"]
     assert report["metric"] == "val/loss"
@@ -230,6 +291,11 @@ def test_compress_reports_on_each_variant(run, tmp_path, capsys):
         assert rows["onnx"]["metrics"][name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
     losses = [row["metrics"]["val/loss"] for row in rows.values()]
     assert [row["drop"] for row in rows.values()] == pytest.approx([loss / losses[0] - 1 for loss in losses])
+    assert 1e-7 < abs(narrow["drop"]) < 0.05
+    assert narrow["drop"] == pytest.approx(narrow["metrics"]["val/loss"] / losses[0] - 1)
+    assert [row["huggingface"] for row in rows.values()] == ["original"] * 3 + [f"{smaller}/hf"] * 2
+    small = leanbert.load(tmp_path / smaller / "hf")
+    assert same(ask(small), ask(leanbert.load(tmp_path / smaller)))
     for name, row in list(rows.items())[1:]:
         assert row["size_bytes"] == sum(file.stat().st_size for file in (tmp_path / name).glob("*.onnx"))
         assert 0 < row["latency_p50"] <= row["latency_p95"]
@@ -237,7 +303,10 @@ def test_compress_reports_on_each_variant(run, tmp_path, capsys):
     assert rows[smaller]["parameters"] < rows["onnx"]["parameters"] == rows["original"]["parameters"]
     assert rows[smaller]["flops_per_token"] < rows["onnx"]["flops_per_token"]
     assert len(ask(leanbert.load(tmp_path / f"{smaller}+int8"))) == len(ask(leanbert.load(version)))
-    table = capsys.readouterr().out
+    table, said = capsys.readouterr()
+    folders = f"Hugging Face folders of models before quantization: original, {smaller}/hf"
+    assert folders in said
+    assert folders in (tmp_path / "report.md").read_text()
     assert table.strip() in (tmp_path / "report.md").read_text()
     assert (tmp_path / "pareto.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(UserError, match=r"^checkpoint\.monitor: no val/nothing is logged"):

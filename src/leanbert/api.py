@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor
 
 from leanbert.checkpoints import BEST
-from leanbert.compression.onnx.folder import write_onnx
 from leanbert.compression.onnx.quantization import Scheme
 from leanbert.compression.onnx.runtime import OnnxModel, holds_onnx, read_onnx
-from leanbert.compression.sparse import SparseLinear, make_sparse
+from leanbert.compression.sparse import make_sparse
 from leanbert.data.batches.batch import PredictBatch
 from leanbert.data.batches.loading import encode_lines
 from leanbert.data.batches.sentences import Sentence, word_batch
@@ -24,25 +22,22 @@ from leanbert.data.pairs import TARGET
 from leanbert.data.sentence_reader import given_sentences
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
-from leanbert.files import expand, write_text_atomically
+from leanbert.exporting import Format, write_folder
+from leanbert.files import expand
 from leanbert.models.base import EncoderModel
 from leanbert.models.generation import GenerationConfig
 from leanbert.models.stored import ModelMetadata, Stored
 from leanbert.pretrained.build import read_model, rebuild
-from leanbert.pretrained.huggingface.convert import write_huggingface
-from leanbert.pretrained.huggingface.tasks import generation_settings
-from leanbert.pretrained.sparse import write_sparse
 from leanbert.pretrained.weights import SETTINGS_FILES
 from leanbert.runs import Run
 from leanbert.tasks.classification import classify
 from leanbert.tasks.mlm import fill_masks
-from leanbert.tasks.seq2seq import generate_texts, special_tokens
+from leanbert.tasks.seq2seq import generate_texts
 from leanbert.tasks.spans import BioDecoder
 from leanbert.tasks.tagging import label_roles, tag_sentences
 
 Item = TypeVar("Item")
 Answers = list[dict[str, Any]]
-Format = Literal["hf", "onnx", "sparse"]
 Weights = Literal["dense", "sparse"]
 
 METHODS = {
@@ -183,39 +178,7 @@ class Pretrained:
                 has a model in another format, of which a file would be replaced; an exception is not quantized.
 
         """
-        if isinstance(self.model, OnnxModel):
-            raise UserError("export: this model is in ONNX files already. Load the checkpoint that they are of")
-        if any(isinstance(module, SparseLinear) for module in self.model.modules()):
-            raise UserError("export: this model was loaded with weights='sparse'. Load it with 'dense'")
-        if format not in get_args(Format):
-            raise UserError(f"export: format {format!r} is unknown. Give {', '.join(get_args(Format))}")
-        if quantize is not None and format != "onnx":
-            raise UserError(f"export: --quantize {quantize} is of ONNX files. Give --format onnx")
-        if exceptions and quantize is None:
-            raise UserError("export: exceptions are of what --quantize does. Give it too")
-        folder = expand(folder, "output")
-        if format == "onnx":
-            write_onnx(self.model, folder, self.metadata, quantize, exceptions)
-        elif format == "sparse":
-            write_sparse(self.model, folder, self.metadata)
-        else:
-            self._write_huggingface(folder)
-        segments = self.task != "seq2seq" and self.model.config.type_vocab_size > 1
-        self.tokenizer.save(folder, segments=segments)
-        if self.target_tokenizer is not self.tokenizer:
-            self.target_tokenizer.save(folder / TARGET)
-
-    def _write_huggingface(self, folder: Path) -> None:
-        tokenizer, targets = self.tokenizer, self.target_tokenizer
-        ids = _special_ids(targets)
-        if self.task == "seq2seq":
-            tokens = special_tokens(targets)
-            ids |= {"decoder_start_token_id": tokens.bos, "eos_token_id": tokens.eos}
-        source_ids = None if targets is tokenizer else _special_ids(tokenizer)
-        write_huggingface(self.model, folder, ids, self.metadata, source_ids)
-        if self.task == "seq2seq":
-            searching = generation_settings(self.metadata, ids, tokens.suppressed, self.max_length)
-            write_text_atomically(folder / "generation_config.json", json.dumps(searching, indent=2) + "\n")
+        write_folder(self, folder, format, quantize, exceptions)
 
     def _require(self, method: str, task: str) -> None:
         if self.task != task:
@@ -303,11 +266,6 @@ def load(path: str | Path, weights: Weights = "dense") -> Pretrained:
     if weights == "sparse":
         make_sparse(model)
     return Pretrained(model, tokenizer, stored.metadata, targets)
-
-
-def _special_ids(tokenizer: TextTokenizer) -> dict[str, int | None]:
-    ids = {"pad_token_id": tokenizer.pad_id, "cls_token_id": tokenizer.cls_id, "sep_token_id": tokenizer.sep_id}
-    return {name: index for name, index in ids.items() if index is not None}
 
 
 def _listed(texts: Sequence[Item]) -> list[Item]:

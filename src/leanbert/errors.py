@@ -1,5 +1,10 @@
 """The exceptions that a user is meant to read."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Bad input: the message is one line that names the file and line, or the setting, and the fix.
@@ -13,3 +18,12 @@ class TrainingFailed(Exception):  # noqa: N818 - it tells what happened to the r
 
     The command line prints it on standard error and exits with code 1.
     """
+
+
+@contextmanager
+def under(setting: str) -> Iterator[None]:
+    """Put the setting that is to blame before what a `UserError` says."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{setting}: {error}") from None

@@ -278,7 +278,7 @@ def test_shares_become_sizes():
     assert sizes_kept(config, 0.5, 0.25) == (2, 36)
     assert sizes_kept(config, 0.0, 0.99) == (4, 1)
     assert sizes_kept(config, 0.9, 0.0) == (1, 48)
-    with pytest.raises(UserError, match=r"^StructuredPruning\.heads: 0\.1 of 4 heads and 0\.01 of 48 neurons"):
+    with pytest.raises(UserError, match=r"^0\.1 of 4 heads and 0\.01 of 48 neurons"):
         sizes_kept(config, 0.1, 0.01)
 
 

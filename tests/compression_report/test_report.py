@@ -60,3 +60,7 @@ def test_the_picture_numbers_each_variant_and_names_the_numbers():
     (legend,) = figure.legends
     names = [row.name for row in ROWS]
     assert [text.get_text() for text in legend.texts] == [f"{i}  {name}" for i, name in enumerate(names, 1)]
+    sizes = {"size_bytes": 9, "latency_p50": 1.0}
+    model = [Row("original", [], name, metrics={"val/f1": 0.5}, **sizes) for name in ("float32", "bfloat16")]
+    (legend,) = pareto_figure(model, "val/f1").legends
+    assert [text.get_text() for text in legend.texts] == ["1  original, float32", "2  original, bfloat16"]

@@ -174,6 +174,12 @@ def test_techniques_are_applied_to_the_model(tmp_path):
     assert list(model.state_dict()) == list(tiny_model(num_layers=3).state_dict())
 
 
+@pytest.mark.parametrize(("shares", "setting"), [((0.0, 0.0, 0.1), "blocks"), ((0.1, 0.0, 0.0), "heads")])
+def test_shares_of_which_nothing_leaves_are_named_with_their_setting(shares, setting):
+    with pytest.raises(UserError, match=rf"^StructuredPruning\.{setting}: 0\.1 of 2 "):
+        apply(Techniques(structured=shares), tiny_model())
+
+
 def test_a_technique_of_ones_own_is_refused_and_applied_like_ours():
     own = Technique(
         "mine", exact=False, lowers="nothing", costs="nothing",

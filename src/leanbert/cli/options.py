@@ -14,7 +14,7 @@ class Options:
     """Options of `prepare`."""
 
     ckpt_path: str | None = None
-    """Checkpoint whose tokenizer is used: a file, or `last`, `best` or `average` of the newest run."""
+    """Whose tokenizer is used: a checkpoint, `last`, `best` or `average` of the newest run, or a folder of `export`."""
     weights_only: bool | None = None
     """Not used: checkpoints never execute code."""
 
@@ -36,7 +36,8 @@ class EvaluateOptions(Options):
     """Options of `validate` and `test`."""
 
     ckpt_path: str | None = None
-    """Checkpoint to evaluate: a file, or `last`, `best` or `average` of the newest run; else --model.init_from."""
+    """What to evaluate: a checkpoint, `last`, `best` or `average` of the newest run, or a folder that `export` or
+    `compress` has written, ONNX files too; else --model.init_from."""
     verbose: bool = True
     """Not used: the metrics are one JSON line."""
 
@@ -46,7 +47,8 @@ class PredictOptions(Options):
     """Options of `predict`."""
 
     ckpt_path: str | None = None
-    """Checkpoint that answers: a file, or `last`, `best` or `average` of the newest run; else --model.init_from."""
+    """What answers: a checkpoint, `last`, `best` or `average` of the newest run, or a folder that `export` or
+    `compress` has written, ONNX files too; else --model.init_from."""
     return_predictions: bool | None = None
     """Not used: answers are written as they come."""
 
@@ -56,7 +58,8 @@ class PlanOptions(PlanRequest, Options):
     """Options of `plan`."""
 
     ckpt_path: str | None = None
-    """Checkpoint whose architecture counts: a file, or `last`, `best` or `average` of the newest run."""
+    """Whose architecture counts: a checkpoint, `last`, `best` or `average` of the newest run, or a folder of
+    `export`."""
     target: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Kind of device, which need not be here. auto: that of trainer.accelerator."""
     nodes: int | None = None
@@ -73,7 +76,8 @@ class ExportOptions(Options):
     """Options of `export`."""
 
     ckpt_path: str | None = None
-    """Checkpoint to export: a file, or `last`, `best` or `average` of the newest run; else --model.init_from."""
+    """What to export: a checkpoint, `last`, `best` or `average` of the newest run, or a folder of `export`; else
+    --model.init_from."""
     output: str
     """Folder to write; it is created."""
     format: Literal["hf", "onnx", "sparse"] = "hf"
@@ -92,7 +96,8 @@ class CompressOptions(CompressRequest, Options):
     """Options of `compress`."""
 
     ckpt_path: str | None = None
-    """Checkpoint to compress: a file, or `last`, `best` or `average` of the newest run; else --model.init_from."""
+    """What to compress: a checkpoint, `last`, `best` or `average` of the newest run, or a folder of `export`; else
+    --model.init_from."""
 
 
 OPTIONS: dict[str, type[Options]] = {

@@ -8,31 +8,42 @@ from typing import Any
 
 from leanbert import checkpoints
 from leanbert.cli.help import program_name
+from leanbert.compression.onnx.runtime import OnnxModel, holds_onnx, read_onnx
 from leanbert.data.module import RowData
+from leanbert.data.pairs import TARGET
 from leanbert.errors import UserError
 from leanbert.messages import leads
+from leanbert.models.stored import Stored
 from leanbert.pretrained.build import read_model, starting_config
-from leanbert.pretrained.weights import unpack
+from leanbert.pretrained.weights import SETTINGS_FILES, unpack
 from leanbert.runs import NAMES, Found, Run, TaskRuns
 from leanbert.tasks.base import Task
 
+TAKE_ONNX = ("validate", "test", "predict")
+"""Subcommands for which a model in ONNX files is as good as any."""
+
 
 class Start:
-    """What a subcommand starts from: nothing, or a checkpoint, and the run that training goes on in."""
+    """What a subcommand starts from: nothing, a checkpoint and the run that training goes on in, or a model folder."""
 
     def __init__(self) -> None:
         self.path: str | None = None
         self.checkpoint: dict[str, Any] | None = None
+        self.folder: Stored | OnnxModel | None = None
         self.run: Run | None = None
         self.step = 0
 
-    def find(self, which: str, runs: TaskRuns, *, trains: bool) -> None:
-        """Find and read the checkpoint, and lock its run where training goes on in it.
+    def find(self, which: str, runs: TaskRuns, subcommand: str) -> None:
+        """Find and read the checkpoint or folder, and lock the checkpoint's run where training goes on in it.
 
         Raises:
-            UserError: There is none, it is damaged, or training cannot go on from it.
+            UserError: There is none, it is damaged, or the subcommand cannot have it, as training that cannot go on.
         """
         found: Found | None = None
+        trains = subcommand == "fit"
+        if which not in NAMES and Path(which).is_dir():
+            self.path, self.folder = which, read_folder(Path(which), subcommand)
+            return
         if which not in NAMES:
             found = Found(Path(which), checkpoints.load(which))
             self.run = runs.owner(found.path) if trains else None
@@ -70,6 +81,42 @@ class Start:
         model.init_from = None
         self.step = self.checkpoint["global_step"]
         self.checkpoint = None  # Lightning has it
+
+
+def read_folder(folder: Path, subcommand: str) -> Stored | OnnxModel:
+    """Return the model in a folder that `--ckpt_path` names. Raises UserError if a subcommand cannot have it."""
+    if holds_onnx(folder):
+        if subcommand not in TAKE_ONNX:
+            raise UserError(
+                f"--ckpt_path: {folder} holds ONNX files, which can be neither trained nor changed: only "
+                f"{', '.join(TAKE_ONNX)} take them. Give {subcommand} the checkpoint that they are of"
+            )
+        return read_onnx(folder)
+    if not any((folder / name).is_file() for name in SETTINGS_FILES):
+        raise UserError(f"--ckpt_path: {folder} is a folder without a model. Give a file, or what export has written")
+    if subcommand == "fit":
+        raise UserError(
+            f"--ckpt_path: {folder} holds weights only, from which training cannot go on. Start a new run from it "
+            "with --model.init_from"
+        )
+    return read_model(folder)
+
+
+def adopt_folder(model: Task, data: RowData, stored: Stored | OnnxModel, path: str) -> None:
+    """Give model and data what the model in the folder at `path` fixes, as a checkpoint does.
+
+    Raises UserError if it is of another task.
+    """
+    metadata = stored.metadata
+    if metadata.task != model.name:
+        raise UserError(f"--ckpt_path: {path} is a model of task {metadata.task}, not {model.name}. Use its config.")
+    separate = {} if metadata.target_vocab_size is None else {TARGET: path}
+    data.take_tokenizers(path, separate, resumes=False)
+    data.adopt(metadata)
+    model.adopt(metadata)
+    model.encoder_config, model.init_from = stored.config, path
+    if isinstance(stored, OnnxModel):
+        model.ready_model, model.init_from = stored, None
 
 
 def adopt_start(model: Task, data: RowData, source: str, subcommand: str) -> None:

@@ -29,7 +29,8 @@ from leanbert.cli.arguments import complete
 from leanbert.cli.budget import apply_budget, count_devices
 from leanbert.cli.help import SUBCOMMANDS
 from leanbert.cli.options import OPTIONS
-from leanbert.cli.resume import Start, adopt_start
+from leanbert.cli.resume import Start, adopt_folder, adopt_start
+from leanbert.compression.onnx.runtime import OnnxModel
 from leanbert.data.module import RowData
 from leanbert.data.pairs import TRAIN
 from leanbert.data.workers import available_cpus
@@ -144,13 +145,15 @@ class Setup(LightningCLI):
         """Find and read the checkpoint; Lightning's own version would look for hyper-parameters in it."""
         which = self._settings["ckpt_path"]
         if which is not None:
-            self.start.find(which, self.runs, trains=self.config["subcommand"] == "fit")
-            self._settings["ckpt_path"] = self.start.path
+            self.start.find(which, self.runs, self.config["subcommand"])
+            self._settings["ckpt_path"] = None if self.start.folder is not None else self.start.path
 
     def before_instantiate_classes(self) -> None:
         """Check and complete the settings."""
         settings, trainer = self._settings, self._settings["trainer"]
         self._check(settings, trainer)
+        if isinstance(self.start.folder, OnnxModel):
+            check_for_onnx(trainer)
         self.device_type = device_type(trainer["accelerator"])
         if self.subcommand == "plan":
             self.planned_devices = count_devices(settings)
@@ -206,7 +209,9 @@ class Setup(LightningCLI):
             any(isinstance(callback, kind) for callback in callbacks) for kind in (ReturnFreedPages, StructuredPruning)
         )
         (return_freed_pages if returns else keep_freed_pages)()  # before preparation, which frees much
-        if self.start.checkpoint is not None:
+        if self.start.folder is not None:
+            adopt_folder(self.model, self.datamodule, self.start.folder, str(self.start.path))
+        elif self.start.checkpoint is not None:
             self.start.hand_over(self.model, self.datamodule, resumes=self.subcommand == "fit", shrinks=shrinks)
         elif self.model.init_from is not None:
             adopt_start(self.model, self.datamodule, self.model.init_from, str(self.subcommand))
@@ -244,6 +249,21 @@ class Setup(LightningCLI):
                 *([self.plan_report] if self.plan_report is not None else []),
             ]
         return [*bar, *([PredictionWriter()] if self.subcommand == "predict" else [])]
+
+
+def check_for_onnx(trainer: Any) -> None:
+    """Let a model in ONNX files be computed on the CPU. Raises UserError for settings that are not for it."""
+    if (device := trainer["accelerator"]) not in ("auto", "cpu"):
+        raise UserError(
+            f"trainer.accelerator: {device}, but the ONNX files of --ckpt_path are computed on the CPU. Set it to cpu, "
+            "or give the checkpoint that they are of."
+        )
+    if (precision := trainer["precision"]) not in (None, 32, "32", "32-true"):
+        raise UserError(
+            f"trainer.precision: {precision}, but the ONNX files of --ckpt_path are computed as they were written. "
+            "Leave it out."
+        )
+    trainer["accelerator"] = "cpu"
 
 
 def _take_tokenizers(data: Any, source: str | None) -> None:

@@ -10,7 +10,7 @@ from leanbert.compression.low_rank import make_embedding_low_rank, make_low_rank
 from leanbert.compression.onnx.quantization import SCHEMES, Scheme
 from leanbert.compression.pruning import apply_masks, in_fours, make_masks, prunable
 from leanbert.compression.structured import prune_structured, remove_blocks, sizes_kept
-from leanbert.errors import UserError
+from leanbert.errors import UserError, under
 from leanbert.models.base import EncoderModel
 from leanbert.ranges import COUNT, Range
 
@@ -53,17 +53,13 @@ class Step:
 
 
 def _remove_blocks(model: EncoderModel, fraction: str, calibrate: Calibrate) -> None:
-    try:
+    with under(f"blocks={fraction}"):
         remove_blocks(model, float(fraction))
-    except UserError as error:
-        raise UserError(str(error).replace("StructuredPruning.blocks", f"blocks={fraction}")) from None
 
 
 def _remove_structures(model: EncoderModel, fraction: str, calibrate: Calibrate) -> None:
-    try:
+    with under(f"structured_pruning={fraction}"):
         heads, neurons = sizes_kept(model.config, float(fraction), float(fraction))
-    except UserError:
-        raise UserError(f"structured_pruning={fraction}: of this model it removes nothing. Give a larger one") from None
     prune_structured(model, heads, neurons)
 
 

@@ -116,7 +116,7 @@ def sizes_kept(config: ResolvedConfig, fraction_heads: float, fraction_neurons: 
     neurons = max(1, config.intermediate_size - round(fraction_neurons * config.intermediate_size))
     if (heads, neurons) == (config.num_heads, config.intermediate_size):
         raise UserError(
-            f"StructuredPruning.heads: {fraction_heads} of {heads} heads and {fraction_neurons} of {neurons} neurons "
+            f"{fraction_heads} of {heads} heads and {fraction_neurons} of {neurons} neurons "
             "is less than one. Give larger shares."
         )
     return heads, neurons
@@ -191,7 +191,7 @@ def remove_blocks(model: EncoderModel, fraction: float) -> ResolvedConfig:
     stuck = [depth for depth, stay in zip(depths, kept, strict=True) if depth == stay > 1]
     if stuck or kept == depths:
         fix = "Give more" if stuck else "A single one has to stay"
-        raise UserError(f"StructuredPruning.blocks: {fraction} of {max(depths)} blocks is less than one. {fix}")
+        raise UserError(f"{fraction} of {max(depths)} blocks is less than one. {fix}")
     for stack, depth, stay in zip(model.stacks, depths, kept, strict=True):
         chosen = [number * depth // stay for number in range(stay)]
         _check_windows(model.config, chosen)
@@ -210,7 +210,7 @@ def _check_windows(config: ResolvedConfig, chosen: list[int]) -> None:
     for place, number in enumerate(chosen):
         if config.is_local(place) != config.is_local(number):
             raise UserError(
-                f"StructuredPruning.blocks: block {number} would come to place {place}, where attention is "
+                f"block {number} would come to place {place}, where attention is "
                 f"{'local' if config.is_local(place) else 'global'}. Give a fraction such as 0.5, or another student"
             )
 

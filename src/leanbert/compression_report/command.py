@@ -18,10 +18,12 @@ from leanbert.api import Pretrained, load
 from leanbert.compression.onnx.quantization import Scheme, quantize_plainly
 from leanbert.compression.onnx.runtime import read_onnx
 from leanbert.compression.steps import PRUNING, QUANTIZE, Calibrate, Step, apply_steps, parse_steps, split_at_training
+from leanbert.compression_report.huggingface import FOLDER, leave_huggingface
 from leanbert.compression_report.measuring import (
     LONG,
     MANY,
     SHORT,
+    autocast,
     bytes_of,
     flops_per_token,
     peak_memory,
@@ -29,7 +31,7 @@ from leanbert.compression_report.measuring import (
     time_in_turns,
     weights_of,
 )
-from leanbert.compression_report.report import Row, answer_of, as_table, mark_front, write_report
+from leanbert.compression_report.report import Row, answer_of, as_table, folders_in_words, mark_front, write_report
 from leanbert.compression_report.request import CompressRequest
 from leanbert.compression_report.sensitivity import Sensitivity, examine, relative_drop
 from leanbert.errors import UserError
@@ -118,7 +120,8 @@ def run_compress(request: CompressRequest, source: Source, command: str) -> None
     with explain_disk_errors(request.output, "--output"):
         request.output.mkdir(parents=True, exist_ok=True)
         original = load(source.path)
-        variants = [*_references(source, original, request.output), *_make(request, source, original, lists)]
+        variants = _references(source, original, request.output)
+        variants += _make(request, source, original, lists, variants)
     _evaluate(variants, source, metrics)
     with explain_disk_errors(request.output, "--output"):
         layers = _examine(request, source, variants, metrics)
@@ -129,7 +132,7 @@ def run_compress(request: CompressRequest, source: Source, command: str) -> None
             break
         steps = parse_steps([text.format(source.max_steps) for text in texts])
         with explain_disk_errors(request.output, "--output"):
-            found = _make(request, source, original, [steps])
+            found = _make(request, source, original, [steps], variants)
         _evaluate(found, source, metrics)
         _measure([variants[0], *found], request.seconds)
         rows += [variant.row for variant in found]
@@ -137,6 +140,7 @@ def run_compress(request: CompressRequest, source: Source, command: str) -> None
     answer, fits = answer_of(rows, limits, source.tag, command)
     write_report(request.output, rows, source.tag, answer, layers)
     print(as_table(rows, source.tag))
+    say(folders_in_words(rows))
     say(f"Report       {request.output / 'report.md'}, {request.output / 'pareto.png'}")
     if not fits:
         raise UserError(answer)
@@ -163,10 +167,10 @@ def _references(source: Source, original: Pretrained, output: Path) -> list[_Var
     parameters, nonzero = weights_of(original.model)
     row = Row(ORIGINAL, [], "PyTorch float32", parameters=parameters, nonzero=nonzero)
     row.flops_per_token = flops_per_token(original.model)
-    try:
-        original.export(output / ORIGINAL)
+    leave_huggingface(original, row, output, ORIGINAL)
+    if row.huggingface is not None:
         row.size_bytes = bytes_of(output / ORIGINAL)
-    except UserError:  # no class of transformers is like it
+    else:
         row.size_bytes = sum(parameter.nbytes for parameter in original.model.parameters())
     found = [_Variant(row, source.path, original.model)]
     if default_precision("cpu") == "bf16-mixed":
@@ -182,9 +186,14 @@ def _references(source: Source, original: Pretrained, output: Path) -> list[_Var
     return found
 
 
-def _make(request: CompressRequest, source: Source, original: Pretrained, lists: list[list[Step]]) -> list[_Variant]:
-    """Write the folder of each list of steps. Raises `UserError` for a given step that has no effect."""
-    found = []
+def _make(
+    request: CompressRequest, source: Source, original: Pretrained, lists: list[list[Step]], before: Sequence[_Variant]
+) -> list[_Variant]:
+    """Write the folder of each list of steps; `before` are variants that there are already.
+
+    Raises `UserError` for a given step that has no effect.
+    """
+    found: list[_Variant] = []
     trained: dict[str, EncoderModel] = {}  # lists that begin alike share it
     for steps in tqdm(lists, desc="Variants", leave=False, disable=None):
         smaller, name = copy.copy(original), "+".join(step.slug for step in steps)
@@ -210,6 +219,8 @@ def _make(request: CompressRequest, source: Source, original: Pretrained, lists:
         row.size_bytes = bytes_of(path)
         row.parameters, row.nonzero = weights_of(model)
         row.flops_per_token = flops_per_token(model)
+        others = [variant.row for variant in (*before, *found)]
+        leave_huggingface(smaller, row, request.output, f"{name}/{FOLDER}", others)
         computed = model if sparse else read_onnx(path)
         found.append(_Variant(row, path, computed, whole=None if scheme is None else smaller, scheme=scheme))
     return found
@@ -254,13 +265,13 @@ def _examine(
 
 
 def _evaluate(variants: Sequence[_Variant], source: Source, original: dict[str, float]) -> None:
-    """Give each row its metrics; the model itself has those of `original`, and in 16 bits it is not evaluated."""
+    """Give each row its metrics; the model itself, in 32 bits, has those of `original`."""
     before = original[source.tag]
     for variant in tqdm(variants, desc="Evaluating", leave=False, disable=None):
-        if not variant.bf16:
-            row, alone = variant.row, variant.row.name == ORIGINAL
+        row, alone = variant.row, variant.row.name == ORIGINAL and not variant.bf16
+        with autocast(variant.bf16):
             row.metrics = original if alone else source.evaluate(variant.model)
-            row.drop = relative_drop(row.metrics[source.tag], before, source.sign)
+        row.drop = relative_drop(row.metrics[source.tag], before, source.sign)
 
 
 def _measure(variants: Sequence[_Variant], seconds: float) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,13 @@ print(json.dumps([loaded - before, peak_rss_bytes() - before]))
 
 def run(model: Any, rows: int, length: int, bf16: bool = False) -> None:
     """Compute the scores of all tokens of drawn rows [B, S] (of texts: of each text), or write `OUTPUT_TOKENS`."""
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+    with torch.inference_mode(), autocast(bf16):
         _compute(model, rows, length)
+
+
+def autocast(bf16: bool) -> AbstractContextManager[object]:
+    """Return what has a model on the CPU computed in 16 bits, or nothing."""
+    return torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
 
 
 def _compute(model: Any, rows: int, length: int) -> None:

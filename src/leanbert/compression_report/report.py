@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from leanbert import strict_json
+from leanbert.compression.steps import QUANTIZE
 from leanbert.compression_report.measuring import LONG, MANY, SHORT
 from leanbert.compression_report.request import Limits
 from leanbert.compression_report.sensitivity import Sensitivity
@@ -33,7 +34,8 @@ class Row:
 
     `metrics` are by tag; `drop` is the relative loss of the metric that counts on the validation set;
     `exceptions` are layers that quantization has left in 32 bits. Without
-    steps it is the model itself, which stands beside the variants.
+    steps it is the model itself, which stands beside the variants. `huggingface` is the folder, below the report's, of
+    the model before quantization, or `no_huggingface` the reason why there is none.
     """
 
     name: str
@@ -53,6 +55,13 @@ class Row:
     rows_per_second_short: float = 0.0
     rows_per_second_long: float = 0.0
     on_front: bool = False
+    huggingface: str | None = None
+    no_huggingface: str | None = None
+
+    @property
+    def changes(self) -> list[str]:
+        """The steps but for quantization."""
+        return [step for step in self.steps if not step.startswith(f"{QUANTIZE}=")]
 
     def misses(self, limits: Limits) -> list[str]:
         """Return the limits that it does not keep, in words."""
@@ -137,6 +146,18 @@ def as_table(rows: Sequence[Row], tag: str) -> str:
     return markdown_table(header, lines)
 
 
+def folders_in_words(rows: Sequence[Row]) -> str:
+    """Return a line with the Hugging Face folders, and one for each reason why models have none."""
+    folders = list(dict.fromkeys(row.huggingface for row in rows if row.huggingface is not None))
+    lines = [f"Hugging Face folders of models before quantization: {', '.join(folders)}"] if folders else []
+    first = {tuple(row.changes): row for row in reversed(rows)}
+    lacking: dict[str, list[str]] = {}
+    for row in reversed(first.values()):
+        if row.no_huggingface is not None:
+            lacking.setdefault(row.no_huggingface, []).append(row.name)
+    return "\n".join([*lines, *(f"None of {', '.join(names)}: {reason}" for reason, names in lacking.items())])
+
+
 def as_json(rows: Sequence[Row], tag: str, machine: str, answer: str) -> dict[str, Any]:
     """Return the same for programs."""
     return {"metric": tag, "machine": machine, "answer": answer, "variants": [asdict(row) for row in rows]}
@@ -161,7 +182,7 @@ def pareto_figure(rows: Sequence[Row], tag: str) -> Figure:
                 va="bottom" if above else "top",
             )  # fmt: skip
             if axes is left:
-                point.set_label(f"{number + 1}  {row.name}")
+                point.set_label(f"{number + 1}  {row.name if row.steps else f'{row.name}, {row.runtime}'}")
         axes.set(xlabel=label, ylabel=tag, xscale="log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")
@@ -183,7 +204,7 @@ def write_report(output: Path, rows: Sequence[Row], tag: str, answer: str, layer
         f"{answer}\n\n* no other row is at least as good in file size, p50 and metric, and better in one. The one "
         f"row and short rows have {SHORT} tokens, long ones {LONG}, as far as the model has positions. load and run: "
         f"resident memory of a new process beyond the libraries', to load and to compute {MANY} long rows besides. "
-        f"Measured in turns on {machine}.{slow}"
+        f"Measured in turns on {machine}.{slow}\n\n" + folders_in_words(rows).replace("\n", "\n\n")
     )
     sections = "".join(f"\n\n{each.in_words(tag)}" for each in layers)
     text = f"# Variants\n\n{table}\n\n{note}\n\n![Pareto front](pareto.png){sections}\n"

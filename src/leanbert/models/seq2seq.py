@@ -142,7 +142,7 @@ class Seq2SeqModel(EncoderModel):
         pairs = self._corresponding_blocks() if self.start == "shared" else []
         if any(block.attention is not source.attention for source, block in pairs):
             raise UserError(
-                "StructuredPruning.blocks: the decoder shares its blocks with the encoder, whose depth is another. "
+                "the decoder shares its blocks with the encoder, whose depth is another. "
                 "Give a fraction that leaves both whole multiples, or decoder_start=encoder"
             )
 

@@ -141,11 +141,16 @@ def read_model(source: str | Path) -> Stored:
     """Read what a folder or a LeanBERT checkpoint says of its model; the weights when they are asked for.
 
     A folder is of Hugging Face or, with `leanbert.json`, of LeanBERT. Raises `UserError` for a file that is missing or
-    damaged, and for an architecture that we do not have.
+    damaged, for an architecture that we do not have, and for ONNX files, of which there are no weights to take.
     """
     source = Path(source)
     if (source / SETTINGS).is_file():
         return read_sparse(source)
+    if source.is_dir() and not (source / "config.json").is_file() and any(source.glob("*.onnx")):
+        raise UserError(
+            f"{source}: holds ONNX files, which cannot be trained. Give the checkpoint that they are of; "
+            "validate, test and predict take the folder with --ckpt_path"
+        )
     return read_huggingface(source) if source.is_dir() else read_checkpoint(source)
 
 

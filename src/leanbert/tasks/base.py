@@ -84,6 +84,7 @@ class Task(SteppedModule[B]):
         SEED.check("model.seed", seed)
         self.seed = seed
         self.model = None  # type: ignore[assignment]  # until configure_model has run
+        self.ready_model: Any = None  # is evaluated, and answers, in place of one that is built; it cannot be trained
         self.techniques = Techniques()  # callbacks register here in `setup`
         self.step_state = StepState()
         self.resumes = False  # the weights come from a checkpoint of the same run, and are pruned if it was
@@ -158,10 +159,11 @@ class Task(SteppedModule[B]):
         refuse(self.techniques, around)
         seed_position(self.seed)
         self.build_metrics()
-        self.model = self.build_model()
+        self.model = self.build_model() if self.ready_model is None else self.ready_model
         self.model.config.check_length(self._data.hparams["max_length"])
-        techniques = replace(self.techniques, structured=None) if self.resumes else self.techniques
-        apply(techniques, self.model, compile_blocks=self.compile_blocks)
+        if self.ready_model is None:
+            techniques = replace(self.techniques, structured=None) if self.resumes else self.techniques
+            apply(techniques, self.model, compile_blocks=self.compile_blocks)
         if self.trains and self.teacher_source is not None:
             check_distillation(self, self.teacher_source, shards=around.shards)
             teacher = self.build_teacher(self.teacher_source)

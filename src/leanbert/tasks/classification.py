@@ -25,6 +25,7 @@ from leanbert.tasks.base import Answer
 from leanbert.tasks.labelling import Labelling
 from leanbert.tasks.metrics import over_ranks
 from leanbert.tasks.tables import markdown_table
+from leanbert.tasks.techniques import Surroundings
 
 
 class TextClassification(Labelling[tuple[Tensor, Tensor]]):
@@ -47,15 +48,14 @@ class TextClassification(Labelling[tuple[Tensor, Tensor]]):
         NOT_NEGATIVE.check("model.class_weights", list((class_weights or {}).values()))
         self.class_weights, self.threshold = class_weights, threshold
 
-    def build_model(self) -> Classifier:
-        """Return the model, and check the class weights against its labels."""
+    def build(self, around: Surroundings) -> None:
+        """Check the class weights against the labels of the data, and build the weights."""
         self.problem = self._data.problem
-        model = super().build_model()
         strange = sorted(set(self.class_weights or ()) - set(self._data.labels))
         if strange or (self.class_weights and self.problem != "single"):
             what = f"{strange[0]!r} is no label of the data" if strange else f"data.problem is {self.problem}"
             raise UserError(f"model.class_weights: {what}. Name labels of data with one label for each text")
-        return model
+        super().build(around)
 
     def metadata(self) -> ModelMetadata:
         """Return the threshold besides."""

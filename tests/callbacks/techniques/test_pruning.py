@@ -327,6 +327,8 @@ def test_senseless_settings_of_structured_pruning_are_named(setting, values):
 def test_what_cannot_be_combined_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"^StructuredPruning\.at_step: is 10, but the run has 10 steps"):
         fit(StructuredPruning(at_step=10))
+    with pytest.raises(UserError, match=r"^StructuredPruning\.heads: 0\.1 of 2 heads and 0\.0 of 84 neurons is less"):
+        fit(StructuredPruning(0.1, 0.0, at_step=2))
     fit(Watch(), steps=5, folder=tmp_path, save_every=5)
     with pytest.raises(UserError, match=r"^StructuredPruning\.at_step: 5, but the checkpoint is of step 5"):
         fit(StructuredPruning(at_step=5), ckpt_path=tmp_path / "step=5.ckpt")

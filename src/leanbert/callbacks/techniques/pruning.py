@@ -20,7 +20,7 @@ from leanbert.compression.pruning import (
     sparsity_of,
 )
 from leanbert.compression.structured import Importance, prune_structured, sizes_kept, taylor_importance
-from leanbert.errors import UserError
+from leanbert.errors import UserError, under
 from leanbert.messages import say
 from leanbert.ranges import COUNT, PART, RATE, WHOLE
 from leanbert.tasks.techniques import Techniques
@@ -230,7 +230,8 @@ class StructuredPruning(TechniqueCallback):
             return
         model = task_of(pl_module).model
         before, old = model.num_parameters, model.config
-        sizes = sizes_kept(old, self.heads, self.neurons)
+        with under("StructuredPruning.heads"):
+            sizes = sizes_kept(old, self.heads, self.neurons)
         prune_structured(model, *sizes, importance=self._scores, optimizer=trainer.optimizers[0])
         self.done, self._scores = True, None
         say(

@@ -200,6 +200,11 @@ def _their_state(model: EncoderModel, names: Names) -> StateDict:
     for name, rows in _tokens(model).items():
         if name in ours:
             ours[name] = ours[name][:rows]
+    if lacking := sorted(names.keys() - ours.keys()):
+        raise UserError(
+            f"{lacking[0]}: the model has another layer there, such as one of low rank, which no class of transformers "
+            "has. Export with onnx"
+        )
     state: StateDict = {}
     two = isinstance(model, Seq2SeqModel)  # what its halves share can be written only as copies
     for name, theirs in names.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from leanbert.compression.structured import prune_structured, remove_blocks, sizes_kept
+from leanbert.errors import under
 from leanbert.memory.allocator import can_be_asked
 from leanbert.memory.checkpointing import set_checkpointing
 from leanbert.memory.offload import DiskStorage, to_host
@@ -63,9 +64,12 @@ def _prune(model: EncoderModel, t: Techniques) -> None:
     if t.structured is not None:
         heads, neurons, blocks = t.structured
         if blocks:
-            remove_blocks(model, blocks)
+            with under("StructuredPruning.blocks"):
+                remove_blocks(model, blocks)
         if heads or neurons:
-            prune_structured(model, *sizes_kept(model.config, heads, neurons))
+            with under("StructuredPruning.heads"):
+                sizes = sizes_kept(model.config, heads, neurons)
+            prune_structured(model, *sizes)
 
 
 TECHNIQUES = (

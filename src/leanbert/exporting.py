@@ -1,0 +1,72 @@
+"""Folders of trained models: of Hugging Face, with ONNX files, or of LeanBERT's own, each with its tokenizers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+from leanbert.compression.onnx.folder import write_onnx
+from leanbert.compression.onnx.quantization import Scheme
+from leanbert.compression.onnx.runtime import OnnxModel
+from leanbert.compression.sparse import SparseLinear
+from leanbert.data.pairs import TARGET
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
+from leanbert.errors import UserError
+from leanbert.files import expand, write_text_atomically
+from leanbert.pretrained.huggingface.convert import write_huggingface
+from leanbert.pretrained.huggingface.tasks import generation_settings
+from leanbert.pretrained.sparse import write_sparse
+from leanbert.tasks.seq2seq import special_tokens
+
+if TYPE_CHECKING:
+    from leanbert.api import Pretrained
+
+Format = Literal["hf", "onnx", "sparse"]
+
+
+def write_folder(
+    trained: Pretrained, folder: str | Path, format: Format, quantize: Scheme | None, exceptions: Sequence[str]
+) -> None:
+    """Write a folder with a model and its tokenizers: see `Pretrained.export`."""
+    model = trained.model
+    if isinstance(model, OnnxModel):
+        raise UserError("export: this model is in ONNX files already. Load the checkpoint that they are of")
+    if any(isinstance(module, SparseLinear) for module in model.modules()):
+        raise UserError("export: this model was loaded with weights='sparse'. Load it with 'dense'")
+    if format not in get_args(Format):
+        raise UserError(f"export: format {format!r} is unknown. Give {', '.join(get_args(Format))}")
+    if quantize is not None and format != "onnx":
+        raise UserError(f"export: --quantize {quantize} is of ONNX files. Give --format onnx")
+    if exceptions and quantize is None:
+        raise UserError("export: exceptions are of what --quantize does. Give it too")
+    folder = expand(folder, "output")
+    if format == "onnx":
+        write_onnx(model, folder, trained.metadata, quantize, exceptions)
+    elif format == "sparse":
+        write_sparse(model, folder, trained.metadata)
+    else:
+        _write_huggingface(trained, folder)
+    segments = trained.task != "seq2seq" and model.config.type_vocab_size > 1
+    trained.tokenizer.save(folder, segments=segments)
+    if trained.target_tokenizer is not trained.tokenizer:
+        trained.target_tokenizer.save(folder / TARGET)
+
+
+def _write_huggingface(trained: Pretrained, folder: Path) -> None:
+    tokenizer, targets = trained.tokenizer, trained.target_tokenizer
+    ids = _special_ids(targets)
+    if trained.task == "seq2seq":
+        tokens = special_tokens(targets)
+        ids |= {"decoder_start_token_id": tokens.bos, "eos_token_id": tokens.eos}
+    source_ids = None if targets is tokenizer else _special_ids(tokenizer)
+    write_huggingface(trained.model, folder, ids, trained.metadata, source_ids)
+    if trained.task == "seq2seq":
+        searching = generation_settings(trained.metadata, ids, tokens.suppressed, trained.max_length)
+        write_text_atomically(folder / "generation_config.json", json.dumps(searching, indent=2) + "\n")
+
+
+def _special_ids(tokenizer: TextTokenizer) -> dict[str, int | None]:
+    ids = {"pad_token_id": tokenizer.pad_id, "cls_token_id": tokenizer.cls_id, "sep_token_id": tokenizer.sep_id}
+    return {name: index for name, index in ids.items() if index is not None}
