@@ -13,3 +13,9 @@ class TrainingFailed(Exception):  # noqa: N818 - it tells what happened to the r
 
     The command line prints it on standard error and exits with code 1.
     """
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise UserError with the message unless the condition holds."""
+    if not holds:
+        raise UserError(message)

@@ -61,7 +61,15 @@ def test_checkpointing_adds_a_forward_pass_of_the_blocks_but_the_last_product():
 
 
 @pytest.mark.parametrize(
-    "names", [(), ("checkpointing", "bf16_mixed"), ("accumulation", "adamw_8bit"), ("pruning",), ("lean",)]
+    "names",
+    [
+        (),
+        ("checkpointing", "bf16_mixed"),
+        ("accumulation", "adamw_8bit"),
+        ("pruning",),
+        ("movement_pruning",),
+        ("lean",),
+    ],
 )
 def test_a_run_has_the_predicted_peak(tmp_path, names):
     """By the monitor of a real run; benchmarks/plan.py measures with torch's profiler."""
@@ -86,6 +94,16 @@ def test_a_run_has_the_predicted_peak(tmp_path, names):
     peaks = (sum(found.by_category.values()) - found.by_category["other"],
              measured["peak_bytes"] - measured["by_category"]["other"])  # fmt: skip
     assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "bytes_a_weight"), [("pruning", 1), ("pruning_2_4", 1), ("movement_pruning", 5)])
+def test_masks_and_importance_count(name, bytes_a_weight):
+    """Of 9 blocks of 32: their linear layers, of which 84 neurons come in fours, and that of the head."""
+    weights = 9 * (96 * 32 + 32 * 32 + 168 * 32 + 32 * 84) + 32 * 32
+    plain, found = predict(settings()), predict(settings(name))
+    for phase, categories in found.phases.items():
+        expected = {**plain.phases[phase], "other": plain.phases[phase]["other"] + bytes_a_weight * weights}
+        assert categories == expected, phase
 
 
 def test_what_a_run_would_refuse_is_refused():
