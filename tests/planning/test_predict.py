@@ -96,14 +96,26 @@ def test_a_run_has_the_predicted_peak(tmp_path, names):
     assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
 
 
-@pytest.mark.parametrize(("name", "bytes_a_weight"), [("pruning", 1), ("pruning_2_4", 1), ("movement_pruning", 5)])
-def test_masks_and_importance_count(name, bytes_a_weight):
-    """Of 9 blocks of 32: their linear layers, of which 84 neurons come in fours, and that of the head."""
-    weights = 9 * (96 * 32 + 32 * 32 + 168 * 32 + 32 * 84) + 32 * 32
-    plain, found = predict(settings()), predict(settings(name))
-    for phase, categories in found.phases.items():
-        expected = {**plain.phases[phase], "other": plain.phases[phase]["other"] + bytes_a_weight * weights}
-        assert categories == expected, phase
+def test_masks_and_importance_are_planned_and_measured(tmp_path):
+    """Of each block of 32 the linear layers, of which 84 neurons come in fours, and that of the head."""
+    write_corpus(tmp_path / "train.txt")
+
+    def measured(*names):
+        gc.collect()
+        # the monitor looks at the second step, before which all is pruned
+        run = fit(tmp_path, "--model.encoder.num_layers=1", "--data.batch_size=16", overlays=names, steps=2)
+        return next(c for c in run.trainer.callbacks if type(c).__name__ == "MemoryMonitor").peaks
+
+    weights = 96 * 32 + 32 * 32 + 168 * 32 + 32 * 84 + 32 * 32
+    plain = predict(settings(encoder={"num_layers": 1})).phases
+    measured()  # leaves the same behind as all that follow
+    bare = measured()
+    for name, bytes_a_weight in (("pruning", 1), ("pruning_2_4", 1), ("movement_pruning", 5)):
+        planned = predict(settings(name, encoder={"num_layers": 1})).phases
+        for before, after in ((plain, planned), (bare, measured(name))):
+            for phase in ("forward", "backward", "optimizer"):
+                more = {key: after[phase][key] - value for key, value in before[phase].items()}
+                assert more == {**dict.fromkeys(more, 0), "other": bytes_a_weight * weights}, (name, phase)
 
 
 def test_what_a_run_would_refuse_is_refused():
