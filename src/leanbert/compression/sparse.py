@@ -35,10 +35,7 @@ class SparseLinear(nn.Module):
     def __init__(self, layer: nn.Linear, size: int = 1) -> None:
         """Take matrix [m, n] and bias [m] of a layer, which stays as it is, in blocks of `size` rows and columns."""
         super().__init__()
-        weight = layer.weight.detach()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse [BC]SR tensor support is in beta")
-            matrix = weight.to_sparse_csr() if size == 1 else weight.to_sparse_bsr((size, size))
+        matrix = _compressed(layer.weight.detach(), size)
         self.shape, self.layout = tuple(matrix.shape), matrix.layout
         # three plain tensors, for one that is sparse cannot be copied with the module
         self.register_buffer("row_starts", matrix.crow_indices().to(INDEX))  # [m / b + 1]
@@ -73,11 +70,17 @@ def block_size(weight: Tensor) -> int:
     return min(fitting if _multiplies_blocks() else [1], key=lambda size: sparse_bytes(weight, size))
 
 
+def _compressed(matrix: Tensor, size: int) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse [BC]SR tensor support is in beta")
+        return matrix.to_sparse_csr() if size == 1 else matrix.to_sparse_bsr((size, size))
+
+
 @cache
 def _multiplies_blocks() -> bool:
     """Return whether this build of torch has a product with blocks, which is MKL's."""
     try:
-        torch.eye(4).to_sparse_bsr((4, 4)) @ torch.eye(4)
+        _compressed(torch.eye(4), 4) @ torch.eye(4)
     except RuntimeError:
         return False
     return True

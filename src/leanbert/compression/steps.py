@@ -144,7 +144,7 @@ def _factorise(model: EncoderModel, energy: str, calibrate: Calibrate) -> None:
     make_low_rank(model, float(energy), moments)
 
 
-GROUPS = "; 0.8:16, of blocks of 16 x 16 in linear layers; 2:4 or 4:8 of neighbours there"
+GROUPS = "; 0.8:8, of blocks of 8 x 8 in linear layers; 2:4 or 4:8 of neighbours there"
 
 TECHNIQUES = {
     BLOCKS: Technique(
