@@ -55,20 +55,20 @@ def test_heads_leave_by_the_gradients_of_validation(tmp_path, monkeypatch):
     """Another importance than that of the weights, from the mean loss of each of the first batches."""
     monkeypatch.setattr(report, "peak_memory", lambda path: (1, 1))
     (tmp_path / "train.txt").write_text("".join(f"the {i} tests of words {i * i}\n\n" for i in range(400)))
-    cli = fit(tmp_path, "--data.val_batch_size=4", steps=4)
+    cli = fit(tmp_path, "--data.val_batch_size=1", steps=4)
     seen = []
     prune = steps.prune_structured
     monkeypatch.setattr(steps, "prune_structured", lambda *given: seen.append(given[-1]) or prune(*given))
     CLI([
         "compress", "--config=configs/mlm.yaml", *TINY, f"--data.train_files={tmp_path / 'train.txt'}",
-        f"--data.cache_dir={tmp_path / 'cache'}", "--data.val_batch_size=4", "--trainer.accelerator=cpu",
+        f"--data.cache_dir={tmp_path / 'cache'}", "--data.val_batch_size=1", "--trainer.accelerator=cpu",
         f"--ckpt_path={cli.runs.find('last').path}", f"--output={tmp_path / 'out'}", "--seconds=0.01",
         '--steps=["structured_pruning=0.5:taylor"]',
     ])  # fmt: skip
     (found,) = seen
     task, total = cli.model, None
     batches = list(cli.datamodule.val_dataloader())[:CALIBRATION_BATCHES]
-    assert len(batches) == CALIBRATION_BATCHES
+    assert len(batches) > 1
     task.model.eval()
     for batch in batches:
         (task.loss_sum(batch) / task.count_targets(batch)).backward()

@@ -51,8 +51,12 @@ def test_steps_are_read_in_their_order():
         (["pruning=2:4", "movement_pruning=0.5"], "movement_pruning=0.5 after pruning=2:4 sets weights to"),
         (["movement_pruning=0.5", "train=1", "low_rank=0.9"], "low_rank=0.9 after movement_pruning=0.5 would fill"),
         (
-            ["blocks=0.5", "structured_pruning=0.5:taylor", "train=9"],
-            "structured_pruning=0.5:taylor is measured in training, before which blocks leave. Leave :taylor out",
+            ["blocks=0.5", "structured_pruning=0.5:taylor", "train=90"],
+            "structured_pruning=0.5:taylor is measured in the first 20 steps of training, with all blocks",
+        ),
+        (
+            ["structured_pruning=0.5:taylor", "train=20"],
+            "structured_pruning=0.5:taylor is measured in the first 20 steps of training, with all blocks",
         ),
         (["train=9", "blocks=0.5"], "blocks=0.5 cannot follow train=9. Put them in the order blocks, structured"),
         (["pruning=0.5", "low_rank=0.9"], "low_rank=0.9 after pruning=0.5 would fill the zeros again. Leave one"),
@@ -136,6 +140,8 @@ def test_steps_before_training_are_callbacks_of_the_run():
     assert callbacks_of(parse_steps(["pruning=0.8"]))[0]["init_args"] == {
         "final_sparsity": 0.8, "include_embeddings": True,
     }  # fmt: skip
+    parse_steps(["blocks=0.5", "structured_pruning=0.5:taylor"])  # without training blocks may leave
+    parse_steps(["structured_pruning=0.5:taylor", "train=21"])
     assert callbacks_of(parse_steps(["structured_pruning=0.5:taylor"]))[0]["init_args"] == {
         "heads": 0.5, "neurons": 0.5, "importance": "taylor", "at_step": 20,
     }  # fmt: skip

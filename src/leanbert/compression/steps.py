@@ -187,12 +187,14 @@ def parse_steps(texts: Sequence[str]) -> list[Step]:
                 reason = "is there twice" if before.name == name else f"cannot follow {before}"
                 raise UserError(f"steps: {text} {reason}. Put them in the order {', '.join(ORDER)}")
         steps.append(Step(name, value))
-    names = [step.name for step in steps]
+    _, trained, _ = split_at_training(steps)
     for step in steps:
-        if step.name == MOVEMENT and TRAIN not in names:
+        if step.name == MOVEMENT and not trained:
             raise UserError(f"steps: {step} looks at how training moves weights. Add {TRAIN}=STEPS, or give {PRUNING}")
-        if step.value.endswith(TAYLOR) and {BLOCKS, TRAIN} <= set(names):
-            raise UserError(f"steps: {step} is measured in training, before which blocks leave. Leave {TAYLOR} out")
+        late = trained <= TAYLOR_STEPS or any(other.name == BLOCKS for other in steps)
+        if step.value.endswith(TAYLOR) and trained and late:
+            reason = f"is measured in the first {TAYLOR_STEPS} steps of training, with all blocks"
+            raise UserError(f"steps: {step} {reason}. Train longer and without {BLOCKS}, or leave {TAYLOR} out")
     return steps
 
 
