@@ -56,7 +56,8 @@ SIZES = {  # layers, hidden, heads, sequences a step, vocabulary, steps
 }
 LENGTH = 128
 LEARNING_ROWS, LEARNING_LENGTH = 16, 64  # sequences a step of --learning, and their tokens
-LEFT_OUT = ("oom_recovery", "fp16_mixed", "offload_host", "pruning_2_4")  # need an accelerator, or lower nothing alone
+LEFT_OUT = ("oom_recovery", "fp16_mixed", "offload_host", "pruning_2_4", "movement_pruning")
+"""They need an accelerator, or lower nothing alone."""
 KINDS = {
     technique.name: "exact" if technique.exact else "approximate"
     for technique in TECHNIQUES

@@ -27,3 +27,9 @@ def under(setting: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{setting}: {error}") from None
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise UserError with the message unless the condition holds."""
+    if not holds:
+        raise UserError(message)

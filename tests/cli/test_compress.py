@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
 
-from leanbert.cli.app import CLI
+from leanbert.cli.app import CALIBRATION_BATCHES, CLI
+from leanbert.compression import steps
+from leanbert.compression.structured import add_importance, taylor_importance
 from leanbert.compression_report import command as report
 from leanbert.errors import UserError
 from tests.training import TINY, fit
@@ -45,3 +48,34 @@ def test_layers_are_reported_and_a_choice_is_exported_by_one_command(tmp_path, m
         CLI([*again, "--quantize=int8", '--exceptions=["encoder.blocks.7.attention.qkv"]'])
     with pytest.raises(UserError, match=r"^export: exceptions are of what --quantize does\. Give it too"):
         CLI([*again, f"--exceptions={left}"])
+
+
+@pytest.mark.slow
+def test_heads_leave_by_the_gradients_of_validation(tmp_path, monkeypatch):
+    """Another importance than that of the weights, from the mean loss of each of the first batches."""
+    monkeypatch.setattr(report, "peak_memory", lambda path: (1, 1))
+    (tmp_path / "train.txt").write_text("".join(f"the {i} tests of words {i * i}\n\n" for i in range(400)))
+    cli = fit(tmp_path, "--data.val_batch_size=1", steps=4)
+    seen = []
+    prune = steps.prune_structured
+    monkeypatch.setattr(steps, "prune_structured", lambda *given: seen.append(given[-1]) or prune(*given))
+    CLI([
+        "compress", "--config=configs/mlm.yaml", *TINY, f"--data.train_files={tmp_path / 'train.txt'}",
+        f"--data.cache_dir={tmp_path / 'cache'}", "--data.val_batch_size=1", "--trainer.accelerator=cpu",
+        f"--ckpt_path={cli.runs.find('last').path}", f"--output={tmp_path / 'out'}", "--seconds=0.01",
+        '--steps=["structured_pruning=0.5:taylor"]',
+    ])  # fmt: skip
+    (found,) = seen
+    task, total = cli.model, None
+    batches = list(cli.datamodule.val_dataloader())[:CALIBRATION_BATCHES]
+    assert len(batches) > 1
+    task.model.eval()
+    for batch in batches:
+        (task.loss_sum(batch) / task.count_targets(batch)).backward()
+        total = add_importance(total, taylor_importance(task.model))
+        task.model.zero_grad(set_to_none=True)
+    for mine, theirs in zip(total, found, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-7)
+    rows = json.loads((tmp_path / "out/report.json").read_text())["variants"]
+    assert rows[-1]["name"] == "structured_pruning-0.5-taylor"
+    assert rows[-1]["parameters"] < rows[0]["parameters"]

@@ -12,6 +12,7 @@ import yaml
 import leanbert
 from leanbert import signals
 from leanbert.cli.training import student_settings, train_student
+from leanbert.compression.pruning import prunable
 from leanbert.compression.steps import parse_steps
 from leanbert.errors import UserError
 from tests.training import TINY, fit
@@ -21,7 +22,11 @@ GIVEN = {
     "trainer": {
         "max_steps": 900,
         "max_epochs": 2,
-        "callbacks": [{"class_path": "MemoryMonitor"}, {"class_path": "leanbert.x.MagnitudePruning"}],
+        "callbacks": [
+            {"class_path": "MemoryMonitor"},
+            {"class_path": "leanbert.x.MagnitudePruning"},
+            {"class_path": "MovementPruning"},
+        ],
     },
     "model": {"init_args": {"init_from": None, "distillation": {"teacher": None, "hidden": 1.0}}},
     "data": {},
@@ -66,7 +71,8 @@ def test_a_teacher_that_was_trained_again_has_a_run_of_its_own(tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_compress_trains_what_is_cut_once_and_goes_on_with_a_run_that_was_stopped(tmp_path):
+@pytest.mark.parametrize("zeros", ["pruning", "movement_pruning"])
+def test_compress_trains_what_is_cut_once_and_goes_on_with_a_run_that_was_stopped(tmp_path, zeros):
     (tmp_path / "train.txt").write_text("".join(f"the {i} tests of words {i * i}\n\n" for i in range(400)))
     whole = fit(tmp_path, steps=6)
     teacher = whole.runs.find("last").path
@@ -74,7 +80,7 @@ def test_compress_trains_what_is_cut_once_and_goes_on_with_a_run_that_was_stoppe
         sys.executable, "train.py", "compress", "--config=configs/mlm.yaml", *TINY, f"--ckpt_path={teacher}",
         f"--data.train_files={tmp_path / 'train.txt'}", f"--data.cache_dir={tmp_path / 'cache'}",
         "--trainer.accelerator=cpu", f"--output={tmp_path / 'out'}", "--seconds=0.1",
-        '--steps=["blocks=0.5", "pruning=0.8", "train=6"]',
+        f'--steps=["blocks=0.5", "{zeros}=0.8", "train=6"]',
     ]  # fmt: skip
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
@@ -83,7 +89,8 @@ def test_compress_trains_what_is_cut_once_and_goes_on_with_a_run_that_was_stoppe
         (run,) = (root / "mlm").iterdir()  # the second time it is finished
     assert yaml.safe_load((root / "config.yaml").read_text())["trainer"]["max_steps"] == 6
     rows = {row["name"]: row for row in json.loads((tmp_path / "out/report.json").read_text())["variants"]}
-    name = "blocks-0.5+pruning-0.8+train-6"
+    name = f"blocks-0.5+{zeros}-0.8+train-6"
+    assert (f"blocks-0.5+{zeros}-0.8" in rows) is (zeros == "pruning")
     student = leanbert.load(tmp_path / "out" / name).model
     trained = leanbert.load(run / "checkpoints/last.ckpt" if (run / "checkpoints/last.ckpt").is_file() else
                             max((run / "checkpoints").glob("step-*.ckpt"))).model  # fmt: skip
@@ -91,7 +98,7 @@ def test_compress_trains_what_is_cut_once_and_goes_on_with_a_run_that_was_stoppe
     for one, other in zip(student.parameters(), trained.parameters(), strict=True):
         assert torch.equal(one, other)
     assert rows[name]["runtime"] == "PyTorch float32"
-    matrices = [p for n, p in student.named_parameters() if p.ndim == 2]
+    matrices = list(prunable(student, include_embeddings=zeros == "pruning").values())
     zeros = sum(int((matrix == 0).sum()) for matrix in matrices)
     assert zeros == pytest.approx(0.8 * sum(matrix.numel() for matrix in matrices), rel=0.01)
     assert rows[name]["nonzero"] == rows[name]["parameters"] - sum(int((p == 0).sum()) for p in student.parameters())

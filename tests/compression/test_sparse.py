@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from leanbert.compression.sparse import SparseLinear, make_sparse, sparse_bytes
+from leanbert.compression import sparse
+from leanbert.compression.sparse import SparseLinear, block_size, make_sparse, sparse_bytes
 from leanbert.errors import UserError
 from leanbert.models.packed_inputs import PackedInputs
 from tests.compression.onnx.models import pruned
@@ -19,11 +20,16 @@ def held_bytes(module):
     return sum(storages.values())
 
 
-def layer_of(zeros, bias=True):
+def layer_of(zeros, bias=True, size=1):
+    """A layer of 40 x 24 in which this share of blocks is zero."""
     torch.manual_seed(0)
-    layer = nn.Linear(40, 30, bias=bias)
+    layer = nn.Linear(40, 24, bias=bias)
+    count = 960 // size**2
+    blocks = torch.ones(count)
+    blocks[torch.randperm(count)[: round(zeros * count)]] = 0.0
     with torch.no_grad():
-        layer.weight.abs_().add_(0.1).view(-1)[torch.randperm(1200)[: round(zeros * 1200)]] = 0.0
+        mask = blocks.view(24 // size, -1).repeat_interleave(size, 0).repeat_interleave(size, 1)
+        layer.weight.abs_().add_(0.1).mul_(mask)
     return layer
 
 
@@ -31,23 +37,56 @@ def layer_of(zeros, bias=True):
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_holds_values_columns_and_row_starts(zeros, bias):
     layer = layer_of(zeros, bias)
-    sparse = SparseLinear(layer)
-    expected = round((1 - zeros) * 1200) * 8 + 31 * 4
+    held = SparseLinear(layer)
+    expected = round((1 - zeros) * 960) * 8 + 25 * 4
     assert sparse_bytes(layer.weight) == expected
-    assert held_bytes(sparse) == expected + (30 * 4 if bias else 0)
+    assert held_bytes(held) == expected + (24 * 4 if bias else 0)
     x = torch.randn(10, 13, 40)  # more rows than are multiplied at a time
     for rows in (x, x[0], x[:, ::3], x[:, :1], x.transpose(0, 1)):
         with torch.inference_mode():
-            expected, found = layer(rows), sparse(rows)
+            expected, found = layer(rows), held(rows)
         assert found.shape == expected.shape
         assert float((found - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
-    assert sparse(x[:0]).shape == (0, 13, 30)
+    assert held(x[:0]).shape == (0, 13, 24)
+
+
+@pytest.mark.parametrize("zeros", [0.4, 0.8, 1.0])
+@pytest.mark.parametrize("size", [4, 8])
+def test_a_layer_of_blocks_holds_a_column_for_each(size, zeros):
+    """It takes less than dense weights with fewer than half of them zero."""
+    layer = layer_of(zeros, size=size)
+    count = round((1 - zeros) * 960 / size**2)
+    expected = count * (4 * size**2 + 4) + (24 // size + 1) * 4
+    assert sparse_bytes(layer.weight, size) == expected < layer.weight.nbytes
+    assert block_size(layer.weight) == (size if zeros < 1.0 else 8)  # of nothing there are fewest row starts
+    held = SparseLinear(layer, size)
+    assert held_bytes(held) == expected + 24 * 4
+    x = torch.randn(10, 13, 40)
+    for rows in (x, x[0], x[:, ::3], x[:, :1], x.transpose(0, 1), x[:0]):
+        with torch.inference_mode():
+            dense, found = layer(rows), copy.deepcopy(held)(rows)
+        assert found.shape == dense.shape
+        assert torch.allclose(found, dense, rtol=0.0, atol=1e-5)
+
+
+def test_blocks_are_those_that_take_the_fewest_bytes_and_can_be_multiplied(monkeypatch):
+    assert block_size(layer_of(0.8).weight) == 1
+    assert block_size(layer_of(0.8, size=8).weight[:20]) == 4  # 20 rows are no eights
+    assert block_size(layer_of(0.8, size=8).weight[:21]) == 1
+    monkeypatch.setattr(sparse, "_multiplies_blocks", lambda: False)
+    assert block_size(layer_of(0.8, size=8).weight) == 1
+    layer = layer_of(0.8, size=8)
+    assert make_sparse(model := nn.Sequential(layer)) == 1
+    assert model[0].values.shape == (192,)
+    monkeypatch.undo()
+    assert make_sparse(model := nn.Sequential(layer)) == 1
+    assert model[0].values.shape == (3, 8, 8)
 
 
 def test_layers_that_would_grow_stay_dense():
-    """With 600 of 1200 weights left both take 4,800 bytes but for the row starts, with 584 sparse takes 4 less."""
-    model = nn.ModuleList([layer_of(0.5), layer_of(616 / 1200)])
-    assert [sparse_bytes(layer.weight) for layer in model] == [4924, 4796]
+    """With 480 of 960 weights left both take 3,840 bytes but for the row starts, with 467 sparse takes 4 less."""
+    model = nn.ModuleList([layer_of(0.5), layer_of(493 / 960)])
+    assert [sparse_bytes(layer.weight) for layer in model] == [3940, 3836]
     assert make_sparse(model) == 1
     assert [type(layer) for layer in model] == [nn.Linear, SparseLinear]
 

@@ -1,9 +1,19 @@
 """Which steps there are, in which order, and what each does to a model."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 
-from leanbert.compression.steps import TECHNIQUES, apply_steps, callbacks_of, parse_steps, split_at_training
+from leanbert.compression.steps import (
+    TECHNIQUES,
+    apply_steps,
+    callbacks_of,
+    parse_steps,
+    split_at_training,
+    variants_of,
+)
 from leanbert.errors import UserError
 from leanbert.models.packed_inputs import PackedInputs
 from tests.compression.onnx.models import make
@@ -24,12 +34,30 @@ def test_steps_are_read_in_their_order():
     [
         (
             ["prune=0.5"],
-            "'prune=0.5' is none. Give blocks=VALUE, structured_pruning=VALUE, pruning=VALUE, train=VALUE, "
-            "low_rank=VALUE, low_rank_embedding=VALUE, quantize=VALUE",
+            "'prune=0.5' is none. Give blocks=VALUE, structured_pruning=VALUE, pruning=VALUE, movement_pruning=VALUE, "
+            "train=VALUE, low_rank=VALUE, low_rank_embedding=VALUE, quantize=VALUE",
         ),
         (["train=0"], "'train=0' needs a whole number from 1: optimizer steps"),
         (["train=1.5"], "'train=1.5' needs a whole number from 1: optimizer steps"),
-        (["pruning=4:8"], "'pruning=4:8' needs a finite number from above 0 to below 1: fraction of all weights"),
+        (["pruning=3:4"], "'pruning=3:4' needs a finite number from above 0 to below 1: fraction of all weights"),
+        (["pruning=0.5:"], "'pruning=0.5:' needs"),
+        (["pruning=0.5:1"], "'pruning=0.5:1' needs"),
+        (["pruning=0.5:x"], "'pruning=0.5:x' needs"),
+        (["pruning=2:4:16"], "'pruning=2:4:16' needs"),
+        (["structured_pruning=0.5:16"], "'structured_pruning=0.5:16' needs"),
+        (["blocks=0.5:taylor"], "'blocks=0.5:taylor' needs"),
+        (["movement_pruning=0.5"], "movement_pruning=0.5 looks at how training moves weights. Add train=STEPS"),
+        (["movement_pruning=0.5", "quantize=int8"], "movement_pruning=0.5 looks at how training moves weights. Add"),
+        (["pruning=2:4", "movement_pruning=0.5"], "movement_pruning=0.5 after pruning=2:4 sets weights to"),
+        (["movement_pruning=0.5", "train=1", "low_rank=0.9"], "low_rank=0.9 after movement_pruning=0.5 would fill"),
+        (
+            ["blocks=0.5", "structured_pruning=0.5:taylor", "train=90"],
+            "structured_pruning=0.5:taylor is measured in the first 20 steps of training, with all blocks",
+        ),
+        (
+            ["structured_pruning=0.5:taylor", "train=20"],
+            "structured_pruning=0.5:taylor is measured in the first 20 steps of training, with all blocks",
+        ),
         (["train=9", "blocks=0.5"], "blocks=0.5 cannot follow train=9. Put them in the order blocks, structured"),
         (["pruning=0.5", "low_rank=0.9"], "low_rank=0.9 after pruning=0.5 would fill the zeros again. Leave one"),
         (["quantize=int3"], "'quantize=int3'. Give quantize=int8 or quantize=int4"),
@@ -65,26 +93,34 @@ def test_a_step_without_effect_is_an_error():
         apply_steps(model, parse_steps(["structured_pruning=0.001"]), run)
     with pytest.raises(UserError, match=r"^blocks=0\.01: 0\.01 of 2 blocks is less than one"):
         apply_steps(model, parse_steps(["blocks=0.01"]), run)
-    with pytest.raises(UserError, match=r"^pruning=2:4: of this model no matrix has inputs in fours"):
+    with pytest.raises(UserError, match=r"^pruning=2:4: no matrix of this model consists of such groups"):
         TECHNIQUES["pruning"].apply(torch.nn.Linear(6, 8), "2:4", run)
+    with pytest.raises(UserError, match=r"^pruning=0\.5:7: no matrix of this model consists of such groups"):
+        apply_steps(model, parse_steps(["pruning=0.5:7"]), run)
     with pytest.raises(UserError, match=r"^low_rank: encoder\.blocks\.0\.attention\.qkv was not run"):
         apply_steps(model, parse_steps(["low_rank=0.9"]), lambda model: None)
 
 
-@pytest.mark.parametrize(("value", "zeros"), [("0.75", 0.75), ("2:4", 0.5)])
-def test_single_weights_become_zero(value, zeros):
+@pytest.mark.parametrize(
+    ("value", "zeros", "rows", "columns"),
+    [("0.75", 0.75, 1, 1), ("2:4", 0.5, 1, 4), ("4:8", 0.5, 1, 8), ("0.75:8", 0.75, 8, 8)],
+)
+def test_single_weights_or_groups_become_zero(value, zeros, rows, columns):
     model, _ = make("tagging")
     apply_steps(model, parse_steps([f"pruning={value}"]), run)
-    names = ("weight",) if value == "2:4" else ("weight", "embeddings")
-    matrices = [
-        module.weight
-        for module in model.modules()
-        if isinstance(module, torch.nn.Linear | torch.nn.Embedding)
-        and (isinstance(module, torch.nn.Linear) or "embeddings" in names)
-        and (value != "2:4" or module.weight.shape[-1] % 4 == 0)
+    kinds = (torch.nn.Linear, torch.nn.Embedding) if value == "0.75" else (torch.nn.Linear,)
+    matrices = [module.weight for module in model.modules() if isinstance(module, kinds)]
+    groups = [
+        (matrix == 0).unflatten(0, (-1, rows)).unflatten(2, (-1, columns)).sum((1, 3)).flatten()
+        for matrix in matrices
+        if matrix.shape[0] % rows == matrix.shape[1] % columns == 0
     ]
-    count = sum(matrix.numel() for matrix in matrices)
-    assert sum(int((matrix == 0).sum()) for matrix in matrices) == pytest.approx(zeros * count, abs=1)
+    assert groups
+    found = torch.cat(groups)
+    if ":" in value:
+        allowed = {0, 64} if rows == 8 else {columns // 2}
+        assert set(found.unique().tolist()) == allowed
+    assert int(found.sum()) == pytest.approx(zeros * rows * columns * len(found), abs=rows * columns)
 
 
 def test_steps_before_training_are_callbacks_of_the_run():
@@ -97,3 +133,56 @@ def test_steps_before_training_are_callbacks_of_the_run():
     ]
     assert callbacks_of(parse_steps(["blocks=0.5"]))[0]["init_args"] == {"heads": 0.0, "neurons": 0.0, "blocks": 0.5}
     assert split_at_training(rest) == ([], 0, rest)
+    steps = parse_steps(["movement_pruning=0.8:16", "train=70"])
+    assert callbacks_of(steps[:1]) == [
+        {"class_path": "MovementPruning", "init_args": {"final_sparsity": 0.8, "block_size": 16}}
+    ]
+    assert callbacks_of(parse_steps(["pruning=0.8"]))[0]["init_args"] == {
+        "final_sparsity": 0.8, "include_embeddings": True,
+    }  # fmt: skip
+    parse_steps(["blocks=0.5", "structured_pruning=0.5:taylor"])  # without training blocks may leave
+    parse_steps(["structured_pruning=0.5:taylor", "train=21"])
+    assert callbacks_of(parse_steps(["structured_pruning=0.5:taylor"]))[0]["init_args"] == {
+        "heads": 0.5, "neurons": 0.5, "importance": "taylor", "at_step": 20,
+    }  # fmt: skip
+
+
+def test_each_step_makes_a_variant_but_what_only_training_does():
+    steps = parse_steps(["blocks=0.5", "movement_pruning=4:8", "train=70", "quantize=int8"])
+    assert ["+".join(step.slug for step in some) for some in variants_of(steps)] == [
+        "blocks-0.5",
+        "blocks-0.5+movement_pruning-4-8+train-70",
+        "blocks-0.5+movement_pruning-4-8+train-70+int8",
+    ]
+
+
+def test_heads_and_neurons_leave_by_the_gradients_of_the_loss():
+    """Of two models that are alike the later heads are small in one, and get no gradient in the other."""
+    later = torch.arange(64) >= 32
+
+    def calibrate(model, after_backward=None):
+        assert after_backward is not None
+        for _ in range(2):
+            inputs = PackedInputs.whole_rows(torch.randint(100, (4, 16), generator=torch.Generator().manual_seed(0)))
+            model(inputs, torch.arange(16).expand(4, 16)).square().sum().backward()
+            after_backward()
+            model.zero_grad(set_to_none=True)
+
+    model, _ = make("tagging", hidden_size=64, num_heads=4, intermediate_size=128)
+    weights = [block.attention.output.weight for block in model.blocks]
+    with torch.no_grad():
+        for weight in weights:
+            weight[:, later] *= 10.0
+    before = [weight.detach().clone() for weight in weights]
+    handles = [weight.register_hook(lambda gradient: gradient * ~later) for weight in weights]
+    apply_steps(model, parse_steps(["structured_pruning=0.5:taylor"]), calibrate)
+    for handle in handles:
+        handle.remove()
+    for block, old in zip(model.blocks, before, strict=True):
+        assert torch.equal(block.attention.output.weight, old[:, ~later])
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs/compress").glob("*.yaml")), ids=lambda path: path.stem)
+def test_steps_of_overlays_can_be(path):
+    texts = yaml.safe_load(path.read_text(encoding="utf-8"))["steps+"]
+    assert [str(step) for step in parse_steps(texts)] == texts

@@ -61,7 +61,15 @@ def test_checkpointing_adds_a_forward_pass_of_the_blocks_but_the_last_product():
 
 
 @pytest.mark.parametrize(
-    "names", [(), ("checkpointing", "bf16_mixed"), ("accumulation", "adamw_8bit"), ("pruning",), ("lean",)]
+    "names",
+    [
+        (),
+        ("checkpointing", "bf16_mixed"),
+        ("accumulation", "adamw_8bit"),
+        ("pruning",),
+        ("movement_pruning",),
+        ("lean",),
+    ],
 )
 def test_a_run_has_the_predicted_peak(tmp_path, names):
     """By the monitor of a real run; benchmarks/plan.py measures with torch's profiler."""
@@ -86,6 +94,28 @@ def test_a_run_has_the_predicted_peak(tmp_path, names):
     peaks = (sum(found.by_category.values()) - found.by_category["other"],
              measured["peak_bytes"] - measured["by_category"]["other"])  # fmt: skip
     assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
+
+
+def test_masks_and_importance_are_planned_and_measured(tmp_path):
+    """Of each block of 32 the linear layers, of which 84 neurons come in fours, and that of the head."""
+    write_corpus(tmp_path / "train.txt")
+
+    def measured(*names):
+        gc.collect()
+        # the monitor looks at the second step, before which all is pruned
+        run = fit(tmp_path, "--model.encoder.num_layers=1", "--data.batch_size=16", overlays=names, steps=2)
+        return next(c for c in run.trainer.callbacks if type(c).__name__ == "MemoryMonitor").peaks
+
+    weights = 96 * 32 + 32 * 32 + 168 * 32 + 32 * 84 + 32 * 32
+    plain = predict(settings(encoder={"num_layers": 1})).phases
+    measured()  # leaves the same behind as all that follow
+    bare = measured()
+    for name, bytes_a_weight in (("pruning", 1), ("pruning_2_4", 1), ("movement_pruning", 5)):
+        planned = predict(settings(name, encoder={"num_layers": 1})).phases
+        for before, after in ((plain, planned), (bare, measured(name))):
+            for phase in ("forward", "backward", "optimizer"):
+                more = {key: after[phase][key] - value for key, value in before[phase].items()}
+                assert more == {**dict.fromkeys(more, 0), "other": bytes_a_weight * weights}, (name, phase)
 
 
 def test_what_a_run_would_refuse_is_refused():

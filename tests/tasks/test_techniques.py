@@ -16,6 +16,7 @@ SMALL = ("--data.batch_size=16",)  # so that the micro-batches of the overlays c
 
 UNTOUCHED = ("oom_recovery", "return_pages")
 """Exact techniques that leave the order of sums as it is, so that losses are the same bit for bit."""
+TAYLOR = '{"class_path": "StructuredPruning", "init_args": {"at_step": 3, "importance": "taylor"}}'
 MOVES = {
     "bf16_mixed": 0.02,
     "fp16_mixed": 0.02,
@@ -27,6 +28,7 @@ MOVES = {
     "lean": 0.05,
     "pruning": 0.1,
     "pruning_2_4": 0.1,
+    "movement_pruning": 0.1,
     "structured_pruning": 0.1,
 }
 """How far approximate techniques may move the loss of 4 steps."""
@@ -137,6 +139,20 @@ def test_offload_to_the_host_is_refused_on_a_cpu(folder):
         ("selective_checkpointing", ["--model.compile=true"], "keep=input"),
         ("accumulation", ["--data.batch_size=8"], "does not cut"),
         ("adama", ["--model.optimizer.name=sgd"], "moments"),
+        (
+            "optimizer_in_backward",
+            ["--config=configs/memory/movement_pruning.yaml"],
+            "MovementPruning: looks at gradients, which OptimizerInBackward has freed by then",
+        ),
+        (
+            "layer_major",
+            [
+                "--config=configs/memory/optimizer_in_backward.yaml",
+                f"--trainer.callbacks+={TAYLOR}",
+            ],
+            "StructuredPruning.importance: taylor: looks at gradients",
+        ),
+        ("pruning", ["--config=configs/memory/movement_pruning.yaml"], "sets weights to zero already"),
     ],
 )
 def test_refused_surroundings(folder, overlay, arguments, reason):
@@ -152,10 +168,26 @@ def test_refused_surroundings(folder, overlay, arguments, reason):
         ({"slice_rows": 2}, {"shards": True}, "not gathered"),
         ({"recovery": True}, {"shards": True}, "smaller micro-batch before the run"),
         ({"storage": "host"}, {}, "to=disk"),
-        ({"masks": True}, {"shards": True}, "MagnitudePruning has to see them whole"),
+        ({"masks": {"MagnitudePruning"}}, {"shards": True}, "MagnitudePruning has to see them whole"),
+        ({"masks": {"MovementPruning"}}, {"shards": True}, "MovementPruning has to see them whole"),
+        (
+            {"masks": {"MagnitudePruning", "MovementPruning"}},
+            {},
+            r"^MovementPruning: MagnitudePruning sets weights to zero already\. Leave one of them out",
+        ),
+        (
+            {"gradient_readers": {"MovementPruning"}, "in_backward": "update"},
+            {},
+            "MovementPruning: looks at gradients, which OptimizerInBackward has freed by then",
+        ),
+        (
+            {"gradient_readers": {"MovementPruning"}, "in_backward": "accumulate", "micro_batch": 2},
+            {},
+            "MovementPruning: looks at gradients",
+        ),
         ({"removal_step": 1}, {"shards": True}, "StructuredPruning has to see them whole"),
         ({"removal_step": 1}, {"world_size": 2}, "at_step: is 1, but several devices exchange"),
-        ({"removal_step": 1, "masks": True}, {}, "MagnitudePruning would no longer fit"),
+        ({"removal_step": 1, "masks": {"MagnitudePruning"}}, {}, "MagnitudePruning would no longer fit"),
     ],
 )
 def test_refusals_that_need_other_devices(techniques, around, reason):

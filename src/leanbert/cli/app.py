@@ -6,7 +6,7 @@ import logging
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
@@ -189,12 +189,16 @@ class CLI(Setup):
             found |= tagged(self.trainer.callback_metrics)
         return found
 
-    def _calibrate(self, model: Any) -> None:
+    def _calibrate(self, model: Any, after_backward: Callable[[], object] | None = None) -> None:
         """Run a model on the first batches of validation."""
         self.model.model = model
-        with torch.no_grad():
+        with torch.set_grad_enabled(after_backward is not None):
             for batch in islice(self.datamodule.val_dataloader(), CALIBRATION_BATCHES):
-                self.model.loss_sum(batch)
+                loss = self.model.loss_sum(batch)
+                if after_backward is not None:
+                    (loss / self.model.count_targets(batch)).backward()
+                    after_backward()
+                    model.zero_grad(set_to_none=True)
 
     def _train_student(self, cuts: Sequence[Step], steps: int, folder: Path) -> Path:
         """Train what the cuts leave of the model, on the devices that are set."""

@@ -23,7 +23,7 @@ from leanbert.callbacks.reporting.report import ConfigFile, RunSummary, StartRep
 from leanbert.callbacks.reporting.samples import Samples
 from leanbert.callbacks.reporting.step_monitor import StepMonitor
 from leanbert.callbacks.techniques.allocator import ReturnFreedPages
-from leanbert.callbacks.techniques.pruning import StructuredPruning
+from leanbert.callbacks.techniques.structured import StructuredPruning
 from leanbert.class_paths import find_class, in_arguments
 from leanbert.cli.arguments import complete
 from leanbert.cli.budget import apply_budget, count_devices

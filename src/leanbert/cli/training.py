@@ -13,7 +13,7 @@ import yaml
 
 from leanbert import signals
 from leanbert.checkpoints import BEST
-from leanbert.compression.steps import PRUNING, Step, callbacks_of
+from leanbert.compression.steps import TECHNIQUES, ZEROS, Step, callbacks_of
 from leanbert.data.store.checksums import file_digest
 from leanbert.errors import UserError
 from leanbert.files import write_text_atomically
@@ -64,12 +64,13 @@ def train_student(settings: dict[str, Any], cuts: Sequence[Step], task: str, fol
         raise UserError(f"train: the run in {root} has ended early, see above. The same command goes on with it")
     run = runs[-1]
     best = run.checkpoints / BEST
-    gradual = any(step.name == PRUNING for step in cuts)
+    gradual = any(step.name in ZEROS for step in cuts)
     return best if best.is_file() and not gradual else run.find("last").path
 
 
 def _prunes(callback: dict[str, Any]) -> bool:
-    return callback["class_path"].rpartition(".")[2] in ("StructuredPruning", "MagnitudePruning")
+    ours = {technique.callback[0] for technique in TECHNIQUES.values() if technique.callback is not None}
+    return callback["class_path"].rpartition(".")[2] in ours
 
 
 def _digest(source: Path) -> str:

@@ -1,4 +1,4 @@
-"""Unstructured pruning: single weights become zero. Approximate: the model computes something else.
+"""Unstructured pruning: single weights, or square blocks of them, become zero. Approximate.
 
 Masks are bool, one byte a weight, True where a weight is kept. They live beside the model while it trains and never
 in a checkpoint: pruned weights are zeros there, from which `masks_of_zeros` makes the masks again.
@@ -6,15 +6,21 @@ in a checkpoint: pruned weights are zeros there, from which `masks_of_zeros` mak
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from leanbert.messages import say
 
-Scope = Literal["global", "layer"]
+Scope = Literal["global", "layer", "2:4", "4:8"]
+
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+PATTERNS = {"2:4": (2, 4), "4:8": (4, 8)}
+"""Scopes of which so many of so many neighbours along the inputs stay, half of them. Sparse tensor cores compute 2:4 at
+twice the speed (Mishra et al. 2021, arXiv 2104.08378); 4:8 leaves more choice (Zhou et al. 2021, arXiv 2102.04010)."""
 
 SLICE = 2**22
 """Weights that are looked at together: transients are three times 4 bytes for each of them, 48 MiB."""
@@ -47,46 +53,90 @@ def prunable(model: nn.Module, include_embeddings: bool = False) -> dict[str, nn
     return found
 
 
-def magnitude_masks(weights: Mapping[str, Tensor], sparsity: float, scope: Scope = "global") -> dict[str, Tensor]:
-    """Return masks that drop the weights with the smallest magnitudes.
+def magnitude_masks(
+    weights: Mapping[str, Tensor], sparsity: float, scope: Scope = "global", *, signed: bool = False
+) -> dict[str, Tensor]:
+    """Return masks that drop the weights with the smallest magnitudes; `signed`: the smallest scores.
 
-    Exactly `round(sparsity * n)` are False, of all `n` weights together (global) or of each tensor (layer); equal
-    magnitudes go in the order of their position. Han et al. 2015, arXiv 1506.02626. Weights have any floating dtype,
-    and are compared as float32.
+    Exactly `round(sparsity * n)` are False, of all `n` weights together (global) or of each tensor (layer); equal ones
+    go in the order of their position. Han et al. 2015, arXiv 1506.02626. Weights have any floating dtype, and are
+    compared as float32.
     """
     if scope == "layer":
-        return {name: _drop_smallest([weight], round(sparsity * weight.numel()))[0] for name, weight in weights.items()}
+        return {
+            name: _drop_smallest([weight], round(sparsity * weight.numel()), signed)[0]
+            for name, weight in weights.items()
+        }
     tensors = list(weights.values())
-    masks = _drop_smallest(tensors, round(sparsity * sum(tensor.numel() for tensor in tensors)))
+    masks = _drop_smallest(tensors, round(sparsity * sum(tensor.numel() for tensor in tensors)), signed)
     return dict(zip(weights, masks, strict=True))
 
 
-def two_of_four_masks(weight: Tensor) -> Tensor:
-    """Return the mask that keeps the two largest of each four neighbours along the inputs of `weight` [out, in].
+def n_of_m_masks(weight: Tensor, n: int, m: int, *, signed: bool = False) -> Tensor:
+    """Return the mask that keeps the `n` largest of each `m` neighbours along the inputs of `weight` [out, in].
 
-    The pattern that sparse tensor cores compute at twice the speed: Mishra et al. 2021, arXiv 2104.08378. Of equal
-    magnitudes the last stay. Raises `ValueError` if the number of inputs is no multiple of 4.
+    By magnitude, or `signed` as they are; of equal ones the last stay. Raises `ValueError` if the number of inputs is
+    no multiple of `m`.
     """
-    if weight.shape[-1] % 4:
-        raise ValueError(f"2:4 sparsity needs inputs in groups of 4, the weight has {weight.shape[-1]}")
-    groups = weight.detach().abs().unflatten(-1, (-1, 4))  # [out, in / 4, 4]
-    smallest = groups.argsort(dim=-1, stable=True)[..., :2]
+    if weight.shape[-1] % m:
+        raise ValueError(f"{n}:{m} sparsity needs inputs in groups of {m}, the weight has {weight.shape[-1]}")
+    weight = weight.detach()
+    groups = (weight if signed else weight.abs()).unflatten(-1, (-1, m))  # [out, in / m, m]
+    smallest = groups.argsort(dim=-1, stable=True)[..., : m - n]
     return torch.ones_like(groups, dtype=torch.bool).scatter_(-1, smallest, False).flatten(-2)
 
 
-def make_masks(weights: Mapping[str, Tensor], sparsity: float, scope: Scope | Literal["2:4"]) -> dict[str, Tensor]:
-    """Return the masks of a scope: by magnitude for this share of zeros, or two of each four neighbours."""
-    if scope == "2:4":
-        return {name: two_of_four_masks(weight) for name, weight in weights.items()}
-    return magnitude_masks(weights, sparsity, scope)
+def block_scores(weight: Tensor, size: int, *, signed: bool = False) -> Tensor:
+    """Return the Frobenius norm of each square block of `weight` [out, in], float32 [out / size, in / size].
+
+    `signed`: the sum of its scores, as if all weights of a block had one (Lagunas et al. 2021, arXiv 2109.04838).
+    """
+    tiles = weight.detach().unflatten(0, (-1, size)).unflatten(2, (-1, size))  # [out / size, size, in / size, size]
+    if signed:
+        return tiles.sum((1, 3), dtype=torch.float32)
+    return torch.linalg.vector_norm(tiles, dim=(1, 3), dtype=torch.float32)
 
 
-def in_fours(weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Return the matrices whose inputs come in fours, and say how many do not."""
-    odd = [name for name, weight in weights.items() if weight.shape[-1] % 4]
+def make_masks(
+    weights: Mapping[str, Tensor], sparsity: float, scope: Scope, block_size: int = 1, *, signed: bool = False
+) -> dict[str, Tensor]:
+    """Return the masks of a scope: this share of zeros, of weights or square blocks of them, or the half of a pattern.
+
+    The matrices are those that `tiled` returns. `signed`: scores instead of weights, of which the largest stay.
+    """
+    if scope in PATTERNS:
+        return {name: n_of_m_masks(weight, *PATTERNS[scope], signed=signed) for name, weight in weights.items()}
+    if block_size == 1:
+        return magnitude_masks(weights, sparsity, scope, signed=signed)
+    blocks = {name: block_scores(weight, block_size, signed=signed) for name, weight in weights.items()}
+    masks = magnitude_masks(blocks, sparsity, scope, signed=signed)
+    return {
+        name: mask.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1) for name, mask in masks.items()
+    }
+
+
+def tiled(weights: Mapping[str, nn.Parameter], scope: Scope, block_size: int = 1) -> dict[str, nn.Parameter]:
+    """Return the matrices [out, in] that consist of whole groups or blocks, and say how many do not."""
+    rows, columns = (1, PATTERNS[scope][1]) if scope in PATTERNS else (block_size, block_size)
+    odd = [name for name, weight in weights.items() if weight.shape[0] % rows or weight.shape[1] % columns]
     if odd:
-        say(f"2:4 leaves {len(odd)} matrices dense, whose inputs do not come in fours: {odd[0]}, ...")
+        say(f"pruning leaves {len(odd)} matrices dense that are no multiple of {rows} x {columns}: {odd[0]}, ...")
     return {name: weight for name, weight in weights.items() if name not in odd}
+
+
+@torch.no_grad()
+def add_movement(scores: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Subtract weight x gradient from the float32 scores, in place: those of weights that move away from zero grow.
+
+    Sanh, Wolf and Rush 2020, arXiv 2005.07683, equation 4, without the learning rate, which is the same for all. A
+    weight without a gradient keeps its score.
+    """
+    for name, total in scores.items():
+        if (gradient := weights[name].grad) is None:
+            continue
+        flat = (total.view(-1), weights[name].view(-1), gradient.reshape(-1))
+        for part, weight, slope in zip(*(tensor.split(SLICE) for tensor in flat), strict=True):
+            part.addcmul_(weight.float(), slope.float(), value=-1.0)
 
 
 def masks_of_zeros(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -109,14 +159,14 @@ def sparsity_of(weights: Mapping[str, Tensor]) -> float:
     return zeros / sum(tensor.numel() for tensor in weights.values())
 
 
-def _drop_smallest(tensors: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Return masks that drop exactly the `count` smallest magnitudes of all tensors together."""
+def _drop_smallest(tensors: Sequence[Tensor], count: int, signed: bool) -> list[Tensor]:
+    """Return masks that drop exactly the `count` smallest of all tensors together."""
     masks = [torch.ones(tensor.shape, dtype=torch.bool, device=tensor.device) for tensor in tensors]
     if count == 0:
         return masks
-    threshold, equals = _threshold(tensors, count)
+    threshold, equals = _threshold(tensors, count, signed)
     for tensor, mask in zip(tensors, masks, strict=True):
-        for bits, kept in zip(_magnitude_bits(tensor), mask.view(-1).split(SLICE), strict=True):
+        for bits, kept in zip(_ordered_bits([tensor], signed), mask.view(-1).split(SLICE), strict=True):
             torch.ge(bits, threshold, out=kept)
             if equals:
                 ties = (bits == threshold).nonzero().flatten()[:equals]
@@ -125,16 +175,15 @@ def _drop_smallest(tensors: Sequence[Tensor], count: int) -> list[Tensor]:
     return masks
 
 
-def _threshold(tensors: Sequence[Tensor], count: int) -> tuple[int, int]:
-    """Return the `count`-th smallest magnitude as bits, and how many that equal it are among the `count` smallest.
+def _threshold(tensors: Sequence[Tensor], count: int, signed: bool) -> tuple[int, int]:
+    """Return the `count`-th smallest as ordered bits, and how many that equal it are among the `count` smallest.
 
     A radix selection in two passes, by histograms of the upper and of the lower 16 bits: exact, where a sort or
     `kthvalue` would need a copy of all weights and as many 8-byte indices.
     """
-    upper, rank = _bin_of_rank((bits >> 16 for tensor in tensors for bits in _magnitude_bits(tensor)), count)
-    lower, rank = _bin_of_rank(
-        (bits[bits >> 16 == upper] & 0xFFFF for tensor in tensors for bits in _magnitude_bits(tensor)), rank
-    )
+    upper, rank = _bin_of_rank(((bits >> 16).add_(2**15) for bits in _ordered_bits(tensors, signed)), count)
+    upper -= 2**15
+    lower, rank = _bin_of_rank((bits[bits >> 16 == upper] & 0xFFFF for bits in _ordered_bits(tensors, signed)), rank)
     return upper << 16 | lower, rank
 
 
@@ -147,7 +196,12 @@ def _bin_of_rank(digits: Iterator[Tensor], rank: int) -> tuple[int, int]:
     return digit, rank - int(up_to[digit] - histogram[digit])
 
 
-def _magnitude_bits(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield slices of `tensor` as int32 that are ordered as their magnitudes: float32 without its sign bit."""
-    for part in tensor.detach().reshape(-1).split(SLICE):
-        yield part.float().view(torch.int32) & 0x7FFFFFFF
+def _ordered_bits(tensors: Iterable[Tensor], signed: bool) -> Iterator[Tensor]:
+    """Yield slices of the tensors as int32 that are ordered as the float32 numbers, or as their magnitudes.
+
+    Without its sign bit float32 is ordered so; negative numbers are with the other bits turned over.
+    """
+    for tensor in tensors:
+        for part in tensor.detach().reshape(-1).split(SLICE):
+            bits = part.float().view(torch.int32)
+            yield (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits) if signed else bits & 0x7FFFFFFF

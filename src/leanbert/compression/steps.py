@@ -2,37 +2,67 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from leanbert.compression.low_rank import make_embedding_low_rank, make_low_rank, second_moments, token_counts
 from leanbert.compression.onnx.quantization import SCHEMES, Scheme
-from leanbert.compression.pruning import apply_masks, in_fours, make_masks, prunable
-from leanbert.compression.structured import prune_structured, remove_blocks, sizes_kept
+from leanbert.compression.pruning import PATTERNS, apply_masks, make_masks, prunable, tiled
+from leanbert.compression.structured import (
+    Importance,
+    add_importance,
+    prune_structured,
+    remove_blocks,
+    sizes_kept,
+    taylor_importance,
+)
 from leanbert.errors import UserError, under
 from leanbert.models.base import EncoderModel
 from leanbert.ranges import COUNT, Range
 
-Calibrate = Callable[[EncoderModel], None]
-"""Runs a model on real batches, for a step that looks at what happens inside."""
+
+class Calibrate(Protocol):
+    """Runs a model on real batches, for a step that looks at what happens inside."""
+
+    def __call__(self, model: EncoderModel, after_backward: Callable[[], object] | None = None) -> None:
+        """Run forward passes and, where something comes after them, backward passes of the mean loss of each batch."""
+
 
 Apply = Callable[[EncoderModel, str, Calibrate], None]
 
-TRAIN, QUANTIZE, PRUNING = "train", "quantize", "pruning"
-TWO_OF_FOUR = "2:4"
+TRAIN, QUANTIZE, BLOCKS = "train", "quantize", "blocks"
+LOW_RANK, LOW_RANK_EMBEDDING = "low_rank", "low_rank_embedding"
+PRUNING, MOVEMENT = "pruning", "movement_pruning"
+ZEROS = (PRUNING, MOVEMENT)
+"""Steps that set single weights to zero."""
+TAYLOR = ":taylor"
+TAYLOR_STEPS = 20
+"""Of training before heads and neurons leave by their gradients."""
+
+FRACTION = Range(above=0, below=1)
+
+
+def _is_fraction(text: str) -> bool:
+    try:
+        return float(text) in FRACTION
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
 class Technique:
-    """What a step of one name does; its values are a fraction, or one of some words."""
+    """What a step of one name does."""
 
     text: str
-    apply: Apply
-    """Changes the model in place."""
+    """What its values are."""
+    apply: Apply | None
+    """Changes the model in place; None: only training does it."""
     callback: tuple[str, Callable[[str], dict[str, Any]]] | None = None
     """The callback that does the same in a run of `fit`, and its arguments; None: the step cannot be trained."""
-    words: tuple[str, ...] = ()
+    takes: Callable[[str], bool] = _is_fraction
+    """Whether a value is one of its own."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +79,7 @@ class Step:
     @property
     def slug(self) -> str:
         """A part of the name of a folder."""
-        return self.value if self.name == QUANTIZE else f"{self.name}-{self.value.replace(':', 'of')}"
+        return self.value if self.name == QUANTIZE else f"{self.name}-{self.value.replace(':', '-')}"
 
 
 def _remove_blocks(model: EncoderModel, fraction: str, calibrate: Calibrate) -> None:
@@ -57,26 +87,52 @@ def _remove_blocks(model: EncoderModel, fraction: str, calibrate: Calibrate) -> 
         remove_blocks(model, float(fraction))
 
 
-def _remove_structures(model: EncoderModel, fraction: str, calibrate: Calibrate) -> None:
-    with under(f"structured_pruning={fraction}"):
-        heads, neurons = sizes_kept(model.config, float(fraction), float(fraction))
-    prune_structured(model, heads, neurons)
+def _remove_structures(model: EncoderModel, value: str, calibrate: Calibrate) -> None:
+    fraction = float(value.removesuffix(TAYLOR))
+    with under(f"structured_pruning={value}"):
+        heads, neurons = sizes_kept(model.config, fraction, fraction)
+    importance: Importance | None = None
+
+    def add() -> None:
+        nonlocal importance
+        importance = add_importance(importance, taylor_importance(model))
+
+    if value.endswith(TAYLOR):
+        calibrate(model, add)
+    prune_structured(model, heads, neurons, importance)
 
 
-def _remove_weights(model: EncoderModel, fraction: str, calibrate: Calibrate) -> None:
-    if fraction == TWO_OF_FOUR:
-        if not (weights := in_fours(prunable(model))):
-            raise UserError(f"pruning={fraction}: of this model no matrix has inputs in fours. Give a fraction")
-        apply_masks(weights, make_masks(weights, 0.5, "2:4"))
-    else:
-        weights = prunable(model, include_embeddings=True)
-        apply_masks(weights, make_masks(weights, float(fraction), "global"))
+def _structured_settings(value: str) -> dict[str, Any]:
+    fraction = float(value.removesuffix(TAYLOR))
+    taylor = {"importance": "taylor", "at_step": TAYLOR_STEPS} if value.endswith(TAYLOR) else {}
+    return {"heads": fraction, "neurons": fraction, **taylor}
 
 
-def _pruning_settings(fraction: str) -> dict[str, Any]:
-    if fraction == TWO_OF_FOUR:
-        return {"final_sparsity": 0.5, "scope": TWO_OF_FOUR}
-    return {"final_sparsity": float(fraction), "include_embeddings": True}
+def _remove_weights(model: EncoderModel, value: str, calibrate: Calibrate) -> None:
+    settings = _magnitude_settings(value)
+    scope, size = settings.get("scope", "global"), settings.get("block_size", 1)
+    weights = tiled(prunable(model, settings.get("include_embeddings", False)), scope, size)
+    if not weights:
+        raise UserError(f"pruning={value}: no matrix of this model consists of such groups. Give a fraction")
+    apply_masks(weights, make_masks(weights, settings["final_sparsity"], scope, size))
+
+
+def _zeros_settings(value: str) -> dict[str, Any]:
+    if value in PATTERNS:
+        return {"final_sparsity": 0.5, "scope": value}
+    fraction, _, size = value.partition(":")
+    return {"final_sparsity": float(fraction), **({"block_size": int(size)} if size else {})}
+
+
+def _magnitude_settings(value: str) -> dict[str, Any]:
+    """Return the settings; single weights leave embeddings too, groups of them are for products."""
+    return {**_zeros_settings(value), **({"include_embeddings": True} if _is_fraction(value) else {})}
+
+
+def _are_zeros(value: str) -> bool:
+    fraction, colon, size = value.partition(":")
+    whole = re.fullmatch(r"[1-9][0-9]{0,5}", size) and size != "1"
+    return value in PATTERNS or (_is_fraction(fraction) and bool(whole or not colon))
 
 
 def _factorise(model: EncoderModel, energy: str, calibrate: Calibrate) -> None:
@@ -91,28 +147,33 @@ def _factorise_embedding(model: EncoderModel, energy: str, calibrate: Calibrate)
     make_embedding_low_rank(model, float(energy), counts)
 
 
+GROUPS = "; 0.8:8, of blocks of 8 x 8 in linear layers; 2:4 or 4:8 of neighbours there"
+
 TECHNIQUES = {
-    "blocks": Technique(
+    BLOCKS: Technique(
         "fraction of the blocks that leave", _remove_blocks,
         ("StructuredPruning", lambda fraction: {"blocks": float(fraction)}),
     ),
     "structured_pruning": Technique(
-        "fraction of attention heads and feed-forward neurons that leave", _remove_structures,
-        ("StructuredPruning", lambda fraction: {"heads": float(fraction), "neurons": float(fraction)}),
+        "fraction of attention heads and feed-forward neurons that leave; 0.25:taylor, by the gradients of the loss",
+        _remove_structures, ("StructuredPruning", _structured_settings),
+        lambda value: _is_fraction(value.removesuffix(TAYLOR)),
     ),
     PRUNING: Technique(
-        "fraction of all weights that become zero, the smallest; or 2:4, two of each four neighbours", _remove_weights,
-        ("MagnitudePruning", _pruning_settings), (TWO_OF_FOUR,),
+        f"fraction of all weights that become zero, the smallest{GROUPS}", _remove_weights,
+        ("MagnitudePruning", _magnitude_settings), _are_zeros,
     ),
-    "low_rank": Technique("fraction of the outputs' energy that two thin matrices keep of each large one", _factorise),
-    "low_rank_embedding": Technique(
+    MOVEMENT: Technique(
+        f"fraction of linear layers' weights that become zero, as training moves them there{GROUPS}", None,
+        ("MovementPruning", _zeros_settings), _are_zeros,
+    ),
+    LOW_RANK: Technique("fraction of the outputs' energy that two thin matrices keep of each large one", _factorise),
+    LOW_RANK_EMBEDDING: Technique(
         "fraction of the energy that two thin matrices keep of the token embedding", _factorise_embedding
     ),
 }  # fmt: skip
 """Steps that change the model, in the order in which they may follow each other: a layer that was made of two factors
 has no rows that belong to heads."""
-
-FRACTION = Range(above=0, below=1)
 
 _TRAINED = tuple(name for name, technique in TECHNIQUES.items() if technique.callback)
 ORDER = (*_TRAINED, TRAIN, *(name for name in TECHNIQUES if name not in _TRAINED), QUANTIZE)
@@ -121,28 +182,47 @@ ORDER = (*_TRAINED, TRAIN, *(name for name in TECHNIQUES if name not in _TRAINED
 
 def parse_steps(texts: Sequence[str]) -> list[Step]:
     """Read steps. Raises `UserError` for what is none, for values out of range and for an order that cannot be."""
-    order = list(ORDER)
     steps: list[Step] = []
     for text in texts:
         name, _, value = text.partition("=")
-        if name not in order:
-            raise UserError(f"steps: {text!r} is none. Give {', '.join(f'{each}=VALUE' for each in order)}")
-        if name == QUANTIZE:
-            if value not in SCHEMES:
-                raise UserError(f"steps: {text!r}. Give {QUANTIZE}={f' or {QUANTIZE}='.join(SCHEMES)}")
-        elif name == TRAIN:
-            if not value.isdecimal() or int(value) not in COUNT:
-                raise UserError(f"steps: {text!r} needs a whole number from 1: optimizer steps")
-        elif value not in TECHNIQUES[name].words and ((number := _number(value)) is None or number not in FRACTION):
-            raise UserError(f"steps: {text!r} needs {FRACTION}: {TECHNIQUES[name].text}")
+        _check_value(text, name, value)
         for before in steps:
-            if before.name == PRUNING and name.startswith("low_rank"):
-                raise UserError(f"steps: {text} after {before} would fill the zeros again. Leave one of them out")
-            if order.index(before.name) >= order.index(name):
+            factors = name in (LOW_RANK, LOW_RANK_EMBEDDING)
+            if before.name in ZEROS and (factors or name in ZEROS) and before.name != name:
+                reason = "would fill the zeros again" if factors else "sets weights to zero a second time"
+                raise UserError(f"steps: {text} after {before} {reason}. Leave one of them out")
+            if ORDER.index(before.name) >= ORDER.index(name):
                 reason = "is there twice" if before.name == name else f"cannot follow {before}"
-                raise UserError(f"steps: {text} {reason}. Put them in the order {', '.join(order)}")
+                raise UserError(f"steps: {text} {reason}. Put them in the order {', '.join(ORDER)}")
         steps.append(Step(name, value))
+    _, trained, _ = split_at_training(steps)
+    for step in steps:
+        if step.name == MOVEMENT and not trained:
+            raise UserError(f"steps: {step} looks at how training moves weights. Add {TRAIN}=STEPS, or give {PRUNING}")
+        late = trained <= TAYLOR_STEPS or any(other.name == BLOCKS for other in steps)
+        if step.value.endswith(TAYLOR) and trained and late:
+            reason = f"is measured in the first {TAYLOR_STEPS} steps of training, with all blocks"
+            raise UserError(f"steps: {step} {reason}. Train longer and without {BLOCKS}, or leave {TAYLOR} out")
     return steps
+
+
+def _check_value(text: str, name: str, value: str) -> None:
+    if name not in ORDER:
+        raise UserError(f"steps: {text!r} is none. Give {', '.join(f'{each}=VALUE' for each in ORDER)}")
+    if name == QUANTIZE:
+        if value not in SCHEMES:
+            raise UserError(f"steps: {text!r}. Give {QUANTIZE}={f' or {QUANTIZE}='.join(SCHEMES)}")
+    elif name == TRAIN:
+        if not re.fullmatch("[0-9]{1,15}", value) or int(value) not in COUNT:
+            raise UserError(f"steps: {text!r} needs a whole number from 1: optimizer steps")
+    elif not TECHNIQUES[name].takes(value):
+        raise UserError(f"steps: {text!r} needs {FRACTION}: {TECHNIQUES[name].text}")
+
+
+def variants_of(steps: Sequence[Step]) -> list[Sequence[Step]]:
+    """Return the lists that make a variant each: each step with those before it, if training need not come first."""
+    lists = [steps[: count + 1] for count in range(len(steps))]
+    return [steps for steps in lists if steps[-1].name not in TECHNIQUES or TECHNIQUES[steps[-1].name].apply]
 
 
 def apply_steps(model: EncoderModel, steps: Sequence[Step], calibrate: Calibrate) -> Scheme | None:
@@ -155,7 +235,9 @@ def apply_steps(model: EncoderModel, steps: Sequence[Step], calibrate: Calibrate
         if step.name == QUANTIZE:
             scheme = cast(Scheme, step.value)
         else:
-            TECHNIQUES[step.name].apply(model, step.value, calibrate)
+            apply = TECHNIQUES[step.name].apply
+            assert apply is not None  # parse_steps has put training after it
+            apply(model, step.value, calibrate)
     return scheme
 
 
@@ -178,10 +260,3 @@ def split_at_training(steps: Sequence[Step]) -> tuple[Sequence[Step], int, Seque
         return [], 0, steps
     place = names.index(TRAIN)
     return steps[:place], int(steps[place].value), steps[place + 1 :]
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None

@@ -98,6 +98,11 @@ def taylor_importance(model: EncoderModel) -> Importance:
     return Importance(torch.stack(heads), torch.stack(neurons))
 
 
+def add_importance(total: Importance | None, more: Importance) -> Importance:
+    """Return the sum of both, on the devices of `more`."""
+    return more if total is None else Importance(*(a.to(b.device) + b for a, b in zip(total, more, strict=True)))
+
+
 def _weight_times_gradient(layer: nn.Linear) -> Tensor:
     if layer.weight.grad is None:
         raise UserError(

@@ -17,7 +17,16 @@ from tqdm import tqdm
 from leanbert.api import Pretrained, load
 from leanbert.compression.onnx.quantization import Scheme, quantize_plainly
 from leanbert.compression.onnx.runtime import read_onnx
-from leanbert.compression.steps import PRUNING, QUANTIZE, Calibrate, Step, apply_steps, parse_steps, split_at_training
+from leanbert.compression.steps import (
+    QUANTIZE,
+    ZEROS,
+    Calibrate,
+    Step,
+    apply_steps,
+    parse_steps,
+    split_at_training,
+    variants_of,
+)
 from leanbert.compression_report.huggingface import FOLDER, leave_huggingface
 from leanbert.compression_report.measuring import (
     LONG,
@@ -54,6 +63,9 @@ TRAINED = (
     ("blocks=0.5", "structured_pruning=0.5", "train={}", "quantize=int8"),
 )
 """What `search` tries besides, until one fits, with the steps of training that the configuration has."""
+
+Lists = Sequence[Sequence[Step]]
+"""Of steps that make a variant each."""
 
 TRAINING = "training"
 """Folder of the runs of variants that are trained."""
@@ -147,7 +159,7 @@ def run_compress(request: CompressRequest, source: Source, command: str) -> None
     say(answer)
 
 
-def _lists(request: CompressRequest) -> list[list[Step]]:
+def _lists(request: CompressRequest) -> Lists:
     """Return the lists of steps that make a variant each."""
     if request.exceptions and request.steps is None:
         raise UserError("exceptions: of which steps? Give --steps too, such as '[\"quantize=int8\"]'")
@@ -159,7 +171,7 @@ def _lists(request: CompressRequest) -> list[list[Step]]:
     for option in ("exceptions", "sensitivity"):
         if getattr(request, option) and steps[-1].name != QUANTIZE:
             raise UserError(f"{option}: no step quantizes. Add {QUANTIZE}=int8 or {QUANTIZE}=int4 to the steps")
-    return [steps[: count + 1] for count in range(len(steps))]
+    return variants_of(steps)
 
 
 def _references(source: Source, original: Pretrained, output: Path) -> list[_Variant]:
@@ -187,7 +199,7 @@ def _references(source: Source, original: Pretrained, output: Path) -> list[_Var
 
 
 def _make(
-    request: CompressRequest, source: Source, original: Pretrained, lists: list[list[Step]], before: Sequence[_Variant]
+    request: CompressRequest, source: Source, original: Pretrained, lists: Lists, before: Sequence[_Variant]
 ) -> list[_Variant]:
     """Write the folder of each list of steps; `before` are variants that there are already.
 
@@ -213,7 +225,7 @@ def _make(
         exceptions = [] if scheme is None else list(request.exceptions or [])
         name = _excepting(name, exceptions)
         path = request.output / name
-        sparse = scheme is None and any(step.name == PRUNING for step in steps)
+        sparse = scheme is None and any(step.name in ZEROS for step in steps)
         smaller.export(path, "sparse" if sparse else "onnx", scheme, exceptions)
         row = Row(name, [str(step) for step in steps], "PyTorch float32" if sparse else "onnxruntime", exceptions)
         row.size_bytes = bytes_of(path)

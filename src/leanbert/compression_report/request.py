@@ -19,7 +19,8 @@ class CompressRequest:
     """Folder to write: each variant in a folder of its own, report.md, report.json, pareto.png and tensorboard."""
     steps: list[str] | None = None
     """What to do to the model, in this order: blocks=FRACTION (that leaves), structured_pruning=FRACTION (of heads and
-    feed-forward neurons), pruning=FRACTION (of single weights, or 2:4), train=STEPS (what was cut learns from the whole
+    feed-forward neurons; FRACTION:taylor, by gradients), pruning=FRACTION (of single weights; FRACTION:SIZE, of square
+    blocks; 2:4 or 4:8) or movement_pruning (the same, while training), train=STEPS (what was cut learns from the whole
     model, see model.distillation), low_rank=FRACTION (of the outputs' energy that stays), low_rank_embedding=FRACTION,
     quantize=int8 or int4. Each is reported with those before it. Default: several short lists, without training."""
     exceptions: list[str] | None = None

@@ -219,9 +219,11 @@ def _validate(task: Task, trainer: Trainer, batch: Batch) -> Timeline:
 
 
 def _existing(task: Task, batch: Batch) -> list[Tensor]:
-    """Return the tensors of a batch, and those of a task that are not its model's (metrics)."""
+    """Return the tensors of a batch, of techniques (masks), and those of a task that are not its model's (metrics)."""
     model = {id(tensor) for tensor in (*task.model.parameters(), *task.model.buffers())}
     own = [t for module in task.modules() for t in vars(module).values() if isinstance(t, Tensor)]
     if task.distillation is not None:
         own += task.distillation.teacher.parameters()
+    for callback in technique_callbacks(task.trainer.callbacks):  # type: ignore[attr-defined]
+        own += callback.tensors()
     return [*(t for t in (*own, *task.buffers()) if id(t) not in model), *batch.tensors().values()]

@@ -170,7 +170,9 @@ def test_last_and_best_at_once():
         RunCheckpoint(average_last=2, average_best=2)
 
 
-@pytest.mark.parametrize("callback", ["MagnitudePruning", "StructuredPruning, init_args: {at_step: 2}"])
+@pytest.mark.parametrize(
+    "callback", ["MagnitudePruning", "MovementPruning", "StructuredPruning, init_args: {at_step: 2}"]
+)
 def test_weights_that_have_no_mean(corpus, callback):
     overlay = corpus / "overlay.yaml"
     overlay.write_text(f"trainer: {{callbacks+: [{{class_path: leanbert.callbacks.techniques.pruning.{callback}}}]}}\n")

@@ -1,98 +1,29 @@
-from pathlib import Path
 from types import SimpleNamespace
 
-import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.callbacks import Callback
 
-import leanbert
-from leanbert.callbacks.techniques.pruning import MagnitudePruning, StructuredPruning
+from leanbert.callbacks.techniques.pruning import MagnitudePruning, MovementPruning
+from leanbert.class_paths import find_class
 from leanbert.compression.pruning import prunable, sparsity_of
-from leanbert.compression.structured import prune_structured, taylor_importance
 from leanbert.errors import UserError
-from leanbert.optim.build import OptimizerConfig, build_optimizer
 from leanbert.settings import SHIPPED
-from tests.tasks.test_seq2seq import run as run_translation
-from tests.tiny import PlainTask, tiny_model, unequal_batch
+from tests.callbacks.techniques.runs import Logger, Module, Watch, fit, state
+from tests.corpus import write_corpus
+from tests.tiny import tiny_model
+from tests.training import fit as fit_program
+
+KINDS = pytest.mark.parametrize("kind", [MagnitudePruning, MovementPruning])
 
 
-class Module(pl.LightningModule):
-    """A task with one batch per step, a function of the step; `shrink` is what a resumed run does before it loads."""
-
-    def __init__(self, shrink=None, optimizer="muon"):
-        super().__init__()
-        self.techniques = SimpleNamespace(structured=None)
-        self.optimizer_config = OptimizerConfig(name=optimizer, lr=1e-2, matrix_lr=0.2)
-        self.model = tiny_model(dtype=torch.float32)
-        if shrink:
-            prune_structured(self.model, *shrink)
-
-    def train_dataloader(self):
-        return torch.utils.data.DataLoader(range(1000), batch_size=None)
-
-    def training_step(self, batch, batch_idx):
-        return PlainTask(self.model).loss_sum(unequal_batch(seed=self.global_step)) / 28
-
-    def optimizer_step(self, epoch, batch_idx, optimizer, closure=None):
-        super().optimizer_step(epoch, batch_idx, optimizer, closure)
-        optimizer.zero_grad(set_to_none=True)  # as leanbert's tasks do
-
-    def configure_optimizers(self):
-        return build_optimizer(self.model, self.optimizer_config)
-
-
-class Watch(Callback):
-    """Notes after each step what the next forward pass will see."""
-
-    def __init__(self):
-        self.sparsity, self.zeros = {}, None
-
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        weights = prunable(pl_module.model)
-        self.sparsity[trainer.global_step] = sparsity_of(weights)
-        zeros = torch.cat([(weight == 0).flatten() for weight in weights.values()])
-        assert self.zeros is None or (zeros | ~self.zeros).all(), "a pruned weight came back"
-        self.zeros = zeros
-
-
-class Logger(DummyLogger):
-    def __init__(self):
-        super().__init__()
-        self.logged = {}
-
-    def log_metrics(self, metrics, step):
-        self.logged[step] = metrics
-
-
-def fit(*callbacks, module=None, steps=10, folder=None, save_every=0, ckpt_path=None, logger=False):
-    module = module or Module()
-    saving = [ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=save_every)] if save_every else []
-    trainer = pl.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        callbacks=[*callbacks, *saving],
-        logger=logger,
-        enable_checkpointing=bool(saving),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=4,
-    )
-    trainer.fit(module, ckpt_path=ckpt_path)
-    return module
-
-
-def state(module):
-    return {name: tensor.clone() for name, tensor in module.model.state_dict().items()}
-
-
+@KINDS
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_sparsity_follows_the_schedule_and_holds_after_every_step(scope, optimizer):
+def test_sparsity_follows_the_schedule_and_holds_after_every_step(kind, scope, optimizer):
     watch, logger = Watch(), Logger()
-    pruning = MagnitudePruning(0.6, scope, start_step=2, end_step=8, every_n_steps=3)
+    pruning = kind(0.6, scope, start_step=2, end_step=8, every_n_steps=3)
     module = fit(pruning, watch, module=Module(optimizer=optimizer), logger=logger)
     half = 0.6 * (1 - 0.5**3)
     expected = {**dict.fromkeys(range(1, 5), 0.0), **dict.fromkeys((5, 6, 7), half), **dict.fromkeys((8, 9, 10), 0.6)}
@@ -114,21 +45,47 @@ def test_embeddings_are_pruned_only_if_asked():
         assert zeros.item() == pytest.approx(0.5, abs=0.1) if asked else zeros == 0
 
 
-def test_two_of_four_is_pruned_once_and_what_does_not_come_in_fours_stays_dense(capsys):
+@KINDS
+@pytest.mark.parametrize(("scope", "group", "dense"), [("2:4", 4, 0), ("4:8", 8, 2)])
+def test_patterns_are_pruned_once_and_what_does_not_come_in_groups_stays_dense(kind, scope, group, dense, capsys):
+    """8/3 x 32 are 84 neurons: in fours, not in eights."""
     watch = Watch()
-    module = fit(MagnitudePruning(scope="2:4", start_step=3), watch, steps=5)
+    module = fit(kind(scope=scope, start_step=3), watch, steps=5)
     assert (watch.sparsity[2], watch.sparsity[3] > 0.3) == (0.0, True)
+    found = []
     for name, weight in prunable(module.model).items():
-        if weight.shape[-1] % 4 == 0:
-            assert ((weight.unflatten(-1, (-1, 4)) == 0).sum(-1) == 2).all(), name
+        if weight.shape[-1] % group == 0:
+            assert ((weight.unflatten(-1, (-1, group)) == 0).sum(-1) == group // 2).all(), name
         else:
             assert (weight != 0).all(), name
-    # 8/3 x 32 are 84 neurons, in fours: all fits
-    assert "dense" not in capsys.readouterr().err
-    odd = Module()
-    prune_structured(odd.model, 2, 82)
-    fit(MagnitudePruning(scope="2:4", start_step=0), module=odd, steps=1)
-    assert "2:4 leaves 2 matrices dense" in capsys.readouterr().err
+            found.append(name)
+    assert len(found) == dense
+    notice = f"pruning leaves {dense} matrices dense that are no multiple of 1 x {group}: encoder.blocks.0.feed_forward"
+    assert (notice in capsys.readouterr().err) is bool(dense)
+
+
+@KINDS
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_blocks_leave_together(kind, scope, capsys):
+    """Of 96 x 32, 32 x 32, 168 x 32 and 32 x 84 in two blocks and 32 x 32 in the head; 168 and 84 are no multiples."""
+    module = fit(kind(0.75, scope, start_step=1, end_step=2, block_size=16), steps=4)
+    assert "pruning leaves 4 matrices dense that are no multiple of 16 x 16" in capsys.readouterr().err
+    counts, blocks = 0, 0
+    for name, weight in prunable(module.model).items():
+        if "feed_forward" in name:
+            assert (weight != 0).all()
+            continue
+        zeros = (weight == 0).unflatten(0, (-1, 16)).unflatten(2, (-1, 16)).sum((1, 3))
+        assert set(zeros.unique().tolist()) <= {0, 256}
+        if scope == "layer":
+            assert int((zeros == 256).sum()) == 0.75 * zeros.numel()
+        counts, blocks = counts + int((zeros == 256).sum()), blocks + zeros.numel()
+    assert counts == round(0.75 * blocks) == 27
+
+
+def test_blocks_that_no_matrix_consists_of_are_refused():
+    with pytest.raises(UserError, match=r"^MagnitudePruning\.block_size: 64 matches no weight of this model\."):
+        fit(MagnitudePruning(block_size=64))
 
 
 def test_pruning_at_step_0_comes_before_the_first_forward():
@@ -142,12 +99,13 @@ def test_pruning_at_step_0_comes_before_the_first_forward():
     assert seen == pytest.approx([0.5], abs=3e-5)
 
 
-@pytest.mark.parametrize("at", [3, 5, 8])
-def test_a_resumed_run_equals_one_that_was_not_killed(tmp_path, at):
+@KINDS
+@pytest.mark.parametrize("at", [1, 3, 5, 8])
+def test_a_resumed_run_equals_one_that_was_not_killed(tmp_path, kind, at):
     """Killed before, between and after updates of the masks."""
 
     def pruning():
-        return MagnitudePruning(0.6, start_step=2, end_step=8, every_n_steps=2)
+        return kind(0.6, start_step=2, end_step=8, every_n_steps=2)
 
     whole = fit(pruning(), folder=tmp_path, save_every=1)
     watch = Watch()
@@ -166,10 +124,11 @@ def test_checkpoints_hold_plain_weights_and_no_mask(tmp_path):
     assert sparsity_of(prunable(other)) == pytest.approx(0.5, abs=3e-5)
 
 
-def test_a_run_made_longer_never_brings_weights_back(tmp_path):
-    fit(MagnitudePruning(), steps=5, folder=tmp_path, save_every=5)
+@KINDS
+def test_a_run_made_longer_never_brings_weights_back(tmp_path, kind):
+    fit(kind(), steps=5, folder=tmp_path, save_every=5)
     watch = Watch()
-    fit(MagnitudePruning(), watch, steps=20, ckpt_path=tmp_path / "step=5.ckpt")
+    fit(kind(), watch, steps=20, ckpt_path=tmp_path / "step=5.ckpt")
     assert len(watch.sparsity) == 15
     assert all(sparsity == pytest.approx(0.5, abs=3e-5) for sparsity in watch.sparsity.values())
 
@@ -186,11 +145,22 @@ def test_a_run_made_longer_never_brings_weights_back(tmp_path):
         ("final_sparsity", {"scope": "2:4", "final_sparsity": 0.6}),
         ("end_step", {"scope": "2:4", "end_step": 9}),
         ("every_n_steps", {"scope": "2:4", "every_n_steps": 9}),
+        ("final_sparsity", {"scope": "4:8", "final_sparsity": 0.6}),
+        ("block_size", {"scope": "4:8", "block_size": 4}),
+        ("block_size", {"block_size": 0}),
     ],
 )
 def test_senseless_settings_are_named(setting, values):
     with pytest.raises(UserError, match=rf"^MagnitudePruning\.{setting}: [^\n]*\.$"):
         MagnitudePruning(**values)
+
+
+def test_movement_needs_a_step_before_the_first_weight_goes():
+    with pytest.raises(UserError, match=r"^MovementPruning\.start_step: 0, but importance is of gradients\. Give 1"):
+        MovementPruning(start_step=0)
+    watch = Watch()
+    fit(MovementPruning(scope="2:4"), watch, steps=2)  # a tenth of two steps is none
+    assert watch.sparsity == {1: pytest.approx(0.5), 2: pytest.approx(0.5)}
 
 
 @pytest.mark.parametrize("setting", ["start_step", "end_step"])
@@ -207,138 +177,86 @@ def test_nothing_to_prune_raises():
         MagnitudePruning().on_train_start(SimpleNamespace(), module)
 
 
-# ---- heads and neurons
-
-
-@pytest.mark.parametrize("importance", ["weight", "taylor"])
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_the_model_in_training_shrinks_and_goes_on(importance, optimizer, capsys):
-    module = Module(optimizer=optimizer)
-    full = module.model.num_parameters
-    module = fit(StructuredPruning(0.5, 0.25, at_step=4, importance=importance), module=module, steps=8)
-    assert (module.model.config.num_heads, module.model.config.intermediate_size) == (1, 63)
-    assert full - module.model.num_parameters == 2 * (16 * 4 * 32 + 21 * 3 * 32)
-    line = capsys.readouterr().err
-    assert "step 4: 1 of 2 heads and 63 of 84 neurons stay in each block" in line
-    optimizer = module.optimizers().optimizer
-    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
-        id(parameter) for parameter in module.model.parameters()
-    }
-    for parameter in module.model.parameters():
-        buffers = [value for value in optimizer.state[parameter].values() if value.numel() > 1]
-        assert buffers
-        assert all(value.shape == parameter.shape for value in buffers)
-
-
-@pytest.mark.parametrize(("importance", "stays"), [("weight", True), ("taylor", False)])
-def test_taylor_sees_gradients_and_not_sizes(importance, stays):
-    """The first head has large weights, and an output that gets no gradient."""
-    module = Module(optimizer="sgd")
-    first = torch.arange(32) < 16
-    for block in module.model.encoder.blocks:
-        weight = block.attention.output.weight
-        with torch.no_grad():
-            weight[:, first] *= 10
-        weight.register_hook(lambda grad: grad * ~first[: grad.shape[1]])
-    before = module.model.encoder.blocks[0].attention.output.weight[:, first].detach().clone()
-    fit(StructuredPruning(0.5, 0.0, at_step=2, importance=importance), module=module, steps=3)
-    found = module.model.encoder.blocks[0].attention.output.weight
-    assert torch.allclose(found, before, rtol=0.2) is stays
-
-
-def test_taylor_adds_up_the_last_steps_before_the_removal():
-    module, callback = Module(), StructuredPruning(at_step=10, importance="taylor", importance_steps=3)
-    PlainTask(module.model).loss_sum(unequal_batch()).backward()
-    once = taylor_importance(module.model)
-    for step, times in ((6, 0), (7, 1), (8, 2), (9, 3), (10, 3)):
-        callback.on_before_optimizer_step(SimpleNamespace(global_step=step), module, None)
-        found = callback.state_dict()["scores"]
-        assert found is None or all(torch.allclose(sums, times * one) for sums, one in zip(found, once, strict=True))
-        assert (found is None) is (times == 0)
-
-
-@pytest.mark.parametrize("at", [3, 4, 6])
-def test_a_structurally_pruned_run_resumes_exactly(tmp_path, at):
-    """Killed while gradients are summed, at the removal and after it."""
-
-    def pruning():
-        return StructuredPruning(0.5, 0.25, at_step=4, importance="taylor", importance_steps=3)
-
-    whole = fit(pruning(), steps=8, folder=tmp_path, save_every=1)
-    module = Module(shrink=(1, 63) if at >= 4 else None)
-    resumed = fit(pruning(), module=module, steps=8, ckpt_path=tmp_path / f"step={at}.ckpt")
-    assert all(torch.equal(tensor, state(whole)[name]) for name, tensor in state(resumed).items())
-
-
-def test_step_0_asks_the_task_and_only_for_training():
-    module = Module()
-    StructuredPruning(0.5, 0.25).setup(SimpleNamespace(), module, "validate")
-    assert module.techniques.structured is None
-    StructuredPruning(0.5, 0.25).setup(SimpleNamespace(), module, "fit")
-    assert module.techniques.structured == (0.5, 0.25, 0.0)
-
-
-@pytest.mark.parametrize(("what", "last"), [("at_step: 0", 1), ("at_step: 2", 1), ("blocks: 0.5", 0)])
-def test_a_pruned_translation_run_resumes_validates_and_answers(tmp_path, what, last):
-    """Encoder, decoder and cross-attention shrink, and everything that reads its checkpoint knows."""
-    callback = f"{{class_path: StructuredPruning, init_args: {{{what}}}}}"
-    settings = [
-        "--model.encoder.preset=bert", "--checkpoint.every_n_steps=1", "--model.validation_sources=0",
-        "--trainer.val_check_interval=4", f"--trainer.callbacks=[{callback}]", "--trainer.max_steps=4",
-    ]  # fmt: skip
-    cli = run_translation(tmp_path, "fit", *settings)
-    folder = Path(cli.trainer.log_dir) / "checkpoints"
-    whole = torch.load(folder / "step-00000004.ckpt", weights_only=True)
-    assert whole["state_dict"][f"model.decoder.blocks.{last}.cross_attention.query.weight"].shape == (32, 64)
-    assert whole["state_dict"][f"model.decoder.blocks.{last}.feed_forward.output.weight"].shape == (64, 128)
-    assert f"model.decoder.blocks.{last + 1}.feed_forward.output.weight" not in whole["state_dict"]
-    answers = leanbert.load(folder / "step-00000004.ckpt").translate(["Red cook"])
-    assert answers[0]["source"] == "Red cook"
-    loss = run_translation(tmp_path, "validate", "--ckpt_path=last", "--model.validation_sources=0")
-    measured = loss.trainer.callback_metrics["val/loss"].item()
-    assert measured == pytest.approx(cli.trainer.callback_metrics["val/loss"].item(), rel=1e-5)
-    (folder / "step-00000004.ckpt").unlink()
-    run_translation(tmp_path, "fit", *settings, f"--ckpt_path={folder / 'step-00000003.ckpt'}")
-    again = torch.load(folder / "step-00000004.ckpt", weights_only=True)
-    assert again["leanbert"]["encoder"] == whole["leanbert"]["encoder"]
-    for name, tensor in whole["state_dict"].items():
-        assert torch.equal(tensor, again["state_dict"][name]), name
-
-
-@pytest.mark.parametrize(
-    ("setting", "values"),
-    [
-        ("heads", {"heads": 1.0}),
-        ("heads", {"heads": 0.0, "neurons": 0.0}),
-        ("neurons", {"neurons": -0.1}),
-        ("blocks", {"blocks": 1.0}),
-        ("blocks", {"blocks": 0.5, "at_step": 3}),
-        ("at_step", {"at_step": -1}),
-        ("importance", {"importance": "random"}),
-        ("importance", {"importance": "taylor"}),
-        ("importance_steps", {"importance_steps": 0}),
-    ],
-)
-def test_senseless_settings_of_structured_pruning_are_named(setting, values):
-    with pytest.raises(UserError, match=rf"^StructuredPruning\.{setting}: [^\n]*\.$"):
-        StructuredPruning(**values)
-
-
-def test_what_cannot_be_combined_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"^StructuredPruning\.at_step: is 10, but the run has 10 steps"):
-        fit(StructuredPruning(at_step=10))
-    with pytest.raises(UserError, match=r"^StructuredPruning\.heads: 0\.1 of 2 heads and 0\.0 of 84 neurons is less"):
-        fit(StructuredPruning(0.1, 0.0, at_step=2))
-    fit(Watch(), steps=5, folder=tmp_path, save_every=5)
-    with pytest.raises(UserError, match=r"^StructuredPruning\.at_step: 5, but the checkpoint is of step 5"):
-        fit(StructuredPruning(at_step=5), ckpt_path=tmp_path / "step=5.ckpt")
-
-
-@pytest.mark.parametrize("name", ["pruning", "pruning_2_4", "structured_pruning"])
+@pytest.mark.parametrize("name", ["pruning", "pruning_2_4", "movement_pruning", "structured_pruning"])
 def test_overlays_name_settings_that_exist(name):
     overlay = yaml.safe_load((SHIPPED[1] / "memory" / f"{name}.yaml").read_text())
     (callback,) = overlay["trainer"]["callbacks+"]
-    kind = {each.__name__: each for each in (MagnitudePruning, StructuredPruning)}[
-        callback["class_path"].split(".")[-1]
-    ]
-    kind(**callback["init_args"])
+    find_class(callback["class_path"])(**callback["init_args"])
+
+
+# ---- movement
+
+
+class Products(Callback):
+    """Adds up minus weight x gradient as the first updates find them, in float32."""
+
+    def __init__(self, steps):
+        self.steps, self.sums = steps, {}
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step >= self.steps:
+            return
+        for name, weight in prunable(pl_module.model).items():
+            product = -weight.detach().float() * weight.grad.float()
+            self.sums[name] = self.sums.get(name, 0.0) + product
+
+
+def test_importance_is_minus_weight_times_gradient_of_all_steps(tmp_path):
+    products = Products(3)
+    fit(MovementPruning(start_step=4, end_step=4), products, steps=4, folder=tmp_path, save_every=3)
+    stored = torch.load(tmp_path / "step=3.ckpt", weights_only=True)["callbacks"]["MovementPruning"]
+    assert stored["sparsity"] == 0.0
+    assert stored["scores"].keys() == products.sums.keys()
+    for name, scores in stored["scores"].items():
+        assert scores.dtype == torch.float32
+        assert torch.allclose(scores, products.sums[name], rtol=1e-5, atol=1e-9), name
+
+
+def test_what_moved_towards_zero_leaves_and_has_no_importance_any_more(tmp_path):
+    products = Products(2)
+    module = fit(MovementPruning(0.3, start_step=2, end_step=2), products, steps=2, folder=tmp_path, save_every=2)
+    stored = torch.load(tmp_path / "step=2.ckpt", weights_only=True)["callbacks"]["MovementPruning"]
+    weights = prunable(module.model)
+    gone = torch.cat([products.sums[name][weight == 0] for name, weight in weights.items()])
+    kept = torch.cat([products.sums[name][weight != 0] for name, weight in weights.items()])
+    assert len(gone) == round(0.3 * (len(gone) + len(kept)))
+    assert gone.max() <= kept.min() + 1e-9
+    for name, weight in weights.items():
+        assert torch.equal(stored["scores"][name] == -torch.inf, weight == 0)
+
+
+def scores_of(folder, *arguments, **options):
+    """Return the importance after a run of the command line's own code, as one tensor."""
+    overlay = folder / "movement.yaml"
+    overlay.write_text("trainer: {callbacks+: [{class_path: MovementPruning, init_args: {start_step: 9}}]}\n")
+    arguments = ["--data.batch_size=16", "--trainer.limit_train_batches=2", "--trainer.max_epochs=1", *arguments]
+    cli = fit_program(folder, f"--config={overlay}", *arguments, steps=9, **options)
+    checkpoint = torch.load(cli.runs.find("last").path, weights_only=True)
+    return torch.cat([scores.flatten() for scores in checkpoint["callbacks"]["MovementPruning"]["scores"].values()])
+
+
+def test_importance_is_of_the_whole_batch_in_every_precision(tmp_path):
+    """Micro-batches change float32 sums alone, 16-mixed has gradients that are no longer scaled, bf16-true its own."""
+    write_corpus(tmp_path / "train.txt")
+    plain = scores_of(tmp_path)
+    assert torch.allclose(scores_of(tmp_path, overlays=("accumulation",)), plain, rtol=1e-3, atol=1e-6)
+    for overlay, least in (("fp16_mixed", 0.99), ("bf16_true", 0.9)):
+        found = scores_of(tmp_path, overlays=(overlay,))
+        assert found.dtype == torch.float32
+        assert torch.cosine_similarity(found, plain, dim=0) > least, overlay
+        assert float(found.norm()) == pytest.approx(float(plain.norm()), rel=0.1), overlay
+
+
+def test_a_step_whose_update_is_left_out_adds_nothing():
+    module, callback = Module(), MovementPruning()
+    callback._weights = prunable(module.model)
+    callback._prepare()
+    weight = module.model.head.dense.weight
+    scaled = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=object()))
+    for gradient in (None, torch.full_like(weight, torch.inf)):
+        weight.grad = gradient
+        callback.on_before_optimizer_step(scaled, module, None)
+    assert all((scores == 0).all() for scores in callback.state_dict()["scores"].values())
+    weight.grad = torch.ones_like(weight)
+    callback.on_before_optimizer_step(scaled, module, None)
+    assert torch.equal(callback.state_dict()["scores"]["head.dense.weight"], -weight.detach())

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 from leanbert.callbacks.values import task_of
 from leanbert.tasks.techniques import Techniques
@@ -22,3 +26,18 @@ class TechniqueCallback(Callback):
 
     def reach_peak(self) -> None:
         """Be as in the step of a run that needs most memory, for that is the one a dry run takes."""
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Return what is kept beside the model while it trains, once `on_train_start` has run; by default nothing."""
+        return ()
+
+
+def has_gradients(trainer: Trainer, module: LightningModule) -> bool:
+    """Return whether the update of a step, whose passes are over, has gradients to use.
+
+    A step that is not finite has none, but where a scaler looks for its scale: there it leaves out the update.
+    """
+    gradients = [weight.grad for weight in task_of(module).model.parameters() if weight.grad is not None]
+    if not gradients or getattr(trainer.precision_plugin, "scaler", None) is None:
+        return bool(gradients)
+    return bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())

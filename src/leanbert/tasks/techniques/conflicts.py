@@ -32,6 +32,8 @@ def in_backward(t: Techniques, around: Surroundings) -> Iterator[str]:
     """All gradients never exist together, and a step cannot be replayed."""
     if t.in_backward is None:
         return
+    for reader in sorted(t.gradient_readers):
+        yield f"{reader}: looks at gradients, which OptimizerInBackward has freed by then. Leave one of the two out."
     if around.clips:
         yield "OptimizerInBackward: the norm of all gradients is never known. Leave trainer.gradient_clip_val out."
     if around.precision == "16-mixed":
@@ -98,8 +100,11 @@ def host(t: Techniques, around: Surroundings) -> Iterator[str]:
 
 def pruning(t: Techniques, around: Surroundings) -> Iterator[str]:
     """Masks are of whole weights."""
-    if t.masks and around.shards:
-        yield "trainer.strategy: shards the weights, and MagnitudePruning has to see them whole. Use ddp."
+    name, *others = sorted(t.masks) or [""]
+    if name and around.shards:
+        yield f"trainer.strategy: shards the weights, and {name} has to see them whole. Use ddp."
+    if others:
+        yield f"{others[0]}: {name} sets weights to zero already. Leave one of them out."
 
 
 def structured(t: Techniques, around: Surroundings) -> Iterator[str]:
@@ -112,4 +117,4 @@ def structured(t: Techniques, around: Surroundings) -> Iterator[str]:
     if around.world_size > 1:
         yield f"{at_step} several devices exchange gradients of fixed shapes. Give 0, or use one device."
     if t.masks:
-        yield f"{at_step} the masks of MagnitudePruning would no longer fit. Give 0."
+        yield f"{at_step} the masks of {min(t.masks)} would no longer fit. Give 0."

@@ -21,8 +21,10 @@ class Techniques:
     """Fractions of attention heads, feed-forward neurons and blocks that are removed from the new model."""
     removal_step: int = 0
     """Optimizer steps after which they are removed from the model in training; 0: they are not."""
-    masks: bool = False
-    """Single weights are set to zero step by step."""
+    masks: set[str] = field(default_factory=set)
+    """Callbacks that set single weights to zero step by step."""
+    gradient_readers: set[str] = field(default_factory=set)
+    """Callbacks that look at the gradients of a whole step."""
     keep: Keep = "all"
     """Activations that checkpointed blocks keep."""
     keep_every: int = 1

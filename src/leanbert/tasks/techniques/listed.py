@@ -158,6 +158,10 @@ TECHNIQUES = (
         conflicts=conflicts.pruning,
     ),
     Technique(
+        "movement_pruning", exact=False, lowers="weights that count, not bytes while training",
+        costs="accuracy, and 5 bytes a weight while training", conflicts=conflicts.pruning,
+    ),
+    Technique(
         "structured_pruning", exact=False, lowers="everything: heads and neurons are removed",
         costs="accuracy: half of the heads and neurons leave the model", conflicts=conflicts.structured, apply=_prune,
         rung=_at(13),
