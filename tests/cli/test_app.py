@@ -254,6 +254,14 @@ def test_two_processes_train_as_one(corpus):
     one, two = (scalars(corpus / root / "mlm" / "version_0") for root in ("one", "two"))
     for tag in ("train/loss", "val/loss", "val/unigram_loss"):
         assert two[tag] == pytest.approx(one[tag], rel=1e-5), tag
+    of_one = ["--ckpt_path=last", "--trainer.default_root_dir=one"]
+    run(corpus, "export", *of_one, "--format=onnx", "--output=one-onnx")
+    for source in (of_one, ["--ckpt_path=one-onnx"]):
+        result = run(
+            corpus, "validate", *TINY, "--data.train_files=train.txt", *source, "--trainer.accelerator=cpu",
+            "--trainer.devices=2", "--trainer.strategy=ddp",
+        )  # fmt: skip
+        assert json.loads(result.stdout)["val/loss"] == pytest.approx(one["val/loss"][6], rel=1e-5)
 
 
 @pytest.mark.slow

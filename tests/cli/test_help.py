@@ -62,7 +62,7 @@ def test_help_of_a_plan_explains_what_it_takes_over(tmp_path, launcher_socket):
     words = [sys.executable, launcher.__file__, "plan", "--help"]
     result = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     shown = " ".join(result.stdout.split())
-    for does in ("Checkpoint whose architecture counts", "Image file to draw the sweep into", "Machines that share"):
+    for does in ("Whose architecture counts: a checkpoint", "Image file to draw the sweep into", "Machines that share"):
         assert does in shown
 
 

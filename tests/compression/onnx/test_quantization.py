@@ -6,6 +6,7 @@ import onnx
 import pytest
 import torch
 
+from leanbert.compression.onnx import quantization
 from leanbert.compression.onnx.folder import largest_difference, write_onnx
 from leanbert.compression.onnx.graphs import graphs_of, write_graph
 from leanbert.compression.onnx.quantization import fold, layers_of, quantize_folded
@@ -87,7 +88,10 @@ def matrices(folder, types):
 def test_each_layer_is_a_module_and_alone_stays_in_32_bits(tmp_path, task, settings, expected):
     model, metadata = make(task, **settings)
     source = folded(tmp_path, model, metadata)
-    whole = matrices(source, FLOAT)
+    whole, table, shared = matrices(source, FLOAT), Counter(), ()
+    if "head" in expected:  # its matrix is a table of tokens, and both are one unless they differ in bits
+        tokens = "decoder.embeddings.token" if "decoder.embeddings.token" in expected else "encoder.embeddings.token"
+        table, shared = Counter([tuple(sorted(model.get_parameter(f"{tokens}.weight").shape))]), (tokens, "head")
     assert set(expected) <= {name for name, _ in model.named_modules()}
     target = tmp_path / "target"
     target.mkdir()
@@ -95,7 +99,8 @@ def test_each_layer_is_a_module_and_alone_stays_in_32_bits(tmp_path, task, setti
         quantize_folded(source, target, "int8", [name])
         left = matrices(target, FLOAT)
         assert left.total() == count, name
-        assert left + matrices(target, EIGHT_BITS) == whole, name  # all others have 8 bits
+        once = Counter() if name in shared else table
+        assert left + matrices(target, EIGHT_BITS) == whole - once, name  # all others have 8 bits
     assert layers_of(source, "int8") == sorted(expected)
     of_text = [name for name in expected if task == "classification" and name.startswith("head.")]
     assert layers_of(source, "int4") == sorted(set(expected) - set(of_text))  # one row a text: another operator
@@ -103,6 +108,31 @@ def test_each_layer_is_a_module_and_alone_stays_in_32_bits(tmp_path, task, setti
     assert matrices(target, FLOAT).total() == len(of_text)
     quantize_folded(source, target, "int4", [QKV])
     assert matrices(target, FLOAT).total() == len(of_text) + 3
+
+
+@pytest.mark.parametrize(
+    ("scheme", "exceptions", "bits"),
+    [("int8", [], 8), ("int4", [], 5), ("int4", ["encoder.embeddings.token", "head"], 32), ("int4", ["head"], 0)],
+)
+def test_a_table_that_is_the_outputs_matrix_is_in_the_file_once(tmp_path, monkeypatch, scheme, exceptions, bits):
+    model, metadata = make("mlm", hidden_size=256)
+    source, once, twice = folded(tmp_path, model, metadata), tmp_path / "once", tmp_path / "twice"
+    for folder in (once, twice):
+        folder.mkdir()
+        quantize_folded(source, folder, scheme, exceptions)
+        monkeypatch.setattr(quantization, "tied_nodes", lambda graph: [])
+    sizes = [(folder / "model.onnx").stat().st_size for folder in (once, twice)]
+    saved = model.encoder.embeddings.token.weight.numel() * bits / 8
+    assert sizes[1] - sizes[0] == pytest.approx(saved, abs=1500)
+    differences = [largest_difference(model, read_onnx(folder)) for folder in (once, twice)]
+    # a scale for each token in place of one for all; in blocks the same
+    assert differences[0] <= differences[1] * (1.2 if scheme == "int8" else 1)
+
+
+def test_blocks_that_would_be_filled_up_are_not_shared(tmp_path):
+    model, metadata = make("mlm", hidden_size=48)
+    write_onnx(model, tmp_path, metadata, "int4")
+    assert largest_difference(model, read_onnx(tmp_path)) < 0.3
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from leanbert.compression.onnx.graphs import layer_of
+from leanbert.compression.onnx.tying import tie, tied_nodes
 from leanbert.errors import UserError
 from leanbert.files import scratch_folder
 
@@ -84,10 +85,17 @@ def quantize_folded(folded: Path, target: Path, scheme: Scheme, exceptions: Coll
         for file in folded.glob("*.onnx"):
             graph: Any = onnx.load(file)
             kept = [node for node in _quantized_nodes(graph.graph, scheme) if layer_of(node) in exceptions]
+            tied = [
+                pair for pair in tied_nodes(graph.graph)
+                if (pair.embedding in kept) == (pair.product in kept) and (scheme == "int8" or pair.width % BLOCK == 0)
+            ]  # fmt: skip
+            kept += [pair.embedding for pair in tied]
             if scheme == "int8":
                 _quantize_int8(file, target / file.name, kept)
             else:
                 _quantize_int4(graph, target / file.name, kept)
+            if tied:
+                tie(target / file.name, tied)
 
 
 def _quantized_nodes(graph: Any, scheme: Scheme) -> list[str]:
