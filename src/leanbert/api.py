@@ -175,7 +175,7 @@ class Pretrained:
             format: hf: `config.json` and `model.safetensors` of Hugging Face. onnx: `model.onnx`, or
                 `encoder_model.onnx` and `decoder_model.onnx`, which onnxruntime computes and `leanbert.load` loads.
                 sparse: `leanbert.json` and `model.safetensors`, in which zeros take one bit, for `leanbert.load`.
-            quantize: Weights in 8 or 4 bits; onnx only.
+            quantize: `int8`, `int4`, or `int8_int4`: products in 8 bits, embeddings in 4; onnx only.
             exceptions: Layers that stay in 32 bits, such as `encoder.blocks.0.attention.qkv`.
 
         Raises:

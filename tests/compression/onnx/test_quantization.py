@@ -1,5 +1,6 @@
 """Names of layers are modules and lead to their nodes; exceptions stay in 32 bits."""
 
+import math
 from collections import Counter
 
 import onnx
@@ -97,6 +98,7 @@ def test_each_layer_is_a_module_and_alone_stays_in_32_bits(tmp_path, task, setti
         assert left.total() == count, name
         assert left + matrices(target, EIGHT_BITS) == whole, name  # all others have 8 bits
     assert layers_of(source, "int8") == sorted(expected)
+    assert layers_of(source, "int8_int4") == sorted(expected)
     of_text = [name for name in expected if task == "classification" and name.startswith("head.")]
     assert layers_of(source, "int4") == sorted(set(expected) - set(of_text))  # one row a text: another operator
     quantize_folded(source, target, "int4", [])
@@ -120,8 +122,40 @@ def test_files_grow_by_the_bits_that_stay(tmp_path, scheme):
     assert size([QKV]) - size([]) == pytest.approx(saved, rel=0.02)
 
 
+@pytest.mark.parametrize(("task", "width"), [("tagging", 48), pytest.param("seq2seq", 64, marks=slow)])
+def test_the_mixed_scheme_is_int8_with_embeddings_in_blocks_of_4_bits(tmp_path, task, width):
+    model, metadata = make(task, preset="bert", hidden_size=width)
+    source = folded(tmp_path, model, metadata)
+    tables, others, files = {}, {}, {}
+    for scheme in ("int8", "int8_int4"):
+        target = tmp_path / scheme
+        target.mkdir()
+        quantize_folded(source, target, scheme, [])
+        graphs = [onnx.load(file).graph for file in target.glob("*.onnx")]
+        tensors = [tensor for graph in graphs for tensor in graph.initializer]
+        tables[scheme] = sum(bits(tensor) for tensor in tensors if is_table(tensor)) // 8
+        others[scheme] = sorted((t.name, onnx.numpy_helper.to_array(t).tobytes()) for t in tensors if not is_table(t))
+        files[scheme] = sum(file.stat().st_size for file in target.glob("*.onnx"))
+    rows = [128, 2, 32] if task == "tagging" else [128, 32, 128, 32]
+    blocks_of_row = -(-width // 32)
+    assert tables["int8"] == sum(count * width + 4 + 1 for count in rows)  # one scale and one zero point a table
+    assert tables["int8_int4"] == sum(count * width // 2 + count * blocks_of_row * 4 for count in rows)
+    assert others["int8"] == others["int8_int4"]
+    saved = tables["int8"] - tables["int8_int4"]
+    assert files["int8"] - files["int8_int4"] == pytest.approx(saved, abs=200 * len(rows))
+
+
+def is_table(tensor):
+    return "embeddings" in tensor.name and "norm" not in tensor.name
+
+
+def bits(tensor):
+    width = {onnx.TensorProto.FLOAT: 32, onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT8: 8}[tensor.data_type]
+    return math.prod(tensor.dims) * width
+
+
 @slow
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int8_int4"])
 def test_a_model_of_which_more_is_left_out_is_nearer(tmp_path, scheme):
     model, metadata = make("seq2seq")
     names = sorted({*EMBEDDING, *blocks(), *DECODER, *HEAD})

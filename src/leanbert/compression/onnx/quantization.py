@@ -13,16 +13,17 @@ from leanbert.compression.onnx.graphs import layer_of
 from leanbert.errors import UserError
 from leanbert.files import scratch_folder
 
-Scheme = Literal["int8", "int4"]
+Scheme = Literal["int8", "int4", "int8_int4"]
 """int8: matrix products of 8-bit weights and activations, which are scaled in each call (dynamic quantization).
-int4: weights of 4 bits in blocks, products in higher precision."""
+int4: weights of 4 bits in blocks, products in higher precision.
+int8_int4: products as of int8, embedding tables as of int4: half of a small model's int8 file is its embedding."""
 
 SCHEMES = get_args(Scheme)
 
 BLOCK = 32
 """4-bit weights that share a scale; as many as onnxruntime's fastest kernels want at least."""
 
-OPERATORS = ("MatMul", "Gather")
+PRODUCT, TABLE = OPERATORS = ("MatMul", "Gather")
 """What is quantized; onnxruntime's quantizers take ONNX's attention for an older operator of that name."""
 
 GEMM, FLOAT = "Gemm", 1
@@ -84,15 +85,19 @@ def quantize_folded(folded: Path, target: Path, scheme: Scheme, exceptions: Coll
         for file in folded.glob("*.onnx"):
             graph: Any = onnx.load(file)
             kept = [node for node in _quantized_nodes(graph.graph, scheme) if layer_of(node) in exceptions]
-            if scheme == "int8":
-                _quantize_int8(file, target / file.name, kept)
-            else:
-                _quantize_int4(graph, target / file.name, kept)
+            match scheme:
+                case "int8":
+                    _quantize_int8(file, target / file.name, kept)
+                case "int4":
+                    _quantize_int4(graph, target / file.name, kept)
+                case "int8_int4":  # in this order: int8 asks for types, which cannot be inferred past int4's operators
+                    _quantize_int8(file, target / file.name, kept, (PRODUCT,))
+                    _quantize_int4(onnx.load(target / file.name), target / file.name, kept, (TABLE,))
 
 
 def _quantized_nodes(graph: Any, scheme: Scheme) -> list[str]:
-    """Return the names of the nodes whose matrix is quantized: of int8 also `Gemm`, which becomes a `MatMul`."""
-    operators = (*OPERATORS, GEMM) if scheme == "int8" else OPERATORS
+    """Return the names of the nodes whose matrix is quantized: in int8 also `Gemm`, which becomes a `MatMul`."""
+    operators = OPERATORS if scheme == "int4" else (*OPERATORS, GEMM)
     matrices = {tensor.name for tensor in graph.initializer if tensor.data_type == FLOAT and len(tensor.dims) == 2}
     return [node.name for node in graph.node if node.op_type in operators and matrices.intersection(node.input)]
 
@@ -105,22 +110,22 @@ def quantize_plainly(source: Path, target: Path) -> None:
         quantize_dynamic(source, target, OPERATORS)
 
 
-def _quantize_int8(source: Path, target: Path, kept: list[str]) -> None:
+def _quantize_int8(source: Path, target: Path, kept: list[str], operators: Sequence[str] = OPERATORS) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    kept += [f"{node}_MatMul" for node in kept]  # what a `Gemm` is called when it has become one
+    renamed = [f"{node}_MatMul" for node in kept]  # what a `Gemm` is called when it has become one
     quantize_dynamic(
-        source, target, OPERATORS, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True,
-        nodes_to_exclude=kept,
+        source, target, operators, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True,
+        nodes_to_exclude=kept + renamed,
     )  # fmt: skip
 
 
-def _quantize_int4(graph: Any, target: Path, kept: list[str]) -> None:
+def _quantize_int4(graph: Any, target: Path, kept: list[str], operators: Sequence[str] = OPERATORS) -> None:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     quantizer = MatMulNBitsQuantizer(
-        graph, block_size=BLOCK, is_symmetric=True, op_types_to_quantize=OPERATORS,
-        quant_axes=(("MatMul", 0), ("Gather", 1)), accuracy_level=4, nodes_to_exclude=kept,
+        graph, block_size=BLOCK, is_symmetric=True, op_types_to_quantize=tuple(operators),
+        quant_axes=((PRODUCT, 0), (TABLE, 1)), accuracy_level=4, nodes_to_exclude=kept,
     )  # fmt: skip
     quantizer.process()
     quantizer.model.save_model_to_file(str(target), False)
