@@ -24,8 +24,8 @@ def test_steps_are_read_in_their_order():
     [
         (
             ["prune=0.5"],
-            "'prune=0.5' is none. Give blocks=VALUE, structured_pruning=VALUE, pruning=VALUE, train=VALUE, "
-            "low_rank=VALUE, quantize=VALUE",
+            "'prune=0.5' is none. Give blocks=VALUE, structured_pruning=VALUE, pruning=VALUE, "
+            "quantization_aware=VALUE, train=VALUE, low_rank=VALUE, quantize=VALUE",
         ),
         (["train=0"], "'train=0' needs a whole number from 1: optimizer steps"),
         (["train=1.5"], "'train=1.5' needs a whole number from 1: optimizer steps"),
@@ -33,6 +33,15 @@ def test_steps_are_read_in_their_order():
         (["train=9", "blocks=0.5"], "blocks=0.5 cannot follow train=9. Put them in the order blocks, structured"),
         (["pruning=0.5", "low_rank=0.9"], "low_rank=0.9 after pruning=0.5 would fill the zeros again. Leave one"),
         (["quantize=int3"], "'quantize=int3'. Give quantize=int8 or quantize=int4"),
+        (["quantization_aware=0.5"], "'quantization_aware=0.5'. Give quantization_aware=int8 or quantization_aware=int4"),
+        (["quantization_aware=int4", "quantize=int4"], "quantization_aware=int4 is how train trains. Add train=STEPS after"),
+        (["quantization_aware=int4", "train=9"], "quantization_aware=int4 is of no use without the same at the end. Add qu"),
+        (["quantization_aware=int4", "train=9", "quantize=int8"], "quantization_aware=int4 is of no use without the same"),
+        (
+            ["quantization_aware=int4", "train=9", "low_rank=0.9", "quantize=int4"],
+            "low_rank makes other matrices than quantization_aware=int4 has rounded. Leave one of them out",
+        ),
+        (["train=9", "quantization_aware=int4"], "quantization_aware=int4 cannot follow train=9. Put them in the order"),
         (["low_rank=1"], "'low_rank=1' needs a finite number from 0 to below 1"),
         (["low_rank=x"], "'low_rank=x' needs"),
         (["low_rank"], "'low_rank' needs"),
@@ -94,6 +103,10 @@ def test_steps_before_training_are_callbacks_of_the_run():
     assert callbacks_of(cuts) == [
         {"class_path": "StructuredPruning", "init_args": {"heads": 0.25, "neurons": 0.25, "blocks": 0.5}},
         {"class_path": "MagnitudePruning", "init_args": {"final_sparsity": 0.5, "scope": "2:4"}},
+    ]
+    rounded = ["pruning=0.5", "quantization_aware=int8_int4", "train=9", "quantize=int8_int4"]
+    assert callbacks_of(split_at_training(parse_steps(rounded))[0])[1:] == [
+        {"class_path": "QuantizationAwareTraining", "init_args": {"scheme": "int8_int4"}}
     ]
     assert callbacks_of(parse_steps(["blocks=0.5"]))[0]["init_args"] == {"heads": 0.0, "neurons": 0.0, "blocks": 0.5}
     assert split_at_training(rest) == ([], 0, rest)

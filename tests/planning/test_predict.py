@@ -61,7 +61,16 @@ def test_checkpointing_adds_a_forward_pass_of_the_blocks_but_the_last_product():
 
 
 @pytest.mark.parametrize(
-    "names", [(), ("checkpointing", "bf16_mixed"), ("accumulation", "adamw_8bit"), ("pruning",), ("lean",)]
+    "names",
+    [
+        (),
+        ("checkpointing", "bf16_mixed"),
+        ("accumulation", "adamw_8bit"),
+        ("pruning",),
+        ("quantization_aware",),
+        ("checkpointing", "quantization_aware"),
+        ("lean",),
+    ],
 )
 def test_a_run_has_the_predicted_peak(tmp_path, names):
     """By the monitor of a real run; benchmarks/plan.py measures with torch's profiler."""

@@ -27,6 +27,7 @@ MOVES = {
     "lean": 0.05,
     "pruning": 0.1,
     "pruning_2_4": 0.1,
+    "quantization_aware": 0.02,
     "structured_pruning": 0.1,
 }
 """How far approximate techniques may move the loss of 4 steps."""
@@ -153,6 +154,7 @@ def test_refused_surroundings(folder, overlay, arguments, reason):
         ({"recovery": True}, {"shards": True}, "smaller micro-batch before the run"),
         ({"storage": "host"}, {}, "to=disk"),
         ({"masks": True}, {"shards": True}, "MagnitudePruning has to see them whole"),
+        ({"rounds": True}, {"shards": True}, "QuantizationAwareTraining has to see them whole"),
         ({"removal_step": 1}, {"shards": True}, "StructuredPruning has to see them whole"),
         ({"removal_step": 1}, {"world_size": 2}, "at_step: is 1, but several devices exchange"),
         ({"removal_step": 1, "masks": True}, {}, "MagnitudePruning would no longer fit"),

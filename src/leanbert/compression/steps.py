@@ -9,6 +9,7 @@ from typing import Any, cast
 from leanbert.compression.low_rank import make_low_rank, second_moments
 from leanbert.compression.onnx.quantization import SCHEMES, Scheme
 from leanbert.compression.pruning import apply_masks, in_fours, make_masks, prunable
+from leanbert.compression.rounding import ROUNDINGS
 from leanbert.compression.structured import prune_structured, remove_blocks, sizes_kept
 from leanbert.errors import UserError
 from leanbert.models.base import EncoderModel
@@ -20,6 +21,8 @@ Calibrate = Callable[[EncoderModel], None]
 Apply = Callable[[EncoderModel, str, Calibrate], None]
 
 TRAIN, QUANTIZE, PRUNING = "train", "quantize", "pruning"
+QUANTIZATION_AWARE = "quantization_aware"
+"""How `train` trains: with weights rounded as the scheme that is its value will round them."""
 TWO_OF_FOUR = "2:4"
 
 
@@ -37,7 +40,7 @@ class Technique:
 
 @dataclass(frozen=True)
 class Step:
-    """One step, written as `name=value`: a fraction, of `train` optimizer steps, of `quantize` the scheme."""
+    """One step, written as `name=value`: a fraction, of `train` optimizer steps, of those that round a scheme."""
 
     name: str
     value: str
@@ -109,7 +112,7 @@ has no rows that belong to heads."""
 
 FRACTION = Range(above=0, below=1)
 
-ORDER = (*(name for name in TECHNIQUES if TECHNIQUES[name].callback), TRAIN, "low_rank", QUANTIZE)
+ORDER = (*(name for name in TECHNIQUES if TECHNIQUES[name].callback), QUANTIZATION_AWARE, TRAIN, "low_rank", QUANTIZE)
 """Of all steps. Training makes good what those before it have cost. Quantized weights cannot be changed any more."""
 
 
@@ -121,9 +124,9 @@ def parse_steps(texts: Sequence[str]) -> list[Step]:
         name, _, value = text.partition("=")
         if name not in order:
             raise UserError(f"steps: {text!r} is none. Give {', '.join(f'{each}=VALUE' for each in order)}")
-        if name == QUANTIZE:
-            if value not in SCHEMES:
-                raise UserError(f"steps: {text!r}. Give {QUANTIZE}={f' or {QUANTIZE}='.join(SCHEMES)}")
+        if name in (QUANTIZE, QUANTIZATION_AWARE):
+            if value not in (schemes := SCHEMES if name == QUANTIZE else tuple(ROUNDINGS)):
+                raise UserError(f"steps: {text!r}. Give {name}={f' or {name}='.join(schemes)}")
         elif name == TRAIN:
             if not value.isdecimal() or int(value) not in COUNT:
                 raise UserError(f"steps: {text!r} needs a whole number from 1: optimizer steps")
@@ -136,7 +139,22 @@ def parse_steps(texts: Sequence[str]) -> list[Step]:
                 reason = "is there twice" if before.name == name else f"cannot follow {before}"
                 raise UserError(f"steps: {text} {reason}. Put them in the order {', '.join(order)}")
         steps.append(Step(name, value))
+    _check_awareness(steps)
     return steps
+
+
+def _check_awareness(steps: Sequence[Step]) -> None:
+    """Raise `UserError` where training would learn to do with a rounding that does not come."""
+    names = [step.name for step in steps]
+    if QUANTIZATION_AWARE not in names:
+        return
+    step = steps[names.index(QUANTIZATION_AWARE)]
+    if TRAIN not in names:
+        raise UserError(f"steps: {step} is how {TRAIN} trains. Add {TRAIN}=STEPS after it")
+    if "low_rank" in names:
+        raise UserError(f"steps: low_rank makes other matrices than {step} has rounded. Leave one of them out")
+    if steps[-1] != Step(QUANTIZE, step.value):
+        raise UserError(f"steps: {step} is of no use without the same at the end. Add {QUANTIZE}={step.value}")
 
 
 def apply_steps(model: EncoderModel, steps: Sequence[Step], calibrate: Calibrate) -> Scheme | None:
@@ -157,6 +175,9 @@ def callbacks_of(steps: Sequence[Step]) -> list[dict[str, Any]]:
     """Return the callbacks, as in a configuration, that do in a run of `fit` what these steps do."""
     found: dict[str, dict[str, Any]] = {}
     for step in steps:
+        if step.name == QUANTIZATION_AWARE:
+            found["QuantizationAwareTraining"] = {"scheme": step.value}
+            continue
         callback = TECHNIQUES[step.name].callback
         assert callback is not None  # only such steps come before training
         name, settings = callback

@@ -17,7 +17,16 @@ from tqdm import tqdm
 from leanbert.api import Pretrained, load
 from leanbert.compression.onnx.quantization import Scheme, quantize_plainly
 from leanbert.compression.onnx.runtime import read_onnx
-from leanbert.compression.steps import PRUNING, QUANTIZE, Calibrate, Step, apply_steps, parse_steps, split_at_training
+from leanbert.compression.steps import (
+    PRUNING,
+    QUANTIZATION_AWARE,
+    QUANTIZE,
+    Calibrate,
+    Step,
+    apply_steps,
+    parse_steps,
+    split_at_training,
+)
 from leanbert.compression_report.measuring import (
     LONG,
     MANY,
@@ -41,6 +50,7 @@ from leanbert.models.base import EncoderModel
 LADDER = (
     ("quantize=int8",),
     ("quantize=int4",),
+    ("quantize=int8_int4",),
     ("low_rank=0.99", "quantize=int8"),
     ("structured_pruning=0.25", "quantize=int8"),
 )
@@ -155,7 +165,7 @@ def _lists(request: CompressRequest) -> list[list[Step]]:
     for option in ("exceptions", "sensitivity"):
         if getattr(request, option) and steps[-1].name != QUANTIZE:
             raise UserError(f"{option}: no step quantizes. Add {QUANTIZE}=int8 or {QUANTIZE}=int4 to the steps")
-    return [steps[: count + 1] for count in range(len(steps))]
+    return [steps[: count + 1] for count, step in enumerate(steps) if step.name != QUANTIZATION_AWARE]
 
 
 def _references(source: Source, original: Pretrained, output: Path) -> list[_Variant]:

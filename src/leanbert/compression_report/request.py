@@ -19,9 +19,10 @@ class CompressRequest:
     """Folder to write: each variant in a folder of its own, report.md, report.json, pareto.png and tensorboard."""
     steps: list[str] | None = None
     """What to do to the model, in this order: blocks=FRACTION (that leaves), structured_pruning=FRACTION (of heads and
-    feed-forward neurons), pruning=FRACTION (of single weights, or 2:4), train=STEPS (what was cut learns from the whole
-    model, see model.distillation), low_rank=FRACTION (of the outputs' energy that stays), quantize=int8 or
-    int4. Each is reported with those before it. Default: several short lists, without training."""
+    feed-forward neurons), pruning=FRACTION (of single weights, or 2:4), quantization_aware=SCHEME (training rounds
+    weights as the last step will), train=STEPS (what was cut learns from the whole model, see model.distillation),
+    low_rank=FRACTION (of the outputs' energy that stays), quantize=SCHEME: int8, int4 or int8_int4 (products in int8,
+    embeddings in int4). Each is reported with those before it. Default: several short lists, without training."""
     exceptions: list[str] | None = None
     """Layers that quantization leaves in 32 bits, such as encoder.blocks.0.attention.qkv. Default: none, or with steps
     and max_drop as many of the most sensitive as keep it."""

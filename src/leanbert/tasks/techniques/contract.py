@@ -23,6 +23,8 @@ class Techniques:
     """Optimizer steps after which they are removed from the model in training; 0: they are not."""
     masks: bool = False
     """Single weights are set to zero step by step."""
+    rounds: bool = False
+    """The model computes with rounded weights, from some step on."""
     keep: Keep = "all"
     """Activations that checkpointed blocks keep."""
     keep_every: int = 1
