@@ -13,7 +13,7 @@ from torch import Tensor
 
 from leanbert.checkpoints import BEST
 from leanbert.compression.onnx.folder import write_onnx
-from leanbert.compression.onnx.quantization import Scheme
+from leanbert.compression.onnx.quantization import STATIC, Scheme
 from leanbert.compression.onnx.runtime import OnnxModel, holds_onnx, read_onnx
 from leanbert.compression.sparse import SparseLinear, make_sparse
 from leanbert.data.batches.batch import PredictBatch
@@ -27,6 +27,7 @@ from leanbert.errors import UserError
 from leanbert.files import expand, write_text_atomically
 from leanbert.models.base import EncoderModel
 from leanbert.models.generation import GenerationConfig
+from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.stored import ModelMetadata, Stored
 from leanbert.pretrained.build import read_model, rebuild
 from leanbert.pretrained.huggingface.convert import write_huggingface
@@ -164,8 +165,9 @@ class Pretrained:
         return self._generate("summarize", texts, batch_size, {**generation, "beams": beams})
 
     def export(
-        self, folder: str | Path, format: Format = "hf", quantize: Scheme | None = None, exceptions: Sequence[str] = ()
-    ) -> None:
+        self, folder: str | Path, format: Format = "hf", quantize: Scheme | None = None,
+        exceptions: Sequence[str] = (), seen: Sequence[PackedInputs] = (),
+    ) -> None:  # fmt: skip
         """Write a folder with the model and its tokenizer.
 
         A tokenizer of targets alone goes to its subfolder `target_tokenizer`.
@@ -177,6 +179,7 @@ class Pretrained:
                 sparse: `leanbert.json` and `model.safetensors`, in which zeros take one bit, for `leanbert.load`.
             quantize: `int8`, `int4`, or `int8_int4`: products in 8 bits, embeddings in 4; onnx only.
             exceptions: Layers that stay in 32 bits, such as `encoder.blocks.0.attention.qkv`.
+            seen: Rows of one document each, of which `int8_static` takes the ranges of activations.
 
         Raises:
             UserError: No class of transformers expresses the model, or onnxruntime computes something else; the folder
@@ -193,9 +196,14 @@ class Pretrained:
             raise UserError(f"export: --quantize {quantize} is of ONNX files. Give --format onnx")
         if exceptions and quantize is None:
             raise UserError("export: exceptions are of what --quantize does. Give it too")
+        if quantize == STATIC and not seen:
+            steps = f"'[\"quantize={STATIC}\"]'"
+            raise UserError(f"export: {STATIC} needs data to calibrate on. Use compress, with --steps {steps}")
+        if seen and quantize != STATIC:
+            raise UserError(f"export: seen is what {STATIC} is calibrated on. Leave it out")
         folder = expand(folder, "output")
         if format == "onnx":
-            write_onnx(self.model, folder, self.metadata, quantize, exceptions)
+            write_onnx(self.model, folder, self.metadata, quantize, exceptions, seen)
         elif format == "sparse":
             write_sparse(self.model, folder, self.metadata)
         else:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from leanbert.compression.low_rank import make_low_rank, second_moments
-from leanbert.compression.onnx.quantization import SCHEMES, Scheme
+from leanbert.compression.onnx.quantization import SCHEMES, STATIC, Scheme
 from leanbert.compression.pruning import apply_masks, in_fours, make_masks, prunable
 from leanbert.compression.rounding import ROUNDINGS
 from leanbert.compression.structured import prune_structured, remove_blocks, sizes_kept
 from leanbert.errors import UserError
 from leanbert.models.base import EncoderModel
+from leanbert.models.packed_inputs import PackedInputs
 from leanbert.ranges import COUNT, Range
 
 Calibrate = Callable[[EncoderModel], None]
@@ -169,6 +170,24 @@ def apply_steps(model: EncoderModel, steps: Sequence[Step], calibrate: Calibrate
         else:
             TECHNIQUES[step.name].apply(model, step.value, calibrate)
     return scheme
+
+
+def inputs_seen(model: EncoderModel, calibrate: Calibrate) -> list[PackedInputs]:
+    """Return what a model reads of real batches, as rows of one document each. Raises `UserError` for a decoder."""
+    found: list[PackedInputs] = []
+    if model.task == "seq2seq":
+        raise UserError(f"{QUANTIZE}={STATIC}: what a decoder reads is not recorded. Give {QUANTIZE}=int8")
+    handle = model.encoder.register_forward_pre_hook(lambda _, given: found.append(given[0].unpacked().inputs))
+    try:
+        calibrate(model)
+    finally:
+        handle.remove()
+    return found
+
+
+def reported(steps: Sequence[Step]) -> list[list[Step]]:
+    """Return what is made and reported: each step with those before it, but how to train without the training."""
+    return [[*steps[: count + 1]] for count, step in enumerate(steps) if step.name != QUANTIZATION_AWARE]
 
 
 def callbacks_of(steps: Sequence[Step]) -> list[dict[str, Any]]:

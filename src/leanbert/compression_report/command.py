@@ -15,16 +15,17 @@ from torch import nn
 from tqdm import tqdm
 
 from leanbert.api import Pretrained, load
-from leanbert.compression.onnx.quantization import Scheme, quantize_plainly
+from leanbert.compression.onnx.quantization import STATIC, Scheme, quantize_plainly
 from leanbert.compression.onnx.runtime import read_onnx
 from leanbert.compression.steps import (
     PRUNING,
-    QUANTIZATION_AWARE,
     QUANTIZE,
     Calibrate,
     Step,
     apply_steps,
+    inputs_seen,
     parse_steps,
+    reported,
     split_at_training,
 )
 from leanbert.compression_report.measuring import (
@@ -46,6 +47,7 @@ from leanbert.files import explain_disk_errors
 from leanbert.memory.precision import default_precision
 from leanbert.messages import say
 from leanbert.models.base import EncoderModel
+from leanbert.models.packed_inputs import PackedInputs
 
 LADDER = (
     ("quantize=int8",),
@@ -108,6 +110,7 @@ class _Variant:
     bf16: bool = False
     whole: Pretrained | None = None  # what was quantized, and how
     scheme: Scheme | None = None
+    seen: Sequence[PackedInputs] = ()  # of real data, where that counts
 
 
 def run_compress(request: CompressRequest, source: Source, command: str) -> None:
@@ -165,7 +168,7 @@ def _lists(request: CompressRequest) -> list[list[Step]]:
     for option in ("exceptions", "sensitivity"):
         if getattr(request, option) and steps[-1].name != QUANTIZE:
             raise UserError(f"{option}: no step quantizes. Add {QUANTIZE}=int8 or {QUANTIZE}=int4 to the steps")
-    return [steps[: count + 1] for count, step in enumerate(steps) if step.name != QUANTIZATION_AWARE]
+    return reported(steps)
 
 
 def _references(source: Source, original: Pretrained, output: Path) -> list[_Variant]:
@@ -204,6 +207,7 @@ def _make(request: CompressRequest, source: Source, original: Pretrained, lists:
                 trained[key] = load(source.train(cuts, count, request.output / TRAINING)).model
             model = smaller.model = copy.deepcopy(trained[key] if count else original.model)
             scheme = apply_steps(model, rest, source.calibrate)
+            seen = inputs_seen(model, source.calibrate) if scheme == STATIC else []
         except UserError as error:
             if request.steps is not None:
                 raise
@@ -215,13 +219,13 @@ def _make(request: CompressRequest, source: Source, original: Pretrained, lists:
         name = _excepting(name, exceptions)
         path = request.output / name
         sparse = scheme is None and any(step.name == PRUNING for step in steps)
-        smaller.export(path, "sparse" if sparse else "onnx", scheme, exceptions)
+        smaller.export(path, "sparse" if sparse else "onnx", scheme, exceptions, seen)
         row = Row(name, [str(step) for step in steps], "PyTorch float32" if sparse else "onnxruntime", exceptions)
         row.size_bytes = bytes_of(path)
         row.parameters, row.nonzero = weights_of(model)
         row.flops_per_token = flops_per_token(model)
         computed = model if sparse else read_onnx(path)
-        found.append(_Variant(row, path, computed, whole=None if scheme is None else smaller, scheme=scheme))
+        found.append(_Variant(row, path, computed, whole=smaller if scheme else None, scheme=scheme, seen=seen))
     return found
 
 
@@ -245,7 +249,8 @@ def _examine(
         if whole is None or scheme is None or not (over or request.sensitivity):
             continue
         layers = examine(
-            row.name, whole, scheme, row.exceptions, lambda model: source.evaluate(model, test=False)[source.tag],
+            row.name, whole, scheme, row.exceptions, variant.seen,
+            lambda model: source.evaluate(model, test=False)[source.tag],
             original[source.tag], source.sign, most if over else None,
         )  # fmt: skip
         found.append(layers)
@@ -256,7 +261,7 @@ def _examine(
             exceptions = layers.choice.exceptions
             name = _excepting(row.name, exceptions)
             path = request.output / name
-            whole.export(path, "onnx", scheme, exceptions)
+            whole.export(path, "onnx", scheme, exceptions, variant.seen)
             own = replace(row, name=name, exceptions=exceptions, size_bytes=bytes_of(path))
             variants.append(_Variant(own, path, read_onnx(path)))
             _evaluate(variants[-1:], source, original)
