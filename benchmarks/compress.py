@@ -78,7 +78,9 @@ TASKS = {
     "classification": Task(
         "classification", files("classification"), "accuracy", 250, 200, STUDENTS | PRUNED,
         (HYBRID, ("structured_pruning=0.5", "train={}"), ("pruning=2:4", "train={}"), ("pruning=0.8", "train={}"),
-         ("low_rank=0.99", "quantize=int4")),
+         ("low_rank=0.99", "quantize=int4"),
+         ("quantize=int8_int4",), ("quantize=int8_static",), ("quantize=int4",),
+         ("quantization_aware=int4", "train={}", "quantize=int4")),
     ),
     "srl": Task(
         "srl", (*files("srl"), "--data.find_predicates=false", "--data.batch_size=24"), "f1", 300, 200, STUDENTS,

@@ -11,11 +11,12 @@ import yaml
 import leanbert
 from leanbert.api import Pretrained
 from leanbert.cli.app import CLI, quiet_libraries
-from leanbert.compression_report import command as report_command
+from leanbert.compression_report import variants
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.models.classifier import Classifier
 from leanbert.models.config import EncoderConfig
+from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.stored import ModelMetadata
 from leanbert.pretrained.build import build_model
 from tests.training import read_scalars as scalars
@@ -268,6 +269,10 @@ def test_formats_and_weights_that_there_are_not_or_that_cannot_be(run, tmp_path)
 def test_only_onnx_files_are_quantized(run, tmp_path):
     with pytest.raises(UserError, match=r"^export: --quantize int8 is of ONNX files\. Give --format onnx$"):
         leanbert.load(run[2]).export(tmp_path / "new", quantize="int8")
+    with pytest.raises(UserError, match=r"^export: int8_static needs data to calibrate on\. Use compress, with --"):
+        leanbert.load(run[2]).export(tmp_path / "new", "onnx", "int8_static")
+    with pytest.raises(UserError, match=r"^export: seen is what int8_static is calibrated on\. Leave it out$"):
+        leanbert.load(run[2]).export(tmp_path / "new", "onnx", "int8", seen=[PackedInputs.whole_rows(torch.ones(1, 1))])
     assert not (tmp_path / "new").exists()
 
 
@@ -277,7 +282,7 @@ def test_compress_reports_on_each_variant(run, tmp_path, capsys, monkeypatch):
     if task in ("classification", "srl"):
         pytest.skip("as tagging")
     _, _, model, data = TASKS[task]
-    monkeypatch.setattr(report_command, "default_precision", lambda device: "bf16-mixed")
+    monkeypatch.setattr(variants, "default_precision", lambda device: "bf16-mixed")
     command = [*arguments(folder, task, "compress", model, {"val_share": 0.2, **data}), "--ckpt_path=best",
                f"--output={tmp_path}", "--seconds=0.1"]  # fmt: skip
     CLI([*command, '--steps=["structured_pruning=0.5", "quantize=int8"]'])

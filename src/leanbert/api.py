@@ -26,6 +26,7 @@ from leanbert.exporting import Format, write_folder
 from leanbert.files import expand
 from leanbert.models.base import EncoderModel
 from leanbert.models.generation import GenerationConfig
+from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.stored import ModelMetadata, Stored
 from leanbert.pretrained.build import read_model, rebuild
 from leanbert.pretrained.weights import SETTINGS_FILES
@@ -159,8 +160,9 @@ class Pretrained:
         return self._generate("summarize", texts, batch_size, {**generation, "beams": beams})
 
     def export(
-        self, folder: str | Path, format: Format = "hf", quantize: Scheme | None = None, exceptions: Sequence[str] = ()
-    ) -> None:
+        self, folder: str | Path, format: Format = "hf", quantize: Scheme | None = None,
+        exceptions: Sequence[str] = (), seen: Sequence[PackedInputs] = (),
+    ) -> None:  # fmt: skip
         """Write a folder with the model and its tokenizer.
 
         A tokenizer of targets alone goes to its subfolder `target_tokenizer`.
@@ -170,15 +172,16 @@ class Pretrained:
             format: hf: `config.json` and `model.safetensors` of Hugging Face. onnx: `model.onnx`, or
                 `encoder_model.onnx` and `decoder_model.onnx`, which onnxruntime computes and `leanbert.load` loads.
                 sparse: `leanbert.json` and `model.safetensors`, in which zeros take one bit, for `leanbert.load`.
-            quantize: Weights in 8 or 4 bits; onnx only.
+            quantize: `int8`, `int4`, or `int8_int4`: products in 8 bits, embeddings in 4; onnx only.
             exceptions: Layers that stay in 32 bits, such as `encoder.blocks.0.attention.qkv`.
+            seen: Rows of one document each, of which `int8_static` takes the ranges of activations.
 
         Raises:
             UserError: No class of transformers expresses the model, or onnxruntime computes something else; the folder
                 has a model in another format, of which a file would be replaced; an exception is not quantized.
 
         """
-        write_folder(self, folder, format, quantize, exceptions)
+        write_folder(self, folder, format, quantize, exceptions, seen)
 
     def _require(self, method: str, task: str) -> None:
         if self.task != task:

@@ -21,6 +21,7 @@ MODULES = {
     "OutOfMemoryRecovery": "callbacks.techniques.accumulation",
     "PairData": "data.pairs",
     "Precision": "callbacks.techniques.precision",
+    "QuantizationAwareTraining": "callbacks.techniques.quantization",
     "ReturnFreedPages": "callbacks.techniques.allocator",
     "SemanticRoleData": "data.token_labels",
     "SemanticRoleLabelling": "tasks.tagging",

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from leanbert.compression.onnx.folder import write_onnx
-from leanbert.compression.onnx.quantization import Scheme
+from leanbert.compression.onnx.quantization import STATIC, Scheme
 from leanbert.compression.onnx.runtime import OnnxModel
 from leanbert.compression.sparse import SparseLinear
 from leanbert.data.pairs import TARGET
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.files import expand, write_text_atomically
+from leanbert.models.packed_inputs import PackedInputs
 from leanbert.pretrained.huggingface.convert import write_huggingface
 from leanbert.pretrained.huggingface.tasks import generation_settings
 from leanbert.pretrained.sparse import write_sparse
@@ -27,8 +28,9 @@ Format = Literal["hf", "onnx", "sparse"]
 
 
 def write_folder(
-    trained: Pretrained, folder: str | Path, format: Format, quantize: Scheme | None, exceptions: Sequence[str]
-) -> None:
+    trained: Pretrained, folder: str | Path, format: Format, quantize: Scheme | None, exceptions: Sequence[str],
+    seen: Sequence[PackedInputs],
+) -> None:  # fmt: skip
     """Write a folder with a model and its tokenizers: see `Pretrained.export`."""
     model = trained.model
     if isinstance(model, OnnxModel):
@@ -41,9 +43,14 @@ def write_folder(
         raise UserError(f"export: --quantize {quantize} is of ONNX files. Give --format onnx")
     if exceptions and quantize is None:
         raise UserError("export: exceptions are of what --quantize does. Give it too")
+    if quantize == STATIC and not seen:
+        steps = f"'[\"quantize={STATIC}\"]'"
+        raise UserError(f"export: {STATIC} needs data to calibrate on. Use compress, with --steps {steps}")
+    if seen and quantize != STATIC:
+        raise UserError(f"export: seen is what {STATIC} is calibrated on. Leave it out")
     folder = expand(folder, "output")
     if format == "onnx":
-        write_onnx(model, folder, trained.metadata, quantize, exceptions)
+        write_onnx(model, folder, trained.metadata, quantize, exceptions, seen)
     elif format == "sparse":
         write_sparse(model, folder, trained.metadata)
     else:

@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
+import yaml
 
 from leanbert.cli.app import CALIBRATION_BATCHES, CLI
 from leanbert.compression import steps
 from leanbert.compression.structured import add_importance, taylor_importance
 from leanbert.compression_report import command as report
 from leanbert.errors import UserError
-from tests.training import TINY, fit
+from tests.training import TINY, fit, read_scalars
 
 
 @pytest.mark.slow
@@ -79,3 +80,38 @@ def test_heads_leave_by_the_gradients_of_validation(tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "out/report.json").read_text())["variants"]
     assert rows[-1]["name"] == "structured_pruning-0.5-taylor"
     assert rows[-1]["parameters"] < rows[0]["parameters"]
+
+
+@pytest.mark.slow
+def test_training_rounds_as_the_last_step_does_and_static_scales_come_from_validation_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "peak_memory", lambda path: (1, 1))
+    (tmp_path / "train.txt").write_text("".join(f"the {i} tests of words {i * i}\n\n" for i in range(400)))
+    checkpoint = fit(tmp_path, steps=4).runs.find("last").path
+    given = [
+        "compress", "--config=configs/mlm.yaml", *TINY, f"--data.train_files={tmp_path / 'train.txt'}",
+        f"--data.cache_dir={tmp_path / 'cache'}", "--trainer.accelerator=cpu", f"--ckpt_path={checkpoint}",
+        "--seconds=0.01",
+    ]  # fmt: skip
+
+    def rows(name, *more):
+        CLI([*given, f"--output={tmp_path / name}", *more])
+        found = json.loads((tmp_path / name / "report.json").read_text())
+        return {row["name"]: row for row in found["variants"]}, found["sensitivity"]
+
+    found, _ = rows("aware", '--steps=["quantization_aware=int4", "train=4", "quantize=int4"]')
+    names = ["quantization_aware-int4+train-4", "quantization_aware-int4+train-4+int4"]
+    assert [name for name, row in found.items() if row["steps"]] == names
+    (root,) = (tmp_path / "aware/training").iterdir()
+    (callback,) = [
+        each for each in yaml.safe_load((root / "config.yaml").read_text())["trainer"]["callbacks"]
+        if each["class_path"] == "QuantizationAwareTraining"
+    ]  # fmt: skip
+    assert callback["init_args"] == {"scheme": "int4"}
+    losses = [scalars["val/loss"] for scalars in (found[name]["metrics"] for name in names)]
+    logged = read_scalars(next((root / "mlm").iterdir()))["val/loss"]
+    assert abs(logged[4] - losses[1]) < 0.2 * abs(logged[4] - losses[0])  # the run has seen what int4 makes of it
+
+    found, (layers,) = rows("static", '--steps=["quantize=int8_static"]', "--sensitivity=true")
+    assert found["int8_static"]["size_bytes"] < 0.5 * found["onnx"]["size_bytes"]
+    assert abs(found["int8_static"]["drop"]) < 0.01
+    assert len(layers["effects"]) == 2 * 4 + 3

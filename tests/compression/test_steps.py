@@ -1,5 +1,6 @@
 """Which steps there are, in which order, and what each does to a model."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from leanbert.compression.steps import (
     TECHNIQUES,
     apply_steps,
     callbacks_of,
+    inputs_seen,
     parse_steps,
     split_at_training,
     variants_of,
@@ -35,7 +37,7 @@ def test_steps_are_read_in_their_order():
         (
             ["prune=0.5"],
             "'prune=0.5' is none. Give blocks=VALUE, structured_pruning=VALUE, pruning=VALUE, movement_pruning=VALUE, "
-            "train=VALUE, low_rank=VALUE, low_rank_embedding=VALUE, quantize=VALUE",
+            "quantization_aware=VALUE, train=VALUE, low_rank=VALUE, low_rank_embedding=VALUE, quantize=VALUE",
         ),
         (["train=0"], "'train=0' needs a whole number from 1: optimizer steps"),
         (["train=1.5"], "'train=1.5' needs a whole number from 1: optimizer steps"),
@@ -61,6 +63,30 @@ def test_steps_are_read_in_their_order():
         (["train=9", "blocks=0.5"], "blocks=0.5 cannot follow train=9. Put them in the order blocks, structured"),
         (["pruning=0.5", "low_rank=0.9"], "low_rank=0.9 after pruning=0.5 would fill the zeros again. Leave one"),
         (["quantize=int3"], "'quantize=int3'. Give quantize=int8 or quantize=int4"),
+        (
+            ["quantization_aware=0.5"],
+            "'quantization_aware=0.5'. Give quantization_aware=int8 or quantization_aware=int4",
+        ),
+        (
+            ["quantization_aware=int4", "quantize=int4"],
+            "quantization_aware=int4 is how train trains. Add train=STEPS after",
+        ),
+        (
+            ["quantization_aware=int4", "train=9"],
+            "quantization_aware=int4 is of no use without the same at the end. Add qu",
+        ),
+        (
+            ["quantization_aware=int4", "train=9", "quantize=int8"],
+            "quantization_aware=int4 is of no use without the same",
+        ),
+        (
+            ["quantization_aware=int4", "train=9", "low_rank=0.9", "quantize=int4"],
+            "low_rank makes other matrices than quantization_aware=int4 has rounded. Leave one of them out",
+        ),
+        (
+            ["train=9", "quantization_aware=int4"],
+            "quantization_aware=int4 cannot follow train=9. Put them in the order",
+        ),
         (["low_rank=1"], "'low_rank=1' needs a finite number from 0 to below 1"),
         (["low_rank=x"], "'low_rank=x' needs"),
         (["low_rank"], "'low_rank' needs"),
@@ -85,6 +111,23 @@ def test_each_step_acts_on_what_the_one_before_has_left():
     assert apply_steps(model, parse_steps(["low_rank=0.5", "quantize=int4"]), run) == "int4"
     assert sum(parameter.numel() for parameter in model.parameters()) < before
     run(model)
+
+
+def test_what_a_model_reads_is_recorded_for_static_scales():
+    model, _ = make("tagging")
+    (seen,) = inputs_seen(model, run)
+    assert torch.equal(seen.input_ids, torch.randint(100, (4, 16), generator=torch.Generator().manual_seed(0)))
+    run(model)
+    assert not model.encoder._forward_pre_hooks
+    packed = PackedInputs.whole_rows(torch.arange(8)[None])
+    packed = replace(packed, document_ids=torch.tensor([[0, 0, 0, 1, 1, -1, -1, -1]]))
+    (seen,) = inputs_seen(model, lambda model: model(packed))
+    assert seen.input_ids.tolist() == [[0, 1, 2], [3, 4, 0]]
+    assert seen.real.tolist() == [[True, True, True], [True, True, False]]
+    with pytest.raises(
+        UserError, match=r"^quantize=int8_static: what a decoder reads is not recorded\. Give quantize=int8$"
+    ):
+        inputs_seen(make("seq2seq")[0], run)
 
 
 def test_a_step_without_effect_is_an_error():
@@ -131,6 +174,12 @@ def test_steps_before_training_are_callbacks_of_the_run():
         {"class_path": "StructuredPruning", "init_args": {"heads": 0.25, "neurons": 0.25, "blocks": 0.5}},
         {"class_path": "MagnitudePruning", "init_args": {"final_sparsity": 0.5, "scope": "2:4"}},
     ]
+    assert [len(each) for each in variants_of(steps)] == [1, 2, 3, 4, 5]
+    rounded = ["pruning=0.5", "quantization_aware=int8_int4", "train=9", "quantize=int8_int4"]
+    assert callbacks_of(split_at_training(parse_steps(rounded))[0])[1:] == [
+        {"class_path": "QuantizationAwareTraining", "init_args": {"scheme": "int8_int4"}}
+    ]
+    assert [len(each) for each in variants_of(parse_steps(rounded))] == [1, 3, 4]
     assert callbacks_of(parse_steps(["blocks=0.5"]))[0]["init_args"] == {"heads": 0.0, "neurons": 0.0, "blocks": 0.5}
     assert split_at_training(rest) == ([], 0, rest)
     steps = parse_steps(["movement_pruning=0.8:16", "train=70"])

@@ -10,7 +10,7 @@ import torch
 from leanbert.api import Pretrained, load
 from leanbert.compression.onnx.folder import largest_difference
 from leanbert.compression_report import command
-from leanbert.compression_report.command import Source, run_compress
+from leanbert.compression_report.command import run_compress
 from leanbert.compression_report.request import CompressRequest
 from leanbert.compression_report.sensitivity import (
     Choice,
@@ -20,6 +20,7 @@ from leanbert.compression_report.sensitivity import (
     effects_of,
     relative_drop,
 )
+from leanbert.compression_report.variants import Source
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from tests.compression.onnx.models import make

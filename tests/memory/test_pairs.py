@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from leanbert.compression.pruning import apply_masks, magnitude_masks, prunable
+from leanbert.compression.rounding import set_rounding
 from leanbert.errors import UserError
 from leanbert.memory.recovery import retry_smaller
 from leanbert.memory.step import optimizer_step
@@ -29,6 +30,7 @@ class Technique:
     dtype: torch.dtype | None = None
     autocast: torch.dtype | None = None
     sparsity: float | None = None
+    scheme: str | None = None
     moves: float = 1e-6
 
 
@@ -43,6 +45,7 @@ ROWS = {
     "in_backward": Technique({"in_backward": "update"}),
     "structured": Technique({"structured": (0.5, 0.5, 0.0)}, moves=float("inf")),
     "pruning": Technique(sparsity=0.5, moves=float("inf")),
+    "rounding": Technique(scheme="int4", moves=float("inf")),
     "adama": Technique({"in_backward": "accumulate", "micro_batch": 3}, micro_batch=3, moves=4.1e-3),
     "adamw8bit": Technique(optimizer="adamw8bit", moves=4.1e-3),
     "adamw4bit": Technique(optimizer="adamw4bit", moves=4.1e-3),
@@ -105,6 +108,7 @@ def train(names, folder, make=lambda: tiny_model(dtype=torch.float64, preset="be
         weights = prunable(model)
         masks = magnitude_masks(weights, sparsity, "global")
         apply_masks(weights, masks)
+    set_rounding(model, setting(names, "scheme", None))
     for step in range(2):
         with torch.autocast("cpu", kind) if kind else nullcontext():
 
@@ -164,6 +168,11 @@ PAIRS = [
 @pytest.mark.parametrize("names", [(name,) for name in ROWS] + PAIRS, ids="+".join)
 def test_trains_as_plain_training_does(names, plain, tmp_path):
     check(train(names, tmp_path), plain, names)
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if ROWS[name].moves == 1e-6])
+def test_exact_techniques_are_exact_with_rounded_weights_too(name, tmp_path):
+    check(train((name, "rounding"), tmp_path), train(("rounding",), tmp_path), (name,))
 
 
 @pytest.fixture(scope="module", params=["encoder", "shared", "targets"])

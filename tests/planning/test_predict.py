@@ -68,6 +68,8 @@ def test_checkpointing_adds_a_forward_pass_of_the_blocks_but_the_last_product():
         ("accumulation", "adamw_8bit"),
         ("pruning",),
         ("movement_pruning",),
+        ("quantization_aware",),
+        ("checkpointing", "quantization_aware"),
         ("lean",),
     ],
 )

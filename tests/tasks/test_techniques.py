@@ -29,6 +29,7 @@ MOVES = {
     "pruning": 0.1,
     "pruning_2_4": 0.1,
     "movement_pruning": 0.1,
+    "quantization_aware": 0.02,
     "structured_pruning": 0.1,
 }
 """How far approximate techniques may move the loss of 4 steps."""
@@ -185,6 +186,7 @@ def test_refused_surroundings(folder, overlay, arguments, reason):
             {},
             "MovementPruning: looks at gradients",
         ),
+        ({"rounds": True}, {"shards": True}, "QuantizationAwareTraining has to see them whole"),
         ({"removal_step": 1}, {"shards": True}, "StructuredPruning has to see them whole"),
         ({"removal_step": 1}, {"world_size": 2}, "at_step: is 1, but several devices exchange"),
         ({"removal_step": 1, "masks": {"MagnitudePruning"}}, {}, "MagnitudePruning would no longer fit"),

@@ -170,7 +170,8 @@ class CLI(Setup):
 
     def compress(self, options: CompressOptions) -> None:
         """Make smaller variants of a trained model and report on them."""
-        from leanbert.compression_report.command import Source, run_compress
+        from leanbert.compression_report.command import run_compress
+        from leanbert.compression_report.variants import Source
 
         best = self._checkpoint
         source = Source(

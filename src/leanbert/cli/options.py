@@ -85,8 +85,9 @@ class ExportOptions(Options):
     to sequence encoder_model.onnx and decoder_model.onnx) and the tokenizer; compared with the model when written.
     sparse: leanbert.json, model.safetensors and the tokenizer, for LeanBERT: of pruned tensors one bit a weight and the
     weights that are left."""
-    quantize: Literal["int8", "int4"] | None = None
-    """Weights in 8 or 4 bits; of ONNX files only. Default: 32 bits."""
+    quantize: Literal["int8", "int4", "int8_int4", "int8_static"] | None = None
+    """Weights in fewer bits; of ONNX files only. int8: products of 8 bits. int4: weights of 4 bits, slower. int8_int4:
+    products as int8, embeddings as int4. int8_static: needs data, so `compress` makes it. Default: 32 bits."""
     exceptions: list[str] | None = None
     """Layers whose weights stay in 32 bits, such as encoder.blocks.0.attention.qkv; see `compress --sensitivity`."""
 

@@ -17,6 +17,7 @@ from leanbert.errors import UserError
 from leanbert.models.base import EncoderModel
 from leanbert.models.classifier import Classifier
 from leanbert.models.heads import Output
+from leanbert.models.linear import Linear
 from leanbert.models.packed_inputs import PackedInputs
 
 DAMPING = 1e-4
@@ -35,19 +36,6 @@ class LowRankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply by both."""
         return nn.functional.linear(nn.functional.linear(x, self.down), self.up, self.bias)
-
-
-class LowRankEmbedding(nn.Module):
-    """A token embedding of two matrices: ids [...] -> [..., r] -> [..., D]."""
-
-    def __init__(self, table: Tensor, up: Tensor) -> None:
-        """Take the `table` [R, r] and `up` [D, r]."""
-        super().__init__()
-        self.weight, self.up = nn.Parameter(table), nn.Parameter(up)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Look up and widen."""
-        return nn.functional.linear(nn.functional.embedding(ids, self.weight), self.up)
 
 
 class Factors(NamedTuple):
@@ -159,7 +147,9 @@ def make_embedding_low_rank(model: EncoderModel, energy: float, counts: Tensor) 
         raise UserError(
             f"low_rank_embedding: at {energy:.0%} of the energy it gets no smaller. Keep less, or leave it out"
         )
-    embeddings.token = LowRankEmbedding(up, down.T.contiguous())  # type: ignore[assignment]
+    embeddings.token = nn.Embedding.from_pretrained(up, freeze=False)
+    embeddings.projection = Linear(len(down), down.shape[1], bias=False)
+    embeddings.projection.weight = nn.Parameter(down.T.contiguous())
 
 
 def make_low_rank(model: EncoderModel, energy: float, moments: dict[str, Tensor] | None = None) -> int:

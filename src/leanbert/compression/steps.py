@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from leanbert.compression.low_rank import make_embedding_low_rank, make_low_rank, second_moments, token_counts
-from leanbert.compression.onnx.quantization import SCHEMES, Scheme
+from leanbert.compression.onnx.quantization import SCHEMES, STATIC, Scheme
 from leanbert.compression.pruning import PATTERNS, apply_masks, make_masks, prunable, tiled
+from leanbert.compression.rounding import ROUNDINGS
 from leanbert.compression.structured import (
     Importance,
     add_importance,
@@ -20,6 +21,7 @@ from leanbert.compression.structured import (
 )
 from leanbert.errors import UserError, under
 from leanbert.models.base import EncoderModel
+from leanbert.models.packed_inputs import PackedInputs
 from leanbert.ranges import COUNT, Range
 
 
@@ -35,6 +37,8 @@ Apply = Callable[[EncoderModel, str, Calibrate], None]
 TRAIN, QUANTIZE, BLOCKS = "train", "quantize", "blocks"
 LOW_RANK, LOW_RANK_EMBEDDING = "low_rank", "low_rank_embedding"
 PRUNING, MOVEMENT = "pruning", "movement_pruning"
+QUANTIZATION_AWARE = "quantization_aware"
+"""How `train` trains: with weights rounded as the scheme that is its value will round them."""
 ZEROS = (PRUNING, MOVEMENT)
 """Steps that set single weights to zero."""
 TAYLOR = ":taylor"
@@ -67,7 +71,7 @@ class Technique:
 
 @dataclass(frozen=True)
 class Step:
-    """One step, written as `name=value`: a fraction, of `train` optimizer steps, of `quantize` the scheme."""
+    """One step, written as `name=value`: a fraction, of `train` optimizer steps, of those that round a scheme."""
 
     name: str
     value: str
@@ -167,6 +171,9 @@ TECHNIQUES = {
         f"fraction of linear layers' weights that become zero, as training moves them there{GROUPS}", None,
         ("MovementPruning", _zeros_settings), _are_zeros,
     ),
+    QUANTIZATION_AWARE: Technique(
+        "the scheme", None, ("QuantizationAwareTraining", lambda scheme: {"scheme": scheme}), ROUNDINGS.__contains__
+    ),
     LOW_RANK: Technique("fraction of the outputs' energy that two thin matrices keep of each large one", _factorise),
     LOW_RANK_EMBEDDING: Technique(
         "fraction of the energy that two thin matrices keep of the token embedding", _factorise_embedding
@@ -195,23 +202,36 @@ def parse_steps(texts: Sequence[str]) -> list[Step]:
                 reason = "is there twice" if before.name == name else f"cannot follow {before}"
                 raise UserError(f"steps: {text} {reason}. Put them in the order {', '.join(ORDER)}")
         steps.append(Step(name, value))
+    _check_training(steps)
+    return steps
+
+
+def _check_training(steps: Sequence[Step]) -> None:
+    """Raise `UserError` for steps that need another training than there is, or learn what then does not come."""
     _, trained, _ = split_at_training(steps)
+    names = {step.name for step in steps}
     for step in steps:
         if step.name == MOVEMENT and not trained:
             raise UserError(f"steps: {step} looks at how training moves weights. Add {TRAIN}=STEPS, or give {PRUNING}")
-        late = trained <= TAYLOR_STEPS or any(other.name == BLOCKS for other in steps)
+        late = trained <= TAYLOR_STEPS or BLOCKS in names
         if step.value.endswith(TAYLOR) and trained and late:
             reason = f"is measured in the first {TAYLOR_STEPS} steps of training, with all blocks"
             raise UserError(f"steps: {step} {reason}. Train longer and without {BLOCKS}, or leave {TAYLOR} out")
-    return steps
+        if step.name == QUANTIZATION_AWARE:
+            if not trained:
+                raise UserError(f"steps: {step} is how {TRAIN} trains. Add {TRAIN}=STEPS after it")
+            if factors := sorted(names & {LOW_RANK, LOW_RANK_EMBEDDING}):
+                raise UserError(f"steps: {factors[0]} makes other matrices than {step} has rounded. Leave one out")
+            if steps[-1] != Step(QUANTIZE, step.value):
+                raise UserError(f"steps: {step} needs the same at the end. Add {QUANTIZE}={step.value}")
 
 
 def _check_value(text: str, name: str, value: str) -> None:
     if name not in ORDER:
         raise UserError(f"steps: {text!r} is none. Give {', '.join(f'{each}=VALUE' for each in ORDER)}")
-    if name == QUANTIZE:
-        if value not in SCHEMES:
-            raise UserError(f"steps: {text!r}. Give {QUANTIZE}={f' or {QUANTIZE}='.join(SCHEMES)}")
+    if name in (QUANTIZE, QUANTIZATION_AWARE):
+        if value not in (schemes := SCHEMES if name == QUANTIZE else tuple(ROUNDINGS)):
+            raise UserError(f"steps: {text!r}. Give {name}={f' or {name}='.join(schemes)}")
     elif name == TRAIN:
         if not re.fullmatch("[0-9]{1,15}", value) or int(value) not in COUNT:
             raise UserError(f"steps: {text!r} needs a whole number from 1: optimizer steps")
@@ -239,6 +259,19 @@ def apply_steps(model: EncoderModel, steps: Sequence[Step], calibrate: Calibrate
             assert apply is not None  # parse_steps has put training after it
             apply(model, step.value, calibrate)
     return scheme
+
+
+def inputs_seen(model: EncoderModel, calibrate: Calibrate) -> list[PackedInputs]:
+    """Return what a model reads of real batches, as rows of one document each. Raises `UserError` for a decoder."""
+    found: list[PackedInputs] = []
+    if model.task == "seq2seq":
+        raise UserError(f"{QUANTIZE}={STATIC}: what a decoder reads is not recorded. Give {QUANTIZE}=int8")
+    handle = model.encoder.register_forward_pre_hook(lambda _, given: found.append(given[0].unpacked().inputs))
+    try:
+        calibrate(model)
+    finally:
+        handle.remove()
+    return found
 
 
 def callbacks_of(steps: Sequence[Step]) -> list[dict[str, Any]]:

@@ -2,57 +2,31 @@
 
 from __future__ import annotations
 
-import copy
-import shutil
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
 
-from torch import nn
 from tqdm import tqdm
 
-from leanbert.api import Pretrained, load
-from leanbert.compression.onnx.quantization import Scheme, quantize_plainly
+from leanbert.api import load
 from leanbert.compression.onnx.runtime import read_onnx
-from leanbert.compression.steps import (
-    QUANTIZE,
-    ZEROS,
-    Calibrate,
-    Step,
-    apply_steps,
-    parse_steps,
-    split_at_training,
-    variants_of,
-)
-from leanbert.compression_report.huggingface import FOLDER, leave_huggingface
-from leanbert.compression_report.measuring import (
-    LONG,
-    MANY,
-    SHORT,
-    autocast,
-    bytes_of,
-    flops_per_token,
-    peak_memory,
-    run,
-    time_in_turns,
-    weights_of,
-)
-from leanbert.compression_report.report import Row, answer_of, as_table, folders_in_words, mark_front, write_report
+from leanbert.compression.steps import QUANTIZE, Step, parse_steps, variants_of
+from leanbert.compression_report.measuring import LONG, MANY, SHORT, autocast, bytes_of, peak_memory, run, time_in_turns
+from leanbert.compression_report.report import answer_of, as_table, folders_in_words, mark_front, write_report
 from leanbert.compression_report.request import CompressRequest
 from leanbert.compression_report.sensitivity import Sensitivity, examine, relative_drop
+from leanbert.compression_report.variants import Source, Variant, excepting, make_variants
 from leanbert.errors import UserError
 from leanbert.files import explain_disk_errors
-from leanbert.memory.precision import default_precision
 from leanbert.messages import say
-from leanbert.models.base import EncoderModel
 
 LADDER = (
     ("quantize=int8",),
     ("quantize=int4",),
+    ("quantize=int8_int4",),
     ("low_rank=0.99", "quantize=int8"),
+    ("low_rank_embedding=0.8", "quantize=int8"),
     ("structured_pruning=0.25", "quantize=int8"),
 )
 """What is tried where no steps are given: none of it trains."""
@@ -61,57 +35,12 @@ TRAINED = (
     ("blocks=0.5", "train={}", "quantize=int8"),
     ("structured_pruning=0.5", "train={}", "quantize=int8"),
     ("blocks=0.5", "structured_pruning=0.5", "train={}", "quantize=int8"),
+    ("blocks=0.5", "structured_pruning=0.5", "train={}", "low_rank_embedding=0.6", "quantize=int8"),
 )
 """What `search` tries besides, until one fits, with the steps of training that the configuration has."""
 
 Lists = Sequence[Sequence[Step]]
 """Of steps that make a variant each."""
-
-TRAINING = "training"
-"""Folder of the runs of variants that are trained."""
-
-ORIGINAL, ONNX, PLAIN = "original", "onnx", "onnxruntime-int8"
-"""Names of what stands beside the variants: the model itself, the same in an ONNX file, and that file quantized as
-onnxruntime does where nothing is set."""
-
-
-class Evaluate(Protocol):
-    """Judges models as the run that is set does."""
-
-    def __call__(self, model: nn.Module | None, test: bool = True) -> dict[str, float]:
-        """Return the metrics by tag, on validation and, if asked and given, test data; None: of what is compressed."""
-
-
-Train = Callable[[Sequence[Step], int, Path], Path]
-"""Trains the model with steps applied to it, for so many optimizer steps, and returns the file of what came out; runs
-are kept in a folder."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """The model to compress: the file or folder, and how the run that is set judges and trains models.
-
-    `tag` is the metric that counts, of which more is better where `sign` is -1, and less where it is 1. `max_steps` are
-    those of the run.
-    """
-
-    path: Path
-    evaluate: Evaluate
-    calibrate: Calibrate
-    train: Train
-    tag: str
-    sign: float
-    max_steps: int
-
-
-@dataclass
-class _Variant:
-    row: Row
-    path: Path
-    model: Any
-    bf16: bool = False
-    whole: Pretrained | None = None  # what was quantized, and how
-    scheme: Scheme | None = None
 
 
 def run_compress(request: CompressRequest, source: Source, command: str) -> None:
@@ -132,8 +61,8 @@ def run_compress(request: CompressRequest, source: Source, command: str) -> None
     with explain_disk_errors(request.output, "--output"):
         request.output.mkdir(parents=True, exist_ok=True)
         original = load(source.path)
-        variants = _references(source, original, request.output)
-        variants += _make(request, source, original, lists, variants)
+        variants = make_references(source, original, request.output)
+        variants += make_variants(request, source, original, lists, variants)
     _evaluate(variants, source, metrics)
     with explain_disk_errors(request.output, "--output"):
         layers = _examine(request, source, variants, metrics)
@@ -144,7 +73,7 @@ def run_compress(request: CompressRequest, source: Source, command: str) -> None
             break
         steps = parse_steps([text.format(source.max_steps) for text in texts])
         with explain_disk_errors(request.output, "--output"):
-            found = _make(request, source, original, [steps], variants)
+            found = make_variants(request, source, original, [steps], variants)
         _evaluate(found, source, metrics)
         _measure([variants[0], *found], request.seconds)
         rows += [variant.row for variant in found]
@@ -174,77 +103,8 @@ def _lists(request: CompressRequest) -> Lists:
     return variants_of(steps)
 
 
-def _references(source: Source, original: Pretrained, output: Path) -> list[_Variant]:
-    """Return the model itself, in 32 bits and where the CPU has them 16, its ONNX file and that plainly quantized."""
-    parameters, nonzero = weights_of(original.model)
-    row = Row(ORIGINAL, [], "PyTorch float32", parameters=parameters, nonzero=nonzero)
-    row.flops_per_token = flops_per_token(original.model)
-    leave_huggingface(original, row, output, ORIGINAL)
-    if row.huggingface is not None:
-        row.size_bytes = bytes_of(output / ORIGINAL)
-    else:
-        row.size_bytes = sum(parameter.nbytes for parameter in original.model.parameters())
-    found = [_Variant(row, source.path, original.model)]
-    if default_precision("cpu") == "bf16-mixed":
-        found.append(_Variant(replace(row, runtime="PyTorch bfloat16"), source.path, original.model, bf16=True))
-    original.export(output / ONNX, "onnx")
-    shutil.copytree(output / ONNX, output / PLAIN, dirs_exist_ok=True)
-    for file in (output / ONNX).glob("*.onnx"):
-        quantize_plainly(file, output / PLAIN / file.name)
-    for name in (ONNX, PLAIN):
-        path = output / name
-        own = replace(row, name=name, runtime="onnxruntime", size_bytes=bytes_of(path))
-        found.append(_Variant(own, path, read_onnx(path)))
-    return found
-
-
-def _make(
-    request: CompressRequest, source: Source, original: Pretrained, lists: Lists, before: Sequence[_Variant]
-) -> list[_Variant]:
-    """Write the folder of each list of steps; `before` are variants that there are already.
-
-    Raises `UserError` for a given step that has no effect.
-    """
-    found: list[_Variant] = []
-    trained: dict[str, EncoderModel] = {}  # lists that begin alike share it
-    for steps in tqdm(lists, desc="Variants", leave=False, disable=None):
-        smaller, name = copy.copy(original), "+".join(step.slug for step in steps)
-        cuts, count, rest = split_at_training(steps)
-        try:
-            if count and (key := f"{list(map(str, cuts))} {count}") not in trained:
-                trained[key] = load(source.train(cuts, count, request.output / TRAINING)).model
-            model = smaller.model = copy.deepcopy(trained[key] if count else original.model)
-            scheme = apply_steps(model, rest, source.calibrate)
-        except UserError as error:
-            if request.steps is not None:
-                raise
-            say(f"Left out {name}: {error}")
-            continue
-        if (decoder := getattr(model, "decoder", None)) is not None:
-            smaller.metadata = replace(smaller.metadata, decoder_layers=len(decoder.blocks))
-        exceptions = [] if scheme is None else list(request.exceptions or [])
-        name = _excepting(name, exceptions)
-        path = request.output / name
-        sparse = scheme is None and any(step.name in ZEROS for step in steps)
-        smaller.export(path, "sparse" if sparse else "onnx", scheme, exceptions)
-        row = Row(name, [str(step) for step in steps], "PyTorch float32" if sparse else "onnxruntime", exceptions)
-        row.size_bytes = bytes_of(path)
-        row.parameters, row.nonzero = weights_of(model)
-        row.flops_per_token = flops_per_token(model)
-        others = [variant.row for variant in (*before, *found)]
-        leave_huggingface(smaller, row, request.output, f"{name}/{FOLDER}", others)
-        computed = model if sparse else read_onnx(path)
-        found.append(_Variant(row, path, computed, whole=None if scheme is None else smaller, scheme=scheme))
-    return found
-
-
-def _excepting(name: str, exceptions: Sequence[str]) -> str:
-    """Return the name of a variant some of whose layers stay in 32 bits."""
-    return f"{name}-except-{len(exceptions)}" if exceptions else name
-
-
 def _examine(
-    request: CompressRequest, source: Source, variants: list[_Variant], original: dict[str, float]
+    request: CompressRequest, source: Source, variants: list[Variant], original: dict[str, float]
 ) -> list[Sensitivity]:
     """Return what layers cost, where it is asked or a drop is too large, and add to the variants what keeps the drop.
 
@@ -258,7 +118,8 @@ def _examine(
         if whole is None or scheme is None or not (over or request.sensitivity):
             continue
         layers = examine(
-            row.name, whole, scheme, row.exceptions, lambda model: source.evaluate(model, test=False)[source.tag],
+            row.name, whole, scheme, row.exceptions, variant.seen,
+            lambda model: source.evaluate(model, test=False)[source.tag],
             original[source.tag], source.sign, most if over else None,
         )  # fmt: skip
         found.append(layers)
@@ -267,16 +128,16 @@ def _examine(
         say(f"{row.name}: {layers.choice.in_words()}")
         if layers.choice.kept:
             exceptions = layers.choice.exceptions
-            name = _excepting(row.name, exceptions)
+            name = excepting(row.name, exceptions)
             path = request.output / name
-            whole.export(path, "onnx", scheme, exceptions)
+            whole.export(path, "onnx", scheme, exceptions, variant.seen)
             own = replace(row, name=name, exceptions=exceptions, size_bytes=bytes_of(path))
-            variants.append(_Variant(own, path, read_onnx(path)))
+            variants.append(Variant(own, path, read_onnx(path)))
             _evaluate(variants[-1:], source, original)
     return found
 
 
-def _evaluate(variants: Sequence[_Variant], source: Source, original: dict[str, float]) -> None:
+def _evaluate(variants: Sequence[Variant], source: Source, original: dict[str, float]) -> None:
     """Give each row its metrics; the model itself, in 32 bits, has those of `original`."""
     before = original[source.tag]
     for variant in tqdm(variants, desc="Evaluating", leave=False, disable=None):
@@ -286,7 +147,7 @@ def _evaluate(variants: Sequence[_Variant], source: Source, original: dict[str, 
         row.drop = relative_drop(row.metrics[source.tag], before, source.sign)
 
 
-def _measure(variants: Sequence[_Variant], seconds: float) -> None:
+def _measure(variants: Sequence[Variant], seconds: float) -> None:
     """Give each row its times, of all in turns, and its memory, each in a process of its own."""
     progress = partial(tqdm, desc="Timing", leave=False, disable=None)
 

@@ -20,9 +20,11 @@ class CompressRequest:
     steps: list[str] | None = None
     """What to do to the model, in this order: blocks=FRACTION (that leaves), structured_pruning=FRACTION (of heads and
     feed-forward neurons; FRACTION:taylor, by gradients), pruning=FRACTION (of single weights; FRACTION:SIZE, of square
-    blocks; 2:4 or 4:8) or movement_pruning (the same, while training), train=STEPS (what was cut learns from the whole
-    model, see model.distillation), low_rank=FRACTION (of the outputs' energy that stays), low_rank_embedding=FRACTION,
-    quantize=int8 or int4. Each is reported with those before it. Default: several short lists, without training."""
+    blocks; 2:4 or 4:8) or movement_pruning (the same, while training), quantization_aware=SCHEME (training rounds
+    weights as the last step will), train=STEPS (what was cut learns from the whole model, see model.distillation),
+    low_rank=FRACTION (of the outputs' energy that stays), low_rank_embedding=FRACTION, quantize=SCHEME: int8, int4,
+    int8_int4 (products in int8, embeddings in int4) or int8_static. Each is reported with those before it. Default:
+    several short lists, without training."""
     exceptions: list[str] | None = None
     """Layers that quantization leaves in 32 bits, such as encoder.blocks.0.attention.qkv. Default: none, or with steps
     and max_drop as many of the most sensitive as keep it."""

@@ -13,6 +13,7 @@ from leanbert.api import Pretrained
 from leanbert.compression.onnx.quantization import Scheme, fold, layers_of, quantize_folded
 from leanbert.compression.onnx.runtime import OnnxModel, read_onnx
 from leanbert.files import scratch_folder
+from leanbert.models.packed_inputs import PackedInputs
 from leanbert.tasks.tables import markdown_table
 
 Value = Callable[[Sequence[str]], float]
@@ -95,7 +96,11 @@ def choose_exceptions(order: Sequence[str], drop: Value, most: float) -> Choice:
 
 @contextmanager
 def trials(
-    model: Pretrained, scheme: Scheme, judge: Callable[[OnnxModel], float], given: Sequence[str]
+    model: Pretrained,
+    scheme: Scheme,
+    judge: Callable[[OnnxModel], float],
+    given: Sequence[str],
+    seen: Sequence[PackedInputs] = (),
 ) -> Iterator[tuple[list[str], Value]]:
     """Yield the layers of a model that are quantized, and what judges it with some of them, and `given`, left out.
 
@@ -109,22 +114,22 @@ def trials(
         fold(plain, folded)
 
         def value(exceptions: Sequence[str]) -> float:
-            quantize_folded(folded, trial, scheme, {*exceptions, *given})
+            quantize_folded(folded, trial, scheme, {*exceptions, *given}, seen)
             return judge(read_onnx(trial))
 
         yield [layer for layer in layers_of(folded, scheme) if layer not in given], value
 
 
 def examine(
-    name: str, model: Pretrained, scheme: Scheme, given: Sequence[str], judge: Callable[[OnnxModel], float],
-    original: float, sign: float, most: float | None,
+    name: str, model: Pretrained, scheme: Scheme, given: Sequence[str], seen: Sequence[PackedInputs],
+    judge: Callable[[OnnxModel], float], original: float, sign: float, most: float | None,
 ) -> Sensitivity:  # fmt: skip
     """Return the sensitivity of a variant, and where `most` is given the exceptions that keep this drop.
 
-    `model` is what is quantized, `given` are layers that stay in 32 bits in any case, and `original` is the metric that
-    drops. Where the model in 32 bits drops more there is nothing to choose.
+    `model` is what is quantized, `given` are layers that stay in 32 bits in any case, `seen` is what it reads, and
+    `original` is the metric that drops. Where the model in 32 bits drops more there is nothing to choose.
     """
-    with trials(model, scheme, judge, given) as (layers, value):
+    with trials(model, scheme, judge, given, seen) as (layers, value):
         metric, effects = effects_of(layers, value, sign)
         choice = None
         at_best = relative_drop(metric, original, sign)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.kernels.attention import attend, product_dtype
+from leanbert.models.linear import Linear
 
 
 class RotaryAngles(NamedTuple):
@@ -73,10 +74,10 @@ class Attention(nn.Module):
         self.num_heads, self.dropout = config.num_heads, config.attention_dropout
         inner = config.num_heads * config.head_size
         for name, matrices in self.stacked.items():
-            self.add_module(name, nn.Linear(config.hidden_size, matrices * inner, bias=config.bias))
-        self.output = nn.Linear(inner, config.hidden_size, bias=config.bias)
+            self.add_module(name, Linear(config.hidden_size, matrices * inner, bias=config.bias))
+        self.output = Linear(inner, config.hidden_size, bias=config.bias)
 
-    def projections(self) -> list[tuple[nn.Linear, int]]:
+    def projections(self) -> list[tuple[Linear, int]]:
         """Return the layers whose rows belong to heads, and how many matrices each stacks; values come last."""
         return [(getattr(self, name), matrices) for name, matrices in self.stacked.items()]
 
@@ -89,7 +90,7 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Multi-head attention of a sequence to itself, [B, S, D] -> [B, S, D]."""
 
-    qkv: nn.Linear
+    qkv: Linear
     stacked: ClassVar[dict[str, int]] = {"qkv": 3}
 
     def project(self, hidden: Tensor, angles: RotaryAngles | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,8 +110,8 @@ class SelfAttention(Attention):
 class CrossAttention(Attention):
     """Attention of the target to the encoder's output: [B, T, D] to [B, S, D] -> [B, T, D]; without positions."""
 
-    query: nn.Linear
-    key_value: nn.Linear
+    query: Linear
+    key_value: Linear
     stacked: ClassVar[dict[str, int]] = {"query": 1, "key_value": 2}
 
     def project(self, memory: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from leanbert.models.config import ResolvedConfig
 from leanbert.models.dropout import dropout
 from leanbert.models.encoder import make_norm
 from leanbert.models.heads import Output, sum_in_chunks
+from leanbert.models.linear import Linear
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.stored import ModelMetadata
 
@@ -37,9 +38,9 @@ class ClassificationHead(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.dropout = config.dropout
-        self.dense = nn.Linear(width, width, bias=config.bias) if config.norm_position == "pre" else None
+        self.dense = Linear(width, width, bias=config.bias) if config.norm_position == "pre" else None
         self.norm = make_norm(config) if config.norm_position == "pre" else None
-        self.pooler = nn.Linear(width, width) if config.norm_position == "post" and of == "text" else None
+        self.pooler = Linear(width, width) if config.norm_position == "post" and of == "text" else None
         self.scores = Output(width, labels)
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.dropout import dropout
+from leanbert.models.linear import Rounding, rounded
 from leanbert.models.packed_inputs import PackedInputs
 
 INIT_STD = 0.02
@@ -34,11 +35,15 @@ def sinusoidal_table(positions: int, width: int) -> Tensor:
 class Embeddings(nn.Module):
     """Sum of token, segment and absolute position embeddings, normalised: [B, S] -> [B, S, D].
 
-    Without `tokens` of its own, as in a decoder, their table comes with each call.
+    Without `tokens` of its own, as in a decoder, their table comes with each call. `round_table` rounds tables
+    before they are read, but segments, which have a switch of their own (quantization-aware training). With a
+    `projection` the table of tokens is thin, [R, r], and what is read of it is widened to D.
     """
 
     token: nn.Embedding
     fixed_position: Tensor | None
+    round_table: Rounding | None = None
+    round_segments: Rounding | None = None
 
     def __init__(self, config: ResolvedConfig, tokens: bool = True) -> None:
         super().__init__()
@@ -53,15 +58,20 @@ class Embeddings(nn.Module):
         self.register_buffer("fixed_position", fixed, persistent=False)
         self.norm = nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
         self.dropout = config.dropout
+        self.projection: nn.Linear | None = None
 
     def forward(self, inputs: PackedInputs, embedding: Tensor | None = None) -> Tensor:
         """Embed ids; tokens with another table `embedding` [R, D] if one is given."""
-        ids = inputs.input_ids
-        hidden = self.token(ids) if embedding is None else nn.functional.embedding(ids, embedding)
+        hidden = self._read(inputs.input_ids, self.token.weight if embedding is None else embedding)
+        if self.projection is not None:
+            hidden = self.projection(hidden)
         if self.segment is not None:
-            segments = inputs.segment_ids
-            hidden = hidden + (self.segment.weight[0] if segments is None else self.segment(segments))
-        table = self.fixed_position if self.position is None else self.position.weight
-        if table is not None:
-            hidden = hidden + nn.functional.embedding(inputs.position_ids, table)
+            segments, table = inputs.segment_ids, rounded(self.segment.weight, self.round_segments)
+            hidden = hidden + (table[0] if segments is None else nn.functional.embedding(segments, table))
+        positions = self.fixed_position if self.position is None else self.position.weight
+        if positions is not None:
+            hidden = hidden + self._read(inputs.position_ids, positions)
         return dropout(self.norm(hidden), self.dropout, self.training)
+
+    def _read(self, ids: Tensor, table: Tensor) -> Tensor:
+        return nn.functional.embedding(ids, rounded(table, self.round_table))

@@ -19,6 +19,7 @@ from leanbert.models.config import ResolvedConfig
 from leanbert.models.dropout import dropout
 from leanbert.models.embeddings import Embeddings
 from leanbert.models.kernels.attention import additive, same_document
+from leanbert.models.linear import Linear
 from leanbert.models.packed_inputs import PackedInputs
 
 
@@ -42,8 +43,8 @@ class FeedForward(nn.Module):
         self.gated = config.gated
         self.activate = F.silu if config.activation == "swiglu" else F.gelu
         wide = config.intermediate_size * (2 if config.gated else 1)
-        self.input = nn.Linear(config.hidden_size, wide, bias=config.bias)
-        self.output = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
+        self.input = Linear(config.hidden_size, wide, bias=config.bias)
+        self.output = Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Widen, activate, narrow."""

@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.embeddings import padded_rows
 from leanbert.models.kernels.loss import Mixture, cross_entropy_sum, linear_cross_entropy_sum
+from leanbert.models.linear import Linear, Rounding, rounded
 
 
-class Output(nn.Linear):
+class Output(Linear):
     """A linear layer whose outputs are results, such as scores of labels, and not hidden states."""
 
 
@@ -36,15 +37,19 @@ def sum_in_chunks(loss: Callable[..., Tensor], chunk: int | None, *tensors: Tens
 class MaskedLMHead(nn.Module):
     """Dense, GELU, norm, then scores against the token embedding: [N, D] -> [N, V].
 
-    The matrix of the last step is the embedding's own, passed in by the caller; only its bias lives here.
+    The matrix of the last step is the embedding's own, passed in by the caller; only its bias lives here. It may be
+    rounded, as in a `Linear`.
     """
+
+    round_weight: Rounding | None = None
+    round_input: Rounding | None = None
 
     def __init__(self, config: ResolvedConfig) -> None:
         super().__init__()
         if config.vocab_size is None:
             raise ValueError("the head is built after the tokenizer: config.vocab_size is None")
         self.vocab_size = config.vocab_size
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.dense = Linear(config.hidden_size, config.hidden_size, bias=config.bias)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.bias)
         self.bias = nn.Parameter(torch.zeros(padded_rows(config.vocab_size)))
 
@@ -54,7 +59,7 @@ class MaskedLMHead(nn.Module):
 
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         """Return logits [N, V] for `hidden` [N, D] and the token embedding [R, D]."""
-        scores = F.linear(self.transform(hidden), embedding, self.bias)  # [N, R]
+        scores = F.linear(*self._factors(hidden, embedding), self.bias)  # [N, R]
         # Cutting the scores keeps the padding rows out of every softmax, and their gradient at zero.
         return scores if scores.shape[-1] == self.vocab_size else scores[..., : self.vocab_size]
 
@@ -68,7 +73,11 @@ class MaskedLMHead(nn.Module):
         """
         if chunk is None:
             return cross_entropy_sum(self(hidden, embedding), targets, smoothing, mixture=mixture)
+        inputs, matrix = self._factors(hidden, embedding)
         return linear_cross_entropy_sum(
-            self.transform(hidden).flatten(0, -2), embedding, self.bias, targets.flatten(),
+            inputs.flatten(0, -2), matrix, self.bias, targets.flatten(),
             vocab_size=self.vocab_size, chunk=chunk, smoothing=smoothing, mixture=mixture,
         )  # fmt: skip
+
+    def _factors(self, hidden: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        return rounded(self.transform(hidden), self.round_input), rounded(embedding, self.round_weight)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.heads import Output
+from leanbert.models.linear import Linear
 
 
 class Source(NamedTuple):
@@ -50,8 +51,8 @@ class Pointer(nn.Module):
 
     def __init__(self, config: ResolvedConfig) -> None:
         super().__init__()
-        self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.query = Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.key = Linear(config.hidden_size, config.hidden_size, bias=False)
         self.gate = Output(config.hidden_size, 1)
 
     @torch.no_grad()

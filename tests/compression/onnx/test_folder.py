@@ -73,7 +73,9 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scheme", "share", "error"), [("int8", 0.27, 0.05), ("int4", 0.18, 0.3)])
+@pytest.mark.parametrize(
+    ("scheme", "share", "error"), [("int8", 0.27, 0.05), ("int4", 0.18, 0.3), ("int8_int4", 0.26, 0.3)]
+)
 def test_quantized_files_are_small_and_near(tmp_path, scheme, share, error):
     model, metadata = make("tagging", hidden_size=128, num_layers=4)
     plain = write_onnx(model, tmp_path / "fp32", metadata)

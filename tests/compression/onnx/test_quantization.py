@@ -1,5 +1,6 @@
 """Names of layers are modules and lead to their nodes; exceptions stay in 32 bits."""
 
+import math
 from collections import Counter
 
 import onnx
@@ -102,6 +103,7 @@ def test_each_layer_is_a_module_and_alone_stays_in_32_bits(tmp_path, task, setti
         once = Counter() if name in shared else table
         assert left + matrices(target, EIGHT_BITS) == whole - once, name  # all others have 8 bits
     assert layers_of(source, "int8") == sorted(expected)
+    assert layers_of(source, "int8_int4") == sorted(expected)
     of_text = [name for name in expected if task == "classification" and name.startswith("head.")]
     assert layers_of(source, "int4") == sorted(set(expected) - set(of_text))  # one row a text: another operator
     quantize_folded(source, target, "int4", [])
@@ -150,8 +152,40 @@ def test_files_grow_by_the_bits_that_stay(tmp_path, scheme):
     assert size([QKV]) - size([]) == pytest.approx(saved, rel=0.02)
 
 
+@pytest.mark.parametrize(("task", "width"), [("tagging", 48), pytest.param("seq2seq", 64, marks=slow)])
+def test_the_mixed_scheme_is_int8_with_embeddings_in_blocks_of_4_bits(tmp_path, task, width):
+    model, metadata = make(task, preset="bert", hidden_size=width)
+    source = folded(tmp_path, model, metadata)
+    tables, others, files = {}, {}, {}
+    for scheme in ("int8", "int8_int4"):
+        target = tmp_path / scheme
+        target.mkdir()
+        quantize_folded(source, target, scheme, [])
+        graphs = [onnx.load(file).graph for file in target.glob("*.onnx")]
+        tensors = [tensor for graph in graphs for tensor in graph.initializer]
+        tables[scheme] = sum(bits(tensor) for tensor in tensors if is_table(tensor)) // 8
+        others[scheme] = sorted((t.name, onnx.numpy_helper.to_array(t).tobytes()) for t in tensors if not is_table(t))
+        files[scheme] = sum(file.stat().st_size for file in target.glob("*.onnx"))
+    rows = [128, 2, 32] if task == "tagging" else [128, 32, 128, 32]
+    blocks_of_row = -(-width // 32)
+    assert tables["int8"] == sum(count * width + 4 + 1 for count in rows)  # one scale and one zero point a table
+    assert tables["int8_int4"] == sum(count * width // 2 + count * blocks_of_row * 4 for count in rows)
+    assert others["int8"] == others["int8_int4"]
+    saved = tables["int8"] - tables["int8_int4"]
+    assert files["int8"] - files["int8_int4"] == pytest.approx(saved, abs=200 * len(rows))
+
+
+def is_table(tensor):
+    return "embeddings" in tensor.name and "norm" not in tensor.name
+
+
+def bits(tensor):
+    width = {onnx.TensorProto.FLOAT: 32, onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT8: 8}[tensor.data_type]
+    return math.prod(tensor.dims) * width
+
+
 @slow
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int8_int4"])
 def test_a_model_of_which_more_is_left_out_is_nearer(tmp_path, scheme):
     model, metadata = make("seq2seq")
     names = sorted({*EMBEDDING, *blocks(), *DECODER, *HEAD})
@@ -210,3 +244,35 @@ def test_exceptions_that_cannot_be_are_said_and_nothing_is_written(tmp_path, exc
     with pytest.raises(UserError, match=f"^exceptions: {message}"):
         write_onnx(model, tmp_path / "new", metadata, "int8", exceptions)
     assert not (tmp_path / "new").exists()
+
+
+def test_static_scales_are_those_of_what_products_have_read(tmp_path):
+    model, metadata = make("tagging")
+    source, target = folded(tmp_path, model, metadata), tmp_path / "target"
+    target.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    seen = [PackedInputs.whole_rows(torch.randint(100, (3, 9), generator=generator)) for _ in range(2)]
+    read = []
+    handle = model.encoder.blocks[1].attention.qkv.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    with torch.no_grad():
+        for rows in seen:
+            model.encode(rows)
+    handle.remove()
+    quantize_folded(source, target, "int8_static", [], seen)
+    graph = onnx.load(target / "model.onnx").graph
+    assert not [node for node in graph.node if "Dynamic" in node.op_type]
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    made = {name: node for node in graph.node for name in node.output}
+    name = "encoder.blocks.1.attention.qkv/"
+    product = next(node for node in graph.node if node.name.startswith(name) and node.op_type == "MatMul")
+    scale = tensors[made[product.input[0]].input[1]]
+    low, high = min(x.min() for x in read), max(x.max() for x in read)
+    assert float(scale) == pytest.approx((high - low).item() / 255, rel=0.02)  # the table in 8 bits moves them a little
+    assert matrices(target, FLOAT).total() == 0
+    assert layers_of(source, "int8_static") == layers_of(source, "int8")
+    assert largest_difference(model, read_onnx(target)) > 1e-3
+    quantize_folded(source, target, "int8_static", [*EMBEDDING, *blocks()], seen)
+    with torch.no_grad():
+        torch.testing.assert_close(read_onnx(target).encode(seen[0]), model.encode(seen[0]), rtol=0, atol=1e-5)
+    quantize_folded(source, target, "int8_static", [QKV], seen)
+    assert matrices(target, FLOAT).total() == 3

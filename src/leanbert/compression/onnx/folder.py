@@ -32,7 +32,7 @@ LENGTHS = (1, 7, 128)
 
 def write_onnx(
     model: EncoderModel, folder: Path, metadata: ModelMetadata, scheme: Scheme | None = None,
-    exceptions: Sequence[str] = (),
+    exceptions: Sequence[str] = (), seen: Sequence[PackedInputs] = (),
 ) -> dict[str, int]:  # fmt: skip
     """Write the files of a model, quantized if asked but for the layers `exceptions`, and return their sizes in bytes.
 
@@ -51,7 +51,7 @@ def write_onnx(
         written = sorted(scratch.iterdir())
         if scheme is not None:
             (scratch / scheme).mkdir()
-            quantize(scratch, scratch / scheme, scheme, exceptions)
+            quantize(scratch, scratch / scheme, scheme, exceptions, seen)
             if not largest_difference(model, read_onnx(scratch / scheme)) < math.inf:
                 raise UserError(f"{folder}: quantized outputs are not finite. Export without --quantize {scheme}")
             written = [scratch / scheme / file.name for file in written]

@@ -10,32 +10,41 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from leanbert.compression.onnx.graphs import layer_of
+from leanbert.compression.onnx.runtime import Session, fed
 from leanbert.compression.onnx.tying import tie, tied_nodes
 from leanbert.errors import UserError
 from leanbert.files import scratch_folder
+from leanbert.models.packed_inputs import PackedInputs
 
-Scheme = Literal["int8", "int4"]
+Scheme = Literal["int8", "int4", "int8_int4", "int8_static"]
 """int8: matrix products of 8-bit weights and activations, which are scaled in each call (dynamic quantization).
-int4: weights of 4 bits in blocks, products in higher precision."""
+int4: weights of 4 bits in blocks, products in higher precision.
+int8_int4: products as of int8, embedding tables, which are much of a small model's file, as of int4.
+int8_static: as int8, with scales of activations from what was seen on real data; not of sequence to sequence."""
+
+STATIC: Scheme = "int8_static"
 
 SCHEMES = get_args(Scheme)
 
 BLOCK = 32
 """4-bit weights that share a scale; as many as onnxruntime's fastest kernels want at least."""
 
-OPERATORS = ("MatMul", "Gather")
+PRODUCT, TABLE = OPERATORS = ("MatMul", "Gather")
 """What is quantized; onnxruntime's quantizers take ONNX's attention for an older operator of that name."""
 
 GEMM, FLOAT = "Gemm", 1
 """Names of ONNX: a product of two matrices with what is added, and the type of 32-bit numbers."""
 
 
-def quantize(source: Path, target: Path, scheme: Scheme, exceptions: Sequence[str] = ()) -> None:
+def quantize(
+    source: Path, target: Path, scheme: Scheme, exceptions: Sequence[str] = (), seen: Sequence[PackedInputs] = ()
+) -> None:
     """Write the graphs in the folder `source` to `target` with the weights of products and embeddings quantized.
 
     Of int8 each output channel has a scale, and weights use 7 bits: with 8 the sums of products overflow on processors
     without VNNI (onnxruntime's documentation of `reduce_range`). The layers in `exceptions`, by the names of their
-    modules such as `encoder.blocks.0.attention.qkv`, stay in 32 bits.
+    modules such as `encoder.blocks.0.attention.qkv`, stay in 32 bits. `seen` are rows of one document each, of which
+    int8_static takes the ranges of activations.
 
     Raises:
         UserError: onnxruntime is not installed; an exception is no layer that is quantized, or nothing else is.
@@ -45,7 +54,7 @@ def quantize(source: Path, target: Path, scheme: Scheme, exceptions: Sequence[st
         fold(source, folded)
         if exceptions:
             check_exceptions(exceptions, layers_of(folded, scheme), scheme)
-        quantize_folded(folded, target, scheme, exceptions)
+        quantize_folded(folded, target, scheme, exceptions, seen)
 
 
 def fold(source: Path, target: Path) -> None:
@@ -77,7 +86,9 @@ def check_exceptions(exceptions: Sequence[str], layers: Sequence[str], scheme: S
         raise UserError(f"exceptions: they are all layers, of which {scheme} would quantize none. Leave some out")
 
 
-def quantize_folded(folded: Path, target: Path, scheme: Scheme, exceptions: Collection[str] = ()) -> None:
+def quantize_folded(
+    folded: Path, target: Path, scheme: Scheme, exceptions: Collection[str] = (), seen: Sequence[PackedInputs] = ()
+) -> None:
     """Do what `quantize` does with graphs that `fold` has written, and with exceptions that are layers."""
     import onnx
 
@@ -87,20 +98,28 @@ def quantize_folded(folded: Path, target: Path, scheme: Scheme, exceptions: Coll
             kept = [node for node in _quantized_nodes(graph.graph, scheme) if layer_of(node) in exceptions]
             tied = [
                 pair for pair in tied_nodes(graph.graph)
-                if (pair.embedding in kept) == (pair.product in kept) and (scheme == "int8" or pair.width % BLOCK == 0)
+                if scheme != STATIC and (pair.embedding in kept) == (pair.product in kept)
+                and (scheme != "int4" or pair.width % BLOCK == 0)
             ]  # fmt: skip
             kept += [pair.embedding for pair in tied]
-            if scheme == "int8":
-                _quantize_int8(file, target / file.name, kept)
-            else:
-                _quantize_int4(graph, target / file.name, kept)
+            match scheme:
+                case "int8":
+                    _quantize_int8(file, target / file.name, kept)
+                case "int4":
+                    _quantize_int4(graph, target / file.name, kept)
+                case "int8_int4":  # in this order: int8 asks for types, which cannot be inferred past int4's operators
+                    _quantize_int8(file, target / file.name, kept, (PRODUCT,))
+                    _quantize_int4(onnx.load(target / file.name), target / file.name, kept, (TABLE,))
+                case "int8_static":
+                    _quantize_int8(file, target / file.name, kept, (TABLE,))
+                    _quantize_static(target / file.name, target / file.name, kept, seen)
             if tied:
                 tie(target / file.name, tied)
 
 
 def _quantized_nodes(graph: Any, scheme: Scheme) -> list[str]:
-    """Return the names of the nodes whose matrix is quantized: of int8 also `Gemm`, which becomes a `MatMul`."""
-    operators = (*OPERATORS, GEMM) if scheme == "int8" else OPERATORS
+    """Return the names of the nodes whose matrix is quantized: in int8 also `Gemm`, which becomes a `MatMul`."""
+    operators = OPERATORS if scheme == "int4" else (*OPERATORS, GEMM)
     matrices = {tensor.name for tensor in graph.initializer if tensor.data_type == FLOAT and len(tensor.dims) == 2}
     return [node.name for node in graph.node if node.op_type in operators and matrices.intersection(node.input)]
 
@@ -113,22 +132,59 @@ def quantize_plainly(source: Path, target: Path) -> None:
         quantize_dynamic(source, target, OPERATORS)
 
 
-def _quantize_int8(source: Path, target: Path, kept: list[str]) -> None:
+def _quantize_int8(source: Path, target: Path, kept: list[str], operators: Sequence[str] = OPERATORS) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    kept += [f"{node}_MatMul" for node in kept]  # what a `Gemm` is called when it has become one
+    renamed = [f"{node}_MatMul" for node in kept]  # what a `Gemm` is called when it has become one
     quantize_dynamic(
-        source, target, OPERATORS, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True,
-        nodes_to_exclude=kept,
+        source, target, operators, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True,
+        nodes_to_exclude=kept + renamed,
     )  # fmt: skip
 
 
-def _quantize_int4(graph: Any, target: Path, kept: list[str]) -> None:
+def _quantize_static(source: Path, target: Path, kept: list[str], seen: Sequence[PackedInputs]) -> None:
+    """Quantize products with the least and largest number that each has read of the rows `seen`.
+
+    What a product reads others read too, such as the next residual, and the quantizer would have them read it rounded.
+    So products get it under a name of their own.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+    class Rows(CalibrationDataReader):
+        def __init__(self) -> None:
+            session = Session(source)
+            self._left = ({name: fed(rows)[name].numpy() for name in session.inputs} for rows in seen)
+
+        def get_next(self) -> Any:
+            return next(self._left, None)
+
+    model, products = onnx.load(source), [PRODUCT, GEMM]
+    quantized, nodes, own = {*_quantized_nodes(model.graph, STATIC)} - {*kept}, [], {}
+    for node in model.graph.node:
+        if node.name in quantized and node.op_type in products:
+            read = node.input[0]
+            if read not in own:
+                own[read] = f"{read}_of_products"
+                nodes.append(onnx.helper.make_node("Identity", [read], [own[read]], f"{node.name}_reads"))
+            node.input[0] = own[read]
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, source)
+    quantize_static(
+        source, target, Rows(), op_types_to_quantize=products, per_channel=True, reduce_range=True,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=kept,
+        extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": products},
+    )  # fmt: skip
+
+
+def _quantize_int4(graph: Any, target: Path, kept: list[str], operators: Sequence[str] = OPERATORS) -> None:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     quantizer = MatMulNBitsQuantizer(
-        graph, block_size=BLOCK, is_symmetric=True, op_types_to_quantize=OPERATORS,
-        quant_axes=(("MatMul", 0), ("Gather", 1)), accuracy_level=4, nodes_to_exclude=kept,
+        graph, block_size=BLOCK, is_symmetric=True, op_types_to_quantize=tuple(operators),
+        quant_axes=((PRODUCT, 0), (TABLE, 1)), accuracy_level=4, nodes_to_exclude=kept,
     )  # fmt: skip
     quantizer.process()
     quantizer.model.save_model_to_file(str(target), False)

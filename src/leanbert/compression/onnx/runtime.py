@@ -55,9 +55,9 @@ class Session:
 
     def __call__(self, tensors: dict[str, Tensor], outputs: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Return outputs by name, all or those that are asked for; of `tensors` those count that are inputs."""
-        fed = {name: tensors[name].contiguous().numpy() for name in self.inputs}
+        given = {name: tensors[name].contiguous().numpy() for name in self.inputs}
         names = list(self.outputs if outputs is None else outputs)
-        return dict(zip(names, map(torch.from_numpy, self._session.run(names, fed)), strict=True))
+        return dict(zip(names, map(torch.from_numpy, self._session.run(names, given)), strict=True))
 
 
 class OnnxModel(nn.Module):
@@ -97,7 +97,7 @@ class OnnxModel(nn.Module):
 
     def run(self, inputs: PackedInputs, output: str) -> Tensor:
         """Return an output of the graph for rows of one document."""
-        return self.session(_fed(inputs), [output])[output]
+        return self.session(fed(inputs), [output])[output]
 
 
 class OnnxSeq2Seq(OnnxModel):
@@ -124,9 +124,9 @@ class OnnxDecoding:
 
     def __init__(self, model: OnnxSeq2Seq, inputs: PackedInputs, beams: int) -> None:
         self._decoder, self._beams = model.decoder, beams
-        fed = _fed(inputs)
-        found = model.session(fed)
-        rows = {"attention_mask": fed["attention_mask"], "source_ids": fed["input_ids"]}
+        given = fed(inputs)
+        found = model.session(given)
+        rows = {"attention_mask": given["attention_mask"], "source_ids": given["input_ids"]}
         if "pointer_keys" in found:
             rows["pointer_keys"] = found["pointer_keys"]
         # by the axis of the sentences
@@ -172,6 +172,7 @@ def read_onnx(folder: Path) -> OnnxModel:
     return OnnxSeq2Seq(Session(path), Session(decoder), path)
 
 
-def _fed(inputs: PackedInputs) -> dict[str, Tensor]:
+def fed(inputs: PackedInputs) -> dict[str, Tensor]:
+    """Return what a graph reads of rows of one document each, by name, int64 [B, S]."""
     segments = torch.zeros_like(inputs.input_ids) if inputs.segment_ids is None else inputs.segment_ids
     return {"input_ids": inputs.input_ids, "attention_mask": inputs.real.long(), "token_type_ids": segments}

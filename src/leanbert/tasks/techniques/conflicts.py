@@ -107,6 +107,12 @@ def pruning(t: Techniques, around: Surroundings) -> Iterator[str]:
         yield f"{others[0]}: {name} sets weights to zero already. Leave one of them out."
 
 
+def rounding(t: Techniques, around: Surroundings) -> Iterator[str]:
+    """Scales are of whole rows and tables, in the dtype of the export."""
+    if t.rounds and around.shards:
+        yield "trainer.strategy: shards the weights, and QuantizationAwareTraining has to see them whole. Use ddp."
+
+
 def structured(t: Techniques, around: Surroundings) -> Iterator[str]:
     """Shapes may change in the middle of a run."""
     if t.removal_step == 0:

@@ -25,6 +25,8 @@ class Techniques:
     """Callbacks that set single weights to zero step by step."""
     gradient_readers: set[str] = field(default_factory=set)
     """Callbacks that look at the gradients of a whole step."""
+    rounds: bool = False
+    """The model computes with rounded weights, from some step on."""
     keep: Keep = "all"
     """Activations that checkpointed blocks keep."""
     keep_every: int = 1

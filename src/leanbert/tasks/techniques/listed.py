@@ -162,6 +162,10 @@ TECHNIQUES = (
         costs="accuracy, and 5 bytes a weight while training", conflicts=conflicts.pruning,
     ),
     Technique(
+        "quantization_aware", exact=False, lowers="what int8 or int4 costs in accuracy, not bytes while training",
+        costs="a rounded copy of each weight until its backward pass", conflicts=conflicts.rounding,
+    ),
+    Technique(
         "structured_pruning", exact=False, lowers="everything: heads and neurons are removed",
         costs="accuracy: half of the heads and neurons leave the model", conflicts=conflicts.structured, apply=_prune,
         rung=_at(13),
