@@ -40,6 +40,7 @@ def test_the_table_has_a_line_for_each_row_and_tests_only_where_there_are_some()
     assert "test/f1" not in table
     assert len(table.splitlines()) == 2 + 4
     assert "| small \\* | onnxruntime | 0.5000 | -2.00% | 0 | 0 | 25 B |" in table
+    assert "| all \\* | onnxruntime | 0.5000 | +0.00% | 0 | 0 | 100 B |" in table
     tested = as_table(
         [row("a", 1, 1, 0.0) for _ in range(1)] + [Row("b", [], "x", metrics={"test/f1": 0.25})], "val/f1"
     )

@@ -134,7 +134,7 @@ def as_table(rows: Sequence[Row], tag: str) -> str:
     lines = []
     for row in rows:
         metrics = row.metrics or {}
-        change = "" if row.drop is None else f"{-row.drop:+.2%}"
+        change = "" if row.drop is None else f"{0.0 - row.drop:+.2%}"  # 0.0 has no sign so
         lines.append([
             f"{row.name}{' *' if row.on_front else ''}", row.runtime, _number(metrics.get(tag)), change,
             *([_number(metrics.get(test))] if _has(rows, test) else []), f"{row.parameters:,}", f"{row.nonzero:,}",
