@@ -73,15 +73,15 @@ def test_steps_are_read_in_their_order():
         ),
         (
             ["quantization_aware=int4", "train=9"],
-            "quantization_aware=int4 is of no use without the same at the end. Add qu",
+            "quantization_aware=int4 needs the same at the end. Add qu",
         ),
         (
             ["quantization_aware=int4", "train=9", "quantize=int8"],
-            "quantization_aware=int4 is of no use without the same",
+            "quantization_aware=int4 needs the same",
         ),
         (
             ["quantization_aware=int4", "train=9", "low_rank=0.9", "quantize=int4"],
-            "low_rank makes other matrices than quantization_aware=int4 has rounded. Leave one of them out",
+            "low_rank makes other matrices than quantization_aware=int4 has rounded. Leave one out",
         ),
         (
             ["train=9", "quantization_aware=int4"],

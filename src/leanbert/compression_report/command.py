@@ -16,7 +16,7 @@ from leanbert.compression_report.measuring import LONG, MANY, SHORT, autocast, b
 from leanbert.compression_report.report import answer_of, as_table, folders_in_words, mark_front, write_report
 from leanbert.compression_report.request import CompressRequest
 from leanbert.compression_report.sensitivity import Sensitivity, examine, relative_drop
-from leanbert.compression_report.variants import Source, Variant, excepting, make_variants
+from leanbert.compression_report.variants import ORIGINAL, Source, Variant, excepting, make_references, make_variants
 from leanbert.errors import UserError
 from leanbert.files import explain_disk_errors
 from leanbert.messages import say
