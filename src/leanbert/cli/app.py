@@ -110,12 +110,16 @@ class CLI(Setup):
     def validate(self, options: EvaluateOptions) -> None:
         """Print the metrics as one JSON line."""
         self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path=options.ckpt_path, verbose=False)
-        print(strict_json.dumps(tagged(self.trainer.callback_metrics)))
+        self._print_metrics()
 
     def test(self, options: EvaluateOptions) -> None:
         """Print the metrics as one JSON line."""
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=options.ckpt_path, verbose=False)
-        print(strict_json.dumps(tagged(self.trainer.callback_metrics)))
+        self._print_metrics()
+
+    def _print_metrics(self) -> None:
+        if self.trainer.is_global_zero:  # all ranks have the same
+            print(strict_json.dumps(tagged(self.trainer.callback_metrics)))
 
     def predict(self, options: Options) -> None:
         """Write answers as they come."""
