@@ -152,6 +152,7 @@ def test_refused_surroundings(folder, overlay, arguments, reason):
         ({"slice_rows": 2}, {"shards": True}, "not gathered"),
         ({"recovery": True}, {"shards": True}, "smaller micro-batch before the run"),
         ({"storage": "host"}, {}, "to=disk"),
+        ({"precision": "16-mixed"}, {"shards": True}, "each rank has a part only. Use bf16-mixed"),
         ({"masks": True}, {"shards": True}, "MagnitudePruning has to see them whole"),
         ({"removal_step": 1}, {"shards": True}, "StructuredPruning has to see them whole"),
         ({"removal_step": 1}, {"world_size": 2}, "at_step: is 1, but several devices exchange"),
