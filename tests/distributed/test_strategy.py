@@ -20,6 +20,13 @@ ALIKE = 1e-6
 """Relative difference of losses in float32, which are summed in another order."""
 TASKS = {
     "mlm": [*TINY, "--data.train_files=train.txt"],
+    "seq2seq": [
+        "--config=configs/translation.yaml",
+        *TINY,
+        "--model.encoder.dropout=0",
+        "--model.encoder.attention_dropout=0",
+        "--model.validation_sources=9",
+    ],
     "classification": [
         "--config=configs/classification.yaml",
         *TINY,
@@ -82,6 +89,18 @@ def test_other_optimizers_on_shards(folder, optimizer):
         for strategy in ("ddp", "fsdp")
     )
     alike(shards, whole)
+
+
+@pytest.mark.parametrize("task", ["mlm", "seq2seq"])
+def test_mixed_precision_on_shards(folder, task):
+    mixed = [*ADAMW, "--config=configs/memory/bf16_mixed.yaml"]
+    exact, one, two = (
+        read_scalars(fit(folder, f"bf16-{number}-{task}", task, *given, strategy=strategy, steps=6))
+        for number, (given, strategy) in enumerate(((ADAMW, None), (mixed, None), (mixed, "fsdp")))
+    )
+    alike(two, one, rel=0.005)
+    assert two["train/loss"] != exact["train/loss"]
+    alike(one, exact, rel=0.02)
 
 
 @pytest.mark.parametrize(("first", "then"), [("fsdp", None), (None, "fsdp"), ("ddp", "fsdp"), ("fsdp", "ddp")])

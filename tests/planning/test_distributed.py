@@ -103,6 +103,14 @@ def test_fsdp2_gathers_blocks_twice_and_the_rest_once():
     assert forward["parameters"] == (blocks + rest) // 4 + rest + 2 * blocks // 3  # a block in use, and as it came
 
 
+def test_mixed_precision_gathers_half_as_many_bytes():
+    plain, mixed = (
+        predict_distributed(settings(precision=kind), DEVICES, "fsdp2") for kind in ("32-true", "bf16-mixed")
+    )
+    sent = plain.sent_by_collective
+    assert mixed.sent_by_collective == {**sent, "all_gather": sent["all_gather"] // 2}
+
+
 def test_fsdp2_gathers_for_each_micro_batch_and_reduces_whole_gradients_once():
     once = predict_distributed(settings(batch_size=32), DEVICES, "fsdp2")
     result = predict_distributed(settings(GradientAccumulation(2), batch_size=32), DEVICES, "fsdp2")

@@ -24,7 +24,12 @@ Model = TypeVar("Model", bound=EncoderModel)
 
 
 def parallelize(
-    make: Callable[[], Model], prepare: Callable[[Model], None], mesh: DeviceMesh | None, *, fill: bool = True
+    make: Callable[[], Model],
+    prepare: Callable[[Model], None],
+    mesh: DeviceMesh | None,
+    *,
+    dtype: torch.dtype | None = None,
+    fill: bool = True,
 ) -> Model:
     """Return a model with its initial weights, whole or sharded.
 
@@ -35,6 +40,7 @@ def parallelize(
         make: Makes the model with its weights, from a seed or from files.
         prepare: Does what comes before sharding: structured pruning, activation checkpointing, compilation.
         mesh: Devices to shard over, [N], or to replicate and shard over, [R, N]; None: each has the whole model.
+        dtype: In which parameters are gathered; None: in their own.
         fill: Whether the shards get weights; a plan needs none.
 
     Raises:
@@ -49,11 +55,11 @@ def parallelize(
     if mesh is None:
         return model
     if not fill:
-        shard(model, mesh)
+        shard(model, mesh, dtype)
         return model
     weights, buffers = ({}, {}) if blank else (model.state_dict(), dict(model.named_buffers()))
     model.to("meta")
-    shard(model, mesh)
+    shard(model, mesh, dtype)
     model.to_empty(device=mesh.device_type)
     _fill(model, weights, buffers)
     return model
@@ -82,7 +88,7 @@ def unreduced(model: FSDPModule) -> Iterator[None]:
 def gathered(model: nn.Module) -> Iterator[None]:
     """Context in which each rank has all weights, and may run the model as often as it likes.
 
-    All ranks enter and leave it together, after a forward pass. Weights are not to be changed inside.
+    All ranks enter and leave it together, between steps, after a forward pass. Weights are not to be changed inside.
     """
     if not isinstance(model, FSDPModule):
         yield
@@ -94,7 +100,6 @@ def gathered(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for part in parts:
-            part.reshard()
+        model.reset_iter_state()  # shards again; and forgets the passes, which backward passes would gather after
         model.set_reshard_after_forward(True)
         model.set_reshard_after_forward(False, recurse=False)  # as by default: what is outside of blocks stays

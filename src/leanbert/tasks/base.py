@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -161,7 +162,8 @@ class Task(SteppedModule[B]):
         refuse(self.techniques, around)
         seed_position(self.seed)
         self.build_metrics()
-        self.model = parallelize(self.build_model, self._prepare, mesh, fill=fill)
+        mixed = torch.bfloat16 if around.precision == "bf16-mixed" else None
+        self.model = parallelize(self.build_model, self._prepare, mesh, dtype=mixed, fill=fill)
         if self.trains and self.teacher_source is not None:
             check_distillation(self, self.teacher_source, shards=around.shards)
             teacher = self.build_teacher(self.teacher_source)

@@ -118,6 +118,11 @@ class SteppedModule(LightningModule, Generic[B]):
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
 
+    def precision_of_steps(self) -> AbstractContextManager[object]:
+        """Return a context for passes outside of steps: sharded weights always come in the precision of a step."""
+        sharded = isinstance(self.model, FSDPModule)
+        return self.trainer.precision_plugin.val_step_context() if sharded else nullcontext()
+
     def _start_micro_batch(self, index: int) -> None:
         self.step_state.index = index
         seed_position(self.seed, self.global_step, self.global_rank, index)

@@ -41,7 +41,7 @@ class Samples(Callback):
         batch = self._batch.split(min(len(self._batch), self.count))[0]
         if sharded:
             batch = trainer.strategy.broadcast(batch.to("cpu")).to(task.device)
-        with torch.no_grad():
+        with torch.no_grad(), task.precision_of_steps():
             tables = task.samples(batch)
         for writer in writers[:1]:
             for tag, text in tables.items():
