@@ -10,6 +10,7 @@ MODULES = {
     "ActivationOffload": "callbacks.techniques.activations",
     "ChunkedHead": "callbacks.techniques.activations",
     "ClassificationData": "data.classification",
+    "FullySharded": "distributed.strategy",
     "GradientAccumulation": "callbacks.techniques.accumulation",
     "LayerMajor": "callbacks.techniques.activations",
     "MagnitudePruning": "callbacks.techniques.pruning",
@@ -32,7 +33,7 @@ MODULES = {
     "TokenLabelData": "data.token_labels",
 }
 """Modules of LeanBERT by the name of the class."""
-SETTINGS = ("model", "data", "trainer.callbacks", "trainer.callbacks+")
+SETTINGS = ("model", "data", "trainer.callbacks", "trainer.callbacks+", "trainer.strategy")
 """Settings whose value may be a class alone, besides all that end with `class_path`."""
 
 

@@ -20,8 +20,12 @@ SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parents[2] / "confi
 
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
-DDP = "lightning.pytorch.strategies.DDPStrategy"
-STRATEGIES = ("auto", "ddp", DDP)
+SHORT = {
+    "lightning.pytorch.strategies.DDPStrategy": "ddp",
+    "leanbert.distributed.strategy.FullySharded": "fsdp",
+}
+"""Strategies by their class paths, which Lightning takes for names where they have no settings."""
+STRATEGIES = ("auto", "ddp", "fsdp", "hsdp", *SHORT)
 """Strategies that are tested: losses and weights of several processes are those of one."""
 
 
@@ -167,14 +171,14 @@ def check_devices(trainer: Any) -> None:
     accelerator, strategy = trainer["accelerator"], trainer["strategy"]
     if isinstance(accelerator, str) and accelerator not in ACCELERATORS:
         raise UserError(f"trainer.accelerator: {accelerator!r} is unknown. Choose from {', '.join(ACCELERATORS)}.")
-    if strategy == DDP:  # a class path without settings, which Lightning takes for a name
-        strategy = trainer["strategy"] = "ddp"
+    if isinstance(strategy, str) and strategy in SHORT:
+        strategy = trainer["strategy"] = SHORT[strategy]
     own = Namespace() if isinstance(strategy, str) else strategy.get("init_args", Namespace())
     name = strategy if isinstance(strategy, str) else strategy["class_path"]
     if name not in STRATEGIES or own.get("start_method", "popen") != "popen":
         raise UserError(
             f"trainer.strategy: {name} is not known to train rightly here: its processes could drift apart unseen. "
-            "Choose auto or ddp."
+            "Choose auto, ddp, fsdp or hsdp."
         )
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from leanbert import signals
 from leanbert.callbacks.loop.bad_steps import StopOnBadSteps
+from leanbert.distributed.strategy import FullySharded
 from leanbert.errors import UserError
 from leanbert.ranges import COUNT, NOT_NEGATIVE, SHARE, WHOLE, Range
 
@@ -74,6 +75,8 @@ class Trainer(pl.Trainer):
         _check_ranges(settings)
         given = [callbacks] if isinstance(callbacks, Callback) else callbacks or []
         stop = StopOnBadSteps(max_bad_steps)
+        if (strategy := settings.get("strategy")) in ("fsdp", "hsdp"):  # Lightning's `fsdp` is torch's older one
+            settings["strategy"] = FullySharded("nodes" if strategy == "hsdp" else 1)
         try:
             super().__init__(callbacks=[*given, stop], **settings)
         except (TypeError, ValueError, ImportError, MisconfigurationException) as error:

@@ -220,22 +220,25 @@ def test_a_saved_config_serves_every_subcommand(trained, corpus):
 
 
 @pytest.mark.slow
-def test_an_average_answers_like_other_checkpoints(corpus):
-    settings = [*TINY, "--data.train_files=train.txt", "--trainer.default_root_dir=averaged"]
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_an_average_answers_like_other_checkpoints(corpus, strategy):
+    settings = [*TINY, "--data.train_files=train.txt", f"--trainer.default_root_dir=averaged-{strategy}"]
     result = run(
         corpus, "fit", *settings, "--trainer.max_steps=4", "--trainer.val_check_interval=2",
-        "--checkpoint.average_last=2", "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp",
+        "--checkpoint.average_last=2", "--trainer.accelerator=cpu", "--trainer.devices=2",
+        f"--trainer.strategy={strategy}",
     )  # fmt: skip
-    folder = corpus / "averaged" / "mlm" / "version_0"
+    folder = corpus / f"averaged-{strategy}" / "mlm" / "version_0"
     assert "average of the weights after steps 2, 4" in result.stderr
-    assert f"Average      {Path('averaged') / 'mlm' / 'version_0' / 'checkpoints' / 'average.ckpt'}" in result.stderr
+    written = Path(f"averaged-{strategy}") / "mlm" / "version_0" / "checkpoints" / "average.ckpt"
+    assert f"Average      {written}" in result.stderr
     stated = json.loads((folder / "summary.json").read_text())["metrics"]["average/loss"]
     average = [*settings, "--ckpt_path=average", "--trainer.accelerator=cpu"]
     assert json.loads(run(corpus, "validate", *average).stdout)["val/loss"] == pytest.approx(stated, abs=1e-6)
     (corpus / "question.txt").write_text("the [MASK] sat\n")
     answer = json.loads(run(corpus, "predict", *average, "--data.predict_files=question.txt").stdout)
-    run(corpus, "export", *average, "--output=average")
-    for source in (corpus / "average", folder / "checkpoints" / "average.ckpt"):
+    run(corpus, "export", *average, f"--output=average-{strategy}")
+    for source in (corpus / f"average-{strategy}", folder / "checkpoints" / "average.ckpt"):
         ours = leanbert.load(source).fill_mask(["the [MASK] sat"])[0]["masks"][0]
         for mine, theirs in zip(ours, answer["masks"][0], strict=True):
             assert mine["token"] == theirs["token"]

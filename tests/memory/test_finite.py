@@ -116,3 +116,13 @@ def test_updates_in_backward_are_guarded_one_by_one(kind):
     loss = backpropagate_all_but_last(PlainTask(model), unequal_batch())[0]
     loss.backward()
     assert not any(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+
+
+def test_ranks_with_parts_of_the_gradients_agree():
+    here, check = parameters([3.0, 4.0]), StepCheck()
+    check.guard(here, lambda norm: norm + math.nan)  # of another rank
+    assert here[0].grad is None
+    here, check = parameters([3.0, 4.0]), StepCheck()
+    check.guard(here, lambda norm: norm + 2.0)
+    assert check.values.tolist() == [0.0, 7.0]
+    assert here[0].grad.tolist() == [3.0, 4.0]

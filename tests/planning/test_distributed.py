@@ -103,10 +103,20 @@ def test_fsdp2_gathers_blocks_twice_and_the_rest_once():
     assert forward["parameters"] == (blocks + rest) // 4 + rest + 2 * blocks // 3  # a block in use, and as it came
 
 
-def test_fsdp2_gathers_and_reduces_for_each_micro_batch():
+def test_mixed_precision_gathers_half_as_many_bytes():
+    plain, mixed = (
+        predict_distributed(settings(precision=kind), DEVICES, "fsdp2") for kind in ("32-true", "bf16-mixed")
+    )
+    sent = plain.sent_by_collective
+    assert mixed.sent_by_collective == {**sent, "all_gather": sent["all_gather"] // 2}
+
+
+def test_fsdp2_gathers_for_each_micro_batch_and_reduces_whole_gradients_once():
     once = predict_distributed(settings(batch_size=32), DEVICES, "fsdp2")
     result = predict_distributed(settings(GradientAccumulation(2), batch_size=32), DEVICES, "fsdp2")
-    assert result.sent_by_collective == {kind: 4 * size for kind, size in once.sent_by_collective.items()}
+    sent = once.sent_by_collective
+    assert result.sent_by_collective == {**sent, "all_gather": 4 * sent["all_gather"]}
+    assert result.prediction.phases["backward"]["gradients"] >= sum(parameter_bytes())
 
 
 def test_fsdp2_reduces_the_norm_once_per_step():

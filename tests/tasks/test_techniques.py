@@ -169,6 +169,7 @@ def test_refused_surroundings(folder, overlay, arguments, reason):
         ({"slice_rows": 2}, {"shards": True}, "not gathered"),
         ({"recovery": True}, {"shards": True}, "smaller micro-batch before the run"),
         ({"storage": "host"}, {}, "to=disk"),
+        ({"precision": "16-mixed"}, {"shards": True}, "each rank has a part only. Use bf16-mixed"),
         ({"masks": {"MagnitudePruning"}}, {"shards": True}, "MagnitudePruning has to see them whole"),
         ({"masks": {"MovementPruning"}}, {"shards": True}, "MovementPruning has to see them whole"),
         (

@@ -116,6 +116,7 @@ def adopt_folder(model: Task, data: RowData, stored: Stored | OnnxModel, path: s
     model.adopt(metadata)
     model.encoder_config, model.init_from = stored.config, path
     if isinstance(stored, OnnxModel):
+        stored.config.check_length(data.hparams["max_length"])
         model.ready_model, model.init_from = stored, None
 
 

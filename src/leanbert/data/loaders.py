@@ -34,6 +34,8 @@ def evaluation_loader(data: RowData, part: Part) -> DataLoader[Batch]:
     """Return all rows of a part in order."""
     rank, world_size = _rank(data)
     rows, batch_size = data.evaluation_rows(part), data.hparams["val_batch_size"] or data.hparams["batch_size"]
+    if world_size > 1:
+        rows.blank = data.blank_batch(1, validation=True)  # of a rank without a row
     sampler = PositionSampler(batch_size, -(-rows.rows // batch_size), end=rows.rows, rank=rank, world_size=world_size)
     return _loader(data, rows, sampler)
 

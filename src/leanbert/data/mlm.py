@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from leanbert.data.batches.batch import MLMBatch, PredictBatch
+from leanbert.data.batches.batch import IGNORED, MLMBatch, PredictBatch
 from leanbert.data.batches.loading import Make, Rows, encode_lines
 from leanbert.data.batches.masking import MaskingRule, mask_rows, target_slots
 from leanbert.data.batches.packing import read_rows, row_count
@@ -180,12 +180,12 @@ class MaskedLMData(RowData):
         self.unigram_counts = np.ones(size, dtype=np.int64)
 
     def blank_batch(self, rows: int, *, validation: bool = False) -> MLMBatch:
-        """Return zeros in the shapes of what the loaders yield, for planning."""
+        """Return a batch of padding in the shapes of what the loaders yield, without targets."""
         length = self.hparams["max_length"]
         slots = target_slots(self.hparams["val_mask_rate" if validation else "mask_rate"], length)
         shapes = [(rows, length)] * 3 + [(rows, slots)] * 2
         *inputs, index, targets = (torch.zeros(shape, dtype=torch.int64) for shape in shapes)
-        return MLMBatch(PackedInputs(*inputs), index, targets)
+        return MLMBatch(PackedInputs(*inputs), index, targets.fill_(IGNORED))
 
     def inputs(self, files: list[str]) -> Iterator[str]:
         """Yield texts with masks in them."""

@@ -114,7 +114,7 @@ class RowData(LightningDataModule):
         raise NotImplementedError
 
     def blank_batch(self, rows: int, *, validation: bool = False) -> Batch:
-        """Return a batch of padding in the shapes of a real one, for planning."""
+        """Return a batch of padding in the shapes of a real one, without targets."""
         raise NotImplementedError
 
     def inputs(self, files: list[str]) -> Iterator[Any]:

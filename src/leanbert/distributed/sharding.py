@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from leanbert.errors import UserError
 from leanbert.measure.torch_compat import TorchDispatchMode, fake_store, tensors_in, wraps_tensors
@@ -20,15 +21,29 @@ KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 """Collectives that are counted."""
 
 
-def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
     """Shard parameters, gradients and optimizer state over `mesh` [N] in place: each block, then what remains.
 
     A block is gathered before it runs and freed after, forward and backward; what is outside of blocks (embeddings
-    and head) stays from the forward to the end of the backward pass (the defaults of `fully_shard`, FSDP2).
+    and head) stays from the forward to the end of the backward pass (the defaults of `fully_shard`, FSDP2). Over a mesh
+    [R, N] there are R replicas, whose gradients are summed. Parameters are gathered in `dtype`, for mixed precision;
+    gradients are reduced in float32 then.
+
+    Raises:
+        UserError: Blocks have weights in common.
+
     """
+    owned = [id(parameter) for block in model.blocks for parameter in block.parameters()]  # type: ignore[union-attr]
+    if len(owned) > len(set(owned)):
+        raise UserError(
+            "trainer.strategy: shards block by block, and blocks of this model share weights (model.decoder_start). "
+            "Use decoder_start=encoder, or ddp."
+        )
+    # inputs stay as they are: autocast decides in what an operation computes
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32, cast_forward_inputs=False)
     for block in model.blocks:  # type: ignore[union-attr]
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "loss_sum")  # tasks train by it, not by `forward`
 
 
@@ -57,7 +72,7 @@ class Collectives(TorchDispatchMode):
 
     Attributes:
         passes: Bytes by kind, of forward and backward passes: there are as many for each micro-batch.
-        update: Bytes by kind, of the update and of the gradients' norm: once per step.
+        update: Bytes by kind, of the update, of gradients and of their norm: once per step.
 
     """
 
@@ -74,7 +89,7 @@ class Collectives(TorchDispatchMode):
         if func.namespace in ("c10d", "_c10d_functional"):
             name = func._opname.replace("_", "")
             for kind in (kind for kind in KINDS if kind.replace("_", "") in name):
-                once = kind == "all_reduce" or self._trace.explicit_phase == "optimizer"
+                once = kind != "all_gather" or self._trace.explicit_phase == "optimizer"
                 sizes = (tensor.nbytes for tensor in tensors_in((args, kwargs, result)))
                 (self.update if once else self.passes)[kind] += max(sizes)  # a shard is smaller than the whole
         return result

@@ -26,7 +26,6 @@ from leanbert.measure.timeline import Event, Storage, Timeline
 aten = torch.ops.aten
 SHARDED = {"all_gather_copy_in": "parameters", "split_with_sizes_copy": "parameters", "chunk_cat": "gradients"}
 """Category of what operations of FSDP2 (`torch.distributed.fsdp`, namespace fsdp) read and write."""
-
 _active: list[LiveBytes] = []  # the backward of an accelerator runs in threads of its own: no thread-local here
 
 
@@ -79,7 +78,7 @@ class LiveBytes:
         self._model = model
         self._module_names = {id(module): name for name, module in model.named_modules()}
         self._modules: list[str] = []  # those whose forward is running, the innermost last
-        self._operation = 0
+        self._operation, self._has_reduced = 0, False
         self.flops: Counter[str] = Counter()  # of matrix products and attention, by phase
         self._events: list[Event] = [Event(0, first_phase, None, 0)]
         self._deferred: tuple[Event, Storage] | None = None
@@ -164,8 +163,9 @@ class LiveBytes:
         self._set_phase()
         self._operation += 1
         inputs = torch_compat.tensors_in((args, kwargs))
-        for tensor in inputs:
+        for tensor in () if self._has_reduced else inputs:  # just after, gloo reads a copy that it has made unseen
             self._found(tensor, "other", "")
+        self._has_reduced = func.namespace == "c10d" and "reduce_scatter" in func._opname
         result = func(*args, **kwargs)
         if count := FLOPS.get(func._overloadpacket):
             self.flops[self._phase] += count(*args, **kwargs, out_val=result)

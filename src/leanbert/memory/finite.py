@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -33,22 +33,30 @@ class StepCheck:
         """Take the gradients into account that are there; of sharded ones this rank's part."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if gradients:
-            own = [gradient.to_local() if hasattr(gradient, "to_local") else gradient for gradient in gradients]
-            norm = torch.stack(torch._foreach_norm(own)).max()
+            norm = torch.stack(torch._foreach_norm([_here(gradient) for gradient in gradients])).max()
             self.norm = norm if self.norm is None else torch.maximum(self.norm, norm)
 
-    def guard(self, parameters: Iterable[Tensor]) -> None:
+    def guard(self, parameters: Iterable[Tensor], sum_over_ranks: Callable[[Tensor], Tensor] | None = None) -> None:
         """Look at the gradients, and keep them from the update if they or the loss are not finite.
+
+        Ranks that have parts of the gradients agree by `sum_over_ranks`, which adds their largest norms.
 
         On a CPU they are dropped, and the update leaves weights and moments as they are. Elsewhere that would have to
         wait for the device in each step: there they are zero, so that the moments decay and the update is theirs.
         """
         held = [parameter for parameter in parameters if parameter.grad is not None]
         self.look(held)
+        if sum_over_ranks is not None and self.norm is not None:
+            self.norm = sum_over_ranks(self.norm)
         finite = self.values.isfinite().all()
         if finite.device.type != "cpu":
             for parameter in held:
-                parameter.grad.masked_fill_(~finite, 0.0)  # type: ignore[union-attr]
+                _here(parameter.grad).masked_fill_(~finite, 0.0)  # type: ignore[arg-type]
         elif not finite:
             for parameter in held:
                 parameter.grad = None
+
+
+def _here(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a sharded tensor, or a whole one."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

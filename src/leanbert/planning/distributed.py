@@ -45,8 +45,7 @@ def predict_distributed(
     Args:
         settings: The run; its batch is shared, unless `settings.rows` says what each device takes.
         devices: All devices, of all nodes.
-        strategy: `ddp`, or `fsdp2` as in Lightning's `ModelParallelStrategy`, whose micro-batches gather parameters
-            and reduce gradients each.
+        strategy: `ddp`, or `fsdp2`, whose micro-batches gather parameters each, and reduce gradients once.
 
     Raises:
         UserError: The batch cannot be shared, techniques cannot combine with each other or with the strategy, or this

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from leanbert.data.batches.batch import Batch
 from leanbert.data.module import RowData
-from leanbert.distributed.sharding import Collectives, shard
+from leanbert.distributed.sharding import Collectives
 from leanbert.errors import UserError
 from leanbert.measure.timeline import Timeline
 from leanbert.measure.torch_compat import unset_fake_temporarily
@@ -165,9 +165,7 @@ def build(task: Task, trainer: Trainer, settings: RunSettings) -> None:
     here, shards = task.surroundings(), settings.mesh is not None
     around = replace(here, device_type=settings.device_type, world_size=settings.devices, shards=shards)
     with strategy.tensor_init_context(), strategy.precision_plugin.module_init_context():
-        task.build(around)  # in the target dtype: nothing is left to convert
-    if settings.mesh is not None:
-        shard(task.model, settings.mesh)
+        task.build(around, settings.mesh, fill=False)  # in the target dtype: nothing is left to convert
     strategy.optimizers = [task.configure_optimizers()["optimizer"]]
 
 

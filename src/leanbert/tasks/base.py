@@ -9,14 +9,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from leanbert.compression.distillation import soft_loss
 from leanbert.data.settings import Part
+from leanbert.distributed.parallelize import parallelize
+from leanbert.distributed.strategy import FullySharded
 from leanbert.errors import UserError
 from leanbert.memory.step import StepTask, seed_position
 from leanbert.models.base import EncoderModel
@@ -147,10 +150,11 @@ class Task(SteppedModule[B]):
     def configure_model(self) -> None:
         """Build the weights once."""
         if self.model is None:
-            self.build(self.surroundings())
+            strategy = self.trainer.strategy
+            self.build(self.surroundings(), strategy.mesh if isinstance(strategy, FullySharded) else None)
 
-    def build(self, around: Surroundings) -> None:
-        """Build the weights from the seed alone, and apply the techniques.
+    def build(self, around: Surroundings, mesh: DeviceMesh | None = None, *, fill: bool = True) -> None:
+        """Build the weights from the seed alone, and apply the techniques; see `parallelize` for `mesh` and `fill`.
 
         Raises:
             UserError: Techniques that cannot combine, with each other or with what is around them.
@@ -159,11 +163,8 @@ class Task(SteppedModule[B]):
         refuse(self.techniques, around)
         seed_position(self.seed)
         self.build_metrics()
-        self.model = self.build_model() if self.ready_model is None else self.ready_model
-        self.model.config.check_length(self._data.hparams["max_length"])
-        if self.ready_model is None:
-            techniques = replace(self.techniques, structured=None) if self.resumes else self.techniques
-            apply(techniques, self.model, compile_blocks=self.compile_blocks)
+        mixed = torch.bfloat16 if around.precision == "bf16-mixed" else None
+        self.model = self.ready_model or parallelize(self.build_model, self._prepare, mesh, dtype=mixed, fill=fill)
         if self.trains and self.teacher_source is not None:
             check_distillation(self, self.teacher_source, shards=around.shards)
             teacher = self.build_teacher(self.teacher_source)
@@ -173,6 +174,11 @@ class Task(SteppedModule[B]):
         buffers = [name for name, _ in self.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, buffers)
 
+    def _prepare(self, model: EncoderModel) -> None:
+        model.config.check_length(self._data.hparams["max_length"])
+        techniques = replace(self.techniques, structured=None) if self.resumes else self.techniques
+        apply(techniques, model, compile_blocks=self.compile_blocks)
+
     def surroundings(self) -> Surroundings:
         """Return what the techniques run in."""
         trainer = self.trainer
@@ -181,7 +187,7 @@ class Task(SteppedModule[B]):
             precision=str(trainer.precision),
             device_type=trainer.strategy.root_device.type,
             world_size=trainer.world_size,
-            shards=isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy),
+            shards=isinstance(trainer.strategy, FullySharded),
             clips=bool(trainer.gradient_clip_val),
             compiles=self.compile_blocks,
         )

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torchmetrics.functional.classification.accuracy import multiclass_accuracy
 from torchmetrics.functional.classification.f_beta import multiclass_f1_score
 from torchmetrics.functional.classification.matthews_corrcoef import multiclass_matthews_corrcoef
@@ -48,14 +49,14 @@ class TextClassification(Labelling[tuple[Tensor, Tensor]]):
         NOT_NEGATIVE.check("model.class_weights", list((class_weights or {}).values()))
         self.class_weights, self.threshold = class_weights, threshold
 
-    def build(self, around: Surroundings) -> None:
+    def build(self, around: Surroundings, mesh: DeviceMesh | None = None, *, fill: bool = True) -> None:
         """Check the class weights against the labels of the data, and build the weights."""
         self.problem = self._data.problem
         strange = sorted(set(self.class_weights or ()) - set(self._data.labels))
         if strange or (self.class_weights and self.problem != "single"):
             what = f"{strange[0]!r} is no label of the data" if strange else f"data.problem is {self.problem}"
             raise UserError(f"model.class_weights: {what}. Name labels of data with one label for each text")
-        super().build(around)
+        super().build(around, mesh, fill=fill)
 
     def metadata(self) -> ModelMetadata:
         """Return the threshold besides."""

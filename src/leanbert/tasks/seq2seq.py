@@ -14,6 +14,7 @@ from leanbert.data.batches.pairs import output_frame
 from leanbert.data.pairs import PairData
 from leanbert.data.settings import Part
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
+from leanbert.distributed.parallelize import gathered
 from leanbert.errors import UserError
 from leanbert.messages import say
 from leanbert.models.generation import GenerationConfig, SpecialTokens, generate
@@ -195,7 +196,11 @@ class Seq2Seq(Task[PairBatch]):
             config = GenerationConfig(length_ratio=config.length_ratio, length_more=config.length_more)
             most = self.validation_sources
         if most != 0:
-            self.generate_part(part, config, most)
+            with (
+                gathered(self.model),
+                self.precision_of_steps(),
+            ):  # each rank generates as many tokens as its outputs have
+                self.generate_part(part, config, most)
             values.update(self.outputs.compute())
         return values
 

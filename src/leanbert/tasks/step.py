@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -13,10 +13,12 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from leanbert.data.batches.batch import Batch
 from leanbert.data.module import RowData
+from leanbert.distributed.parallelize import unreduced
 from leanbert.memory.finite import StepCheck
 from leanbert.memory.recovery import agree, retry_smaller
 from leanbert.memory.step import StepTask, backpropagate_all_but_last, seed_position
@@ -95,7 +97,7 @@ class SteppedModule(LightningModule, Generic[B]):
                 world_size=world_size,
                 sum_over_ranks=self.sum_over_ranks if parallel else None,
                 backward=lambda part: strategy.backward(part, None),
-                no_sync=parallel.block_backward_sync if parallel else nullcontext,
+                no_sync=self._no_sync,
                 seed_micro_batch=self._start_micro_batch,
             )
 
@@ -108,6 +110,18 @@ class SteppedModule(LightningModule, Generic[B]):
         # the last group is AdamW's where Muon has its own
         rate = float(self.trainer.optimizers[0].param_groups[-1]["lr"])
         return {"loss": last, "step_loss": loss, "learning_rate": rate}
+
+    def _no_sync(self) -> AbstractContextManager[object]:
+        """Return a context whose backward passes do not exchange gradients; a later one exchanges their sum."""
+        if isinstance(self.model, FSDPModule):
+            return unreduced(self.model)
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
+
+    def precision_of_steps(self) -> AbstractContextManager[object]:
+        """Return a context for passes outside of steps: sharded weights always come in the precision of a step."""
+        sharded = isinstance(self.model, FSDPModule)
+        return self.trainer.precision_plugin.val_step_context() if sharded else nullcontext()
 
     def _start_micro_batch(self, index: int) -> None:
         self.step_state.index = index
@@ -154,7 +168,8 @@ class SteppedModule(LightningModule, Generic[B]):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         parameters = trainable(self.parameters())
         if scaler is None:
-            self.step_state.check.guard(parameters)
+            shards = isinstance(self.model, FSDPModule)  # whole gradients are the same on all ranks
+            self.step_state.check.guard(parameters, self.sum_over_ranks if shards else None)
         elif scaler.get_scale() <= 1.0:  # above, gradients overflow while the scale is found, and the scaler leaves out
             self.step_state.check.look(parameters)
         return result

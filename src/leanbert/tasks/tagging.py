@@ -95,7 +95,7 @@ class TokenClassification(Labelling[Sentences]):
         places = batch.target_index[row][batch.targets[row] != IGNORED].tolist()
         ids, documents = batch.inputs.input_ids[row].tolist(), batch.inputs.document_ids[row].tolist()
         sentences: dict[int, list[str]] = {}
-        for place, following in zip(places, [*places[1:], len(documents)], strict=True):
+        for place, following in zip(places, [*places, len(documents)][1:], strict=True):
             pieces = [ids[at] for at in range(place, following) if documents[at] == documents[place]]
             sentences.setdefault(documents[place], []).append(self._data.tokenizer.decode(pieces).strip())
         return list(sentences.values())

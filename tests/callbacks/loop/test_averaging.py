@@ -3,7 +3,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.strategies import FSDPStrategy
 
 import leanbert
 from leanbert import checkpoints
@@ -157,12 +156,6 @@ def test_too_few_validations(corpus, capsys):
 def test_settings_that_cannot_work(corpus, arguments, message):
     with pytest.raises(UserError, match=message):
         fit(corpus, "--trainer.limit_val_batches=1", *arguments, steps=2)
-
-
-def test_sharded_weights():
-    trainer = SimpleNamespace(strategy=FSDPStrategy(), limit_val_batches=1, callbacks=[])
-    with pytest.raises(UserError, match=r"checkpoint\.average_best: is 3, but trainer\.strategy shards"):
-        KeptWeights(3, "val/loss").check(trainer)
 
 
 def test_last_and_best_at_once():

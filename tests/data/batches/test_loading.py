@@ -88,6 +88,14 @@ def test_the_last_evaluation_batch_is_smaller() -> None:
     assert [len(positions) for positions in PositionSampler(8, 3, end=20)] == [8, 8, 4]
 
 
+def test_ranks_have_as_many_evaluation_batches_though_some_have_no_row(rows: Rows) -> None:
+    ranks = [[p.tolist() for p in PositionSampler(8, 2, end=10, rank=rank, world_size=4)] for rank in range(4)]
+    assert ranks == [[[0, 4], [8]], [[1, 5], [9]], [[2, 6], []], [[3, 7], []]]
+    held = Rows(rows.rows, rows.make)
+    held.blank = rows[np.arange(1)]
+    assert held[np.arange(0)] is held.blank
+
+
 def test_lines_become_padded_rows(tokenizer: TextTokenizer) -> None:
     texts = ["the [MASK] runs", "", "the river runs past mill and market until it meets"]
     batch, cut = encode_lines(texts, tokenizer, 8)

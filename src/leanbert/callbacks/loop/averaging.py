@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from leanbert import checkpoints
 from leanbert.callbacks.loop.validation import run_validation
@@ -53,9 +54,7 @@ class KeptWeights:
     def check(self, trainer: Trainer) -> None:
         """Raise UserError for a run whose weights have no mean, or that never validates."""
         problem = None
-        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
-            problem = "trainer.strategy shards the weights. Use ddp"
-        elif trainer.limit_val_batches == 0:
+        if trainer.limit_val_batches == 0:
             problem = "trainer.limit_val_batches is 0, and weights are kept at validations. Give more"
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightPruning):
@@ -128,13 +127,13 @@ def validate_with(trainer: Trainer, module: LightningModule, path: Path) -> dict
 
     The module has its own weights again afterwards.
     """
-    own = {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+    own = {name: _copy(tensor) for name, tensor in module.state_dict().items()}
     hidden = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
     values: list[Any] = [trainer.callback_metrics, trainer.progress_bar_metrics]
     before = [dict(each) for each in values]
     try:
         trainer.callbacks, trainer.loggers = [], []  # type: ignore[attr-defined]
-        module.load_state_dict(checkpoints.load(path)["state_dict"])
+        trainer.strategy.load_model_state_dict(checkpoints.load(path))
         run_validation(trainer)
         found = {tag: float(value) for tag, value in trainer.callback_metrics.items() if tag.startswith("val/")}
     finally:
@@ -143,3 +142,8 @@ def validate_with(trainer: Trainer, module: LightningModule, path: Path) -> dict
     for each, earlier in zip(values, before, strict=True):
         each.update(earlier)
     return found
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Return a copy in host memory, or of a sharded tensor where it is."""
+    return tensor.detach().clone() if isinstance(tensor, DTensor) else tensor.detach().cpu().clone()

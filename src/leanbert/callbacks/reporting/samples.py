@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from torch.distributed.fsdp import FSDPModule
 
 from leanbert.callbacks.values import task_of, tensorboard_writers
 from leanbert.data.batches.batch import Batch
@@ -32,11 +33,16 @@ class Samples(Callback):
             self._batch = batch
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the tables."""
-        writers = tensorboard_writers(trainer)
-        if not writers or self._batch is None:
+        """Write the tables, on the first rank; where weights are sharded all ranks run the model on its rows."""
+        writers, task = tensorboard_writers(trainer), task_of(pl_module)
+        sharded = isinstance(task.model, FSDPModule)
+        if self._batch is None or not (writers or sharded):
             return
         batch = self._batch.split(min(len(self._batch), self.count))[0]
-        with torch.no_grad():
-            for tag, text in task_of(pl_module).samples(batch).items():
-                writers[0].add_text(tag, text, global_step=trainer.global_step)
+        if sharded:
+            batch = trainer.strategy.broadcast(batch.to("cpu")).to(task.device)
+        with torch.no_grad(), task.precision_of_steps():
+            tables = task.samples(batch)
+        for writer in writers[:1]:
+            for tag, text in tables.items():
+                writer.add_text(tag, text, global_step=trainer.global_step)

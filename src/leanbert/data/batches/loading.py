@@ -39,14 +39,17 @@ class Rows(Dataset[Batch]):
     """Rows of cached examples; the index is an array of stream positions, the item a whole batch.
 
     Position p of the training stream is row `permutation(seed, p // rows)[p % rows]`. Without a `seed`, for
-    evaluation, it is row p, and what is random in it depends on nothing else.
+    evaluation, it is row p, and what is random in it depends on nothing else. No positions are the batch `blank`.
     """
 
     def __init__(self, rows: int, make: Make, seed: int | None = None) -> None:
         self.rows, self.make, self.seed = rows, make, seed
+        self.blank: Batch | None = None
 
     def __getitem__(self, positions: np.ndarray) -> Batch:
         """Return the batch of the rows at `positions`, int64 [B]."""
+        if self.blank is not None and not len(positions):
+            return self.blank
         if self.seed is None:
             return self.make(positions, mix(_EVALUATION, positions))
         epochs, indices = np.divmod(positions, self.rows)
@@ -57,6 +60,8 @@ class Rows(Dataset[Batch]):
 @dataclass(eq=False)
 class PositionSampler(DistributedSampler[np.ndarray]):
     """Yields `batches` arrays of stream positions, from `start()` on; a rank takes every `world_size`-th one.
+
+    At `end` some ranks may have none: all have as many arrays, for they run the model together.
 
     It is a `DistributedSampler` in name, so that Lightning leaves it in place on several devices.
     """
@@ -72,9 +77,7 @@ class PositionSampler(DistributedSampler[np.ndarray]):
         first = self.start()
         for begin in range(first, first + self.batches * self.batch_size, self.batch_size):
             stop = begin + self.batch_size if self.end is None else min(begin + self.batch_size, self.end)
-            positions = np.arange(begin + self.rank, stop, self.world_size)
-            if len(positions):
-                yield positions
+            yield np.arange(begin + self.rank, stop, self.world_size)
 
     def __len__(self) -> int:
         return self.batches

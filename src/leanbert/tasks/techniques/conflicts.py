@@ -86,6 +86,15 @@ def sliced_update(t: Techniques, around: Surroundings) -> Iterator[str]:
         )
 
 
+def loss_scaling(t: Techniques, around: Surroundings) -> Iterator[str]:
+    """The scale is found from gradients that overflow."""
+    if around.shards and "16-mixed" in (t.precision, around.precision):
+        yield (
+            "trainer.precision: 16-mixed looks for gradients that overflow, of which each rank has a part only. Use "
+            "bf16-mixed."
+        )
+
+
 def selective(t: Techniques, around: Surroundings) -> Iterator[str]:
     """A compiled block is one operation."""
     if t.keep == "products" and around.compiles:

@@ -118,6 +118,7 @@ TECHNIQUES = (
     ),
     Technique(
         "fp16_mixed", exact=False, lowers="activations, by about half", costs="16-bit rounding of products",
+        conflicts=conflicts.loss_scaling,
     ),
     Technique(
         "adamw_8bit", exact=False, lowers="optimizer state, to a quarter", costs="8-bit moments, a slower update",

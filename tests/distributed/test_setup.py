@@ -1,0 +1,43 @@
+"""What a sharded run refuses before it trains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+
+from leanbert.distributed.strategy import FullySharded
+from leanbert.errors import UserError
+from leanbert.trainer import Trainer
+
+
+class Whole(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 2)
+
+
+def test_a_weight_that_is_whole_on_each_device_is_an_error():
+    strategy = FullySharded()
+    strategy.connect(Whole())
+    with pytest.raises(UserError, match=r"layer\.weight is not sharded \(2 in all\).* Use ddp"):
+        strategy.setup(None)
+
+
+def test_devices_must_make_whole_groups():
+    strategy = FullySharded(replicas=2)
+    strategy.parallel_devices = [torch.device("cpu")] * 3
+    with pytest.raises(UserError, match=r"replicas: 3 devices cannot be divided into 2 groups"):
+        strategy.setup_environment()
+
+
+def test_replicas_are_counted():
+    with pytest.raises(UserError, match=r"trainer\.strategy\.replicas: 0"):
+        FullySharded(replicas=0)
+
+
+@pytest.mark.parametrize(("name", "replicas"), [("fsdp", 1), ("hsdp", "nodes")])
+def test_strategies_have_names(name, replicas):
+    trainer = Trainer(strategy=name, accelerator="cpu", devices=2, logger=False, enable_checkpointing=False)
+    assert isinstance(trainer.strategy, FullySharded)
+    assert trainer.strategy.replicas == replicas

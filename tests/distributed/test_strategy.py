@@ -1,0 +1,163 @@
+"""Whole runs on two processes, sharded or not, against one process, through the program as users call it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import leanbert
+from leanbert import checkpoints
+from tests.cli.program import run
+from tests.corpus import write_corpus
+from tests.training import TINY, read_scalars
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("launcher_socket")]
+
+STEPS = 20
+ALIKE = 1e-6
+"""Relative difference of losses in float32, which are summed in another order."""
+TASKS = {
+    "mlm": [*TINY, "--data.train_files=train.txt"],
+    "seq2seq": [
+        "--config=configs/translation.yaml",
+        *TINY,
+        "--model.encoder.dropout=0",
+        "--model.encoder.attention_dropout=0",
+        "--model.validation_sources=9",
+    ],
+    "classification": [
+        "--config=configs/classification.yaml",
+        *TINY,
+        "--data.max_length=64",
+        "--model.encoder.dropout=0",
+        "--model.encoder.attention_dropout=0",
+    ],
+}
+ADAMW = ["--model.optimizer.name=adamw", "--model.optimizer.lr=1e-3"]
+ALL = [*ADAMW, "--trainer.gradient_clip_val=0.5", "--config=configs/memory/checkpointing.yaml", "--config=micro.yaml"]
+"""AdamW, clipped, with micro-batches and activation checkpointing."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("strategy")
+    write_corpus(folder / "train.txt")
+    accumulation = "{class_path: GradientAccumulation, init_args: {micro_batch: 2}}"
+    (folder / "micro.yaml").write_text(f"trainer:\n  callbacks+: [{accumulation}]\n")
+    return folder
+
+
+def fit(folder, root, task, *arguments, strategy=None, devices=2, steps=STEPS):
+    """Train; return the run's folder."""
+    where = ["--trainer.accelerator=cpu", f"--trainer.devices={devices if strategy else 1}"]
+    if strategy:
+        where.append(f"--config=configs/strategy/{strategy}.yaml")
+    run(
+        folder, "fit", *TASKS[task], *where, *arguments, f"--trainer.max_steps={steps}",
+        f"--trainer.default_root_dir={root}", "--trainer.val_check_interval=10",
+    )  # fmt: skip
+    return folder / root / task / "version_0"
+
+
+def alike(found, expected, rel=ALIKE, steps=None):
+    for tag in ("train/loss", "val/loss"):
+        wanted = {step: value for step, value in expected[tag].items() if steps is None or step in steps}
+        assert found[tag].keys() >= wanted.keys()
+        for step, value in wanted.items():
+            assert found[tag][step] == pytest.approx(value, rel=rel), (tag, step)
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    return {task: read_scalars(fit(folder, f"one-{task}", task, *ALL)) for task in TASKS}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("task", TASKS)
+def test_two_processes_train_as_one(folder, alone, task, strategy):
+    alike(read_scalars(fit(folder, f"{strategy}-{task}", task, *ALL, strategy=strategy)), alone[task])
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adam", "momentum", "sgd"])
+def test_other_optimizers_on_shards(folder, optimizer):
+    """As whole weights on two processes: the iteration of muon makes more of how one process rounds sums."""
+    arguments = [f"--model.optimizer.name={optimizer}", "--model.optimizer.lr=1e-3"]
+    whole, shards = (
+        read_scalars(fit(folder, f"{strategy}-{optimizer}", "mlm", *arguments, strategy=strategy))
+        for strategy in ("ddp", "fsdp")
+    )
+    alike(shards, whole)
+
+
+@pytest.mark.parametrize("task", ["mlm", "seq2seq"])
+def test_mixed_precision_on_shards(folder, task):
+    mixed = [*ADAMW, "--config=configs/memory/bf16_mixed.yaml"]
+    exact, one, two = (
+        read_scalars(fit(folder, f"bf16-{number}-{task}", task, *given, strategy=strategy, steps=6))
+        for number, (given, strategy) in enumerate(((ADAMW, None), (mixed, None), (mixed, "fsdp")))
+    )
+    alike(two, one, rel=0.005)
+    assert two["train/loss"] != exact["train/loss"]
+    alike(one, exact, rel=0.02)
+
+
+@pytest.mark.parametrize(("first", "then"), [("fsdp", None), (None, "fsdp"), ("ddp", "fsdp"), ("fsdp", "ddp")])
+def test_a_run_goes_on_with_another_strategy_and_number_of_devices(folder, alone, first, then):
+    root = f"from-{first}-to-{then}"
+    run_folder = fit(folder, root, "mlm", *ALL, "--checkpoint.every_n_steps=7", strategy=first)
+    middle = run_folder / "checkpoints" / "step-00000014.ckpt"
+    fit(folder, root, "mlm", *ALL, f"--ckpt_path={middle}", strategy=then)
+    alike(read_scalars(run_folder), alone["mlm"])
+
+
+def test_the_checkpoint_is_that_of_one_device(folder):
+    paths = {
+        strategy: fit(folder, f"file-{strategy}", "mlm", *ALL, strategy=strategy, steps=3)
+        for strategy in (None, "fsdp")
+    }
+    one, two = (checkpoints.load(path / "checkpoints" / "step-00000003.ckpt") for path in paths.values())
+    assert one.keys() == two.keys()
+    assert one["leanbert"] == two["leanbert"]
+    assert one["loops"] == two["loops"]
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    for name, weight in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], weight, rtol=1e-4, atol=1e-6)
+    states = [checkpoint["optimizer_states"][0] for checkpoint in (one, two)]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    assert states[0]["steps"] == states[1]["steps"] == 3
+    assert states[0]["state"].keys() == states[1]["state"].keys()
+    for number, entry in states[0]["state"].items():
+        for name, value in entry.items():
+            torch.testing.assert_close(states[1]["state"][number][name], value, rtol=1e-3, atol=1e-6)
+    same = [*TASKS["mlm"], "--trainer.default_root_dir=file-fsdp", "--ckpt_path=last"]
+    stated = json.loads((paths["fsdp"] / "summary.json").read_text())["metrics"]["val/loss"]
+    assert json.loads(run(folder, "validate", *same).stdout)["val/loss"] == pytest.approx(stated, rel=ALIKE)
+    sharded = ["--config=configs/strategy/fsdp.yaml", "--trainer.devices=2", "--trainer.accelerator=cpu"]
+    assert json.loads(run(folder, "validate", *same, *sharded).stdout)["val/loss"] == pytest.approx(stated, rel=ALIKE)
+    assert leanbert.load(paths["fsdp"] / "checkpoints" / "step-00000003.ckpt").fill_mask(["the [MASK] sat"])
+
+
+def test_a_process_without_a_validation_row_runs_the_model_with_the_others(folder):
+    record = {"tokens": ["Ada", "left"], "predicate": 1, "labels": ["B-A0", "B-V"]}
+    for part, count in (("few_train", 8), ("few_val", 1)):
+        (folder / f"{part}.jsonl").write_text(f"{json.dumps(record)}\n" * count)
+    TASKS["srl"] = [
+        "--config=configs/srl.yaml",
+        *TINY,
+        "--data.train_files=few_train.jsonl",
+        "--data.val_files=few_val.jsonl",
+    ]
+    one, two = (read_scalars(fit(folder, f"few-{s}", "srl", *ADAMW, strategy=s, steps=2)) for s in (None, "fsdp"))
+    alike(two, one)
+    assert two["val/f1"].keys() == {0, 2}
+
+
+def test_the_plan_foretells_what_each_device_needs(folder):
+    for name, arguments in (("plain", ADAMW), ("all", ALL)):
+        path = fit(folder, f"planned-{name}", "mlm", *arguments, strategy="fsdp", steps=4)
+        measured = json.loads((path / "summary.json").read_text())["peak_bytes"]
+        run(folder, "plan", *TASKS["mlm"], *arguments, "--devices=2", "--prepare=true", f"--json={name}.json")
+        planned = json.loads((folder / f"{name}.json").read_text())["devices"]["fsdp2"]["predicted_peak_bytes"]
+        assert planned == pytest.approx(measured, rel=0.02), name
