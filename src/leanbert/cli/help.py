@@ -40,6 +40,8 @@ A file of settings overrides those before it, and a setting of the command line 
 {data}
   {program} fit --trainer.callbacks.help NAME        settings of a callback:
 {callbacks}
+  {program} fit --trainer.strategy.help NAME         settings of a strategy for several devices:
+{distributed}
 """
 
 
@@ -66,7 +68,7 @@ def text() -> str:
             ", ".join(name for name, module in MODULES.items() if module.startswith(f"{package}.")),
             initial_indent=" " * 6, subsequent_indent=" " * 6, width=100,
         )
-        for package in ("tasks", "data", "callbacks")
+        for package in ("tasks", "data", "callbacks", "distributed")
     }  # fmt: skip
     lines = [f"  {name:<10}{does}" for name, does in SUBCOMMANDS.items()]
     return TEXT.format(program=program_name(), subcommands="\n".join(lines), **classes)
