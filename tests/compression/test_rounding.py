@@ -29,6 +29,11 @@ def stored(folder):
     for file in sorted(folder.glob("*.onnx")):
         graph = onnx.load(file).graph
         tensors = {tensor.name: to_array(tensor) for tensor in graph.initializer}
+        for node in graph.node:  # what is computed when the file is opened: a table that two nodes read
+            if node.op_type == "Transpose" and node.input[0] in tensors:
+                tensors[node.output[0]] = tensors[node.input[0]].T
+            if node.op_type == "Reshape" and node.input[0] in tensors:
+                tensors[node.output[0]] = tensors[node.input[0]].reshape(len(tensors[node.input[0]]), -1)
         for node in graph.node:
             inputs = [tensors.get(name) for name in node.input]
             name = node.input[0 if "Gather" in node.op_type else 1 if len(node.input) > 1 else 0]
@@ -37,15 +42,26 @@ def stored(folder):
                 size = {attribute.name: attribute.i for attribute in node.attribute}
                 codes = np.stack([inputs[1] & 15, inputs[1] >> 4], -1).reshape(size["N"], -1, BLOCK).astype("f4") - 8
                 matrix = (codes * inputs[2].reshape(size["N"], -1, 1)).reshape(size["N"], -1)[:, : size["K"]]
+            elif node.op_type == "GatherBlockQuantized" and inputs[0].dtype == np.uint8:
+                codes = np.stack([inputs[0] & 15, inputs[0] >> 4], -1).reshape(len(inputs[0]), -1).astype("f4") - 8
+                matrix = codes * inputs[2].reshape(len(codes), -1).repeat(BLOCK, 1)
             elif node.op_type == "GatherBlockQuantized":
                 matrix = inputs[0].astype("f4") * inputs[2].repeat(BLOCK, 1)[:, : inputs[0].shape[1]]
             elif node.op_type == "MatMulInteger":
                 matrix = (inputs[1].astype("f4") * tensors[f"{name}_scale"]).T
+            elif node.op_type == "Gather" and name.endswith("_rows"):
+                rows = inputs[0].astype("f4")
+                continue
+            elif node.op_type == "Gather" and name.endswith("_scale"):
+                matrix = rows * inputs[0][:, None]
             elif node.op_type == "Gather" and f"{name}_scale" in tensors:
                 matrix = (inputs[0].astype("f4") - tensors[f"{name}_zero_point"]) * tensors[f"{name}_scale"]
             else:
                 continue
-            found[file.name, layer_of(node.name)].append(matrix)
+            layer = layer_of(node.name)
+            if file.name.startswith("decoder"):  # where the table may be the encoder's
+                layer = layer.replace("encoder.embeddings.token", "decoder.embeddings.token")
+            found[file.name, layer].append(matrix)
     return found
 
 
@@ -59,10 +75,14 @@ def computed(model):
             table = model.target_table if model.task == "seq2seq" else model.encoder.embeddings.token.weight
             found[name] = module.round_weight(table)
         elif isinstance(module, Embeddings):
-            roundings = {"token": module.round_table, "segment": module.round_segments, "position": module.round_table}
+            roundings = {
+                "token": module.round_tokens, "segment": module.round_segments, "position": module.round_positions,
+            }  # fmt: skip
             for child, rounding in roundings.items():
                 if rounding and (table := getattr(module, child)):
                     found[f"{name}.{child}"] = rounding(table.weight)
+            if name.startswith("decoder"):
+                found[f"{name}.token"] = module.round_tokens(model.target_table)
     return {name: matrix.detach().numpy() for name, matrix in found.items()}
 
 

@@ -113,13 +113,16 @@ def set_rounding(model: EncoderModel, scheme: Scheme | None, inputs: bool = Fals
 
     """
     product, table = (None, None) if scheme is None else ROUNDINGS[scheme]
+    ties = not isinstance(model, Classifier) and not (scheme == "int4" and model.config.hidden_size % BLOCK)
+    tied = model.stacks[-1].embeddings if ties else None  # reads the table of the output's product
     plain: set[int] = set()
     if scheme == "int4" and isinstance(model, Classifier) and model.of == "text":
         plain = {id(module) for module in model.head.modules()}  # one row a text: an operator that int4 leaves alone
     tables = {id(child) for module in model.modules() if isinstance(module, Embeddings) for child in module.children()}
     for name, module in model.named_modules():
         if isinstance(module, Embeddings):
-            module.round_table = table
+            module.round_tokens = product if module is tied else table
+            module.round_positions = table
             module.round_segments = None if model.task == "seq2seq" else table  # all of one segment: no table is read
         elif isinstance(module, Linear | MaskedLMHead):
             module.round_weight = None if id(module) in plain else product

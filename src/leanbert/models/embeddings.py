@@ -35,15 +35,16 @@ def sinusoidal_table(positions: int, width: int) -> Tensor:
 class Embeddings(nn.Module):
     """Sum of token, segment and absolute position embeddings, normalised: [B, S] -> [B, S, D].
 
-    Without `tokens` of its own, as in a decoder, their table comes with each call. `round_table` rounds tables
-    before they are read, but segments, which have a switch of their own (quantization-aware training). With a
-    `projection` the table of tokens is thin, [R, r], and what is read of it is widened to D.
+    Without `tokens` of its own, as in a decoder, their table comes with each call. Each table may be rounded before it
+    is read (quantization-aware training). With a `projection` the table of tokens is thin, [R, r], and what is read of
+    it is widened to D.
     """
 
     token: nn.Embedding
     fixed_position: Tensor | None
-    round_table: Rounding | None = None
+    round_tokens: Rounding | None = None
     round_segments: Rounding | None = None
+    round_positions: Rounding | None = None
 
     def __init__(self, config: ResolvedConfig, tokens: bool = True) -> None:
         super().__init__()
@@ -62,7 +63,8 @@ class Embeddings(nn.Module):
 
     def forward(self, inputs: PackedInputs, embedding: Tensor | None = None) -> Tensor:
         """Embed ids; tokens with another table `embedding` [R, D] if one is given."""
-        hidden = self._read(inputs.input_ids, self.token.weight if embedding is None else embedding)
+        table = rounded(self.token.weight if embedding is None else embedding, self.round_tokens)
+        hidden = nn.functional.embedding(inputs.input_ids, table)
         if self.projection is not None:
             hidden = self.projection(hidden)
         if self.segment is not None:
@@ -70,8 +72,5 @@ class Embeddings(nn.Module):
             hidden = hidden + (table[0] if segments is None else nn.functional.embedding(segments, table))
         positions = self.fixed_position if self.position is None else self.position.weight
         if positions is not None:
-            hidden = hidden + self._read(inputs.position_ids, positions)
+            hidden = hidden + nn.functional.embedding(inputs.position_ids, rounded(positions, self.round_positions))
         return dropout(self.norm(hidden), self.dropout, self.training)
-
-    def _read(self, ids: Tensor, table: Tensor) -> Tensor:
-        return nn.functional.embedding(ids, rounded(table, self.round_table))
