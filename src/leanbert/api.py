@@ -29,7 +29,7 @@ from leanbert.models.generation import GenerationConfig
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.stored import ModelMetadata, Stored
 from leanbert.pretrained.build import read_model, rebuild
-from leanbert.pretrained.weights import SETTINGS_FILES
+from leanbert.pretrained.weights import holds_model
 from leanbert.runs import Run
 from leanbert.tasks.classification import classify
 from leanbert.tasks.mlm import fill_masks
@@ -247,7 +247,7 @@ def load(path: str | Path, weights: Weights = "dense") -> Pretrained:
     if holds_onnx(path):
         stored = read_onnx(path)
     else:
-        if not any((path / name).is_file() for name in SETTINGS_FILES):
+        if not holds_model(path):
             if (path / "checkpoints").is_dir():
                 run = Run(path)
                 path = best if (best := run.checkpoints / BEST).is_file() else run.find("last").path

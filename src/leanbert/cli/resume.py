@@ -15,7 +15,7 @@ from leanbert.errors import UserError
 from leanbert.messages import leads
 from leanbert.models.stored import Stored
 from leanbert.pretrained.build import read_model, starting_config
-from leanbert.pretrained.weights import SETTINGS_FILES, unpack
+from leanbert.pretrained.weights import holds_model, unpack
 from leanbert.runs import NAMES, Found, Run, TaskRuns
 from leanbert.tasks.base import Task
 
@@ -92,7 +92,7 @@ def read_folder(folder: Path, subcommand: str) -> Stored | OnnxModel:
                 f"{', '.join(TAKE_ONNX)} take them. Give {subcommand} the checkpoint that they are of"
             )
         return read_onnx(folder)
-    if not any((folder / name).is_file() for name in SETTINGS_FILES):
+    if not holds_model(folder):
         raise UserError(f"--ckpt_path: {folder} is a folder without a model. Give a file, or what export has written")
     if subcommand == "fit":
         raise UserError(

@@ -31,7 +31,7 @@ def student_settings(given: dict[str, Any], source: Path, cuts: Sequence[Step], 
     """Return the settings of a run in which what the cuts leave of the model at `source` learns from all of it."""
     settings = copy.deepcopy({name: given[name] for name in SETTINGS})
     model, trainer = settings["model"]["init_args"], settings["trainer"]
-    own = [callback for callback in trainer["callbacks"] or [] if not _prunes(callback)]  # the cuts say what leaves
+    own = [callback for callback in trainer["callbacks"] or [] if not _of_a_step(callback)]  # the cuts say what leaves
     model["init_from"] = str(source.resolve())
     model["distillation"] = {**(model["distillation"] or {})}
     model["distillation"]["teacher"] = model["distillation"].get("teacher") or START
@@ -68,7 +68,7 @@ def train_student(settings: dict[str, Any], cuts: Sequence[Step], task: str, fol
     return best if best.is_file() and not gradual else run.find("last").path
 
 
-def _prunes(callback: dict[str, Any]) -> bool:
+def _of_a_step(callback: dict[str, Any]) -> bool:
     ours = {technique.callback[0] for technique in TECHNIQUES.values() if technique.callback is not None}
     return callback["class_path"].rpartition(".")[2] in ours
 

@@ -39,9 +39,6 @@ TRAINED = (
 )
 """What `search` tries besides, until one fits, with the steps of training that the configuration has."""
 
-Lists = Sequence[Sequence[Step]]
-"""Of steps that make a variant each."""
-
 
 def run_compress(request: CompressRequest, source: Source, command: str) -> None:
     """Make the variants, measure and report them; `command` makes them again, but for the steps.
@@ -88,7 +85,7 @@ def run_compress(request: CompressRequest, source: Source, command: str) -> None
     say(answer)
 
 
-def _lists(request: CompressRequest) -> Lists:
+def _lists(request: CompressRequest) -> Sequence[Sequence[Step]]:
     """Return the lists of steps that make a variant each."""
     if request.exceptions and request.steps is None:
         raise UserError("exceptions: of which steps? Give --steps too, such as '[\"quantize=int8\"]'")

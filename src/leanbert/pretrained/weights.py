@@ -27,6 +27,11 @@ SETTINGS_FILES = ("config.json", "leanbert.json")
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether a folder says that there is a model in it, of Hugging Face or our own."""
+    return any((folder / name).is_file() for name in SETTINGS_FILES)
+
+
 def read_folder(folder: Path) -> StateDict:
     """Read all weights of a Hugging Face folder, one file or sharded, on the CPU in their stored dtype.
 
