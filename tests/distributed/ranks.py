@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import traceback
 
 import torch
 
@@ -12,9 +13,11 @@ def _run(rank, world_size, port, function, queue):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
-    result = function(rank)
-    torch.distributed.barrier()
-    queue.put((rank, result))
+    try:
+        queue.put((rank, function(rank), None))
+    except Exception:
+        queue.put((rank, None, traceback.format_exc()))
+        os._exit(1)
     torch.distributed.barrier()
     os._exit(0)  # taking the process group down has hung on a busy machine
 
@@ -31,7 +34,13 @@ def on_ranks(function, world_size=2):
     ]
     for process in processes:
         process.start()
-    found = dict(queue.get() for _ in processes)
+    found = {}
+    for _ in processes:
+        rank, found[rank], failure = queue.get()
+        if failure is not None:  # the others may wait for it
+            for process in processes:
+                process.kill()
+            raise AssertionError(f"rank {rank}: {failure}")
     for process in processes:
         process.join()
         assert process.exitcode == 0

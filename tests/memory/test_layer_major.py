@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from leanbert.memory.checkpointing import run_block
-from leanbert.memory.layer_major import run_in_slices
+from leanbert.memory.layer_major import ADDED, _add, run_in_slices
 from tests.memory.test_checkpointing import block_flops, flops, gradients, saved_bytes
 from tests.pretrained.pairs import packed_batch, tiny_seq2seq
 from tests.tiny import tiny_model, unequal_batch, whole_rows
@@ -112,3 +113,12 @@ def test_what_comes_after_the_blocks_does_not_draw_what_came_before_them():
         same = (encoder[:, :width] == decoder).float().mean()
         assert 0.45 < same < 0.55  # of unrelated masks: half
     assert all(torch.equal(one, other) for one, other in zip(*masks, strict=True))
+
+
+def test_16_bit_gradients_are_not_converted_whole():
+    total, gradient = torch.zeros(1024, 512), torch.ones(1024, 512, dtype=torch.bfloat16)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        _add([gradient], [total])
+    sizes = [event.nbytes() for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert max(sizes, default=0) <= 4 * ADDED < total.nbytes
+    assert total.eq(1).all()

@@ -11,6 +11,7 @@ from torch import nn
 
 from leanbert.callbacks.techniques.accumulation import GradientAccumulation
 from leanbert.callbacks.techniques.activations import LayerMajor
+from leanbert.callbacks.techniques.optimizer import OptimizerInBackward
 from leanbert.callbacks.techniques.pruning import MagnitudePruning
 from leanbert.data.mlm import MaskedLMData
 from leanbert.distributed.sharding import pretend_group
@@ -150,10 +151,6 @@ def test_batch_that_cannot_be_shared():
     ("run", "strategy", "reason"),
     [
         (settings(LayerMajor(2)), "fsdp2", "LayerMajor: runs blocks inside an autograd function"),
-        (settings(MagnitudePruning()), "fsdp2", "MagnitudePruning has to see them whole"),
-        (settings(optimizer="adamw8bit"), "fsdp2", "updates in slices"),
-        (settings(precision="bf16-true"), "fsdp2", "updates in slices"),
-        (settings(optimizer="adafactor"), "fsdp2", "adafactor cannot update sharded"),
     ],
 )
 def test_refused_as_in_a_run(run, strategy, reason):
@@ -185,3 +182,30 @@ def test_storages_are_resized_as_before():
     resize = torch.UntypedStorage.resize_
     predict_distributed(settings(), DEVICES, "fsdp2")
     assert torch.UntypedStorage.resize_ is resize
+
+
+@pytest.mark.parametrize("run", [settings(optimizer="adamw8bit"), settings(precision="bf16-true")])
+def test_fsdp2_shards_state_in_few_bits(run):
+    alone, shared = predict(replace(run, rows=4)), predict_distributed(run, DEVICES, "fsdp2").prediction
+    state = shared.phases["forward"]["optimizer"]
+    assert state == pytest.approx(alone.phases["forward"]["optimizer"] / DEVICES, rel=0.01)
+
+
+def test_fsdp2_shards_masks():
+    plain, pruned = (
+        predict_distributed(settings(*callbacks), DEVICES, "fsdp2").prediction.phases["backward"]["other"]
+        for callbacks in ((), (MagnitudePruning(include_embeddings=True),))
+    )
+    matrices = [p for p in build_model(encoder(), VOCABULARY).parameters() if p.ndim == 2]
+    masked = sum(-(-p.shape[0] // DEVICES) * p.shape[1] for p in matrices)
+    assert pruned - plain == masked
+
+
+def test_in_the_backward_pass_fsdp2_has_the_gradients_of_one_block():
+    run = settings(layers=12)
+    plain, freed = (
+        predict_distributed(replace(run, callbacks=c), DEVICES, "fsdp2") for c in ((), (OptimizerInBackward(),))
+    )
+    gradients = [each.prediction.phases["optimizer"]["gradients"] for each in (plain, freed)]
+    assert gradients[1] < gradients[0] / 2
+    assert freed.sent_bytes == plain.sent_bytes

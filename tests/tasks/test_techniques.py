@@ -164,14 +164,12 @@ def test_refused_surroundings(folder, overlay, arguments, reason):
 @pytest.mark.parametrize(
     ("techniques", "around", "reason"),
     [
-        ({"in_backward": "update"}, {"world_size": 2}, "one device"),
+        ({"in_backward": "update"}, {"world_size": 2}, "frees nothing with ddp"),
         ({"in_backward": "accumulate"}, {}, "no effect without GradientAccumulation"),
         ({"slice_rows": 2}, {"shards": True}, "not gathered"),
         ({"recovery": True}, {"shards": True}, "smaller micro-batch before the run"),
         ({"storage": "host"}, {}, "to=disk"),
         ({"precision": "16-mixed"}, {"shards": True}, "each rank has a part only. Use bf16-mixed"),
-        ({"masks": {"MagnitudePruning"}}, {"shards": True}, "MagnitudePruning has to see them whole"),
-        ({"masks": {"MovementPruning"}}, {"shards": True}, "MovementPruning has to see them whole"),
         (
             {"masks": {"MagnitudePruning", "MovementPruning"}},
             {},
@@ -187,7 +185,7 @@ def test_refused_surroundings(folder, overlay, arguments, reason):
             {},
             "MovementPruning: looks at gradients",
         ),
-        ({"rounds": True}, {"shards": True}, "QuantizationAwareTraining has to see them whole"),
+        ({"rounds": True}, {"shards": True, "precision": "bf16-mixed"}, "gathered in bfloat16, which rounds weights"),
         ({"removal_step": 1}, {"shards": True}, "StructuredPruning has to see them whole"),
         ({"removal_step": 1}, {"world_size": 2}, "at_step: is 1, but several devices exchange"),
         ({"removal_step": 1, "masks": {"MagnitudePruning"}}, {}, "MagnitudePruning would no longer fit"),
@@ -195,8 +193,8 @@ def test_refused_surroundings(folder, overlay, arguments, reason):
 )
 def test_refusals_that_need_other_devices(techniques, around, reason):
     with pytest.raises(UserError, match=reason):
-        refuse(Techniques(**techniques), Surroundings("adamw", "32-true", **around))
-    refuse(Techniques(), Surroundings("adamw", "32-true", **around))
+        refuse(Techniques(**techniques), Surroundings("adamw", **{"precision": "32-true", **around}))
+    refuse(Techniques(), Surroundings("adamw", **{"precision": "32-true", **around}))
 
 
 def test_techniques_are_applied_to_the_model(tmp_path):

@@ -1,7 +1,8 @@
 """Unstructured pruning: single weights, or square blocks of them, become zero. Approximate.
 
 Masks are bool, one byte a weight, True where a weight is kept. They live beside the model while it trains and never
-in a checkpoint: pruned weights are zeros there, from which `masks_of_zeros` makes the masks again.
+in a checkpoint: pruned weights are zeros there, from which `masks_of_zeros` makes the masks again. Of a sharded weight
+each device has the mask of its rows; what all weights are compared by is the same on all devices.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from leanbert.messages import say
+from leanbert.shards import counts_before, from_own, own, sum_over_shards
 
 Scope = Literal["global", "layer", "2:4", "4:8"]
 
@@ -80,7 +82,7 @@ def n_of_m_masks(weight: Tensor, n: int, m: int, *, signed: bool = False) -> Ten
     """
     if weight.shape[-1] % m:
         raise ValueError(f"{n}:{m} sparsity needs inputs in groups of {m}, the weight has {weight.shape[-1]}")
-    weight = weight.detach()
+    weight = own(weight.detach())
     groups = (weight if signed else weight.abs()).unflatten(-1, (-1, m))  # [out, in / m, m]
     smallest = groups.argsort(dim=-1, stable=True)[..., : m - n]
     return torch.ones_like(groups, dtype=torch.bool).scatter_(-1, smallest, False).flatten(-2)
@@ -91,10 +93,13 @@ def block_scores(weight: Tensor, size: int, *, signed: bool = False) -> Tensor:
 
     `signed`: the sum of its scores, as if all weights of a block had one (Lagunas et al. 2021, arXiv 2109.04838).
     """
-    tiles = weight.detach().unflatten(0, (-1, size)).unflatten(2, (-1, size))  # [out / size, size, in / size, size]
+    rows, columns = own(weight).shape
+    tiles = own(weight.detach()).view(rows // size, size, columns // size, size)
     if signed:
-        return tiles.sum((1, 3), dtype=torch.float32)
-    return torch.linalg.vector_norm(tiles, dim=(1, 3), dtype=torch.float32)
+        scores = tiles.sum((1, 3), dtype=torch.float32)
+    else:
+        scores = torch.linalg.vector_norm(tiles, dim=(1, 3), dtype=torch.float32)
+    return from_own(scores, weight, torch.Size((weight.shape[0] // size, columns // size)))
 
 
 def make_masks(
@@ -134,14 +139,14 @@ def add_movement(scores: Mapping[str, Tensor], weights: Mapping[str, Tensor]) ->
     for name, total in scores.items():
         if (gradient := weights[name].grad) is None:
             continue
-        flat = (total.view(-1), weights[name].view(-1), gradient.reshape(-1))
+        flat = (own(total).view(-1), own(weights[name]).view(-1), own(gradient).reshape(-1))
         for part, weight, slope in zip(*(tensor.split(SLICE) for tensor in flat), strict=True):
             part.addcmul_(weight.float(), slope.float(), value=-1.0)
 
 
 def masks_of_zeros(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return masks that drop what is exactly zero, as in a model that was pruned before."""
-    return {name: weight.detach() != 0 for name, weight in weights.items()}
+    return {name: own(weight.detach()) != 0 for name, weight in weights.items()}
 
 
 @torch.no_grad()
@@ -149,29 +154,32 @@ def apply_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> N
     """Set the weights that their masks drop to zero, in place."""
     for name, mask in masks.items():
         kept = mask.view(torch.uint8)  # a product with bytes was measured to be 7 times as fast as masked_fill_
-        for part, ones in zip(weights[name].view(-1).split(SLICE), kept.view(-1).split(SLICE), strict=True):
+        for part, ones in zip(own(weights[name]).view(-1).split(SLICE), kept.view(-1).split(SLICE), strict=True):
             part.mul_(ones)
 
 
 def sparsity_of(weights: Mapping[str, Tensor]) -> float:
     """Return the share of exact zeros in all tensors together."""
-    zeros = sum(int((tensor.detach() == 0).sum()) for tensor in weights.values())
+    zeros = sum(int(sum_over_shards((own(tensor) == 0).sum(), tensor)) for tensor in weights.values())
     return zeros / sum(tensor.numel() for tensor in weights.values())
 
 
 def _drop_smallest(tensors: Sequence[Tensor], count: int, signed: bool) -> list[Tensor]:
     """Return masks that drop exactly the `count` smallest of all tensors together."""
-    masks = [torch.ones(tensor.shape, dtype=torch.bool, device=tensor.device) for tensor in tensors]
+    masks = [torch.ones_like(own(tensor), dtype=torch.bool, requires_grad=False) for tensor in tensors]
     if count == 0:
         return masks
     threshold, equals = _threshold(tensors, count, signed)
     for tensor, mask in zip(tensors, masks, strict=True):
+        ties = sum(int((bits == threshold).sum()) for bits in _ordered_bits([tensor], signed)) if equals else 0
+        before, ties = counts_before(ties, tensor) if equals else (0, 0)
+        here, equals = max(0, equals - before), max(0, equals - ties)
         for bits, kept in zip(_ordered_bits([tensor], signed), mask.view(-1).split(SLICE), strict=True):
             torch.ge(bits, threshold, out=kept)
-            if equals:
-                ties = (bits == threshold).nonzero().flatten()[:equals]
-                kept[ties] = False
-                equals -= len(ties)
+            if here:
+                dropped = (bits == threshold).nonzero().flatten()[:here]
+                kept[dropped] = False
+                here -= len(dropped)
     return masks
 
 
@@ -181,16 +189,23 @@ def _threshold(tensors: Sequence[Tensor], count: int, signed: bool) -> tuple[int
     A radix selection in two passes, by histograms of the upper and of the lower 16 bits: exact, where a sort or
     `kthvalue` would need a copy of all weights and as many 8-byte indices.
     """
-    upper, rank = _bin_of_rank(((bits >> 16).add_(2**15) for bits in _ordered_bits(tensors, signed)), count)
+    like = tensors[0]
+    upper, rank = _bin_of_rank(((bits >> 16).add_(2**15) for bits in _ordered_bits(tensors, signed)), count, like)
     upper -= 2**15
-    lower, rank = _bin_of_rank((bits[bits >> 16 == upper] & 0xFFFF for bits in _ordered_bits(tensors, signed)), rank)
+    digits = (bits[bits >> 16 == upper] & 0xFFFF for bits in _ordered_bits(tensors, signed))
+    lower, rank = _bin_of_rank(digits, rank, like)
     return upper << 16 | lower, rank
 
 
-def _bin_of_rank(digits: Iterator[Tensor], rank: int) -> tuple[int, int]:
-    """Return the digit below 2**16 that is number `rank` (from 1) in sorted order, and its rank among its equals."""
-    histogram = sum(torch.bincount(digit, minlength=2**16) for digit in digits)
-    assert isinstance(histogram, Tensor)
+def _bin_of_rank(digits: Iterator[Tensor], rank: int, like: Tensor) -> tuple[int, int]:
+    """Return the digit below 2**16 that is number `rank` (from 1) in sorted order, and its rank among its equals.
+
+    All devices that together have `like` have some of the digits.
+    """
+    histogram = torch.zeros(2**16, dtype=torch.int64, device=own(like).device)
+    for part in digits:
+        histogram += torch.bincount(part, minlength=2**16)
+    histogram = sum_over_shards(histogram, like)
     up_to = histogram.cumsum(0)
     digit = int((up_to < rank).sum())
     return digit, rank - int(up_to[digit] - histogram[digit])
@@ -202,6 +217,6 @@ def _ordered_bits(tensors: Iterable[Tensor], signed: bool) -> Iterator[Tensor]:
     Without its sign bit float32 is ordered so; negative numbers are with the other bits turned over.
     """
     for tensor in tensors:
-        for part in tensor.detach().reshape(-1).split(SLICE):
+        for part in own(tensor.detach()).reshape(-1).split(SLICE):
             bits = part.float().view(torch.int32)
             yield (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits) if signed else bits & 0x7FFFFFFF

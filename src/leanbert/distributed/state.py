@@ -13,43 +13,78 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from leanbert.optim.adamw import MOMENTS, decode_moment, encode_moment
+from leanbert.shards import from_own, own
 
-def gather_state(state: Any, *, keep: bool) -> Any:
-    """Return nested state with each sharded tensor whole, on the CPU; all ranks call it together.
+
+def gather_state(state: dict[str, Any], optimizer: Optimizer, *, keep: bool) -> dict[str, Any]:
+    """Return state with each sharded tensor whole, on the CPU; all ranks call it together.
+
+    Moments in few bits are coded again: a block that lies on one device has the same codes, one that two devices share
+    is rounded once more.
 
     Args:
-        state: What `Optimizer.state_dict` returns.
+        state: What `optimizer.state_dict()` returned.
+        optimizer: Whose parameters are sharded, or not.
         keep: Whether this rank wants it; else there is None in place of whole tensors.
 
     """
-    if isinstance(state, dict):
-        return {key: gather_state(value, keep=keep) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(gather_state(value, keep=keep) for value in state)
-    if isinstance(state, DTensor):
-        whole = state.full_tensor()  # one at a time
-        return whole.cpu() if keep else None
-    return state
+    parameters = _parameters(state, optimizer)
+    return {**state, "state": {key: _whole(parameters[key], entry, keep) for key, entry in state["state"].items()}}
 
 
 def shard_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     """Return what `optimizer`, whose parameters are sharded, takes of a whole state: no rank needs another for it.
 
-    Tensors of a parameter's shape are sharded as it is; others, such as counts of steps, are each rank's.
+    Tensors of a parameter's shape are sharded as it is, with one number for each of its rows too, and so are moments in
+    few bits; others, such as counts of steps, are each rank's.
     """
+    parameters = _parameters(state, optimizer)
+    return {**state, "state": {key: _part(parameters.get(key), entry) for key, entry in state["state"].items()}}
+
+
+def gather(value: Any, *, keep: bool) -> Any:
+    """Return a sharded tensor whole, on the CPU, where this rank wants to `keep` it, else None; others as they are."""
+    if not isinstance(value, DTensor):
+        return value
+    whole = value.full_tensor()
+    return whole.cpu() if keep else None
+
+
+def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return a whole tensor, which each rank has, sharded as a parameter is, if it is."""
+    if not isinstance(parameter, DTensor):
+        return value
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None)
+
+
+def _parameters(state: dict[str, Any], optimizer: Optimizer) -> dict[int, Tensor]:
     saved = [key for group in state["param_groups"] for key in group["params"]]
-    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    parameters = dict(zip(saved, own, strict=False))  # the optimizer says what is wrong with other numbers of them
-    return {**state, "state": {key: _like(parameters.get(key), entry) for key, entry in state["state"].items()}}
+    known = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return dict(zip(saved, known, strict=False))  # the optimizer says what is wrong with other numbers of them
 
 
-def _like(parameter: Tensor | None, entry: dict[str, Any]) -> dict[str, Any]:
+def _whole(parameter: Tensor, entry: dict[str, Any], keep: bool) -> dict[str, Any]:
+    found = {name: gather(value, keep=keep) for name, value in entry.items()}
+    if isinstance(parameter, DTensor) and entry.get("bits", 32) < 32:
+        shape = own(parameter).shape
+        for name in MOMENTS:
+            values = decode_moment(entry, name, shape.numel()).view(shape)
+            whole = gather(from_own(values, parameter, parameter.shape), keep=keep)
+            found.update(encode_moment(whole.view(-1), name, entry["bits"]) if keep else {})
+    return found
+
+
+def _part(parameter: Tensor | None, entry: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(parameter, DTensor):
         return entry
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return {
-        name: distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None)
-        if isinstance(value, Tensor) and value.shape == parameter.shape
-        else value
-        for name, value in entry.items()
-    }
+    found = dict(entry)
+    for name, value in entry.items():
+        if isinstance(value, Tensor) and value.shape in (parameter.shape, (*parameter.shape[:-1], 1)):
+            found[name] = shard_like(value, parameter)
+    if entry.get("bits", 32) < 32:
+        for name in MOMENTS:
+            whole = decode_moment(entry, name, parameter.numel()).view(parameter.shape)
+            found.update(encode_moment(own(shard_like(whole, parameter)).reshape(-1), name, entry["bits"]))
+    return found

@@ -89,7 +89,7 @@ class FullySharded(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the whole state on the first rank, where weights and state are written."""
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return gather_state(inner.state_dict(), keep=self.is_global_zero)
+        return gather_state(inner.state_dict(), inner, keep=self.is_global_zero)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Take this rank's part of whole state."""

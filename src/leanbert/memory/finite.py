@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from leanbert.shards import own
+
 
 class StepCheck:
     """The loss of a step, and the largest norm of a parameter's gradient, on the device that computes them.
@@ -29,34 +31,30 @@ class StepCheck:
         zero = known[0].new_zeros(()) if known else torch.zeros(())
         return torch.stack([zero if value is None else value for value in (self.loss, self.norm)])
 
-    def look(self, parameters: Iterable[Tensor]) -> None:
-        """Take the gradients into account that are there; of sharded ones this rank's part."""
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if gradients:
-            norm = torch.stack(torch._foreach_norm([_here(gradient) for gradient in gradients])).max()
-            self.norm = norm if self.norm is None else torch.maximum(self.norm, norm)
-
-    def guard(self, parameters: Iterable[Tensor], sum_over_ranks: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Look at the gradients, and keep them from the update if they or the loss are not finite.
+    def look(self, parameters: Iterable[Tensor], sum_over_ranks: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Take the gradients into account that are there; of sharded ones this rank's part.
 
         Ranks that have parts of the gradients agree by `sum_over_ranks`, which adds their largest norms.
+        """
+        gradients = [own(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        if gradients:
+            norm = torch.stack(torch._foreach_norm(gradients)).max()
+            self.norm = norm if self.norm is None else torch.maximum(self.norm, norm)
+        if sum_over_ranks is not None and self.norm is not None:
+            self.norm = sum_over_ranks(self.norm)
+
+    def guard(self, parameters: Iterable[Tensor], sum_over_ranks: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Look at the gradients, and keep them from the update if they or the loss are not finite; see `look`.
 
         On a CPU they are dropped, and the update leaves weights and moments as they are. Elsewhere that would have to
         wait for the device in each step: there they are zero, so that the moments decay and the update is theirs.
         """
         held = [parameter for parameter in parameters if parameter.grad is not None]
-        self.look(held)
-        if sum_over_ranks is not None and self.norm is not None:
-            self.norm = sum_over_ranks(self.norm)
+        self.look(held, sum_over_ranks)
         finite = self.values.isfinite().all()
         if finite.device.type != "cpu":
             for parameter in held:
-                _here(parameter.grad).masked_fill_(~finite, 0.0)  # type: ignore[arg-type]
+                own(parameter.grad).masked_fill_(~finite, 0.0)  # type: ignore[arg-type]
         elif not finite:
             for parameter in held:
                 parameter.grad = None
-
-
-def _here(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a sharded tensor, or a whole one."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -18,6 +18,9 @@ from torch.autograd.function import once_differentiable
 from leanbert.memory.step import seed_position
 from leanbert.slices import parts, rounds
 
+ADDED = 2**16
+"""Elements of a 16-bit gradient that are added to a float32 sum at a time."""
+
 
 def run_in_slices(block: nn.Module, hidden: Tensor, context: object, rows: int, *more: Tensor) -> Tensor:
     """Return `block(hidden, context, *more)`, [B, S, D], computed `rows` rows at a time, forward and backward.
@@ -104,8 +107,11 @@ class _Sliced(torch.autograd.Function):
 
 
 def _add(gradients: list[Tensor], sums: list[Tensor]) -> None:
+    """Add gradients to their sums, some rows at a time: on a CPU those of 16 bits are converted first."""
     for total, gradient in zip(sums, gradients, strict=True):
-        total.add_(gradient)
+        rows = max(1, ADDED * len(total) // total.numel()) if total.dtype != gradient.dtype else len(total)
+        for part, more in zip(total.split(rows), gradient.split(rows), strict=True):
+            part.add_(more)
 
 
 def _cut(value: object, part: slice, length: int) -> Any:

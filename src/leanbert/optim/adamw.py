@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from leanbert.errors import UserError
 from leanbert.optim.quantized_state import BlockCode, draw_int16, write_bfloat16
 from leanbert.ranges import NOT_NEGATIVE, RATE, check_ranges
+from leanbert.shards import own, own_start
 from leanbert.slices import parts, rounds
 
 SLICE_ELEMENTS = 2**20
@@ -42,6 +43,8 @@ class SlicedAdamW(Optimizer):
 
     Random roundings are a function of (seed, step, parameter's place in the groups, slice), drawn from generators of
     their own: a resumed run draws the same, and no other randomness moves.
+
+    Of a sharded parameter each device updates its part, with blocks of its own.
 
     Besides `step`, single parameters can be updated as soon as their gradient exists: `update`; or, with several
     micro-batches, `accumulate` after each and `apply` after the last, so that gradients need not live until then.
@@ -170,11 +173,11 @@ class SlicedAdamW(Optimizer):
             raise ValueError("A step has to begin with accumulate(parameter, first=True).")
         state["step"] += first
         state["micro_batches"] = (0 if first else state["micro_batches"]) + fold
-        gradient = parameter.grad.reshape(-1) if fold and parameter.grad is not None else None
-        weights = parameter.detach().view(-1)
+        gradient = own(parameter.grad).reshape(-1) if fold and parameter.grad is not None else None
+        weights, begin = own(parameter.detach()).view(-1), own_start(parameter)
         dtype = torch.promote_types(weights.dtype, torch.float32)
         for span in rounds(parts(weights.numel(), SLICE_ELEMENTS), weights, alike=True):
-            position = (group["seed"], state["step"], place, span.start)
+            position = (group["seed"], state["step"], place, begin + span.start)
             moments = [_read(state, name, span, dtype) for name in MOMENTS]
             if gradient is not None:
                 _fold(gradient[span], moments, group["betas"], first)
@@ -196,14 +199,28 @@ class SlicedAdamW(Optimizer):
                 state[name] = torch.zeros_like(parameter, dtype=dtype)
             else:
                 code = CODES[state["bits"], name]
-                state[f"{name}_codes"], state[f"{name}_scales"] = code.zeros(parameter.numel(), parameter.device)
+                state[f"{name}_codes"], state[f"{name}_scales"] = code.zeros(own(parameter).numel(), parameter.device)
         return state
+
+
+def decode_moment(state: dict[str, Any], name: str, elements: int) -> Tensor:
+    """Return a moment that is kept in few bits, fp32 [elements], by its name among `MOMENTS`."""
+    return _read(state, name, slice(0, elements), torch.float32)[:elements]
+
+
+def encode_moment(values: Tensor, name: str, bits: int) -> dict[str, Tensor]:
+    """Return what the state keeps of a moment [elements]: the nearest codes, the same ones of decoded values."""
+    code = CODES[bits, name]
+    codes, scales = code.zeros(len(values), values.device)
+    blocks = torch.nn.functional.pad(values, (0, -len(values) % code.block)).view(-1, code.block)
+    code.encode(blocks.clone(), blocks.new_zeros(blocks.shape, dtype=torch.int16), codes, scales)
+    return {f"{name}_codes": codes, f"{name}_scales": scales}
 
 
 def _read(state: dict[str, Any], name: str, span: slice, dtype: torch.dtype) -> Tensor:
     """Return a slice of a moment, [elements]: the state itself, or decoded and then padded to whole blocks."""
     if state["bits"] == 32:
-        return state[name].view(-1)[span]
+        return own(state[name]).view(-1)[span]
     code = CODES[state["bits"], name]
     rows = code.rows(span)
     return code.decode(state[f"{name}_codes"][rows], state[f"{name}_scales"][rows], dtype).view(-1)

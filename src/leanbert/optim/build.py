@@ -15,10 +15,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from leanbert.errors import UserError
 from leanbert.measure.trace import phase
 from leanbert.models.heads import Output
+from leanbert.optim.adafactor import Adafactor
 from leanbert.optim.adamw import SlicedAdamW
 from leanbert.optim.muon import Muon
 from leanbert.optim.quantized_state import draw_int16, write_bfloat16
 from leanbert.ranges import NOT_NEGATIVE, RATE, SHARE, WHOLE, check_ranges
+from leanbert.shards import own, own_start
 
 OptimizerName = Literal["sgd", "momentum", "adam", "adamw", "adamw8bit", "adamw4bit", "adafactor", "muon"]
 STATE_BITS = {"adamw8bit": 8, "adamw4bit": 4}
@@ -154,9 +156,11 @@ class CombinedOptimizer(Optimizer):
             for group, parameters in zip(inner.param_groups, groups, strict=True):
                 group["params"] = parameters
         if wide is not parameter:
-            inner.state[parameter] = inner.state.pop(wide)
-            draws = draw_int16(wide.numel(), wide.device, self.seed, self.steps, self._index[id(parameter)])
-            write_bfloat16(wide.detach().view(-1), draws, parameter.detach().view(-1))
+            if wide in inner.state:  # plain sgd has none
+                inner.state[parameter] = inner.state.pop(wide)
+            values, place = own(wide.detach()).view(-1), self._index[id(parameter)] + (own_start(parameter) << 16)
+            draws = draw_int16(values.numel(), wide.device, self.seed, self.steps, place)
+            write_bfloat16(values, draws, own(parameter.detach()).view(-1))
 
     def state_dict(self) -> dict[str, Any]:
         """Return state and groups, as torch's optimizers do, and the number of steps."""
@@ -236,7 +240,7 @@ def _inner_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, seed
     if config.name == "adam":
         return torch.optim.Adam(groups, fused=True, **adam)
     if config.name == "adafactor":
-        return torch.optim.Adafactor(groups, lr=config.lr)
+        return Adafactor(groups, lr=config.lr)
     momentum = config.momentum if config.name == "momentum" else 0.0
     return torch.optim.SGD(groups, lr=config.lr, momentum=momentum)
 

@@ -112,7 +112,12 @@ class SteppedModule(LightningModule, Generic[B]):
         return {"loss": last, "step_loss": loss, "learning_rate": rate}
 
     def _no_sync(self) -> AbstractContextManager[object]:
-        """Return a context whose backward passes do not exchange gradients; a later one exchanges their sum."""
+        """Return a context whose backward passes do not exchange gradients; a later one exchanges their sum.
+
+        Where each pass uses its gradients up (AdamA), each exchanges them.
+        """
+        if self.techniques.in_backward is not None:
+            return nullcontext()
         if isinstance(self.model, FSDPModule):
             return unreduced(self.model)
         strategy = self.trainer.strategy

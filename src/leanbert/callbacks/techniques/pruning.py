@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -26,9 +27,11 @@ from leanbert.compression.pruning import (
     sparsity_of,
     tiled,
 )
+from leanbert.distributed.state import gather, shard_like
 from leanbert.errors import UserError, require
 from leanbert.measure.trace import phase
 from leanbert.ranges import COUNT, PART, WHOLE
+from leanbert.shards import own, own_rows
 from leanbert.tasks.techniques import Techniques
 
 MASK_UPDATES = 20
@@ -153,6 +156,12 @@ class WeightPruning(TechniqueCallback):
         if not weights:
             setting, value = ("block_size", self.block_size) if self.block_size > 1 else ("scope", self.scope)
             raise UserError(f"{self._name}.{setting}: {value} matches no weight of this model. Leave it out.")
+        cut = [name for name, weight in weights.items() if own_rows(weight) % self.block_size]
+        if cut:
+            raise UserError(
+                f"{self._name}.block_size: {self.block_size} rows of {cut[0]} are not on one device, of "
+                f"{own_rows(weights[cut[0]])} each. Give a divisor, or use ddp."
+            )
         return weights
 
     def _advance(self, trainer: Trainer) -> bool:
@@ -227,7 +236,8 @@ class MovementPruning(WeightPruning):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sparsity and the importance."""
-        return {**super().state_dict(), "scores": self._scores}
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        return {**super().state_dict(), "scores": {name: gather(s, keep=first) for name, s in self._scores.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over both."""
@@ -241,7 +251,7 @@ class MovementPruning(WeightPruning):
 
     def tensors(self) -> Iterable[Tensor]:
         """Return masks and importance."""
-        return chain(super().tensors(), self._scores.values())
+        return chain(super().tensors(), map(own, self._scores.values()))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Add this step's part to the importance."""
@@ -259,13 +269,13 @@ class MovementPruning(WeightPruning):
         for name, weight in self._weights.items():
             self._scores[name] = torch.zeros_like(weight, dtype=torch.float32, requires_grad=False)
             if name in stored:
-                self._scores[name].copy_(stored[name])
+                self._scores[name].copy_(shard_like(stored[name], weight))
 
     def _stored_masks(self) -> dict[str, Tensor]:
-        return {name: scores > -torch.inf for name, scores in self._scores.items()}
+        return {name: own(scores) > -torch.inf for name, scores in self._scores.items()}
 
     def _choose(self, sparsity: float) -> dict[str, Tensor]:
         masks = make_masks(self._scores, sparsity, self.scope, self.block_size, signed=True)
         for name, mask in masks.items():
-            self._scores[name].masked_fill_(~mask, -torch.inf)
+            own(self._scores[name]).masked_fill_(~mask, -torch.inf)
         return masks

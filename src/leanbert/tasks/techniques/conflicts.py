@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from leanbert.optim.build import STATE_BITS
 from leanbert.tasks.techniques.contract import Surroundings, Techniques
 
 
@@ -38,8 +37,11 @@ def in_backward(t: Techniques, around: Surroundings) -> Iterator[str]:
         yield "OptimizerInBackward: the norm of all gradients is never known. Leave trainer.gradient_clip_val out."
     if around.precision == "16-mixed":
         yield "OptimizerInBackward: 16-mixed must see all gradients before it updates. Use bf16-mixed or bf16-true."
-    if around.world_size > 1:
-        yield "OptimizerInBackward: gradients would be used before the ranks have exchanged them. Use one device."
+    if around.world_size > 1 and not around.shards:
+        yield (
+            "OptimizerInBackward: frees nothing with ddp, which keeps all gradients in its buffers. Use "
+            "trainer.strategy=fsdp, or one device."
+        )
     if t.recovery:
         yield (
             "OutOfMemoryRecovery: with OptimizerInBackward some parameters are updated already when memory runs "
@@ -71,21 +73,6 @@ def recovery(t: Techniques, around: Surroundings) -> Iterator[str]:
         )
 
 
-def adafactor(t: Techniques, around: Surroundings) -> Iterator[str]:
-    """Its factors are of whole weights."""
-    if around.shards and around.optimizer == "adafactor":
-        yield "model.optimizer.name: torch's adafactor cannot update sharded parameters. Use adamw or muon, or ddp."
-
-
-def sliced_update(t: Techniques, around: Surroundings) -> Iterator[str]:
-    """Slices are of whole weights."""
-    if around.shards and (around.optimizer in STATE_BITS or around.precision == "bf16-true"):
-        yield (
-            "trainer.strategy: updates in slices (adamw8bit, adamw4bit, bf16-true) cannot run on sharded parameters. "
-            "Use adamw or muon with 32-true or bf16-mixed, or ddp."
-        )
-
-
 def loss_scaling(t: Techniques, around: Surroundings) -> Iterator[str]:
     """The scale is found from gradients that overflow."""
     if around.shards and "16-mixed" in (t.precision, around.precision):
@@ -108,18 +95,19 @@ def host(t: Techniques, around: Surroundings) -> Iterator[str]:
 
 
 def pruning(t: Techniques, around: Surroundings) -> Iterator[str]:
-    """Masks are of whole weights."""
+    """A weight has one mask."""
     name, *others = sorted(t.masks) or [""]
-    if name and around.shards:
-        yield f"trainer.strategy: shards the weights, and {name} has to see them whole. Use ddp."
     if others:
         yield f"{others[0]}: {name} sets weights to zero already. Leave one of them out."
 
 
 def rounding(t: Techniques, around: Surroundings) -> Iterator[str]:
-    """Scales are of whole rows and tables, in the dtype of the export."""
-    if t.rounds and around.shards:
-        yield "trainer.strategy: shards the weights, and QuantizationAwareTraining has to see them whole. Use ddp."
+    """Scales are of weights in the dtype of the export."""
+    if t.rounds and around.shards and around.precision == "bf16-mixed":
+        yield (
+            "QuantizationAwareTraining: with bf16-mixed shards are gathered in bfloat16, which rounds weights before "
+            "they are rounded as in the file. Use 32-true, or ddp."
+        )
 
 
 def structured(t: Techniques, around: Surroundings) -> Iterator[str]:

@@ -109,7 +109,7 @@ TECHNIQUES = (
     ),
     Technique(
         "optimizer_in_backward", exact=True, lowers="gradients, to one parameter's",
-        costs="no clipping of gradients, one device", conflicts=conflicts.in_backward, eases="gradients", rung=_at(7),
+        costs="no clipping of gradients, no ddp", conflicts=conflicts.in_backward, eases="gradients", rung=_at(7),
     ),
     Technique(
         "bf16_mixed", exact=False, lowers="activations, by about half", costs="16-bit rounding of products",
@@ -122,16 +122,16 @@ TECHNIQUES = (
     ),
     Technique(
         "adamw_8bit", exact=False, lowers="optimizer state, to a quarter", costs="8-bit moments, a slower update",
-        conflicts=conflicts.sliced_update, eases="optimizer",
+        eases="optimizer",
         rung=_at(8, lambda around: around.optimizer in STATEFUL), replaced_by=("adamw_4bit",),
     ),
     Technique(
         "adamw_4bit", exact=False, lowers="optimizer state, to an eighth", costs="4-bit moments, a slower update",
-        conflicts=conflicts.sliced_update, rung=_at(9, lambda around: around.optimizer in STATEFUL),
+        rung=_at(9, lambda around: around.optimizer in STATEFUL),
     ),
     Technique(
         "adafactor", exact=False, lowers="optimizer state, to nearly nothing",
-        costs="another optimizer: needs its own rate", conflicts=conflicts.adafactor,
+        costs="another optimizer: needs its own rate",
     ),
     Technique(
         "adama", exact=False, lowers="gradients, with micro-batches", costs="second moment of micro-batches",
@@ -139,7 +139,7 @@ TECHNIQUES = (
     ),
     Technique(
         "bf16_true", exact=False, lowers="parameters and gradients, by half",
-        costs="weights in bfloat16, rounded at random", conflicts=conflicts.sliced_update, eases="parameters",
+        costs="weights in bfloat16, rounded at random", eases="parameters",
         rung=_bf16_true_rung,
     ),
     Technique(

@@ -1,0 +1,55 @@
+"""Memory techniques on two shards against one process, through the program as users call it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.distributed.test_strategy import ADAMW, alike, fit, folder  # noqa: F401
+from tests.training import read_scalars
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("launcher_socket")]
+
+
+def overlay(*names):
+    return [f"--config=configs/memory/{name}.yaml" for name in names]
+
+
+def callback(name, **settings):
+    return f"--trainer.callbacks+={json.dumps({'class_path': name, 'init_args': settings})}"
+
+
+EXACT = 1e-6
+PRUNED = [*ADAMW, callback("MovementPruning", final_sparsity=0.7, block_size=4)]
+TECHNIQUES = {
+    "exact": (EXACT, overlay("optimizer_in_backward", "adafactor", "quantization_aware")),
+    "pruning": (EXACT, [*ADAMW, callback("MagnitudePruning", final_sparsity=0.7, include_embeddings=True)]),
+    "movement": (EXACT, PRUNED),
+    "adama": (
+        0.01,
+        [*ADAMW, callback("GradientAccumulation", micro_batch=2), callback("OptimizerInBackward", accumulate=True)],
+    ),
+    "random": (0.01, overlay("bf16_true", "adamw_8bit", "optimizer_in_backward")),
+}
+"""Relative difference of losses from those of one process, and arguments. Roundings at random are others on shards."""
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_on_shards_as_on_one_process(folder, name):  # noqa: F811
+    rel, arguments = TECHNIQUES[name]
+    one, two = (read_scalars(fit(folder, f"{name}-{s}", "mlm", *arguments, strategy=s)) for s in (None, "fsdp"))
+    alike(two, one, rel=rel)
+    for tag in [tag for tag in one if tag.startswith("pruning/")]:
+        assert two[tag] == one[tag]
+
+
+@pytest.mark.parametrize(("name", "first", "then"), [("movement", "fsdp", None), ("random", None, "fsdp")])
+def test_state_goes_from_shards_to_one_device_and_back(folder, name, first, then):  # noqa: F811
+    rel, arguments = TECHNIQUES[name]
+    undisturbed = read_scalars(fit(folder, f"whole-{name}", "mlm", *arguments))
+    root = f"moves-{name}"
+    path = fit(folder, root, "mlm", *arguments, "--checkpoint.every_n_steps=7", strategy=first)
+    middle = path / "checkpoints" / "step-00000014.ckpt"
+    fit(folder, root, "mlm", *arguments, f"--ckpt_path={middle}", strategy=then)
+    alike(read_scalars(path), undisturbed, rel=rel)
