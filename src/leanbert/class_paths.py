@@ -10,6 +10,7 @@ MODULES = {
     "ActivationOffload": "callbacks.techniques.activations",
     "ChunkedHead": "callbacks.techniques.activations",
     "ClassificationData": "data.classification",
+    "CommunicationMonitor": "callbacks.reporting.communication_monitor",
     "FullySharded": "distributed.strategy",
     "GradientAccumulation": "callbacks.techniques.accumulation",
     "LayerMajor": "callbacks.techniques.activations",

@@ -19,7 +19,7 @@ from leanbert.errors import UserError
 from leanbert.models.config import EncoderConfig
 from leanbert.optim.build import OptimizerConfig
 from leanbert.planning import distributed
-from leanbert.planning.distributed import predict_distributed, ring_bytes
+from leanbert.planning.distributed import predict_distributed
 from leanbert.planning.predict import predict
 from leanbert.planning.run_settings import RunSettings
 from leanbert.pretrained.build import build_model
@@ -51,16 +51,10 @@ def parameter_bytes(multiple=1) -> tuple[int, int]:
     return count(model.encoder.blocks), count(model) - count(model.encoder.blocks)
 
 
-def test_ring_sends_all_parts_but_one():
-    assert ring_bytes("all_reduce", 4000, 4) == 6000
-    assert ring_bytes("all_gather", 4000, 4) == ring_bytes("reduce_scatter", 4000, 4) == 3000
-    assert ring_bytes("all_reduce", 1000, 2) == 1000
-
-
 def test_one_device_is_the_plain_prediction():
     for strategy in ("ddp", "fsdp2"):
         result = predict_distributed(settings(), 1, strategy)
-        assert result.prediction == predict(settings())
+        assert result == predict(settings())
         assert result.sent_bytes == 0
 
 
@@ -69,9 +63,9 @@ def test_ddp_adds_a_copy_of_the_gradients_and_reduces_it_once():
     alone = predict(replace(settings(), rows=4))
     for callbacks in ([], [GradientAccumulation(2)]):
         result = predict_distributed(settings(*callbacks), DEVICES, "ddp")
-        assert result.sent_by_collective == {"all_reduce": 2 * 3 * gradients // 4}
+        assert result.collectives == {"all_reduce": 2 * 3 * gradients // 4}
         assert result.sent_bytes == 2 * 3 * gradients // 4
-    plain = predict_distributed(settings(), DEVICES, "ddp").prediction
+    plain = predict_distributed(settings(), DEVICES, "ddp")
     assert plain.by_phase == {phase: size + gradients for phase, size in alone.by_phase.items()}
     assert plain.phases["optimizer"]["gradients"] == 2 * gradients
     assert plain.flops == alone.flops
@@ -85,7 +79,7 @@ def test_ddp_gradients_in_bfloat16_are_half_as_much():
 def test_fsdp2_shards_what_stays():
     whole, padded = sum(parameter_bytes()), sum(parameter_bytes(DEVICES))
     assert padded - whole == 2 * 32 * 4  # two rows of segments
-    update = predict_distributed(settings(), DEVICES, "fsdp2").prediction.phases["optimizer"]
+    update = predict_distributed(settings(), DEVICES, "fsdp2").phases["optimizer"]
     assert update["parameters"] == update["gradients"] == padded // 4
     alone = predict(replace(settings(), rows=4)).phases["optimizer"]
     counters = alone["optimizer"] - 2 * whole  # of steps, which each device has
@@ -96,11 +90,11 @@ def test_fsdp2_shards_what_stays():
 def test_fsdp2_gathers_blocks_twice_and_the_rest_once():
     blocks, rest = parameter_bytes(DEVICES)
     result = predict_distributed(settings(), DEVICES, "fsdp2")
-    assert result.sent_by_collective == {
+    assert result.collectives == {
         "all_gather": 3 * (2 * blocks + rest) // 4,
         "reduce_scatter": 3 * (blocks + rest) // 4,
     }
-    forward = result.prediction.phases["forward"]
+    forward = result.phases["forward"]
     assert forward["parameters"] == (blocks + rest) // 4 + rest + 2 * blocks // 3  # a block in use, and as it came
 
 
@@ -108,36 +102,36 @@ def test_mixed_precision_gathers_half_as_many_bytes():
     plain, mixed = (
         predict_distributed(settings(precision=kind), DEVICES, "fsdp2") for kind in ("32-true", "bf16-mixed")
     )
-    sent = plain.sent_by_collective
-    assert mixed.sent_by_collective == {**sent, "all_gather": sent["all_gather"] // 2}
+    sent = plain.collectives
+    assert mixed.collectives == {**sent, "all_gather": sent["all_gather"] // 2}
 
 
 def test_fsdp2_gathers_for_each_micro_batch_and_reduces_whole_gradients_once():
     once = predict_distributed(settings(batch_size=32), DEVICES, "fsdp2")
     result = predict_distributed(settings(GradientAccumulation(2), batch_size=32), DEVICES, "fsdp2")
-    sent = once.sent_by_collective
-    assert result.sent_by_collective == {**sent, "all_gather": 4 * sent["all_gather"]}
-    assert result.prediction.phases["backward"]["gradients"] >= sum(parameter_bytes())
+    sent = once.collectives
+    assert result.collectives == {**sent, "all_gather": 4 * sent["all_gather"]}
+    assert result.phases["backward"]["gradients"] >= sum(parameter_bytes())
 
 
 def test_fsdp2_reduces_the_norm_once_per_step():
     clipped = replace(settings(GradientAccumulation(1)), clip=1.0)
     more, fewer = (predict_distributed(replace(clipped, rows=rows), DEVICES, "fsdp2") for rows in (4, 2))
-    norms = fewer.sent_by_collective["all_reduce"]
-    assert more.sent_by_collective["all_reduce"] == norms > 0
-    assert more.sent_by_collective["all_gather"] == 2 * fewer.sent_by_collective["all_gather"]
+    norms = fewer.collectives["all_reduce"]
+    assert more.collectives["all_reduce"] == norms > 0
+    assert more.collectives["all_gather"] == 2 * fewer.collectives["all_gather"]
 
 
 def test_muon_gathers_in_the_update():
     plain, muon = (predict_distributed(settings(optimizer=name), DEVICES, "fsdp2") for name in ("adamw", "muon"))
-    assert muon.sent_by_collective["all_gather"] > plain.sent_by_collective["all_gather"]
-    assert muon.sent_by_collective["reduce_scatter"] == plain.sent_by_collective["reduce_scatter"]
+    assert muon.collectives["all_gather"] > plain.collectives["all_gather"]
+    assert muon.collectives["reduce_scatter"] == plain.collectives["reduce_scatter"]
 
 
 def test_validation_batch_is_shared():
     run = settings()
     run.data.hparams["val_batch_size"] = 32
-    shared = predict_distributed(run, DEVICES, "ddp").prediction.phases["validation"]["activations"]
+    shared = predict_distributed(run, DEVICES, "ddp").phases["validation"]["activations"]
     run.data.hparams["val_batch_size"] = 8
     assert shared == predict(run).phases["validation"]["activations"]
 
@@ -186,14 +180,14 @@ def test_storages_are_resized_as_before():
 
 @pytest.mark.parametrize("run", [settings(optimizer="adamw8bit"), settings(precision="bf16-true")])
 def test_fsdp2_shards_state_in_few_bits(run):
-    alone, shared = predict(replace(run, rows=4)), predict_distributed(run, DEVICES, "fsdp2").prediction
+    alone, shared = predict(replace(run, rows=4)), predict_distributed(run, DEVICES, "fsdp2")
     state = shared.phases["forward"]["optimizer"]
     assert state == pytest.approx(alone.phases["forward"]["optimizer"] / DEVICES, rel=0.01)
 
 
 def test_fsdp2_shards_masks():
     plain, pruned = (
-        predict_distributed(settings(*callbacks), DEVICES, "fsdp2").prediction.phases["backward"]["other"]
+        predict_distributed(settings(*callbacks), DEVICES, "fsdp2").phases["backward"]["other"]
         for callbacks in ((), (MagnitudePruning(include_embeddings=True),))
     )
     matrices = [p for p in build_model(encoder(), VOCABULARY).parameters() if p.ndim == 2]
@@ -206,6 +200,6 @@ def test_in_the_backward_pass_fsdp2_has_the_gradients_of_one_block():
     plain, freed = (
         predict_distributed(replace(run, callbacks=c), DEVICES, "fsdp2") for c in ((), (OptimizerInBackward(),))
     )
-    gradients = [each.prediction.phases["optimizer"]["gradients"] for each in (plain, freed)]
+    gradients = [each.phases["optimizer"]["gradients"] for each in (plain, freed)]
     assert gradients[1] < gradients[0] / 2
     assert freed.sent_bytes == plain.sent_bytes

@@ -1,11 +1,9 @@
-"""FSDP2 over the blocks of a model, what it exchanges, and a group of devices that are not there."""
+"""FSDP2 over the blocks of a model, and a group of devices that are not there."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,11 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from leanbert.errors import UserError
-from leanbert.measure.torch_compat import TorchDispatchMode, fake_store, tensors_in, wraps_tensors
-from leanbert.measure.trace import LiveBytes
-
-KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
-"""Collectives that are counted."""
+from leanbert.measure.torch_compat import fake_store
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
@@ -62,34 +56,3 @@ def pretend_group(devices: int) -> Iterator[DeviceMesh]:
         yield init_device_mesh("cpu", (devices,))
     finally:
         dist.destroy_process_group()
-
-
-class Collectives(TorchDispatchMode):
-    """Counts the bytes of the whole tensors that collectives gather, reduce or scatter.
-
-    Args:
-        trace: Knows when the update runs.
-
-    Attributes:
-        passes: Bytes by kind, of forward and backward passes: there are as many for each micro-batch.
-        update: Bytes by kind, of the update, of gradients and of their norm: once per step.
-
-    """
-
-    def __init__(self, trace: LiveBytes) -> None:
-        super().__init__()
-        self._trace = trace
-        self.passes: Counter[str] = Counter()
-        self.update: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:
-        if wraps_tensors(types):
-            return NotImplemented
-        result = func(*args, **(kwargs or {}))
-        if func.namespace in ("c10d", "_c10d_functional"):
-            name = func._opname.replace("_", "")
-            for kind in (kind for kind in KINDS if kind.replace("_", "") in name):
-                once = kind != "all_gather" or self._trace.explicit_phase == "optimizer"
-                sizes = (tensor.nbytes for tensor in tensors_in((args, kwargs, result)))
-                (self.update if once else self.passes)[kind] += max(sizes)  # a shard is smaller than the whole
-        return result

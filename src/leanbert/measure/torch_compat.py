@@ -7,9 +7,10 @@ other modules only attributes of operators and tensors (`_schema`, `_opname`, `_
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._ops import OpOverload  # 1.11: one operation, as a dispatch mode is given it
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily  # 1.13, 2.1: dry runs
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FakeTensor", "FakeTensorMode", "OpOverload", "TorchDispatchMode", "compiled", "cpu_computes_bf16",
-    "cpu_computes_int8", "dispatch_keys", "fake_store", "in_backward_pass", "keep_cuda_history", "runs_first",
-    "tensors_in", "unset_fake_temporarily", "unwrapped", "wraps_tensors", "write_cuda_history",
+    "cpu_computes_int8", "dispatch_keys", "fake_store", "group_of", "in_backward_pass", "keep_cuda_history",
+    "runs_first", "tensors_in", "unset_fake_temporarily", "unwrapped", "wraps_tensors", "write_cuda_history",
 ]  # fmt: skip
 
 
@@ -69,6 +70,14 @@ def tensors_in(tree: object) -> list[Tensor]:
         elif isinstance(inner, list | tuple | dict):
             found += tensors_in(inner)
     return found
+
+
+def group_of(arguments: tuple[Any, ...]) -> dist.ProcessGroup:
+    """Return the devices that a collective's arguments name: a group, `unbox` (2.1), or at last its name (2.1)."""
+    if isinstance(arguments[-1], str):
+        return dist.distributed_c10d._resolve_process_group(arguments[-1])  # type: ignore[arg-type]
+    boxed = next(each for each in arguments if isinstance(each, torch.ScriptObject) and "ProcessGroup" in str(each))
+    return dist.ProcessGroup.unbox(boxed)
 
 
 def compiled(module: nn.Module) -> bool:

@@ -18,9 +18,10 @@ from leanbert.errors import UserError
 from leanbert.files import write_text_atomically
 from leanbert.measure.timeline import CATEGORIES
 from leanbert.planning.device import DeviceType, Target
-from leanbert.planning.distributed import DistributedPrediction, predict_distributed
+from leanbert.planning.distributed import predict_distributed
 from leanbert.planning.figures import sweep_figure
 from leanbert.planning.overlays import apply
+from leanbert.planning.predict import Prediction
 from leanbert.planning.request import PlanRequest
 from leanbert.planning.run_settings import RunSettings
 from leanbert.planning.search import Plan, search
@@ -33,7 +34,7 @@ from leanbert.units import MIB, format_duration, format_size, parse_size
 MARGIN = 0.1
 """Fraction of what the device has free that `--budget auto` leaves to others."""
 
-Shared = dict[Literal["ddp", "fsdp2"], DistributedPrediction | UserError]
+Shared = dict[Literal["ddp", "fsdp2"], Prediction | UserError]
 """What each of several devices needs and sends by strategy, or why it cannot be."""
 
 progress = partial(tqdm, desc="Planning", leave=False, disable=None)
@@ -213,7 +214,7 @@ def describe_sharing(shared: Shared, devices: int) -> list[str]:
         if isinstance(found, UserError):
             lines.append(f"{strategy:<14}  {found}")
         else:
-            sizes = (found.prediction.peak_bytes, found.sent_bytes)
+            sizes = (found.peak_bytes, found.sent_bytes)
             lines.append(f"{strategy:<14}" + "".join(f"{format_size(size):>14}" for size in sizes))
     return lines
 
@@ -225,8 +226,7 @@ def sharing_json(shared: Shared, devices: int) -> dict[str, object]:
         if isinstance(found, UserError):
             answer[strategy] = {"refused": str(found)}
         else:
-            peak_bytes, sent_bytes = found.prediction.peak_bytes, found.sent_bytes
-            answer[strategy] = {"predicted_peak_bytes": peak_bytes, "sent_bytes_per_step": sent_bytes}
+            answer[strategy] = {"predicted_peak_bytes": found.peak_bytes, "sent_bytes_per_step": found.sent_bytes}
     return {"devices": answer}
 
 

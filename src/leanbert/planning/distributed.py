@@ -7,7 +7,7 @@ block before each of its passes: 1.5 times as much is sent if there is one micro
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from leanbert.distributed.sharding import pretend_group
@@ -16,25 +16,7 @@ from leanbert.planning.predict import Prediction, predict
 from leanbert.planning.run_settings import RunSettings
 
 
-@dataclass(frozen=True)
-class DistributedPrediction:
-    """Memory of each device, and the bytes it sends in an optimizer step, by collective.
-
-    Left out are the number of targets and the loss, which ranks add up in each step: a few bytes.
-    """
-
-    prediction: Prediction
-    sent_by_collective: dict[str, int]
-
-    @property
-    def sent_bytes(self) -> int:
-        """Bytes that each device sends in an optimizer step."""
-        return sum(self.sent_by_collective.values())
-
-
-def predict_distributed(
-    settings: RunSettings, devices: int, strategy: Literal["ddp", "fsdp2"]
-) -> DistributedPrediction:
+def predict_distributed(settings: RunSettings, devices: int, strategy: Literal["ddp", "fsdp2"]) -> Prediction:
     """Return what a run on `devices` devices will need and send on each.
 
     The dry run of FSDP2 is that of rank 0 of a process group that is not there, with blocks and model sharded as in
@@ -53,31 +35,12 @@ def predict_distributed(
 
     """
     if devices == 1:
-        return DistributedPrediction(predict(settings), {})
+        return predict(settings)
     shared = replace(settings, rows=settings.rows or _share(settings, devices), devices=devices)
     if strategy == "fsdp2":
         with pretend_group(devices) as mesh:
-            prediction = predict(replace(shared, mesh=mesh))
-    else:
-        prediction = predict(shared)
-    sent = {kind: ring_bytes(kind, size, devices) for kind, size in prediction.collectives.items()}
-    return DistributedPrediction(prediction, sent)
-
-
-def ring_bytes(collective: str, size_bytes: int, devices: int) -> int:
-    """Return the bytes that each device sends in a ring.
-
-    A device sends n - 1 of the n parts of a tensor to its neighbour; an all-reduce does so twice, to reduce and to
-    gather (Thakur et al. 2005, section 4; the bus bandwidth of NCCL's tests is defined by the same factors).
-
-    Args:
-        collective: One of `sharding.KINDS`.
-        size_bytes: The whole tensor: what a device has after a gather, or before a reduction.
-        devices: n.
-
-    """
-    rounds = 2 if collective == "all_reduce" else 1
-    return round(rounds * (devices - 1) * size_bytes / devices)
+            return predict(replace(shared, mesh=mesh))
+    return predict(shared)
 
 
 def _share(settings: RunSettings, devices: int) -> int:

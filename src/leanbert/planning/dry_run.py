@@ -23,7 +23,7 @@ from torch import Tensor
 
 from leanbert.data.batches.batch import Batch
 from leanbert.data.module import RowData
-from leanbert.distributed.sharding import Collectives
+from leanbert.distributed.communication import Collectives
 from leanbert.errors import UserError
 from leanbert.measure.timeline import Timeline
 from leanbert.measure.torch_compat import unset_fake_temporarily
@@ -93,7 +93,7 @@ def dry_run(settings: RunSettings, rows: int) -> DryRun:
             take_step(task, trainer, data.blank_batch(1))
         with LiveBytes(task.model, trainer.strategy.optimizers, existing=_existing(task, batch)) as trace:
             mode.flops = trace.flops
-            collectives = Collectives(trace)
+            collectives = Collectives(lambda: trace.explicit_phase == "optimizer")
             with collectives if settings.mesh is not None else nullcontext():  # another mode takes time
                 take_step(task, trainer, batch)
         step = trace.timeline().with_state_before()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from leanbert.distributed.communication import ring_bytes
 from leanbert.planning.dry_run import dry_run
 from leanbert.planning.run_settings import RunSettings
 
@@ -14,7 +15,7 @@ class Prediction:
     """Peaks of live tensors: bytes by category at the highest point of each phase; and what a step computes.
 
     `flops` counts the matrix products of one step on one device, `parameters` those of the model. `gradient_bytes` are
-    those of all its gradients; `collectives` the bytes of tensors that devices gather and reduce in a step, by kind.
+    those of all its gradients; `collectives` the bytes that each device sends in a step, by kind.
     """
 
     phases: dict[str, dict[str, int]]
@@ -32,6 +33,11 @@ class Prediction:
     def peak_bytes(self) -> int:
         """The largest number of live bytes."""
         return max(self.by_phase.values())
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that each device sends in an optimizer step; without those of the number of targets and of the loss."""
+        return sum(self.collectives.values())
 
     @property
     def by_category(self) -> dict[str, int]:
@@ -58,7 +64,7 @@ def predict(settings: RunSettings) -> Prediction:
     micro_batches = _micro_batches(settings, whole) / _micro_batches(settings, rows)
     collectives = Counter({kind: round(size * micro_batches) for kind, size in run.passes_bytes.items()})
     collectives.update(run.update_bytes)
-    collectives.update({"all_reduce": reduced} if reduced else {})
+    collectives.update({"all_reduce": ring_bytes("all_reduce", reduced, settings.devices)} if reduced else {})
     flops = round(run.flops * whole / rows) + run.update_flops
     return Prediction(phases, flops, run.parameters, run.gradient_bytes, dict(collectives))
 

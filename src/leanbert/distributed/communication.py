@@ -1,0 +1,146 @@
+"""What devices send each other in a step, and how long they wait for it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from leanbert.measure.torch_compat import TorchDispatchMode, group_of, tensors_in, wraps_tensors
+
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+"""Collectives that are counted."""
+
+BACKENDS = ("gloo:", "nccl")
+"""What the profiler's events of running collectives begin with, on CPU and CUDA."""
+
+Span = tuple[int, int]
+"""Begin and end in nanoseconds."""
+
+
+def ring_bytes(collective: str, size_bytes: int, devices: int) -> int:
+    """Return the bytes that each device sends in a ring.
+
+    A device sends n - 1 of the n parts of a tensor to its neighbour; an all-reduce does so twice, to reduce and to
+    gather (Thakur et al. 2005, section 4; the bus bandwidth of NCCL's tests is defined by the same factors).
+
+    Args:
+        collective: One of `KINDS`.
+        size_bytes: The whole tensor: what a device has after a gather, or before a reduction.
+        devices: n.
+
+    """
+    rounds = 2 if collective == "all_reduce" else 1
+    return round(rounds * (devices - 1) * size_bytes / devices)
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the bytes that this device sends in collectives, each in a ring of its group.
+
+    Args:
+        updating: Says whether the update runs.
+
+    Attributes:
+        passes: Bytes by kind, of forward and backward passes: there are as many for each micro-batch.
+        update: Bytes by kind, of the update, of gradients and of their norm: once per step.
+
+    """
+
+    def __init__(self, updating: Callable[[], bool] = lambda: False) -> None:
+        super().__init__()
+        self._updating = updating
+        self.passes: Counter[str] = Counter()
+        self.update: Counter[str] = Counter()
+
+    @property
+    def sent_bytes(self) -> int:
+        """All bytes sent."""
+        return self.passes.total() + self.update.total()
+
+    def __torch_dispatch__(self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:
+        if wraps_tensors(types):
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional"):
+            name = func._opname.replace("_", "")
+            for kind in (kind for kind in KINDS if kind.replace("_", "") in name):
+                once = kind != "all_gather" or self._updating()
+                size = max(tensor.nbytes for tensor in tensors_in((args, kwargs, result)))  # a shard is smaller
+                (self.update if once else self.passes)[kind] += ring_bytes(kind, size, group_of(args).size())
+        return result
+
+
+class CommunicationTrace:
+    """Counts and times the collectives of a step, between `__enter__` and `__exit__`.
+
+    Attributes:
+        sent_bytes: What this device has sent.
+        wait_share: Part of the time in which collectives ran and nothing was computed, 0 to 1.
+
+    """
+
+    def __init__(self, device_type: str) -> None:
+        activities = {ProfilerActivity.CPU} | ({ProfilerActivity.CUDA} if device_type == "cuda" else set())
+        self._profile = profile(activities=activities)
+        self._collectives = Collectives()
+        self._on = device_type
+        self._started = 0
+        self.sent_bytes, self.wait_share = 0, 0.0
+
+    def __enter__(self) -> CommunicationTrace:
+        """Begin."""
+        self._profile.__enter__()
+        self._collectives.__enter__()
+        self._started = time.perf_counter_ns()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End."""
+        whole = time.perf_counter_ns() - self._started
+        self._collectives.__exit__(None, None, None)
+        self._profile.__exit__(None, None, None)
+        self.sent_bytes = self._collectives.sent_bytes
+        kind = DeviceType.CUDA if self._on == "cuda" else DeviceType.CPU
+        events = [each for each in self._profile.profiler.kineto_results.events() if each.device_type() == kind]  # type: ignore[union-attr]
+        waits = [_span(each) for each in events if each.name().startswith(BACKENDS)]
+        others = [each for each in events if not each.name().startswith(BACKENDS)]
+        computes = [_span(each) for each in others if kind == DeviceType.CUDA or each.name().startswith("aten::")]
+        self.wait_share = waiting(waits, computes) / whole
+
+
+def _span(event: Any) -> Span:
+    start: int = event.start_ns()
+    return start, start + event.duration_ns()
+
+
+def waiting(waits: Iterable[Span], computes: Iterable[Span]) -> int:
+    """Return the nanoseconds that are in a span of `waits` and in none of `computes`."""
+    busy = list(_union(computes))
+    total, place = 0, 0
+    for start, stop in _union(waits):
+        total += stop - start
+        while place < len(busy) and busy[place][1] <= start:
+            place += 1
+        for other in busy[place:]:
+            if other[0] >= stop:
+                break
+            total -= min(stop, other[1]) - max(start, other[0])
+    return total
+
+
+def _union(spans: Iterable[Span]) -> Iterator[Span]:
+    """Yield spans that do not touch, in order."""
+    current: Span | None = None
+    for start, stop in sorted(spans):
+        if current is not None and start <= current[1]:
+            current = (current[0], max(current[1], stop))
+            continue
+        if current is not None:
+            yield current
+        current = (start, stop)
+    if current is not None:
+        yield current
