@@ -158,7 +158,9 @@ def add_overlay(settings: Any, overlay: dict[str, Any]) -> None:
             own = settings[part]["init_args"]
             group = vars(own[name]) if isinstance(own[name], Namespace) else {}  # nothing: its defaults count
             own[name] = Namespace(**{**group, **value}) if isinstance(value, dict) else value
-    added = with_whole_paths(overlay.get("trainer", {}).get("callbacks+", []))
+    trainer = overlay.get("trainer", {})
+    settings["trainer"]["strategy"] = trainer.get("strategy", settings["trainer"]["strategy"])
+    added = with_whole_paths(trainer.get("callbacks+", []))
     kinds = {entry["class_path"] for entry in added}
     settings["trainer"]["callbacks"] = [
         *(entry for entry in settings["trainer"]["callbacks"] or [] if entry["class_path"] not in kinds),

@@ -80,6 +80,17 @@ def test_two_processes_train_as_one(folder, alone, task, strategy):
     alike(read_scalars(fit(folder, f"{strategy}-{task}", task, *ALL, strategy=strategy)), alone[task])
 
 
+def test_four_processes_in_two_groups_train_as_one(folder, alone):
+    groups = json.dumps({"class_path": "FullySharded", "init_args": {"replicas": 2}})
+    arguments = [*(each for each in ALL if "micro" not in each), f"--trainer.strategy={groups}"]
+    path = fit(folder, "groups", "mlm", *arguments, strategy="hsdp", devices=4)
+    alike(read_scalars(path), alone["mlm"])
+    run(folder, "plan", *TASKS["mlm"], *arguments, "--devices=4", "--prepare=true", "--json=groups.json")
+    planned = json.loads((folder / "groups.json").read_text())
+    measured = json.loads((path / "summary.json").read_text())["peak_bytes"]
+    assert planned["predicted_peak_bytes"] == pytest.approx(measured, rel=0.03)
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adam", "momentum", "sgd"])
 def test_other_optimizers_on_shards(folder, optimizer):
     """As whole weights on two processes: the iteration of muon makes more of how one process rounds sums."""

@@ -160,6 +160,7 @@ class CLI(Setup):
             device_type=self.device_type,
             rows=self.datamodule.hparams["batch_size"] // self.planned_devices,
             devices=self.planned_devices,
+            **self.planned_strategy,
         )
 
     def export(self, options: ExportOptions) -> None:

@@ -32,6 +32,20 @@ def count_devices(settings: Any) -> int:
     return count
 
 
+def strategy_of(settings: Any) -> dict[str, Any]:
+    """Return how several devices share the model, as `RunSettings` says it."""
+    asked, nodes = settings["trainer"]["strategy"], settings["nodes"] or settings["trainer"]["num_nodes"]
+    if isinstance(asked, str):
+        kinds: dict[str, dict[str, Any]] = {
+            "auto": {}, "fsdp": {"strategy": "fsdp2"}, "hsdp": {"strategy": "fsdp2", "replicas": nodes},
+        }  # fmt: skip
+        return kinds.get(asked, {"strategy": "ddp"})
+    if not asked["class_path"].endswith("FullySharded"):
+        return {"strategy": "ddp"}
+    replicas = asked.get("init_args", {}).get("replicas", 1)
+    return {"strategy": "fsdp2", "replicas": nodes if replicas == "nodes" else replicas}
+
+
 def apply_budget(settings: Any, arguments: list[str]) -> PlanReport:
     """Plan the run in a process of its own, whose memory is gone with it, and add the chosen techniques to it.
 

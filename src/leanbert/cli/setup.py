@@ -26,7 +26,7 @@ from leanbert.callbacks.techniques.allocator import ReturnFreedPages
 from leanbert.callbacks.techniques.structured import StructuredPruning
 from leanbert.class_paths import find_class, in_arguments
 from leanbert.cli.arguments import complete
-from leanbert.cli.budget import apply_budget, count_devices
+from leanbert.cli.budget import apply_budget, count_devices, strategy_of
 from leanbert.cli.help import SUBCOMMANDS
 from leanbert.cli.options import OPTIONS
 from leanbert.cli.resume import Start, adopt_folder, adopt_start
@@ -66,6 +66,7 @@ class Setup(LightningCLI):
         self.device_type: Any = "cpu"
         self.precision: Any = "32-true"
         self.planned_devices = 1
+        self.planned_strategy: dict[str, Any] = {}
         self.plan_report: PlanReport | None = None
         try:
             super().__init__(
@@ -157,6 +158,7 @@ class Setup(LightningCLI):
         self.device_type = device_type(trainer["accelerator"])
         if self.subcommand == "plan":
             self.planned_devices = count_devices(settings)
+            self.planned_strategy = strategy_of(settings)
             self.device_type = self.device_type if settings["target"] == "auto" else settings["target"]
         self.hardware = {name: trainer[name] for name in ("accelerator", "devices", "strategy")}
         if self.subcommand in DEVICELESS:

@@ -41,18 +41,37 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None) 
     register_fsdp_forward_method(model, "loss_sum")  # tasks train by it, not by `forward`
 
 
+def check_groups(devices: int, replicas: int) -> None:
+    """Raise UserError if devices do not make as many groups of the same size."""
+    if devices % replicas:
+        raise UserError(
+            f"trainer.strategy.replicas: {devices} devices cannot be divided into {replicas} groups. Give a "
+            "divisor of their number."
+        )
+
+
+def lay_out(device_type: str, devices: int, replicas: int) -> DeviceMesh:
+    """Return a process group's devices as a mesh [N], or [replicas, N / replicas]."""
+    if replicas == 1:
+        return init_device_mesh(device_type, (devices,))
+    return init_device_mesh(device_type, (replicas, devices // replicas), mesh_dim_names=("replicate", "shard"))
+
+
 @contextmanager
-def pretend_group(devices: int) -> Iterator[DeviceMesh]:
-    """Give a mesh [devices] whose collectives do nothing, seen from rank 0, which has the largest shards.
+def pretend_group(devices: int, replicas: int = 1) -> Iterator[DeviceMesh]:
+    """Give a mesh whose collectives do nothing, seen from rank 0, which has the largest shards.
+
+    It is laid out as `lay_out` does.
 
     Raises:
-        UserError: This process is in a process group already.
+        UserError: This process is in a process group already, or devices do not make the groups.
 
     """
+    check_groups(devices, replicas)
     if dist.is_initialized():
         raise UserError("plan: this process is part of a distributed run already. Plan in a process of its own.")
     dist.init_process_group("fake", rank=0, world_size=devices, store=fake_store())
     try:
-        yield init_device_mesh("cpu", (devices,))
+        yield lay_out("cpu", devices, replicas)
     finally:
         dist.destroy_process_group()

@@ -9,10 +9,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from leanbert.distributed.sharding import check_groups, lay_out
 from leanbert.distributed.state import gather_state, shard_state
 from leanbert.errors import UserError
 from leanbert.ranges import COUNT
@@ -42,18 +43,13 @@ class FullySharded(ModelParallelStrategy):
         self.replicas = replicas
 
     def setup_environment(self) -> None:
-        """Start the process group, and lay out the devices: mesh [N], or [replicas, N / replicas]."""
+        """Start the process group, and lay out the devices. Raises UserError if they do not make `replicas` groups."""
         devices = self.num_nodes * self.num_processes
         replicas = self.num_nodes if self.replicas == "nodes" else self.replicas
-        if devices % replicas:
-            raise UserError(
-                f"trainer.strategy.replicas: {devices} devices cannot be divided into {replicas} groups. Give a "
-                "divisor of their number."
-            )
+        check_groups(devices, replicas)
         self._data_parallel_size, self._tensor_parallel_size = devices, 1
         super().setup_environment()
-        shape = (devices,) if replicas == 1 else (replicas, devices // replicas)
-        self.mesh = init_device_mesh(self.root_device.type, shape)
+        self.mesh = lay_out(self.root_device.type, devices, replicas)
 
     def setup(self, trainer: Trainer) -> None:
         """Make the optimizer. Raises UserError if a weight is whole on each device."""

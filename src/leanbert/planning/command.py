@@ -20,7 +20,7 @@ from leanbert.measure.timeline import CATEGORIES
 from leanbert.planning.device import DeviceType, Target
 from leanbert.planning.distributed import predict_distributed
 from leanbert.planning.figures import sweep_figure
-from leanbert.planning.overlays import apply
+from leanbert.planning.overlays import SHARDED, apply
 from leanbert.planning.predict import Prediction
 from leanbert.planning.request import PlanRequest
 from leanbert.planning.run_settings import RunSettings
@@ -187,6 +187,8 @@ def describe(plan: Plan, target: Target) -> list[str]:
         )
     used = {name for candidate in plan.candidates for name in candidate.techniques}
     lines += ["", "What they cost"]
+    if SHARDED in used:
+        lines.append(f"  {SHARDED:<24}half as much again is sent as with ddp")
     lines += [f"  {technique.name:<24}{technique.costs}" for technique in TECHNIQUES if technique.name in used]
     if plan.budget_bytes is not None and (chosen := plan.chosen) is not None:
         names = ", ".join(chosen.techniques)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from leanbert.distributed.sharding import pretend_group
 from leanbert.errors import UserError
 from leanbert.planning.predict import Prediction, predict
 from leanbert.planning.run_settings import RunSettings
@@ -18,11 +17,6 @@ from leanbert.planning.run_settings import RunSettings
 
 def predict_distributed(settings: RunSettings, devices: int, strategy: Literal["ddp", "fsdp2"]) -> Prediction:
     """Return what a run on `devices` devices will need and send on each.
-
-    The dry run of FSDP2 is that of rank 0 of a process group that is not there, with blocks and model sharded as in
-    `shard`; its collectives are counted. The dry run of DDP is that of one device, for DDP's reducer reads tensors
-    that have no values in a dry run; `predict` adds its buckets, which are reduced once per step, however
-    many micro-batches there are (`no_sync`).
 
     Args:
         settings: The run; its batch is shared, unless `settings.rows` says what each device takes.
@@ -36,10 +30,7 @@ def predict_distributed(settings: RunSettings, devices: int, strategy: Literal["
     """
     if devices == 1:
         return predict(settings)
-    shared = replace(settings, rows=settings.rows or _share(settings, devices), devices=devices)
-    if strategy == "fsdp2":
-        with pretend_group(devices) as mesh:
-            return predict(replace(shared, mesh=mesh))
+    shared = replace(settings, rows=settings.rows or _share(settings, devices), devices=devices, strategy=strategy)
     return predict(shared)
 
 

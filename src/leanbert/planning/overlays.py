@@ -8,16 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from leanbert.class_paths import find_class
-from leanbert.planning.run_settings import RunSettings
+from leanbert.planning.run_settings import RunSettings, Strategy
 from leanbert.settings import find_shipped, parse_yaml
 
 MICRO_BATCH = ("accumulation", "layer_major")
 """Overlays whose callback has a micro-batch."""
 
 
+SHARDED = "fsdp"
+"""The overlay of `configs/strategy` that shares out the model too."""
+
+
 def read(name: str, micro_batch: int | None = None) -> dict[str, Any]:
-    """Return `configs/memory/NAME.yaml` as nested settings, with another micro-batch if one is given."""
-    _, path = find_shipped(["--config", f"configs/memory/{name}.yaml"])
+    """Return `configs/memory/NAME.yaml` as nested settings, with another micro-batch if one is given; or `SHARDED`."""
+    folder = "strategy" if name == SHARDED else "memory"
+    _, path = find_shipped(["--config", f"configs/{folder}/{name}.yaml"])
     settings: dict[str, Any] = parse_yaml(Path(path).read_text(encoding="utf-8"))
     if micro_batch is not None and name in MICRO_BATCH:
         settings["trainer"]["callbacks+"][0]["init_args"]["micro_batch"] = micro_batch
@@ -51,7 +56,8 @@ def apply(settings: RunSettings, overlay: dict[str, Any]) -> RunSettings:
     optimizer = overlay.get("model", {}).get("init_args", {}).get("optimizer", {})
     task.optimizer_config = replace(task.optimizer_config, **optimizer)
     data.hparams.update(overlay.get("data", {}).get("init_args", {}))
-    return replace(settings, task=task, data=data, callbacks=(*kept, *added))
+    strategy: Strategy = "fsdp2" if overlay.get("trainer", {}).get("strategy") == SHARDED else settings.strategy
+    return replace(settings, task=task, data=data, callbacks=(*kept, *added), strategy=strategy)
 
 
 def _make(entry: dict[str, Any]) -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from leanbert.distributed.communication import ring_bytes
+from leanbert.distributed.sharding import pretend_group
 from leanbert.planning.dry_run import dry_run
 from leanbert.planning.run_settings import RunSettings
 
@@ -46,12 +47,20 @@ class Prediction:
 
 
 def predict(settings: RunSettings) -> Prediction:
-    """Return what a run with these settings will need on each device.
+    """Return what a run with these settings will need on each device, and what each sends in a step.
+
+    The dry run of FSDP2 is that of rank 0 of a process group that is not there, with blocks and model sharded as in
+    `shard`; its collectives are counted. The dry run of DDP is that of one device, for DDP's reducer reads tensors
+    that have no values in a dry run; its buckets are added, which are reduced once per step, however many micro-batches
+    there are (`no_sync`).
 
     Raises:
-        UserError: Techniques that cannot combine, or match nothing.
+        UserError: Techniques that cannot combine, or match nothing, or this process is part of a distributed run.
 
     """
+    if settings.devices > 1 and settings.strategy == "fsdp2" and settings.mesh is None:
+        with pretend_group(settings.devices, settings.replicas) as mesh:
+            return predict(replace(settings, mesh=mesh))
     rows, whole = rows_of_dry_run(settings), settings.rows_per_step
     run = dry_run(settings, rows)
     phases = run.step.categories_by_phase

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch.callbacks import Callback
 from torch.distributed.device_mesh import DeviceMesh
@@ -14,6 +14,9 @@ from leanbert.callbacks.techniques.base import TechniqueCallback
 from leanbert.data.module import RowData
 from leanbert.tasks.base import Task
 from leanbert.tasks.techniques import Techniques
+
+Strategy = Literal["auto", "ddp", "fsdp2"]
+"""How several devices share a model."""
 
 
 def technique_callbacks(callbacks: Iterable[Callback]) -> list[TechniqueCallback]:
@@ -38,8 +41,12 @@ class RunSettings:
     """Sequences of a step on each device; None: `data.batch_size`."""
     devices: int = 1
     """Devices of the run: they share the validation batch, and techniques may disapprove of their number."""
+    strategy: Strategy = "auto"
+    """Of several devices; auto: ddp, but a plan may choose."""
+    replicas: int = 1
+    """Groups of devices, over each of which fsdp2 shards the model."""
     mesh: DeviceMesh | None = None
-    """`DeviceMesh` of a process group, over which FSDP2 shards the model; None: it is whole on each device."""
+    """`DeviceMesh` of a process group, over which the model is sharded; None: it is whole on each device."""
 
     def with_encoder(self, **dimensions: Any) -> RunSettings:
         """Return the settings with other dimensions of the encoder."""

@@ -58,12 +58,18 @@ class Plan:
 
 
 def ladder(settings: RunSettings, target: Target) -> list[tuple[str, ...]]:
-    """Return the sets of overlays to try, the cheapest first, the given configuration (no overlay) before all."""
+    """Return the sets of overlays to try, the cheapest first, the given configuration (no overlay) before all.
+
+    Of several devices whose strategy is left open each set is tried on shards too.
+    """
     precision = settings.techniques.precision or str(settings.precision)
     around = Surroundings(settings.task.optimizer_config.name, precision, target.device_type)
     rungs = {technique: technique.rung(around) for technique in TECHNIQUES}
     numbers = {technique: number for technique, number in rungs.items() if number is not None}
-    return [(), *(_set_at(number, numbers) for number in sorted(set(numbers.values())))]
+    sets = [(), *(_set_at(number, numbers) for number in sorted(set(numbers.values())))]
+    if settings.devices == 1 or settings.strategy != "auto":
+        return sets
+    return [names for each in sets for names in (each, (overlays.SHARDED, *each))]
 
 
 def _set_at(most: int, numbers: dict[Technique, int]) -> tuple[str, ...]:
