@@ -235,10 +235,11 @@ def _inner_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, seed
         return torch.optim.AdamW(groups, fused=True, **adam)
     if config.name == "adam":
         return torch.optim.Adam(groups, fused=True, **adam)
+    # not `foreach`, torch's default on CUDA, which copies all parameters or gradients at a time
     if config.name == "adafactor":
-        return torch.optim.Adafactor(groups, lr=config.lr)
+        return torch.optim.Adafactor(groups, lr=config.lr, foreach=False)
     momentum = config.momentum if config.name == "momentum" else 0.0
-    return torch.optim.SGD(groups, lr=config.lr, momentum=momentum)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=momentum, foreach=False)
 
 
 def _split_parameters(model: nn.Module, *, muon: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
