@@ -71,8 +71,8 @@ def test_the_host_waits_for_no_step(folder, monkeypatch, overlays):
     made = CLI._callbacks
     monkeypatch.setattr(CLI, "_callbacks", lambda self: [*made(self), Watching()])
     try:
-        cli = fit(folder, *ON_CUDA, "--data.batch_size=16", "--trainer.log_every_n_steps=100", "--trainer.precision=bf16-mixed",
-                  overlays=overlays, steps=8)  # fmt: skip
+        cli = fit(folder, *ON_CUDA, "--trainer.precision=bf16-mixed", "--data.batch_size=16",
+                  "--trainer.log_every_n_steps=100", overlays=overlays, steps=8)  # fmt: skip
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert cli.trainer.global_step == 8

@@ -118,6 +118,10 @@ def _time_stack(
     device = trainer.strategy.root_device
     sizes = [tokenizer.vocab_size for tokenizer in data.tokenizers.values()]
 
+    def filled(blank: Any) -> Any:
+        batch = fill(blank, *sizes)
+        return (batch.delimited() if device.type == "cuda" else batch).to(device)
+
     def now() -> float:
         if device.type != "cpu":
             torch.accelerator.synchronize()
@@ -144,11 +148,11 @@ def _time_stack(
         set_up(task, trainer)
         build(task, trainer, replace(settings, mesh=None))
         trainer.strategy.model_to_device()  # weights are there already, metrics are not
-        batch = fill(data.blank_batch(rows), *sizes).to(device)
+        batch = filled(data.blank_batch(rows))
         begin(task, trainer, batch)
         passes, updates = zip(*_repeat(step, clock), strict=True)
         task.eval()
-        held_out = fill(data.blank_batch(settings.validation_rows, validation=True), *sizes).to(device)
+        held_out = filled(data.blank_batch(settings.validation_rows, validation=True))
         with torch.no_grad():
             return median(passes), median(updates), median(_repeat(validation, clock))
 
