@@ -52,7 +52,7 @@ PARTS = {  # the cheapest first
         "Operations in steps 4 to 8 of `fit` for which the host waits (`torch.cuda.set_sync_debug_mode`); on a CPU, "
         "values that are read back. The loss that the log shows every `log_every_n_steps` is not among them.",
     ),
-    "tests": Part("Tests that need CUDA", 120, ["", ""], gpu_parts.tests, "`pytest -m cuda`"),
+    "tests": Part("Tests that need CUDA", 120, ["test", ""], gpu_parts.tests, "`pytest -m cuda`"),
     "equality": Part(
         "Losses and gradients against the CPU", 60,
         ["task", "step", "loss on the CPU", "loss", "difference", "largest difference of a gradient"],
@@ -60,17 +60,17 @@ PARTS = {  # the cheapest first
         "Same weights and batches, float32. Of gradients the norm of the difference of each over its own norm.",
     ),
     "budgets": Part(
-        "Budgets kept on a GPU", 120,
+        "Budgets kept on a GPU", 100,
         ["", "budget MiB", "choice", "predicted MiB", "reserved and context, MiB", "kept"], gpu_parts.budgets,
         "`fit --budget` from plain float32 AdamW, several at a time; budgets are shares of what that needs as planned.",
     ),
     "plan": Part(
-        "Predicted against allocated memory", 120,
+        "Predicted against allocated memory", 100,
         ["", "sequences x tokens", "techniques", "predicted MiB", "allocated MiB", "error"], gpu_parts.plan,
-        "The peak of `torch.cuda.max_memory_allocated` from the second step to the last validation.",
+        "The peak of `torch.cuda.max_memory_allocated` from the second step on, without what cuBLAS keeps.",
     ),
     "memory": Part(
-        "Memory techniques on a GPU", 120,
+        "Memory techniques on a GPU", 100,
         ["", "peak MiB", "x plain", "ms a step", "x plain", "loss of the last step"], gpu_parts.memory,
         "Median time of the steps after the second; plain is float32 AdamW.",
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -71,19 +72,27 @@ def synchronisations(run: Run) -> Iterator[list[str]]:
     """Yield for what the host waits in steps of two tasks."""
     for task in ("mlm", "srl"):
         found = Synchronisations(run.device)
-        case = Case("tiny" if run.dry else "mini", 16, 64, (), ("--trainer.log_every_n_steps=100",), task)
+        size, overlays = ("tiny", ()) if run.dry else ("mini", ("bf16_mixed",))
+        case = Case(size, 16, 64, overlays, ("--trainer.log_every_n_steps=100",), task)
         watched_fit(run.arguments(case, steps=found.last + 2), found)
         places = Counter(found.places).most_common()
         yield [task, str(len(found.places)), ", ".join(f"{place} ({count})" for place, count in places)]
 
 
 def tests(run: Run) -> Iterator[list[str]]:
-    """Yield the last lines of `pytest -m cuda`."""
-    words = [sys.executable, "-m", "pytest", "-m", "cuda", "-n", "0", "-p", "no:cacheprovider", "tests/cuda"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    lines = (done.stdout + done.stderr).strip().splitlines()
-    for line in dict.fromkeys([*(line for line in lines if line.startswith(("FAILED", "ERROR"))), *lines[-1:]]):
-        yield [f"exit code {done.returncode}", in_cell(line)]
+    """Yield the tests of `pytest -m cuda` as they end, those that did not pass with the reason, and the count."""
+    words = ["-m", "cuda", "-n", "0", "-vv", "--tb=line", "-p", "no:cacheprovider", "tests/cuda"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "pytest", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in map(str.strip, process.stdout):
+            if found := re.match(r"tests/cuda/(\S+) (PASSED|FAILED|ERROR|SKIPPED)", line):
+                yield [found[1], found[2].lower()]
+            elif re.match(r"/\S+:\d+: ", line):
+                yield ["", in_cell(line)]
+            elif re.search(r"\d+ (passed|failed|skipped|error)", line):
+                yield ["all", line.strip("= ")]
 
 
 def in_cell(text: str) -> str:

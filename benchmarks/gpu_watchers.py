@@ -16,6 +16,9 @@ aten = torch.ops.aten
 READS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten._unique2.default)
 """Operations whose results the host has to know: on CUDA each waits for the device."""
 
+SIGN = "called a synchronizing CUDA operation"
+"""What CUDA's debug mode warns of; of itself it warns in other words."""
+
 
 class Synchronisations(Callback):
     """Note where the host waits for the device, or on a CPU would, from the fourth to the eighth step of `fit`.
@@ -30,13 +33,13 @@ class Synchronisations(Callback):
         self.device_type = device_type
         self.places: list[str] = []
         self._exit = ExitStack()
-        self._warned: list[warnings.WarningMessage] = []
+        self._warned: Any = []
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
         """Begin with the fourth step."""
         if trainer.global_step + 1 == self.first:
             if self.device_type == "cuda":
-                self._warned = self._exit.enter_context(warnings.catch_warnings(record=True)) or []
+                self._warned = self._exit.enter_context(warnings.catch_warnings(record=True))
                 warnings.simplefilter("always")
                 torch.cuda.set_sync_debug_mode("warn")
                 self._exit.callback(torch.cuda.set_sync_debug_mode, "default")
@@ -47,7 +50,7 @@ class Synchronisations(Callback):
         """End with the eighth."""
         if trainer.global_step == self.last:
             self._exit.close()
-            found = [warned for warned in self._warned if "synchroniz" in str(warned.message)]
+            found = [warned for warned in self._warned if SIGN in str(warned.message)]
             self.places += [f"{Path(warned.filename).name}:{warned.lineno}" for warned in found]
 
 

@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 
+from leanbert.models.kernels.attention import attend, sight
 from leanbert.models.kernels.loss import cross_entropy_sum, linear_cross_entropy_sum
-from leanbert.models.packed_inputs import PackedInputs
+from leanbert.models.packed_inputs import Documents, PackedInputs
 from leanbert.optim.build import OptimizerConfig, build_optimizer
 from leanbert.optim.quantized_state import BlockCode, draw_int16, write_bfloat16
 from tests.tiny import PlainTask, tiny_model, unequal_batch
@@ -40,6 +41,47 @@ def test_gradients_of_packed_padded_and_local_rows(preset, window):
     found = gradients(there, batch.to("cuda"))
     for name, gradient in gradients(model, batch).items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text)
+
+
+def packed(seed=0, length=300):
+    """Return projections bf16 [4, S, 3, 2, 64], and rows of one to many documents, some with padding."""
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.arange(length)
+    ids = torch.stack([place // 40, place // length, torch.where(place < 250, place // 130, -1), place // 7])
+    fused = torch.randn(4, length, 3, 2, 64, generator=generator).bfloat16()
+    return fused, PackedInputs(ids.clamp(min=0), ids.clamp(min=0), ids).delimited()
+
+
+def attended(fused, inputs, window, device, dtype):
+    """Return what attention gives, and its gradient for a loss that weights all of it, in float32 on the CPU."""
+    leaf = fused.to(device, dtype, copy=True).requires_grad_()
+    mask = sight(inputs.map(lambda tensor: tensor.to(device)), leaf, 64, 0.0, window)
+    assert isinstance(mask, Documents) is (device == "cuda" and dtype is torch.bfloat16)
+    out = attend(*leaf.transpose(1, 3).unbind(2), mask)
+    (out.float() * torch.linspace(-1, 1, 64, device=device)).sum().backward()
+    return out.detach().float().cpu(), leaf.grad.float().cpu()
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (16, 16), (-1, 0)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_inside_documents_is_the_cpus_attention_with_a_mask(window, dtype):
+    fused, inputs = packed()
+    there = attended(fused, inputs, window, "cuda", dtype)
+    here = attended(fused, inputs, window, "cpu", torch.float32)
+    tolerance = 3e-2 if dtype is torch.bfloat16 else 1e-4
+    for one, other in zip(there, here, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def test_documents_do_not_see_each_other():
+    fused, inputs = packed()
+    before, _ = attended(fused, inputs, (-1, -1), "cuda", torch.bfloat16)
+    fused[0, 40:80] += 1.0  # the second document of the first row
+    after, _ = attended(fused, inputs, (-1, -1), "cuda", torch.bfloat16)
+    same = (before == after).all(dim=(1, 3))  # [B, S]
+    assert not same[0, 40:80].any()
+    same[0, 40:80] = True
+    assert same.all()
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

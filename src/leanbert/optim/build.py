@@ -235,9 +235,8 @@ def _inner_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, seed
         return torch.optim.AdamW(groups, fused=True, **adam)
     if config.name == "adam":
         return torch.optim.Adam(groups, fused=True, **adam)
-    # not `foreach`, torch's default on CUDA, which copies all parameters or gradients at a time
     if config.name == "adafactor":
-        return torch.optim.Adafactor(groups, lr=config.lr, foreach=False)
+        return torch.optim.Adafactor(groups, lr=config.lr, foreach=False)  # which on CUDA would copy all gradients
     momentum = config.momentum if config.name == "momentum" else 0.0
     return torch.optim.SGD(groups, lr=config.lr, momentum=momentum, foreach=False)
 
