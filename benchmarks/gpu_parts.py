@@ -34,7 +34,7 @@ PEAK_BF16 = {"H100 PCIe": 756e12, "H100 80GB HBM3": 989e12, "H200": 989e12}
 NEEDED = ("torch", "lightning", "jsonargparse", "transformers", "accelerate", "tokenizers", "torchmetrics", "pytest")
 NOTHING_ALONE = ("oom_recovery", "return_pages", "movement_pruning")
 """Techniques that lower nothing alone on a GPU, or need another one."""
-TOGETHER = 5
+TOGETHER = 7
 """Runs with a budget at a time: a plan takes one core for many seconds."""
 
 
