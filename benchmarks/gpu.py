@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 import gpu_parts
+import gpu_speed
 from gpu_fits import Run
 from report import table, write_section
 
@@ -69,6 +70,10 @@ PARTS = {  # the cheapest first
         ["", "sequences x tokens", "techniques", "predicted MiB", "allocated MiB", "error"], gpu_parts.plan,
         "The peak of `torch.cuda.max_memory_allocated` from the second step on, without what cuBLAS keeps.",
     ),
+    "profile": Part(
+        "Profile of the card", 120, ["", ""], gpu_parts.profile,
+        "Bytes of the context, what the allocator holds on top, and steps in bf16, as `plan --device FILE` reads them.",
+    ),
     "memory": Part(
         "Memory techniques on a GPU", 100,
         ["", "peak MiB", "x plain", "ms a step", "x plain", "loss of the last step"], gpu_parts.memory,
@@ -76,7 +81,7 @@ PARTS = {  # the cheapest first
     ),
     "speed": Part(
         "Training speed on a GPU against transformers.Trainer", 480,
-        ["size", "", "tokens/s", "ms a step", "x Trainer", "of the bf16 peak", "peak MiB"], gpu_parts.speed,
+        ["size", "", "tokens/s", "ms a step", "x Trainer", "of the bf16 peak", "peak MiB"], gpu_speed.speed,
         "The same BERT, AdamW, masking rate and dropout (of attention none) for both, in bf16 with torch.compile; the "
         "Trainer with SDPA. Shares are of the products that our step counts (`leanbert.measure.flops`), for both.",
     ),

@@ -172,3 +172,8 @@ def held_bytes(run: Run) -> int:
         return peak_rss_bytes()
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved() + torch.cuda.max_memory_reserved()
+
+
+def in_cell(text: str) -> str:
+    """Return the last line of a text, such as an error, for a cell of a table."""
+    return (text.strip().splitlines() or [""])[-1].replace("|", "/")

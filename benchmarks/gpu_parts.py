@@ -7,30 +7,31 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpu_fits import Run, held_bytes, measured_fit, predicted, watched_fit
+from gpu_fits import Run, held_bytes, in_cell, measured_fit, predicted, watched_fit
+from gpu_speed import peak_flops
 from gpu_watchers import GradientKeeper, Synchronisations
 from leanbert.callbacks.reporting.plan import error_percent
+from leanbert.errors import UserError
 from leanbert.planning.device import target_of
+from leanbert.planning.profile import read_profile
 from leanbert.tasks.techniques import TECHNIQUES, Techniques
 from leanbert.units import MIB, format_size
 from plan import Case
+from plan_logs import write_fitted
 from plan_runs import name, version
 from report import hardware
-from speed import MASK_RATE, fit_command, matmul_flops, run_leanbert, run_peer
-from speed import SIZES as SPEED_SIZES
+from speed import matmul_flops
 
 ROOT = Path(__file__).parents[1]
-PEAK_BF16 = {"H100 PCIe": 756e12, "H100 80GB HBM3": 989e12, "H200": 989e12}
-"""Dense peaks of bf16 products in FLOP/s by part of the card's name; NVIDIA's data sheets of H100 and H200."""
 NEEDED = ("torch", "lightning", "jsonargparse", "transformers", "accelerate", "tokenizers", "torchmetrics", "pytest")
 NOTHING_ALONE = ("oom_recovery", "return_pages", "movement_pruning")
 """Techniques that lower nothing alone on a GPU, or need another one."""
@@ -60,14 +61,6 @@ def card(run: Run) -> Iterator[list[str]]:
     yield ["their peak", "unknown" if known is None else f"{known / 1e12:,.0f} TFLOP/s"]
 
 
-def peak_flops() -> float | None:
-    """Return the known dense peak of this card in bf16; None: it is not known."""
-    if not torch.cuda.is_available():
-        return None
-    named = torch.cuda.get_device_name()
-    return next((flops for part, flops in PEAK_BF16.items() if part in named), None)
-
-
 def synchronisations(run: Run) -> Iterator[list[str]]:
     """Yield for what the host waits in steps of two tasks."""
     for task in ("mlm", "srl"):
@@ -93,11 +86,6 @@ def tests(run: Run) -> Iterator[list[str]]:
                 yield ["", in_cell(line)]
             elif re.search(r"\d+ (passed|failed|skipped|error)", line):
                 yield ["all", line.strip("= ")]
-
-
-def in_cell(text: str) -> str:
-    """Return the last line of a text, such as an error, for a cell of a table."""
-    return (text.strip().splitlines() or [""])[-1].replace("|", "/")
 
 
 def equality(run: Run) -> Iterator[list[str]]:
@@ -204,6 +192,31 @@ def plan(run: Run) -> Iterator[list[str]]:
         yield [case.size, f"{case.rows} x {case.length}", case.name, *sizes, error]
 
 
+def profile(run: Run) -> Iterator[list[str]]:
+    """Yield the profile of the card, as `plan` reads it; of runs alone on it, in bf16."""
+    monitor, folders = run.folder / "monitor.yaml", []
+    monitor.write_text("trainer: {callbacks+: [{class_path: MemoryMonitor}]}\n")
+    sizes = [Case("tiny", 8, 64)] if run.dry else [
+        Case("base", 64, 128, ("bf16_mixed",)), Case("base", 256, 128, ("bf16_mixed",)),
+        Case("large", 64, 128, ("bf16_mixed",)),
+    ]  # fmt: skip
+    for number, case in enumerate(sizes):
+        root = run.folder / f"profile-{number}"
+        more = [f"--config={monitor}", f"--trainer.default_root_dir={root}", "--trainer.log_every_n_steps=1"]
+        words = ["train.py", "fit", *run.arguments(case, *more, steps=16), "--budget=auto"]
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        folders.append(version(root))
+    try:
+        found = read_profile(write_fitted(folders, run.folder / "devices"))
+    except UserError as error:  # a CPU has none
+        yield ["none", in_cell(str(error))]
+        return
+    yield from ([key, str(value)] for key, value in asdict(found).items())
+    yield ["file", f"`{json.dumps(asdict(found))}`"]
+
+
 def memory(run: Run) -> Iterator[list[str]]:
     """Yield peak and time of each technique at base."""
     every = [technique.name for technique in TECHNIQUES if technique.name not in NOTHING_ALONE]
@@ -222,51 +235,3 @@ def memory(run: Run) -> Iterator[list[str]]:
             case.name, f"{found.peak_bytes / MIB:,.0f}", ratios[0], f"{1000 * found.step_seconds:,.1f}", ratios[1],
             f"{found.loss:.3f}",
         ]  # fmt: skip
-
-
-# ---- speed
-
-
-def speed(run: Run) -> Iterator[list[str]]:
-    """Yield the speed of the Trainer and of LeanBERT, those first that have an aim."""
-    sizes = ["tiny"] if run.dry else [
-        "base-128x128", "large-32x512", "base-32x512", "large-128x128", "base-16x2048", "large-16x2048",
-    ]  # fmt: skip
-    text, tokenizer = str(run.text()), None
-    precision = ["--trainer.precision=32-true"] if run.dry else ["--trainer.precision=bf16-mixed"]
-    bert = ["--model.encoder.preset=bert", "--model.encoder.attention_dropout=0", "--model.optimizer.name=adamw"]
-    common = [f"--trainer.accelerator={run.device}", f"--data.cache_dir={run.folder / 'cache'}"]
-    ours = [*common, *precision, *bert, f"--data.mask_rate={MASK_RATE}"]
-    for size in sizes:
-        if tokenizer is None:
-            first = run_leanbert(size, [*ours, "--trainer.max_steps=11"], text, None, run.folder)
-            tokenizer = Path(first["run"]) / "tokenizer"
-        flops = flops_per_token(size, ours, text, tokenizer, run)
-        competitors = {
-            "Trainer": (run_peer, ["--attention-dropout=0", *([] if run.dry else ["--bf16", "--compile"])]),
-            "LeanBERT": (run_leanbert, [*ours, *([] if run.dry else ["--model.compile=true"])]),
-        }
-        found: dict[str, dict[str, Any]] = {}
-        for who, (train, more) in competitors.items():
-            try:
-                found[who] = train(size, more, text, tokenizer, run.folder)
-                yield speed_row(size, who, found, flops)
-            except SystemExit as error:
-                yield [size, who, in_cell(str(error)), "", "", "", ""]
-
-
-def flops_per_token(size: str, more: Sequence[str], text: str, tokenizer: Path, run: Run) -> float:
-    """Return the operations of products and attention that a step of ours counts, over its tokens."""
-    batch, length = SPEED_SIZES[size][3:5]
-    arguments = fit_command(size, text, tokenizer, run.folder)[3:]
-    return predicted([*arguments, *more], run.device).flops / (batch * length)
-
-
-def speed_row(size: str, who: str, found: dict[str, dict[str, Any]], flops: float) -> list[str]:
-    """Return the cells of one competitor."""
-    result, peak = found[who], peak_flops()
-    tokens = result["tokens_per_second"]
-    share = "unknown" if peak is None else f"{tokens * flops / peak:.1%}"
-    times = f"{tokens / found['Trainer']['tokens_per_second']:.2f}" if "Trainer" in found else ""
-    highest_mib = "" if result["peak_bytes"] is None else f"{result['peak_bytes'] / MIB:,.0f}"
-    return [size, who, f"{tokens:,.0f}", f"{1000 * result['step_seconds']:,.1f}", times, share, highest_mib]

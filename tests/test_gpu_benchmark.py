@@ -56,11 +56,12 @@ def test_a_dry_run_fills_every_section(gpu, tmp_path):
     assert all(re.search(r"^Took \d+ s\.$", text, re.MULTILINE) for text in sections.values()), report.read_text()
     assert all(row[1] == "skipped |" for row in rows["tests"][:-1])
     assert rows["tests"][-1][1].startswith(f"{len(rows.pop('tests')) - 1} skipped")
-    counts = {"card": 11, "synchronisations": 2, "equality": 6, "budgets": 1, "plan": 2, "memory": 3,
+    counts = {"card": 11, "synchronisations": 2, "equality": 6, "budgets": 1, "plan": 2, "profile": 1, "memory": 3,
               "speed": 2}  # fmt: skip
     assert {name: len(found) for name, found in rows.items()} == counts
     assert [row[1] for row in rows["synchronisations"]] == ["5", "5"]  # a CPU looks whether each step is finite
     assert all(row[4] == "+0.0e+00" for row in rows["equality"])
     assert rows["budgets"][0][-1] == "yes |"
     assert all(abs(float(row[-1].split()[0])) < 3 for row in rows["plan"])
+    assert "has no memory/reserved_mib. Give runs on CUDA" in rows["profile"][0][1]
     assert all(float(row[2].replace(",", "")) > 0 for row in rows["speed"])
