@@ -39,7 +39,9 @@ def device_name(device: torch.device) -> str:
     """Return the name of the hardware."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
+    known = Path("/proc/cpuinfo")  # on Linux; platform has the kind only there
+    found = re.search(r"model name\s*: (.+)", known.read_text(errors="replace")) if known.is_file() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def device_bytes(device: torch.device) -> dict[str, int]:

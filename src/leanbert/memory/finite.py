@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from leanbert.measure.target import target_type
+
 
 class StepCheck:
     """The loss of a step, and the largest norm of a parameter's gradient, on the device that computes them.
@@ -49,7 +51,7 @@ class StepCheck:
         if sum_over_ranks is not None and self.norm is not None:
             self.norm = sum_over_ranks(self.norm)
         finite = self.values.isfinite().all()
-        if finite.device.type != "cpu":
+        if target_type(finite) != "cpu":
             for parameter in held:
                 _here(parameter.grad).masked_fill_(~finite, 0.0)  # type: ignore[arg-type]
         elif not finite:
