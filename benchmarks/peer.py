@@ -80,6 +80,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--attention-dropout", type=float, default=0.1)
     parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--warmup", type=int, default=0)
     parser.add_argument("--eval-every", type=int)
@@ -93,6 +95,8 @@ def main() -> None:
         hidden_size=options.hidden,
         num_attention_heads=options.heads,
         intermediate_size=4 * options.hidden,
+        max_position_embeddings=max(512, options.length),
+        attention_probs_dropout_prob=options.attention_dropout,
     )
     clock = Clock()
     arguments = TrainingArguments(
@@ -103,6 +107,7 @@ def main() -> None:
         learning_rate=options.lr,
         warmup_steps=options.warmup,
         bf16=options.bf16,
+        torch_compile=options.compile,
         use_cpu=not torch.cuda.is_available(),
         eval_strategy="steps" if options.eval_every else "no",
         eval_steps=options.eval_every,

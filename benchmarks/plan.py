@@ -4,6 +4,7 @@
     python benchmarks/plan.py --budgets       # ten budgets for base and large, 40 minutes on one core
     python benchmarks/plan.py --time          # wall time of 200 steps of mini and small, 10 minutes
     python benchmarks/plan.py --search        # what a plan takes for large and for ten billion parameters, 2 minutes
+    python benchmarks/plan.py --fit-profile runs/mlm/version_0 runs/mlm/version_1   # of the CUDA device they ran on
 
 The prediction is that of `train.py plan`. The measurement is torch's profiler, which hears of every allocation and free
 from the allocator itself, around the second step and the last validation of `train.py fit`.
@@ -32,7 +33,9 @@ from leanbert.cli.options import Options
 from leanbert.measure.trace import live_tensors
 from leanbert.memory.precision import has_16_bit_products
 from leanbert.planning.predict import Prediction, predict
+from leanbert.planning.profile import FOLDER
 from leanbert.units import MIB
+from plan_logs import write_fitted
 from plan_runs import budget_section, search_section, time_section
 from report import table, write_section
 
@@ -241,7 +244,15 @@ def main() -> None:
     parser.add_argument("--budgets", action="store_true", help="fit --budget for base and large instead")
     parser.add_argument("--time", action="store_true", help="wall time that plan --measure foretells instead")
     parser.add_argument("--search", action="store_true", help="time and memory of the plan itself instead")
+    parser.add_argument("--fit-profile", nargs="+", type=Path, metavar="RUN", help="folders of runs on one device")
+    parser.add_argument(
+        "--output", type=Path, default=FOLDER, help="folder of its profile (default: that of the package)"
+    )
     options = parser.parse_args()
+    if options.fit_profile:
+        path = write_fitted(options.fit_profile, options.output)
+        print(f"{path}\n{path.read_text()}")
+        return
     with tempfile.TemporaryDirectory() as folder:
         if options.budgets:
             write_section("plan-budgets", "Budgets kept on a CPU", budget_section(Path(folder)))

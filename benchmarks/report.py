@@ -37,17 +37,17 @@ def without_folders(argument: str) -> str:
     return f"{name}{equals}{Path(value).name}" if Path(value).is_absolute() else argument
 
 
-def write_section(name: str, title: str, body: str) -> None:
-    """Replace the section `name` of the document, or append it; print it too."""
+def write_section(name: str, title: str, body: str, path: Path = DOCUMENT) -> None:
+    """Replace the section `name` of the document at `path`, or append it; print it too."""
     command = " ".join(["python", *map(without_folders, sys.argv)])
     text = f"## {title}\n\n`{command}`, {hardware()}, {date.today()}.\n\n{body}\n"
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    document = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.is_file() else "# Benchmarks\n"
+    document = path.read_text(encoding="utf-8") if path.is_file() else "# Benchmarks\n"
     section = f"{begin}\n{text}{end}"
     if begin in document:
         head, rest = document.split(begin)
         document = head + section + rest.split(end)[1]
     else:
         document = document.rstrip("\n") + f"\n\n{section}\n"
-    DOCUMENT.write_text(document, encoding="utf-8")
+    path.write_text(document, encoding="utf-8")
     print(text)

@@ -32,6 +32,11 @@ SIZES = {  # layers, hidden, heads, sequences a step, tokens a sequence, vocabul
     "base": (12, 768, 12, 8, 128, 30_522, 22),
     "base-128x128": (12, 768, 12, 128, 128, 30_522, 60),
     "base-32x512": (12, 768, 12, 32, 512, 30_522, 60),
+    "base-16x2048": (12, 768, 12, 16, 2048, 30_522, 40),
+    "large-128x128": (24, 1024, 16, 128, 128, 30_522, 40),
+    "large-32x512": (24, 1024, 16, 32, 512, 30_522, 40),
+    "large-16x2048": (24, 1024, 16, 16, 2048, 30_522, 30),
+    "tiny": (2, 128, 2, 8, 32, 512, 14),
 }
 MASK_RATE = 0.15
 SAME_AS_PEER = [
@@ -74,12 +79,14 @@ def run_peer(size: str, extra: list[str], text: str, tokenizer: Path, folder: Pa
     """Train with the Trainer and return its figures."""
     layers, hidden, heads, batch, length, _, steps = SIZES[size]
     out = folder / "peer.json"
-    subprocess.run(
+    finished = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks/peer.py"), f"--tokenizer={tokenizer}", f"--train={text}",
          f"--out={out}", f"--layers={layers}", f"--hidden={hidden}", f"--heads={heads}", f"--batch={batch}",
          f"--length={length}", f"--steps={steps}", *extra],
-        check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        capture_output=True, text=True,
     )  # fmt: skip
+    if finished.returncode:
+        raise SystemExit(finished.stderr)
     return json.loads(out.read_text())
 
 
@@ -89,7 +96,8 @@ def fit_command(size: str, text: str, tokenizer: Path | None, folder: Path) -> l
     return [
         sys.executable, str(ROOT / "train.py"), "fit", f"--config={ROOT / 'configs/mlm.yaml'}",
         f"--model.encoder.num_layers={layers}", f"--model.encoder.hidden_size={hidden}",
-        f"--model.encoder.num_heads={heads}", f"--data.batch_size={batch}", f"--data.max_length={length}",
+        f"--model.encoder.num_heads={heads}", f"--model.encoder.max_positions={max(512, length)}",
+        f"--data.batch_size={batch}", f"--data.max_length={length}",
         f"--data.vocab_size={vocabulary}", f"--data.train_files={text}", f"--trainer.max_steps={steps}",
         "--trainer.limit_val_batches=0", f"--trainer.default_root_dir={folder / 'runs'}",
         *([] if tokenizer is None else [f"--data.tokenizer={tokenizer}"]),

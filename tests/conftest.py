@@ -15,8 +15,15 @@ torch.set_num_threads(1)  # two files run at a time: threads that wait for each 
 
 
 def pytest_collection_modifyitems(items):
-    """Documents come first: each runs for minutes, and as the last one it would leave the other workers idle."""
+    """Documents come first: each runs for minutes, and as the last one it would leave the other workers idle.
+
+    Tests that need a device are skipped, and counted, where there is none.
+    """
     items.sort(key=lambda item: "test_readme" not in item.nodeid)
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,6 +15,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import leanbert
+from leanbert.measure.counters import device_name
 from tests import launcher
 from tests.cli.program import command, environment, refused, run
 from tests.corpus import write_corpus
@@ -65,6 +66,7 @@ def test_summary_json(trained):
     assert summary["effective_batch_sequences"] == summary["micro_batch_sequences"] == 8
     assert summary["metrics"]["val/loss"] == pytest.approx(scalars(trained[0])["val/loss"][30])
     assert summary["peak_rss_bytes"] > 100 * 2**20
+    assert (summary["device"], summary["precision"]) == (device_name(torch.device("cpu")), "32-true")
     assert summary["tokens_per_second"] > 0
     assert summary["checkpoint"].endswith("step-00000030.ckpt")
     model = leanbert.load(trained[0]).model

@@ -245,3 +245,18 @@ def test_whole_words_need_a_tokenizer_with_word_pieces(tmp_path: Path) -> None:
     data = ready(tmp_path, tokenizer=str(path), whole_word=True)
     with pytest.raises(UserError, match=r"data\.whole_word"):
         data.train_dataloader()
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batches_for_cuda_are_pinned_and_know_where_documents_begin(tmp_path: Path, device: str) -> None:
+    data = ready(tmp_path)
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    data.trainer = SimpleNamespace(strategy=strategy, global_rank=0, world_size=1)  # type: ignore[assignment]
+    loader = data.train_dataloader()
+    assert loader.pin_memory is (device == "cuda")
+    documents = next(iter(loader)).inputs.documents
+    assert (documents is not None) is (device == "cuda")
+    if documents is not None:
+        assert documents.cu_seqlens[-1] == 8 * 32
+        assert len(documents.before) == 9

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from leanbert.memory.precision import default_precision, has_16_bit_products
@@ -29,3 +30,12 @@ def test_other_devices_have_16_bit_products(monkeypatch):
     for capability, expected in {"AVX2": False, "DEFAULT": False, "AVX512": True, "AVX512_BF16": True}.items():
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
         assert has_16_bit_products("cpu") is expected
+
+
+@pytest.mark.parametrize(("here", "supported", "expected"), [
+    (False, False, "bf16-mixed"), (True, True, "bf16-mixed"), (True, False, "32-true"),
+])  # fmt: skip
+def test_cuda_that_is_not_here_is_planned_in_bf16(monkeypatch, here, supported, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: here)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    assert default_precision("cuda") == expected

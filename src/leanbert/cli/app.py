@@ -39,6 +39,7 @@ from leanbert.cli.setup import Setup
 from leanbert.errors import UserError
 from leanbert.messages import leads, say
 from leanbert.planning.device import target_of
+from leanbert.planning.profile import find_profile
 from leanbert.planning.run_settings import RunSettings
 
 if TYPE_CHECKING:
@@ -138,14 +139,15 @@ class CLI(Setup):
         for name in ("json", "save", "figure"):
             if (path := getattr(options, name)) is not None and Path(path).is_dir():
                 raise UserError(f"--{name}: {path} is a folder. Give a file.")
-        target = target_of(self.device_type)  # before preparation, whose memory `fit` does not have
+        profile = find_profile(options.device, self.device_type)
+        target = target_of(self.device_type, profile)  # before preparation, whose memory `fit` does not have
         if options.prepare:
             self.datamodule.prepare()
         if options.sweep:
             run_sweep(self.run_settings(), target, options)
         else:
             length = (lambda: run_length(self._settings["trainer"], self.datamodule)) if options.measure else None
-            run_plan(self.run_settings(), target, options, length)
+            run_plan(self.run_settings(), target, options, length, profile)
 
     def run_settings(self) -> RunSettings:
         """Return what decides the memory of the run."""

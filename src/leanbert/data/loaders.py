@@ -51,6 +51,7 @@ def _loader(data: RowData, rows: Rows, sampler: PositionSampler) -> DataLoader[B
         sampler=sampler,
         num_workers=workers,
         pin_memory=device == "cuda",
+        collate_fn=Batch.delimited if device == "cuda" else None,
         persistent_workers=workers > 0,
         worker_init_fn=_ignore_interrupt,
         # Without a generator of its own each pass would draw from the global one, and shift dropout.

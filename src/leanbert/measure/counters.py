@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import sys
 from pathlib import Path
@@ -32,6 +33,15 @@ def peak_rss_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)  # Linux counts in KiB
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    known = Path("/proc/cpuinfo")  # on Linux; platform has the kind only there
+    found = re.search(r"model name\s*: (.+)", known.read_text(errors="replace")) if known.is_file() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def device_bytes(device: torch.device) -> dict[str, int]:

@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim import Optimizer
 
 from leanbert.measure import torch_compat
-from leanbert.measure.flops import FLOPS
+from leanbert.measure.flops import counter_of
 from leanbert.measure.timeline import Event, Storage, Timeline
 
 aten = torch.ops.aten
@@ -167,7 +167,7 @@ class LiveBytes:
             self._found(tensor, "other", "")
         self._has_reduced = func.namespace == "c10d" and "reduce_scatter" in func._opname
         result = func(*args, **kwargs)
-        if count := FLOPS.get(func._overloadpacket):
+        if count := counter_of(func):
             self.flops[self._phase] += count(*args, **kwargs, out_val=result)
         category = "optimizer" if self._phase == "optimizer" else "activations"
         if func is aten._to_copy.default and any(r.category == "parameters" for r in self._records(inputs)):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from leanbert.errors import UserError
+from leanbert.measure.torch_compat import OpOverload
 from leanbert.memory.layer_major import run_in_slices
 
 Keep = Literal["all", "products", "input"]
@@ -30,6 +31,7 @@ PRODUCTS = frozenset(
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     }
 )
+PRODUCTS_BY_NAME = frozenset({"torch_attn::_varlen_attn"})  # of a module that is imported where it is needed
 """Operations whose outputs cost most to compute again."""
 
 
@@ -77,7 +79,8 @@ def set_checkpointing(blocks: Iterable[nn.Module], keep: Keep, every: int = 1) -
 
 
 def _policy(context: object, operation: object, *_: object, **__: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+    kept = operation in PRODUCTS or (isinstance(operation, OpOverload) and operation.name() in PRODUCTS_BY_NAME)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 _keep_products = functools.partial(create_selective_checkpoint_contexts, _policy)

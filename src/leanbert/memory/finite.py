@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from leanbert.measure.target import target_type
 from leanbert.shards import own
 
 
@@ -52,7 +53,7 @@ class StepCheck:
         held = [parameter for parameter in parameters if parameter.grad is not None]
         self.look(held, sum_over_ranks)
         finite = self.values.isfinite().all()
-        if finite.device.type != "cpu":
+        if target_type(finite) != "cpu":
             for parameter in held:
                 own(parameter.grad).masked_fill_(~finite, 0.0)  # type: ignore[arg-type]
         elif not finite:

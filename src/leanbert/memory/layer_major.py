@@ -115,9 +115,14 @@ def _add(gradients: list[Tensor], sums: list[Tensor]) -> None:
 
 
 def _cut(value: object, part: slice, length: int) -> Any:
-    """Return the rows `part` of every tensor in nested tuples that has `length` rows."""
+    """Return the rows `part` of every tensor in nested tuples that has `length` rows, and of what has a way of its own.
+
+    That is a method `rows`, which is given the part.
+    """
     if isinstance(value, Tensor):
         return value[part] if value.shape[0] == length else value
+    if hasattr(value, "rows"):
+        return value.rows(part)
     if isinstance(value, tuple):
         pieces = [_cut(item, part, length) for item in value]
         return type(value)(*pieces) if hasattr(value, "_fields") else tuple(pieces)

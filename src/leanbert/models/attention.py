@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from leanbert.models.config import ResolvedConfig
-from leanbert.models.kernels.attention import attend, product_dtype
+from leanbert.models.kernels.attention import Mask, attend, product_dtype
 from leanbert.models.linear import Linear
 
 
@@ -25,10 +25,10 @@ class RotaryAngles(NamedTuple):
 class AttentionContext(NamedTuple):
     """What all blocks of one kind (global or local) share in a forward, in the dtypes of the scores.
 
-    `mask` [B or 1, 1, S, S], 0 or -inf, is added to the scores; None: all see all.
+    `mask` [B or 1, 1, S, S], 0 or -inf, is added to the scores; of `Documents` each sees itself; None: all see all.
     """
 
-    mask: Tensor | None
+    mask: Mask
     angles: RotaryAngles | None
 
 
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         """Return the layers whose rows belong to heads, and how many matrices each stacks; values come last."""
         return [(getattr(self, name), matrices) for name, matrices in self.stacked.items()]
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
         """Attend with queries [B, H, T, d] to keys and values [B, H, S, d] inside what `mask` allows: [B, T, D]."""
         mixed = attend(query, key, value, mask, self.dropout if self.training else 0.0)
         return self.output(mixed.transpose(1, 2).flatten(2))  # from [B, T, H * d]

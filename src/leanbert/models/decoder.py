@@ -18,14 +18,15 @@ from leanbert.models.attention import AttentionContext, CrossAttention, SelfAtte
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.embeddings import Embeddings
 from leanbert.models.encoder import FeedForward, ResidualBlock, make_norm, note
-from leanbert.models.kernels.attention import additive, same_document
+from leanbert.models.kernels.attention import additive, same_document, sight
 from leanbert.models.packed_inputs import PackedInputs
 
 
 class DecoderContext(NamedTuple):
     """What all blocks share in a forward pass; masks are 0 or -inf and added to the scores.
 
-    `own.mask` is [B, 1, T, T]: causal, inside documents; `cross_mask` [B, 1, T, S]: the source of the same document.
+    `own.mask` is [B, 1, T, T] or `Documents`: causal, inside documents; `cross_mask` is [B, 1, T, S]: the source of the
+    same document.
     """
 
     own: AttentionContext
@@ -98,13 +99,11 @@ class Decoder(nn.Module):
 
     def make_context(self, inputs: PackedInputs, source_documents: Tensor, like: Tensor) -> DecoderContext:
         """Return masks and angles of `inputs` for products with `like`."""
-        documents = inputs.document_ids
-        position = torch.arange(documents.shape[1], device=like.device)
-        causal = (position[:, None] >= position[None, :])[None, None]  # [1, 1, T, T]
-        own = causal & same_document(documents, documents)
-        cross = same_document(documents, source_documents)
+        rate = self.config.attention_dropout if self.training else 0.0
+        own = sight(inputs, like, self.config.head_size, rate, window=(-1, 0))  # causal
+        cross = same_document(inputs.document_ids, source_documents)
         # padding of the target looks at the row's first source, whatever that is: nobody looks at it
         first = torch.arange(source_documents.shape[1], device=like.device) == 0
         cross = cross | (~cross.any(-1, keepdim=True) & first)
-        own_context = AttentionContext(additive(own, like), make_angles(self.config, inputs.position_ids, like))
+        own_context = AttentionContext(own, make_angles(self.config, inputs.position_ids, like))
         return DecoderContext(own_context, additive(cross, like))

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from leanbert.measure.target import target_type
+
 
 def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
     """Zero elements of `x` with probability `rate` and scale the rest by `1 / (1 - rate)`.
@@ -15,6 +17,8 @@ def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
     """
     if not training or rate == 0.0:
         return x
+    if target_type(x) == "cuda":
+        return torch.native_dropout(x, rate, True)[0]  # what `F.dropout` calls there, said also where nothing is there
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, rate)
     return (x * keep_mask(x, rate)).mul_(1.0 / (1.0 - rate))

@@ -18,7 +18,7 @@ from leanbert.models.attention import AttentionContext, SelfAttention, make_angl
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.dropout import dropout
 from leanbert.models.embeddings import Embeddings
-from leanbert.models.kernels.attention import additive, same_document
+from leanbert.models.kernels.attention import sight
 from leanbert.models.linear import Linear
 from leanbert.models.packed_inputs import PackedInputs
 
@@ -120,9 +120,7 @@ class Encoder(nn.Module):
 
         A position looks at its document; with `local` attention at no more than half a window on either side.
         """
-        allowed = same_document(inputs.document_ids, inputs.document_ids)  # [B, 1, S, S]
-        if local:
-            position = torch.arange(allowed.shape[-1], device=like.device)
-            near = (position[:, None] - position[None, :]).abs() <= self.config.local_window // 2  # [S, S]
-            allowed = allowed & near
-        return AttentionContext(additive(allowed, like), make_angles(self.config, inputs.position_ids, like, local))
+        reach = self.config.local_window // 2 if local else -1
+        rate = self.config.attention_dropout if self.training else 0.0
+        mask = sight(inputs, like, self.config.head_size, rate, (reach, reach))
+        return AttentionContext(mask, make_angles(self.config, inputs.position_ids, like, local))

@@ -240,9 +240,9 @@ def _inner_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, seed
     if config.name == "adam":
         return torch.optim.Adam(groups, fused=True, **adam)
     if config.name == "adafactor":
-        return Adafactor(groups, lr=config.lr)
+        return Adafactor(groups, lr=config.lr, foreach=False)  # which on CUDA would copy all gradients
     momentum = config.momentum if config.name == "momentum" else 0.0
-    return torch.optim.SGD(groups, lr=config.lr, momentum=momentum)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=momentum, foreach=False)
 
 
 def _split_parameters(model: nn.Module, *, muon: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from leanbert.measure.target import target_type
 from leanbert.memory.precision import has_16_bit_products
 
 
@@ -27,7 +28,7 @@ class Muon(torch.optim.Muon):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the weights; return the result of the closure."""
         first = self.param_groups[0]["params"][0]
-        fast = has_16_bit_products(first.device.type)
+        fast = has_16_bit_products(target_type(first))
         if fast and not isinstance(first, DTensor):
             return super().step(closure)
         result = None

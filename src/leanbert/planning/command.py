@@ -22,11 +22,12 @@ from leanbert.planning.distributed import predict_distributed
 from leanbert.planning.figures import sweep_figure
 from leanbert.planning.overlays import SHARDED, apply
 from leanbert.planning.predict import Prediction
+from leanbert.planning.profile import Profile
 from leanbert.planning.request import PlanRequest
 from leanbert.planning.run_settings import RunSettings
 from leanbert.planning.search import Plan, search
 from leanbert.planning.sweep import SIZES, Cell, parse_sweep, sweep, with_size
-from leanbert.planning.timing import RunLength, measure, peak_flops
+from leanbert.planning.timing import RunLength, estimator, measure
 from leanbert.settings import device_type as device_type_of
 from leanbert.tasks.techniques import TECHNIQUES
 from leanbert.units import MIB, format_duration, format_size, parse_size
@@ -46,15 +47,18 @@ def run_plan(
     target: Target,
     request: PlanRequest,
     length: Callable[[], RunLength] | None = None,
+    profile: Profile | None = None,
 ) -> Plan:
-    """Print the plan, and write what was asked for.
+    """Print the plan, and write what was asked for; with a `profile` time is estimated by it.
 
     Raises UserError if nothing fits the budget, after the JSON is written, or for a budget that is no size.
     """
     started = time.time() - psutil.Process().create_time()
     device_type, here = target.device_type, device_type_of("auto")
     budget = budget_bytes(request.budget, device_type)
-    peak = peak_flops(request.device, str(settings.precision)) if request.device is not None else None
+    estimate = None
+    if request.device is not None:
+        estimate = estimator(request.device, request.share, profile, str(settings.precision))
     if length is not None and device_type != here:
         raise UserError(f"measure: times this machine's {here}, not {device_type}. Give --device for an estimate.")
     plan = search(settings, target, budget, progress, first=request.first)
@@ -71,11 +75,12 @@ def run_plan(
     if length is not None:
         answer["time"] = foretell(apply(settings, shown.overlay), length(), started)
         print("Time, measured here: " + describe_time(answer["time"]))
-    if peak is not None:
-        seconds = shown.prediction.flops / (request.share * peak)
-        answer["estimate"] = {"device": request.device, "share_of_peak": request.share, "seconds_per_step": seconds}
-        speed = f"{seconds:.3g} s a step, {tokens / seconds:,.0f} tokens/s"
-        print(f"Time, estimated for {request.device} at {100 * request.share:.0f} % of its peak: {speed}")
+    if estimate is not None:
+        seconds = estimate(shown.prediction.flops)
+        share = {} if profile is not None else {"share_of_peak": request.share}
+        answer["estimate"] = {"device": request.device, **share, "seconds_per_step": seconds}
+        how = f"{request.device} at {100 * request.share:.0f} % of its peak" if profile is None else profile.device
+        print(f"Time, estimated for {how}: {seconds:.3g} s a step, {tokens / seconds:,.0f} tokens/s")
     if request.json is not None:
         write_json(request.json, answer)
     if plan.chosen is None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from leanbert.measure.counters import rss_bytes
+from leanbert.planning.profile import Profile
 from leanbert.tasks.techniques import Techniques
 from leanbert.units import MIB
 
@@ -39,8 +40,13 @@ GROWTH_BYTES = 128 * MIB
 """What a process grows by after its imports: loader, loggers, kernels' buffers, the library that draws its figures."""
 
 
-def target_of(device_type: DeviceType) -> Target:
-    """Return the profile of a kind of device; call it right after the imports, whose memory counts on a CPU."""
+def target_of(device_type: DeviceType, profile: Profile | None = None) -> Target:
+    """Return what a kind of device needs; call it right after the imports, whose memory counts on a CPU.
+
+    `profile`: what was measured on such an accelerator; None: what is taken for one that nobody has measured.
+    """
     if device_type == "cpu":
         return Target("cpu", rss_bytes() + GROWTH_BYTES, slack=0.25, slack_returned=0.05)
+    if profile is not None:
+        return Target(device_type, profile.base_bytes, profile.slack, profile.slack)
     return Target(device_type, 700 * MIB, slack=0.1, slack_returned=0.1)

@@ -29,6 +29,7 @@ from leanbert.measure.timeline import Timeline
 from leanbert.measure.torch_compat import unset_fake_temporarily
 from leanbert.measure.trace import LiveBytes
 from leanbert.memory.offload import DiskStorage, to_host
+from leanbert.models.packed_inputs import Documents
 from leanbert.optim.build import trainable
 from leanbert.planning.fake import Fake
 from leanbert.planning.run_settings import RunSettings, technique_callbacks
@@ -81,23 +82,24 @@ def dry_run(settings: RunSettings, rows: int) -> DryRun:
 
     """
     task, data, trainer = stage(settings, rows)
-    with warnings.catch_warnings(), Fake() as mode:
+    with warnings.catch_warnings(), Fake(settings.device_type) as mode:
         warnings.simplefilter("ignore")
         set_up(task, trainer)
         _forgo_values(task, trainer)
         build(task, trainer, settings)
         _store_nowhere(task)
-        batch = data.blank_batch(rows)
+        batch = blank_batch(settings, data, rows)
         begin(task, trainer, batch)
         if settings.mesh is not None:  # sharding allocates in the first step what later ones find
-            take_step(task, trainer, data.blank_batch(1))
+            take_step(task, trainer, blank_batch(settings, data, 1))
         with LiveBytes(task.model, trainer.strategy.optimizers, existing=_existing(task, batch)) as trace:
             mode.flops = trace.flops
             collectives = Collectives(lambda: trace.explicit_phase == "optimizer")
             with collectives if settings.mesh is not None else nullcontext():  # another mode takes time
                 take_step(task, trainer, batch)
         step = trace.timeline().with_state_before()
-        validation = _validate(task, trainer, data.blank_batch(settings.validation_rows, validation=True))
+        held_out = blank_batch(settings, data, settings.validation_rows, validation=True)
+        validation = _validate(task, trainer, held_out)
     update = trace.flops["optimizer"]
     return DryRun(
         step,
@@ -109,6 +111,12 @@ def dry_run(settings: RunSettings, rows: int) -> DryRun:
         passes_bytes=dict(collectives.passes),
         update_bytes=dict(collectives.update),
     )
+
+
+def blank_batch(settings: RunSettings, data: RowData, rows: int, *, validation: bool = False) -> Batch:
+    """Return a batch of rows of one document each, as the loader gives it for the device that is planned for."""
+    batch = data.blank_batch(rows, validation=validation)
+    return batch.delimited(Documents.whole_rows) if settings.device_type == "cuda" else batch
 
 
 def stage(

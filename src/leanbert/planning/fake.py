@@ -37,6 +37,9 @@ class _Made(NamedTuple):
 class Fake(FakeTensorMode):
     """Tensors without values, of which a value that is read back is 1; loops over slices of them are shortened.
 
+    Args:
+        target: Kind of device that they stand for: cpu, cuda or mps.
+
     Attributes:
         flops: Counts the operations by phase of what runs now.
 
@@ -45,8 +48,9 @@ class Fake(FakeTensorMode):
     known: ClassVar[dict[Hashable, Any]] = {}
     """What operations make, by operation and arguments; for all dry runs of a process."""
 
-    def __init__(self) -> None:
+    def __init__(self, target: str = "cpu") -> None:
         super().__init__(allow_non_fake_inputs=True)
+        self.target = target
         self.flops: Counter[str] = Counter()
 
     def shorten(self, slices: list[slice], alike: bool) -> Iterator[slice]:

@@ -28,7 +28,8 @@ class PlanRequest:
     first: bool = False
     """Stop at the cheapest set of techniques that fits, as `fit --budget` does, instead of trying all."""
     device: str | None = None
-    """Estimate the time on a device that need not be here, such as t4, rtx4090, a100, h100-sxm."""
+    """Estimate the time on a device that need not be here, such as t4, rtx4090, a100, h100-sxm; or by its profile, a
+    file that `benchmarks/plan.py --fit-profile` has written, which also says what it needs beyond tensors."""
     share: float = 0.3
     """Fraction of that device's peak that training is taken to reach. ModernBERT-base reports about 0.25 on an H100,
     NVIDIA's own BERT-large 0.45 on an A100; small models reach far less, for they wait for kernels to start."""

@@ -25,6 +25,7 @@ from leanbert.errors import UserError
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.planning.dry_run import begin, build, set_up, stage, take_step
 from leanbert.planning.predict import rows_of_dry_run
+from leanbert.planning.profile import Profile, bits
 from leanbert.planning.run_settings import RunSettings
 
 SMALLEST_STACK = 2
@@ -118,6 +119,10 @@ def _time_stack(
     device = trainer.strategy.root_device
     sizes = [tokenizer.vocab_size for tokenizer in data.tokenizers.values()]
 
+    def filled(blank: Any) -> Any:
+        batch = fill(blank, *sizes)
+        return (batch.delimited() if device.type == "cuda" else batch).to(device)
+
     def now() -> float:
         if device.type != "cpu":
             torch.accelerator.synchronize()
@@ -144,11 +149,11 @@ def _time_stack(
         set_up(task, trainer)
         build(task, trainer, replace(settings, mesh=None))
         trainer.strategy.model_to_device()  # weights are there already, metrics are not
-        batch = fill(data.blank_batch(rows), *sizes).to(device)
+        batch = filled(data.blank_batch(rows))
         begin(task, trainer, batch)
         passes, updates = zip(*_repeat(step, clock), strict=True)
         task.eval()
-        held_out = fill(data.blank_batch(settings.validation_rows, validation=True), *sizes).to(device)
+        held_out = filled(data.blank_batch(settings.validation_rows, validation=True))
         with torch.no_grad():
             return median(passes), median(updates), median(_repeat(validation, clock))
 
@@ -220,4 +225,18 @@ def peak_flops(device: str, precision: str) -> float:
     """
     if device not in PEAK_FLOPS:
         raise UserError(f"device: {device} is unknown. Choose one of {', '.join(PEAK_FLOPS)}, or give its peak FLOP/s.")
-    return PEAK_FLOPS[device]["16" if "16" in precision else "32"]
+    return PEAK_FLOPS[device][bits(precision)]
+
+
+def estimator(device: str, share: float, profile: Profile | None, precision: str) -> Callable[[int], float]:
+    """Return what gives the seconds of a step for its operations: by a profile, or at a share of the device's peak.
+
+    Raises:
+        UserError: The device is not in the table, or was not measured at that precision.
+
+    """
+    if profile is None:
+        reached = share * peak_flops(device, precision)
+        return lambda flops: flops / reached
+    profile.check(precision)
+    return lambda flops: profile.step_seconds(flops, precision)

@@ -87,8 +87,9 @@ class TextClassification(Labelling[tuple[Tensor, Tensor]]):
         return self._weights(targets.device)[targets.clamp(min=0)] * (targets != IGNORED)
 
     def _weights(self, device: torch.device) -> Tensor:
-        given = self.class_weights or {}
-        return torch.tensor([given.get(label, 1.0) for label in self.model.labels], device=device)
+        given, pin = self.class_weights or {}, device.type == "cuda"  # from there a copy does not make the host wait
+        weights = torch.tensor([given.get(label, 1.0) for label in self.model.labels], pin_memory=pin)
+        return weights.to(device, non_blocking=pin)
 
     # ---- evaluation and answers
 

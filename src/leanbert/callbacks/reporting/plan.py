@@ -40,11 +40,12 @@ class PlanReport(Callback):
         self.answer = answer
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Bound what the CUDA allocator may take."""
+        """Bound what the CUDA allocator may take: the budget without what the context takes, as planned."""
         device = trainer.strategy.root_device
         if device.type == "cuda" and self.budget_bytes is not None:
+            context = (self.answer or {}).get("process_base_bytes", 0)
             total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self.budget_bytes / total), device)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, (self.budget_bytes - context) / total), device)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare, log, and warn if the prediction was wrong."""

@@ -22,7 +22,7 @@ from leanbert.data.batches.batch import Batch
 from leanbert.data.module import RowData
 from leanbert.data.statistics import CorpusStatistics, knows_more
 from leanbert.files import write_text_atomically
-from leanbert.measure.counters import device_bytes, peak_rss_bytes
+from leanbert.measure.counters import device_bytes, device_name, peak_rss_bytes
 from leanbert.memory.precision import has_16_bit_products
 from leanbert.messages import say
 from leanbert.tasks.base import Task
@@ -186,6 +186,8 @@ def run_summary(trainer: Trainer, task: Task, status: str) -> dict[str, Any]:
         "tokens": monitor.tokens,
         "seconds": monitor.seconds,
         "tokens_per_second": monitor.tokens_per_second,
+        "device": device_name(task.device),
+        "precision": str(trainer.precision),
         "parameters": task.model.num_parameters,
         "micro_batch_sequences": micro_batch_sequences(trainer, task),
         "effective_batch_sequences": data_of(trainer).hparams["batch_size"],

@@ -29,7 +29,7 @@ from leanbert.models.base import EncoderModel
 from leanbert.models.classifier import Classifier
 from leanbert.models.encoder import FeedForward
 from leanbert.models.kernels.attention import additive
-from leanbert.models.packed_inputs import PackedInputs
+from leanbert.models.packed_inputs import Documents, PackedInputs
 from leanbert.models.pointer import Source
 from leanbert.models.seq2seq import Seq2SeqModel
 from leanbert.models.stored import ModelMetadata, describe
@@ -82,6 +82,7 @@ class FusedAttention(nn.Module):
             cosine, sine = (angle.flatten(2).chunk(2, dim=-1)[1] for angle in context.angles)  # [B, S, d/2]
             query = torch.onnx.ops.rotary_embedding(query, cosine, sine, num_heads=heads)
             key = torch.onnx.ops.rotary_embedding(key, cosine, sine, num_heads=heads)
+        assert not isinstance(context.mask, Documents)  # graphs are made on the CPU
         mixed, *_ = torch.onnx.ops.attention(query, key, value, context.mask, q_num_heads=heads, kv_num_heads=heads)
         return self.output(mixed)
 

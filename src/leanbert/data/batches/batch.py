@@ -6,14 +6,14 @@ Letters: B rows, S row length, T length of the decoder's rows, M targets per row
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from leanbert.models.kernels.loss import IGNORED as IGNORED
-from leanbert.models.packed_inputs import PackedInputs
+from leanbert.models.packed_inputs import Documents, PackedInputs
 
 Kind = TypeVar("Kind", bound="Batch")
 
@@ -56,6 +56,11 @@ class Batch:
             for value in vars(self).values()
         ]
         return [type(self)(*values) for values in zip(*columns, strict=True)]
+
+    def delimited(self: Kind, find: Callable[[Tensor], Documents] = Documents.of) -> Kind:
+        """Return the batch with the documents of its rows: for devices that attend without a mask."""
+        inputs = {name: value for name, value in vars(self).items() if isinstance(value, PackedInputs)}
+        return replace(self, **{name: value.delimited(find) for name, value in inputs.items()})
 
     def to(self: Kind, device: torch.device | str, non_blocking: bool = False) -> Kind:
         """Return the batch on `device`."""

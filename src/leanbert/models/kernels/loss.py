@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from leanbert.measure.target import target_type
 from leanbert.models.kernels.attention import product_dtype
 from leanbert.slices import parts, rounds
 
@@ -198,5 +199,5 @@ def _wide_dtype(logits: Tensor) -> torch.dtype:
 
 def _in_float32(logits: Tensor) -> Iterable[slice]:
     """Return the rows that are in float32 at a time."""
-    elements = CPU_CHUNK if logits.device.type == "cpu" else DEVICE_CHUNK
+    elements = CPU_CHUNK if target_type(logits) == "cpu" else DEVICE_CHUNK
     return rounds(parts(len(logits), max(1, elements // logits.shape[-1])), logits)

@@ -1,0 +1,67 @@
+"""`benchmarks/gpu.py` without a GPU: all of it in a dry run, and how a part ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STUB = """
+import pathlib, sys, time
+folder = pathlib.Path(next(word for word in sys.argv if word.startswith("--folder="))[9:])
+(folder / "card.jsonl").write_text('["one", "1"]\\n["two", ')
+if {seconds}:
+    time.sleep({seconds})
+sys.exit("no such luck")
+"""
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu
+
+    return gpu
+
+
+@pytest.mark.parametrize(("seconds", "ending"), [(60, "Cut after 2 s."), (0, "Failed after 0 s: no such luck")])
+def test_a_part_that_does_not_end_well_keeps_its_whole_rows(gpu, monkeypatch, tmp_path, seconds, ending):
+    stub = tmp_path / "stub.py"
+    stub.write_text(STUB.format(seconds=seconds))
+    monkeypatch.setattr(gpu, "__file__", str(stub))
+    body = gpu.run_part("card", 2.0, tmp_path, dry=True)
+    assert body == f"|  |  |\n| --- | --- |\n| one | 1 |\n\n{ending}"
+
+
+def test_no_part_begins_after_the_end(gpu, tmp_path):
+    assert gpu.run_part("card", 0.0, tmp_path, dry=True) == "Not run: the time was up."
+
+
+@pytest.mark.slow
+def test_a_dry_run_fills_every_section(gpu, tmp_path):
+    report = tmp_path / "gpu.md"
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu.py", "--dry-run", f"--report={report}"], cwd=ROOT, capture_output=True,
+        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    sections = dict(re.findall(r"<!-- gpu-(\w+) -->\n(.*?)<!-- /gpu-\1 -->", report.read_text(), re.DOTALL))
+    rows = {name: [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
+            for name, text in sections.items()}  # fmt: skip
+    assert all(re.search(r"^Took \d+ s\.$", text, re.MULTILINE) for text in sections.values()), report.read_text()
+    assert all(row[1] == "skipped |" for row in rows["tests"][:-1])
+    assert rows["tests"][-1][1].startswith(f"{len(rows.pop('tests')) - 1} skipped")
+    counts = {"card": 11, "synchronisations": 2, "equality": 6, "budgets": 1, "plan": 2, "profile": 1, "memory": 3,
+              "speed": 2}  # fmt: skip
+    assert {name: len(found) for name, found in rows.items()} == counts
+    assert [row[1] for row in rows["synchronisations"]] == ["5", "5"]  # a CPU looks whether each step is finite
+    assert all(row[4] == "+0.0e+00" for row in rows["equality"])
+    assert rows["budgets"][0][-1] == "yes |"
+    assert all(abs(float(row[-1].split()[0])) < 3 for row in rows["plan"])
+    assert "has no memory/reserved_mib. Give runs on CUDA" in rows["profile"][0][1]
+    assert all(float(row[2].replace(",", "")) > 0 for row in rows["speed"])
