@@ -11,7 +11,8 @@ from leanbert.callbacks.loop.bad_steps import StopOnBadSteps
 from leanbert.callbacks.reporting.plan import PlanReport
 from leanbert.data.module import RowData
 from leanbert.errors import UserError
-from leanbert.optim.build import OptimizerConfig, ScheduleConfig
+from leanbert.optim.build import OptimizerConfig
+from leanbert.optim.schedule import ScheduleConfig
 from leanbert.ranges import COUNT, FINITE, NOT_NEGATIVE, PART, POSITIVE, RATE, SHARE, WHOLE, Range, check_ranges
 from leanbert.tasks.base import Task
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from leanbert.optim.build import ScheduleConfig, learning_rate_factor
+from leanbert.optim.schedule import ScheduleConfig, learning_rate_factor
 from tests import launcher
 from tests.cli.program import command, environment, run
 from tests.training import TINY

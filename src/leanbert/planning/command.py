@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
@@ -18,10 +18,9 @@ from leanbert.errors import UserError
 from leanbert.files import write_text_atomically
 from leanbert.measure.timeline import CATEGORIES
 from leanbert.planning.device import DeviceType, Target
-from leanbert.planning.distributed import predict_distributed
+from leanbert.planning.distributed import describe_sharing, share_out, sharing_json
 from leanbert.planning.figures import sweep_figure
 from leanbert.planning.overlays import SHARDED, apply
-from leanbert.planning.predict import Prediction
 from leanbert.planning.profile import Profile
 from leanbert.planning.request import PlanRequest
 from leanbert.planning.run_settings import RunSettings
@@ -34,9 +33,6 @@ from leanbert.units import MIB, format_duration, format_size, parse_size
 
 MARGIN = 0.1
 """Fraction of what the device has free that `--budget auto` leaves to others."""
-
-Shared = dict[Literal["ddp", "fsdp2"], Prediction | UserError]
-"""What each of several devices needs and sends by strategy, or why it cannot be."""
 
 progress = partial(tqdm, desc="Planning", leave=False, disable=None)
 """Shows on a terminal what is worked through."""
@@ -64,7 +60,7 @@ def run_plan(
     plan = search(settings, target, budget, progress, first=request.first)
     print("\n".join(describe(plan, target)))
     answer = as_json(plan, target)
-    if shared := share_out(settings, plan):
+    if shared := share_out(apply(settings, (plan.chosen or plan.given).overlay)):
         print("\n".join(describe_sharing(shared, settings.devices)))
         answer |= sharing_json(shared, settings.devices)
     shown, tokens = plan.chosen or plan.given, settings.rows_per_step * settings.data.hparams["max_length"]
@@ -200,41 +196,6 @@ def describe(plan: Plan, target: Target) -> list[str]:
         choice = f"{names}, micro-batch {chosen.micro_batch}: {format_size(chosen.needs_bytes)}."
         lines += ["", f"Budget {format_size(plan.budget_bytes)}: {choice if names else 'fits as given.'}"]
     return lines
-
-
-def share_out(settings: RunSettings, plan: Plan) -> Shared:
-    """Return what each of several devices needs and sends under DDP and FSDP2; {} for one device."""
-    found: Shared = {}
-    chosen = apply(settings, (plan.chosen or plan.given).overlay)
-    for strategy in ("ddp", "fsdp2") if settings.devices > 1 else ():
-        try:
-            found[strategy] = predict_distributed(chosen, settings.devices, strategy)
-        except UserError as error:
-            found[strategy] = error
-    return found
-
-
-def describe_sharing(shared: Shared, devices: int) -> list[str]:
-    """Return the balance of memory and communication as lines."""
-    lines = ["", f"{f'On {devices} devices':<14}{'live on each':>14}{'sent a step':>14}"]
-    for strategy, found in shared.items():
-        if isinstance(found, UserError):
-            lines.append(f"{strategy:<14}  {found}")
-        else:
-            sizes = (found.peak_bytes, found.sent_bytes)
-            lines.append(f"{strategy:<14}" + "".join(f"{format_size(size):>14}" for size in sizes))
-    return lines
-
-
-def sharing_json(shared: Shared, devices: int) -> dict[str, object]:
-    """Return the same for programs; bytes are of each device."""
-    answer: dict[str, object] = {"count": devices}
-    for strategy, found in shared.items():
-        if isinstance(found, UserError):
-            answer[strategy] = {"refused": str(found)}
-        else:
-            answer[strategy] = {"predicted_peak_bytes": found.peak_bytes, "sent_bytes_per_step": found.sent_bytes}
-    return {"devices": answer}
 
 
 def nothing_fits(plan: Plan, settings: RunSettings, target: Target) -> str:

@@ -13,6 +13,10 @@ from typing import Literal
 from leanbert.errors import UserError
 from leanbert.planning.predict import Prediction, predict
 from leanbert.planning.run_settings import RunSettings
+from leanbert.units import format_size
+
+Shared = dict[Literal["ddp", "fsdp2"], Prediction | UserError]
+"""What each of several devices needs and sends by strategy, or why it cannot be."""
 
 
 def predict_distributed(settings: RunSettings, devices: int, strategy: Literal["ddp", "fsdp2"]) -> Prediction:
@@ -42,3 +46,37 @@ def _share(settings: RunSettings, devices: int) -> int:
             f"Set a multiple of {devices}."
         )
     return batch // devices
+
+
+def share_out(settings: RunSettings) -> Shared:
+    """Return what each of several devices needs and sends under DDP and FSDP2; {} for one device."""
+    found: Shared = {}
+    for strategy in ("ddp", "fsdp2") if settings.devices > 1 else ():
+        try:
+            found[strategy] = predict_distributed(settings, settings.devices, strategy)
+        except UserError as error:
+            found[strategy] = error
+    return found
+
+
+def describe_sharing(shared: Shared, devices: int) -> list[str]:
+    """Return the balance of memory and communication as lines."""
+    lines = ["", f"{f'On {devices} devices':<14}{'live on each':>14}{'sent a step':>14}"]
+    for strategy, found in shared.items():
+        if isinstance(found, UserError):
+            lines.append(f"{strategy:<14}  {found}")
+        else:
+            sizes = (found.peak_bytes, found.sent_bytes)
+            lines.append(f"{strategy:<14}" + "".join(f"{format_size(size):>14}" for size in sizes))
+    return lines
+
+
+def sharing_json(shared: Shared, devices: int) -> dict[str, object]:
+    """Return the same for programs; bytes are of each device."""
+    answer: dict[str, object] = {"count": devices}
+    for strategy, found in shared.items():
+        if isinstance(found, UserError):
+            answer[strategy] = {"refused": str(found)}
+        else:
+            answer[strategy] = {"predicted_peak_bytes": found.peak_bytes, "sent_bytes_per_step": found.sent_bytes}
+    return {"devices": answer}

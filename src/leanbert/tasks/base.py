@@ -26,8 +26,9 @@ from leanbert.models.base import EncoderModel
 from leanbert.models.config import EncoderConfig
 from leanbert.models.kernels.loss import IGNORED, cross_entropy_sum
 from leanbert.models.stored import ModelMetadata, Stored
-from leanbert.optim.build import OptimizerConfig, Schedule, ScheduleConfig, build_optimizer, effective_warmup
+from leanbert.optim.build import OptimizerConfig, build_optimizer
 from leanbert.optim.in_backward import accumulate_in_backward, update_in_backward
+from leanbert.optim.schedule import Schedule, ScheduleConfig, effective_warmup
 from leanbert.pretrained.weights import unpack
 from leanbert.ranges import SEED
 from leanbert.tasks.distillation import Distillation, DistillationConfig, check_distillation, read_teacher
