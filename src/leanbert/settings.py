@@ -159,7 +159,8 @@ def add_overlay(settings: Any, overlay: dict[str, Any]) -> None:
             group = vars(own[name]) if isinstance(own[name], Namespace) else {}  # nothing: its defaults count
             own[name] = Namespace(**{**group, **value}) if isinstance(value, dict) else value
     trainer = overlay.get("trainer", {})
-    settings["trainer"]["strategy"] = trainer.get("strategy", settings["trainer"]["strategy"])
+    if "strategy" in trainer:
+        settings["trainer"]["strategy"] = trainer["strategy"]
     added = with_whole_paths(trainer.get("callbacks+", []))
     kinds = {entry["class_path"] for entry in added}
     settings["trainer"]["callbacks"] = [

@@ -18,7 +18,6 @@ from leanbert.distributed.sharding import pretend_group
 from leanbert.errors import UserError
 from leanbert.models.config import EncoderConfig
 from leanbert.optim.build import OptimizerConfig
-from leanbert.planning import distributed
 from leanbert.planning.distributed import predict_distributed
 from leanbert.planning.predict import predict
 from leanbert.planning.run_settings import RunSettings
@@ -158,7 +157,7 @@ def test_group_is_gone_after_an_error(monkeypatch):
         assert dist.get_world_size() == DEVICES
         raise RuntimeError("in the middle")
 
-    monkeypatch.setattr(distributed, "predict", fail)
+    monkeypatch.setattr("leanbert.planning.predict.dry_run", fail)
     with pytest.raises(RuntimeError, match="in the middle"):
         predict_distributed(settings(), DEVICES, "fsdp2")
     assert not dist.is_initialized()

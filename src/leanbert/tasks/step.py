@@ -82,10 +82,6 @@ class SteppedModule(LightningModule, Generic[B]):
     def _data(self) -> RowData:
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
-    def transfer_batch_to_device(self, batch: B, device: torch.device, dataloader_idx: int) -> B:
-        """Move a batch, which the loader has pinned, while the device computes: Lightning would wait for it."""
-        return batch.to(device, non_blocking=device.type == "cuda")
-
     def training_step(self, batch: B, batch_idx: int) -> dict[str, Any]:
         """Run a step up to the last backward pass, which Lightning does."""
         strategy, state = self.trainer.strategy, self.step_state

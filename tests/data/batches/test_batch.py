@@ -31,6 +31,14 @@ def test_to_moves_every_tensor() -> None:
     assert len(moved.tensors()) == 5
 
 
+def test_the_host_waits_for_no_copy_to_cuda(monkeypatch) -> None:
+    asked = set()
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: asked.add((str(device), non_blocking)))
+    for device in ("cpu", "cuda", torch.device("cuda:1")):
+        make_batch(2).to(device)
+    assert asked == {("cpu", False), ("cuda", True), ("cuda:1", True)}
+
+
 def test_predict_batch_keeps_its_texts() -> None:
     ids = torch.zeros(2, 3, dtype=torch.int64)
     moved = PredictBatch(PackedInputs(ids, ids, ids, ids), ["a", "b"]).to("meta")
