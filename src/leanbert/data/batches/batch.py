@@ -63,7 +63,7 @@ class Batch:
         return replace(self, **{name: value.delimited(find) for name, value in inputs.items()})
 
     def to(self: Kind, device: torch.device | str, non_blocking: bool = False) -> Kind:
-        """Return the batch on `device`. The host never waits for a copy to CUDA: Lightning asks for that of tensors only."""
+        """Return the batch on `device`. A copy to CUDA makes no host wait: Lightning asks that of tensors only."""
         waits = not non_blocking and torch.device(device).type != "cuda"
         return self._map(lambda tensor: tensor.to(device, non_blocking=not waits))
 
