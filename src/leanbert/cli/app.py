@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -209,7 +208,7 @@ class CLI(Setup):
         """Train what the cuts leave of the model, on the devices that are set."""
         from leanbert.cli.training import student_settings, train_student
 
-        given = yaml.safe_load(self._parser("compress").dump(self._settings, skip_none=False))
+        given = self.resolved()
         given["trainer"] |= self.hardware
         # what was adopted from the model counts, not what the configuration says
         given["data"]["init_args"] |= {name: self.datamodule.hparams[name] for name in self.datamodule.fixed}
