@@ -6,8 +6,11 @@ import os
 from typing import Any
 
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from torch.distributed import TCPStore
 
 from leanbert.errors import UserError
+from leanbert.messages import leads
 
 STARTED = {
     "torchrun": {"devices": ("LOCAL_WORLD_SIZE", "--nproc_per_node"), "num_nodes": ("GROUP_WORLD_SIZE", "--nnodes")},
@@ -56,10 +59,33 @@ def _number(given: object) -> int:
     return len(given) if isinstance(given, list) else int(str(given))
 
 
-def check_restarts(ckpt_path: str | None) -> None:
-    """Raise UserError where torchrun would start a run again that does not go on with what it has trained."""
-    if launched_by() == "torchrun" and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) and ckpt_path not in GOING_ON:
+def prepare_restarts(ckpt_path: str | None) -> None:
+    """See to it that ranks which torchrun starts again go on, and find each other.
+
+    In torch 2.13 the store in which ranks find each other outlives them with their addresses: those that are started
+    again get a new one, of which the first tells the others in the old one.
+
+    Raises:
+        UserError: They would begin anew, or are on several machines, which may count restarts differently.
+
+    """
+    if launched_by() != "torchrun" or not int(os.environ["TORCHELASTIC_MAX_RESTARTS"]):
+        return
+    if ckpt_path not in GOING_ON:
         raise UserError(
             f"--ckpt_path: is {ckpt_path or 'not given'}, and each restart by torchrun (--max-restarts) would begin "
             "there again. Give --ckpt_path auto."
         )
+    if os.environ["TORCHELASTIC_USE_AGENT_STORE"] != "True":
+        return
+    if int(os.environ["GROUP_WORLD_SIZE"]) > 1:
+        raise UserError(
+            "torchrun: ranks on several machines that are started again (--max-restarts) would look for dead ones. "
+            "Give --rdzv_backend=c10d, and set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun."
+        )
+    if (attempt := os.environ["TORCHELASTIC_RESTART_COUNT"]) != "0":
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        if leads():
+            store.set(f"leanbert/port/{attempt}", str(find_free_network_port()))
+        os.environ["MASTER_PORT"] = store.get(f"leanbert/port/{attempt}").decode()
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"

@@ -30,7 +30,7 @@ from leanbert.class_paths import find_class, in_arguments
 from leanbert.cli.arguments import complete
 from leanbert.cli.budget import apply_budget, count_devices
 from leanbert.cli.help import SUBCOMMANDS
-from leanbert.cli.launched import check_restarts, take_launched
+from leanbert.cli.launched import prepare_restarts, take_launched
 from leanbert.cli.options import OPTIONS
 from leanbert.cli.resume import Start, adopt_folder, adopt_start
 from leanbert.compression.onnx.runtime import OnnxModel
@@ -148,7 +148,7 @@ class Setup(LightningCLI):
         """Find and read the checkpoint; Lightning's own version would look for hyper-parameters in it."""
         which = self._settings["ckpt_path"]
         if self.config["subcommand"] == "fit":
-            check_restarts(which)
+            prepare_restarts(which)
         if which is not None:
             self.start.find(which, self.runs, self.config["subcommand"])
             self._settings["ckpt_path"] = None if self.start.folder is not None else self.start.path
