@@ -63,4 +63,4 @@ def ending(rank: int, code: int) -> str | None:
         return f"error: rank {rank} has failed with exit code {code}, see above."
     hint = " (the system does so when its memory is full)" if code == -signal.SIGKILL else ""
     name = signal.Signals(-code).name
-    return f"error: rank {rank} was ended by {name}{hint}. --ckpt_path last goes on with the run."
+    return f"error: rank {rank} was ended by {name}{hint}. {signals.GO_ON}"

@@ -30,6 +30,8 @@ LEADER = "LEANBERT_LEADER"
 PATIENCE_SECONDS = 2.0
 """How long the main thread may take to answer: in a call of foreign code it cannot, however long that takes."""
 
+GO_ON = "A training goes on with --ckpt_path last."
+
 ORPHAN_SECONDS = 10.0
 """How long a rank may live on without the process that started it: at the end of a run they end one by one."""
 
@@ -104,7 +106,7 @@ def _watch_parent(parent: int) -> None:
         time.sleep(1)
     time.sleep(ORPHAN_SECONDS)
     starter = "rank 0" if orphaned() else "torchrun, or what else started it,"
-    end_at_once(1, f"error: rank {launched_rank()}: {starter} has ended.")
+    end_at_once(1, f"error: rank {launched_rank()}: {starter} has ended. {GO_ON}")
 
 
 def nothing() -> None:

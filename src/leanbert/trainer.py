@@ -8,10 +8,12 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from leanbert.callbacks.loop.agreement import SameOnAllRanks
 from leanbert.callbacks.loop.bad_steps import StopOnBadSteps
 from leanbert.distributed.strategy import FullySharded
 from leanbert.errors import UserError
@@ -94,6 +96,20 @@ class Trainer(pl.Trainer):
             if not any(sign in str(error) for sign in FOUND_LATE):
                 raise
             raise _bad_setting(error) from error
+
+    def _run(self, *arguments: Any, **settings: Any) -> Any:
+        """Run what ranks do together, having compared their settings.
+
+        The process group starts earlier for that: what a strategy exchanges first, another one would wait for in vain.
+        """
+        strategy: Any = self.strategy
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
+        compared = [each for each in callbacks if isinstance(each, SameOnAllRanks)]
+        if compared and self.world_size > 1:
+            strategy.accelerator.setup_device(strategy.root_device)
+            (strategy.setup_distributed if isinstance(strategy, DDPStrategy) else strategy._setup_distributed)()
+            compared[0].compare_settings()
+        return super()._run(*arguments, **settings)
 
     @property
     def log_dir(self) -> str | None:

@@ -22,7 +22,9 @@ from leanbert.messages import rank
 LONGEST_MESSAGE = 1000
 """Characters of an error: what was given may be very long."""
 FIRST_SECONDS = 3.0
-"""How long a rank lets the first one speak, or whoever started the ranks, who ends it then."""
+"""How long a rank lets the first one speak, after which whoever started the ranks ends them."""
+LOST_SECONDS = 10.0
+"""How long a rank that has lost another one lets those speak who know which one."""
 LOST = ("gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer")
 """What an error says where another rank has ended in the middle of an exchange."""
 READER_HAS_GONE = 141
@@ -44,9 +46,9 @@ def one_line_errors() -> Iterator[None]:
     except RuntimeError as error:
         if not any(sign in str(error) for sign in LOST):
             raise
-        wait_for_the_end(code=1)  # of the rank that has ended, and how, whoever started the ranks knows
+        wait_for_the_end(LOST_SECONDS, code=1)  # which rank has ended, and how, whoever started the ranks knows
         which = "rank 0 has ended" if signals.orphaned() else "another rank has ended, or cannot be reached"
-        fail(f"{which}. --ckpt_path last goes on with the run.", error, code=1)
+        fail(f"{which}. {signals.GO_ON}", error, code=1)
     except OSError as error:
         gone = isinstance(error, BrokenPipeError) and reader_has_gone()
         drop_output()
@@ -63,16 +65,17 @@ def fail(message: str, error: BaseException, code: int = REFUSED) -> None:
     message, half = " ".join(message.split()), LONGEST_MESSAGE // 2
     message = message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
     if rank() > 0:
-        wait_for_the_end(code)
+        # the first of each machine speaks before the others
+        wait_for_the_end(FIRST_SECONDS + (os.environ.get("LOCAL_RANK", "0") != "0"), code)
         message = f"rank {rank()}: {message}"
     tqdm.write(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
 
-def wait_for_the_end(code: int) -> None:
+def wait_for_the_end(seconds: float, code: int) -> None:
     """Give whoever knows more the time to speak; told to end meanwhile, this process leaves with `code`."""
     signals.defer_to(lambda number: os._exit(code))
-    time.sleep(FIRST_SECONDS + (os.environ.get("LOCAL_RANK", "0") != "0"))  # the first of each machine before others
+    time.sleep(seconds)
 
 
 def drop_output() -> None:

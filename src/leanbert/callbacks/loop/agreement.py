@@ -29,16 +29,22 @@ class SameOnAllRanks(Callback):
     def __init__(self, settings: Callable[[], dict[str, Any]]) -> None:
         self.settings = settings
 
+    def compare_settings(self) -> None:
+        """Compare before ranks exchange anything else. Raises UserError."""
+        compare(flat(self.settings()))
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Compare by digest. Raises UserError, the same on all ranks, that names what differs and where."""
-        if trainer.world_size == 1:
-            return
-        own = flat(self.settings())
-        for part, cache in data_of(trainer).caches.items():
-            own[f"data.{part}_files"] += f": {cache.count:,} examples, digest {cache.folder.name[:8]}"
-        digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
-        if len({*gathered(digest)}) > 1:
-            raise UserError(difference(gathered(own)))
+        """Compare what was prepared. Raises UserError."""
+        if trainer.world_size > 1:
+            caches = data_of(trainer).caches.items()
+            compare({f"data.{part}_files": f"{each.count:,} examples, {each.folder.name[:8]}" for part, each in caches})
+
+
+def compare(own: dict[str, str]) -> None:
+    """Compare by digest what ranks have. Raises UserError, the same on all, that names what differs and where."""
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+    if len({*gathered(digest)}) > 1:
+        raise UserError(difference(gathered(own)))
 
 
 def gathered(value: Any) -> list[Any]:
