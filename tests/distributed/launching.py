@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 from tests.cli.program import ROOT
 from tests.training import TINY
 
@@ -53,6 +55,14 @@ def two_machines() -> list[tuple[str, ...]]:
         port = probe.getsockname()[1]
     place = ("--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={port}")
     return [(*place, f"--node_rank={number}") for number in (0, 1)]
+
+
+def lives(number: int) -> bool:
+    """Return whether a process is there, and has not ended: whoever ends it may leave it to others to notice."""
+    try:
+        return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def errors(words: str) -> list[str]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 
-import psutil
 import pytest
 
 from tests.corpus import write_corpus
 from tests.distributed.faults import digests
-from tests.distributed.launching import errors, lightning, started, torchrun, two_machines
+from tests.distributed.launching import errors, lightning, lives, started, torchrun, two_machines
 from tests.training import read_scalars
 
 pytestmark = pytest.mark.slow
@@ -116,7 +115,7 @@ def ended_by_fault(folder, tmp_path, start, ranks, *faults):
     assert (tmp_path / "fault").exists(), words
     pids = [int((tmp_path / f"pid-{rank}").read_text()) for rank in range(ranks)]
     deadline = time.time() + 60
-    while any(map(psutil.pid_exists, pids)) and time.time() < deadline:
+    while any(map(lives, pids)) and time.time() < deadline:
         time.sleep(0.2)
     return code, errors(words), words, time.time() - float((tmp_path / "fault").read_text())
 

@@ -259,7 +259,7 @@ def run(arguments: list[str]) -> None:
         CLI(arguments)
     except Interrupted as stopped:
         say(f"Stopped by {stopped} and saved. To go on:\n  {resume_command(arguments)}")
-        sys.exit(0 if signals.follows() else stopped.exit_code)  # a rank that fails is taken for a crash
+        sys.exit(stopped.exit_code if leads() else 0)  # another rank that failed would be taken for a crash
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
 
