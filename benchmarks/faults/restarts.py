@@ -54,7 +54,7 @@ def drawn(kind: str, chance: random.Random) -> dict[str, Any]:
     return {
         "kind": kind,
         "rank": chance.randrange(RANKS) if kind == "time" else 0,  # which writes
-        "share": chance.random(),  # of the time that an undisturbed run takes
+        "share": chance.uniform(0, 0.8),  # of the time that an undisturbed run takes
         "checkpoint": chance.randrange(CHECKPOINTS),
         "bytes": int(2 ** chance.uniform(*LOG2_BYTES)),
         "operation": chance.randrange(OPERATIONS),
