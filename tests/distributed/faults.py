@@ -17,8 +17,8 @@ from leanbert.errors import UserError
 class Fault(Callback):
     """At a step one rank is killed, hangs outside of any exchange, or fails; and each leaves its process's number.
 
-    `kind` is kill, hang, error, bug, or torn: killed as it renames the next checkpoint. A rank that was started again
-    has no fault.
+    `kind` is kill, hang, error, bug, torn (killed as it renames the next checkpoint), or machine: the rank on the one
+    that is `DOOMED` is killed with the process that started it. A rank that was started again has no fault.
     """
 
     def __init__(self, kind: str, rank: int, step: int = 3) -> None:
@@ -31,10 +31,13 @@ class Fault(Callback):
     def on_train_batch_end(self, trainer, pl_module, *_):
         Path(f"pid-{trainer.global_rank}").write_text(str(os.getpid()))
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        if (trainer.global_rank, trainer.global_step) != (self.rank, self.step) or again:
+        met = "DOOMED" in os.environ if self.kind == "machine" else trainer.global_rank == self.rank
+        if not met or again or trainer.global_step != self.step:
             return
         Path("fault").write_text(str(time.time()))
-        if self.kind == "kill":
+        if self.kind == "machine":
+            os.kill(os.getppid(), signal.SIGKILL)
+        if self.kind in ("kill", "machine"):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.kind == "torn":
             checkpoints.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)

@@ -50,11 +50,24 @@ def torchrun(*arguments: str, ranks: int, options: tuple[str, ...] = ("--standal
 
 def two_machines() -> list[tuple[str, ...]]:
     """Return the options of torchrun on each of two machines."""
+    place = ("--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={free_port()}")
+    return [(*place, f"--node_rank={number}") for number in (0, 1)]
+
+
+def machines_that_may_go() -> list[tuple[str, ...]]:
+    """Return the options of torchrun on each of two machines, of which the first goes on alone if it must."""
+    place = ("--nnodes=1:2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=run")
+    return [
+        (*place, "--max-restarts=2", "--local_addr=127.0.0.1", f"--rdzv_conf=is_host={host},last_call_timeout=10")
+        for host in ("true", "false")
+    ]
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody uses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = ("--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={port}")
-    return [(*place, f"--node_rank={number}") for number in (0, 1)]
+        return int(probe.getsockname()[1])
 
 
 def lives(number: int) -> bool:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.corpus import write_corpus
 from tests.distributed.faults import digests
-from tests.distributed.launching import errors, lightning, lives, started, torchrun, two_machines
+from tests.distributed.launching import errors, lightning, lives, machines_that_may_go, started, torchrun, two_machines
 from tests.training import read_scalars
 
 pytestmark = pytest.mark.slow
@@ -172,6 +172,20 @@ def test_torchrun_starts_a_killed_run_again(folder, alone, name, kind, rank):
     assert "step-00000005.ckpt, step 5" in words
     assert [path.name for path in (folder / root / "mlm").iterdir()] == ["version_0"]
     alike(folder, root, alone[0])
+
+
+def test_a_run_goes_on_without_a_machine_that_dies(folder, alone):
+    """Two machines, then one, with a checkpoint of both; both see one folder."""
+    fault = callback(folder, "machine", "Fault", kind="machine", rank=-1, step=7)
+    given = (*to("without", "--ckpt_path=auto"), strategy("fsdp"), fault)
+    first, doomed = (torchrun(*given, ranks=1, options=options) for options in machines_that_may_go())
+    ended = started(folder, first, ["env", "DOOMED=1", *doomed], TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    words = "".join(said for _, said in ended)
+    assert [code for code, _ in ended] == [0, -9], words
+    assert "device      cpu x 2," in words
+    assert "device      cpu x 1," in ended[0][1]
+    assert "step-00000005.ckpt, step 5" in ended[0][1]
+    alike(folder, "without", alone[0])
 
 
 # ---- bad input
