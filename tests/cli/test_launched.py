@@ -54,9 +54,10 @@ def test_other_numbers_are_refused_with_the_option(launcher, given, says):
         take_launched(given, "fit")
 
 
-def test_what_one_process_does_is_not_done_by_many(launcher):
-    with pytest.raises(UserError, match=f"export: one process does all of it. Start it without {launcher}"):
-        take_launched({"devices": "auto", "num_nodes": 1}, "export")
+@pytest.mark.parametrize("subcommand", ["predict", "export"])
+def test_what_one_process_does_is_not_done_by_many(launcher, subcommand):
+    with pytest.raises(UserError, match=f"{subcommand}: one process does all of it. Start it without {launcher}"):
+        take_launched({"devices": "auto", "num_nodes": 1}, subcommand)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ STARTED = {
 """The environment variable with the number for which a launcher has started ranks, and its option, by our setting."""
 NOT_SET = {"devices": ("auto", -1, "-1"), "num_nodes": (1,)}
 """Values of settings that leave the number open."""
-ALONE = ("prepare", "export", "compress")
+ALONE = ("predict", "prepare", "export", "compress")
 """Subcommands of which one process does all the work."""
 GOING_ON = ("auto", "last")
 
