@@ -32,7 +32,12 @@ def started(folder: Path, *commands: list[str], **variables: str) -> list[tuple[
         )
         for command in commands
     ]  # fmt: skip
-    said = [process.communicate(timeout=TIMEOUT_SECONDS)[0] for process in processes]
+    try:
+        said = [process.communicate(timeout=TIMEOUT_SECONDS)[0] for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:  # its ranks end with it
+                process.kill()
     return [(process.returncode, words) for process, words in zip(processes, said, strict=True)]
 
 
