@@ -1,8 +1,8 @@
 r"""Faults on purpose: kills, damaged inputs, two processes at once, signals; and numbers computed again.
 
-    python benchmarks/faults.py kills mutations concurrent signals recompute
+    python benchmarks/faults.py kills mutations concurrent signals recompute restarts
 
-On two cores that takes 25, 12, 10, 15 and 1 minutes.
+On two cores that takes 25, 12, 10, 15, 1 and 10 minutes.
 
 Each experiment is one line of the output; what is there for the same code, seed and number is not repeated, so that a
 part that was stopped goes on. Processes are forked from one that has imported everything, which is why a training
@@ -32,7 +32,7 @@ from tqdm import tqdm
 from faults import forks
 from report import table, write_section
 
-PARTS = {"kills": 500, "mutations": 5000, "concurrent": 500, "signals": 700, "recompute": 36}
+PARTS = {"kills": 500, "mutations": 5000, "concurrent": 500, "signals": 700, "recompute": 36, "restarts": 10}
 """How many experiments a part does by default."""
 SHOWN = 3
 

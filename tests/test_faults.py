@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_a_sample_goes_right(tmp_path):
-    counts = {"kills": 5, "mutations": 30, "concurrent": 3, "signals": 3}
+    counts = {"kills": 5, "mutations": 30, "concurrent": 3, "signals": 3, "restarts": 1}
     words = ["benchmarks/faults.py", *counts, "--count", *map(str, counts.values()), f"--output={tmp_path / 'results'}"]
     done = subprocess.run(
         [sys.executable, *words, f"--work={tmp_path}", "--jobs=1"], cwd=ROOT, capture_output=True, text=True,

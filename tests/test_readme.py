@@ -26,6 +26,7 @@ MAIN_JOB = "python train.py fit --config configs/mlm.yaml"
 EXPORT = "python train.py export --config configs/mlm.yaml --ckpt_path best --format hf --output exports/mlm"
 NOT_RUN_HERE = ("pip install -e", "tensorboard --logdir")  # the installation is what runs these tests
 STEPS_A_COMMAND = 2
+PROGRAM = ROOT / "train.py"
 
 
 def blocks(document, language):
@@ -45,6 +46,10 @@ def shortened(line, number):
     if re.search(r"train\.py (fit|validate|prepare|plan|compress) ", line):
         limits = [*TINY, f"--trainer.max_steps={STEPS_A_COMMAND * (number + 1)}", "--trainer.limit_val_batches=2"]
         line = f"{line} {' '.join(limits)}"
+    if line.startswith("torchrun "):  # starts processes of its own
+        return line.replace("torchrun", f"{sys.executable} -m torch.distributed.run").replace(
+            " train.py", f" {PROGRAM}"
+        )
     return line.replace("python train.py", f"{sys.executable} {launcher.__file__}")
 
 

@@ -174,6 +174,35 @@ def test_who_deferred_is_not_ended_by_the_watching_thread():
     assert process.wait(30) == 7
 
 
+@pytest.mark.parametrize(("leader", "who"), [("parent", "rank 0"), ("itself", "torchrun, or what else started it,")])
+def test_a_rank_does_not_outlive_what_started_it(leader, who):
+    """Though its main thread waits in foreign code, as for a rank that is gone."""
+    rank = START + textwrap.dedent("""
+        signals.ORPHAN_SECONDS = 0.1
+        signals.watch()
+        wait()
+    """)
+    program = f"""
+    environment = {{**os.environ, "LOCAL_RANK": "3"}}
+    if {leader == "itself"}:
+        environment.pop(signals.LEADER)
+    subprocess.Popen([sys.executable, "-c", {rank!r}], env=environment)
+    time.sleep(1)
+    ready()
+    os.kill(os.getpid(), signal.SIGKILL)
+    """
+    process = start(program)
+    output, errors = process.communicate(timeout=30)  # both streams close when the rank has ended, too
+    assert (process.returncode, output) == (-9, "ready\n")
+    assert errors == f"error: rank 3: {who} has ended. A training goes on with --ckpt_path last.\n"
+
+
+@pytest.mark.parametrize(("rank", "says"), [("0", "Stopped by SIGTERM.\n"), ("1", "")])
+def test_of_ranks_that_are_all_told_to_end_the_first_says_so(rank, says):
+    program = f"os.environ['RANK'] = '{rank}'\nready(); wait()"
+    assert interrupt(program) == (143, says)
+
+
 def test_what_was_taken_is_given_back():
     program = """
     os.environ.pop(signals.LEADER)
@@ -189,7 +218,9 @@ def test_what_was_taken_is_given_back():
 def test_nothing_that_takes_time_is_imported_before_signals_are_answered():
     program = "import sys; from leanbert.cli import main; print(*[n for n in sys.modules if n.startswith('leanbert')])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) == {"leanbert", "leanbert.errors", "leanbert.cli", "leanbert.signals"}
+    assert set(done.stdout.split()) == {
+        "leanbert", "leanbert.errors", "leanbert.cli", "leanbert.ranks", "leanbert.signals"
+    }  # fmt: skip
 
 
 def test_a_command_that_answers_signals_is_told_and_waited_for(tmp_path):

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+REFUSED = 2
+"""Exit code for bad input."""
+
 
 class UserError(Exception):
     """Bad input: the message is one line that names the file and line, or the setting, and the fix.

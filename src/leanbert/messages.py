@@ -8,10 +8,17 @@ from functools import cache
 from lightning_utilities.core.rank_zero import rank_zero_only  # Lightning's own, without the seconds it takes to import
 from tqdm import tqdm
 
+from leanbert.ranks import launched_rank
+
+
+def rank() -> int:
+    """Return this process's number among those that train together."""
+    return getattr(rank_zero_only, "rank", launched_rank())  # Lightning sets it, which reading files does not pay for
+
 
 def leads() -> bool:
     """Return whether this is the first rank, which alone speaks, and makes and locks run folders."""
-    return getattr(rank_zero_only, "rank", 0) == 0  # Lightning sets it, which reading files does not pay for
+    return rank() == 0
 
 
 def say(line: str) -> None:

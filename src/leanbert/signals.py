@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from leanbert.ranks import launched_rank
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 LEADER = "LEANBERT_LEADER"
@@ -27,6 +29,11 @@ LEADER = "LEANBERT_LEADER"
 
 PATIENCE_SECONDS = 2.0
 """How long the main thread may take to answer: in a call of foreign code it cannot, however long that takes."""
+
+GO_ON = "A training goes on with --ckpt_path last."
+
+ORPHAN_SECONDS = 10.0
+"""How long a rank may live on without the process that started it: at the end of a run they end one by one."""
 
 temporary: set[str] = set()
 """Files and folders that are being written, to be removed when a signal ends the process."""
@@ -71,7 +78,12 @@ def _ignore() -> None:
 
 
 def watch() -> None:
-    """End the program from a thread of its own where the main thread is too long in foreign code to answer."""
+    """End the program from a thread of its own where the main thread is too long in foreign code to answer.
+
+    A rank ends so when the process that started it has: Lightning's first rank, torchrun, or srun.
+    """
+    if "LOCAL_RANK" in os.environ:
+        threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True, name="parent").start()
     if threading.current_thread() is threading.main_thread() and not follows():
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -87,6 +99,14 @@ def _watch(reader: int) -> None:
                 time.sleep(PATIENCE_SECONDS)
                 if _State.answered_at < arrived - PATIENCE_SECONDS and _State.receiver is None:
                     _end(number)
+
+
+def _watch_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    time.sleep(ORPHAN_SECONDS)
+    starter = "rank 0" if orphaned() else "torchrun, or what else started it,"
+    end_at_once(1, f"error: rank {launched_rank()}: {starter} has ended. {GO_ON}")
 
 
 def nothing() -> None:
@@ -108,6 +128,11 @@ def give_back(previous: dict[signal.Signals, Any]) -> None:
 def follows() -> bool:
     """Return whether the process that started this one answers signals for it."""
     return os.environ.get(LEADER) == str(os.getppid())
+
+
+def orphaned() -> bool:
+    """Return whether the first rank, which started this one, has ended."""
+    return os.environ.get(LEADER, "") not in ("", str(os.getpid()), str(os.getppid()))
 
 
 def hint(text: str) -> None:
@@ -177,14 +202,22 @@ def _end(number: int) -> None:
     if threading.current_thread() is threading.main_thread():
         for other in {*SIGNALS, getattr(signal, "SIGCHLD", signal.SIGINT)}:  # torch raises when it hears of a death
             signal.signal(other, signal.SIG_IGN)
-    _kill_children()
+    words = f"Stopped by {signal.Signals(number).name}. {_State.hint}".rstrip()
+    end_at_once(128 + number, words if launched_rank() == 0 else None)  # torchrun passes a signal on to all ranks
+
+
+def end_at_once(code: int, words: str | None) -> None:
+    """End this process, from whatever thread, and those that it has started; nothing half-written stays."""
+    kill_children()
     for path in list(temporary):
         remove(path)
-    write(f"Stopped by {signal.Signals(number).name}. {_State.hint}".rstrip())
-    os._exit(128 + number)
+    if words is not None:
+        write(words)
+    os._exit(code)
 
 
-def _kill_children() -> None:
+def kill_children() -> None:
+    """End all processes that this one has started."""
     psutil: Any = sys.modules.get("psutil")  # not imported: nothing has been started
     tracker: Any = sys.modules.get("multiprocessing.resource_tracker")  # removes the semaphores, and ends by itself
     spared = getattr(getattr(tracker, "_resource_tracker", None), "_pid", None)

@@ -8,13 +8,16 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from leanbert import signals
+from leanbert.callbacks.loop.agreement import SameOnAllRanks
 from leanbert.callbacks.loop.bad_steps import StopOnBadSteps
 from leanbert.distributed.strategy import FullySharded
 from leanbert.errors import UserError
+from leanbert.launcher import Launcher
 from leanbert.ranges import COUNT, NOT_NEGATIVE, SHARE, WHOLE, Range
 
 RANGES = {
@@ -29,8 +32,8 @@ LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "lim
 """Batches if whole, else shares of all batches."""
 
 
-FOUND_LATE = ("`val_check_interval`", "conditioned on metric")
-"""What Lightning finds only in `fit`: an interval longer than an epoch, EarlyStopping of what is not logged."""
+FOUND_LATE = ("`val_check_interval`", "conditioned on metric", "in Lightning, but the")
+"""What Lightning finds only in `fit`: a too long interval, EarlyStopping of what is not logged, other devices."""
 
 
 def _bad_setting(error: Exception) -> UserError:
@@ -47,12 +50,10 @@ class _Loop(_FitLoop):
 
 
 class _Signals(_SignalConnector):
-    """Lightning's signals, but SIGTERM: its handler would wait for the other ranks, and `predict` would go on."""
+    """None of Lightning's signals, but ours: it would save in the middle of a step, each rank in another."""
 
     def register_signal_handlers(self) -> None:
-        own = signals.handlers()
-        super().register_signal_handlers()
-        signals.give_back(own)
+        """Leave SIGTERM to `leanbert.signals`, and SIGUSR1, by which Lightning requeues jobs of SLURM, alone."""
 
 
 class Trainer(pl.Trainer):
@@ -79,8 +80,10 @@ class Trainer(pl.Trainer):
             settings["strategy"] = FullySharded("nodes" if strategy == "hsdp" else 1)
         try:
             super().__init__(callbacks=[*given, stop], **settings)
-        except (TypeError, ValueError, ImportError, MisconfigurationException) as error:
+        except (TypeError, ValueError, ImportError, RuntimeError, MisconfigurationException) as error:
             raise _bad_setting(error) from error
+        if type(launcher := self.strategy.launcher) is _SubprocessScriptLauncher:
+            self.strategy._launcher = Launcher(launcher.cluster_environment, launcher.num_processes, launcher.num_nodes)
         loop, self.fit_loop = self.fit_loop, _Loop(self, self.fit_loop.min_epochs, self.fit_loop.max_epochs)
         self.fit_loop.epoch_loop = loop.epoch_loop
         self._signal_connector = _Signals(self)
@@ -93,6 +96,20 @@ class Trainer(pl.Trainer):
             if not any(sign in str(error) for sign in FOUND_LATE):
                 raise
             raise _bad_setting(error) from error
+
+    def _run(self, *arguments: Any, **settings: Any) -> Any:
+        """Run what ranks do together, having compared their settings.
+
+        The process group starts earlier for that: what a strategy exchanges first, another one would wait for in vain.
+        """
+        strategy: Any = self.strategy
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
+        compared = [each for each in callbacks if isinstance(each, SameOnAllRanks)]
+        if compared and self.world_size > 1:
+            strategy.accelerator.setup_device(strategy.root_device)
+            (strategy.setup_distributed if isinstance(strategy, DDPStrategy) else strategy._setup_distributed)()
+            compared[0].compare_settings()
+        return super()._run(*arguments, **settings)
 
     @property
     def log_dir(self) -> str | None:

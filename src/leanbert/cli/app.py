@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -212,7 +211,7 @@ class CLI(Setup):
         """Train what the cuts leave of the model, on the devices that are set."""
         from leanbert.cli.training import student_settings, train_student
 
-        given = yaml.safe_load(self._parser("compress").dump(self._settings, skip_none=False))
+        given = self.resolved()
         given["trainer"] |= self.hardware
         # what was adopted from the model counts, not what the configuration says
         given["data"]["init_args"] |= {name: self.datamodule.hparams[name] for name in self.datamodule.fixed}
@@ -263,7 +262,7 @@ def run(arguments: list[str]) -> None:
         CLI(arguments)
     except Interrupted as stopped:
         say(f"Stopped by {stopped} and saved. To go on:\n  {resume_command(arguments)}")
-        sys.exit(0 if signals.follows() else stopped.exit_code)  # a rank that fails is taken for a crash
+        sys.exit(stopped.exit_code if leads() else 0)  # another rank that failed would be taken for a crash
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
 

@@ -13,6 +13,7 @@ import yaml
 from leanbert.callbacks.reporting.plan import PlanReport
 from leanbert.errors import UserError
 from leanbert.files import scratch_folder
+from leanbert.messages import leads
 from leanbert.planning.timing import RunLength, count_validations, limited
 from leanbert.settings import add_overlay
 
@@ -56,7 +57,7 @@ def apply_budget(settings: Any, arguments: list[str]) -> PlanReport:
         place = arguments.index("fit")
         command = [sys.executable, sys.argv[0], *arguments[:place], "plan", *arguments[place + 1 :]]
         options = ("--prepare=true", "--first=true", f"--json={answer}", f"--save={overlay}")
-        done = subprocess.run([*command, *options], stdout=sys.stderr)
+        done = subprocess.run([*command, *options], stdout=sys.stderr if leads() else subprocess.DEVNULL)
         if done.returncode:
             sys.exit(done.returncode)
         plan, chosen = json.loads(answer.read_text()), yaml.safe_load(overlay.read_text()) or {}

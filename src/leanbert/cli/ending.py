@@ -1,19 +1,32 @@
-"""How the program ends: bad input is one line on standard error and an exit code."""
+"""How the program ends: bad input is one line on standard error and an exit code.
+
+Of several ranks the first speaks, which mostly meets the same error; another one only where the first does not.
+"""
 
 from __future__ import annotations
 
 import os
 import select
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from leanbert.errors import TrainingFailed, UserError
+from tqdm import tqdm
+
+from leanbert import signals
+from leanbert.errors import REFUSED, TrainingFailed, UserError
 from leanbert.files import DISK_FULL
-from leanbert.messages import say
+from leanbert.messages import rank
 
 LONGEST_MESSAGE = 1000
 """Characters of an error: what was given may be very long."""
+FIRST_SECONDS = 3.0
+"""How long a rank lets the first one speak, after which whoever started the ranks ends them."""
+LOST_SECONDS = 10.0
+"""How long a rank that has lost another one lets those speak who know which one."""
+LOST = ("gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer")
+"""What an error says where another rank has ended in the middle of an exchange."""
 READER_HAS_GONE = 141
 """Exit code where nobody reads standard output any longer, as behind `| head`: what a shell gives for SIGPIPE."""
 
@@ -30,6 +43,12 @@ def one_line_errors() -> Iterator[None]:
         fail(str(error), error, code=1)
     except UserError as error:
         fail(str(error), error)
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in LOST):
+            raise
+        wait_for_the_end(LOST_SECONDS, code=1)  # which rank has ended, and how, whoever started the ranks knows
+        which = "rank 0 has ended" if signals.orphaned() else "another rank has ended, or cannot be reached"
+        fail(f"{which}. {signals.GO_ON}", error, code=1)
     except OSError as error:
         gone = isinstance(error, BrokenPipeError) and reader_has_gone()
         drop_output()
@@ -39,13 +58,24 @@ def one_line_errors() -> Iterator[None]:
         fail(f"{error.filename or 'output'}: {reason}. Mend that, or choose another file or folder.", error)
 
 
-def fail(message: str, error: BaseException, code: int = 2) -> None:
+def fail(message: str, error: BaseException, code: int = REFUSED) -> None:
     """Print the message as one line and leave with an exit code; LEANBERT_DEBUG=1 shows the traceback instead."""
     if os.environ.get("LEANBERT_DEBUG") == "1":
         raise error
     message, half = " ".join(message.split()), LONGEST_MESSAGE // 2
-    say(f"error: {message if len(message) <= LONGEST_MESSAGE else f'{message[:half]} ... {message[-half:]}'}")
+    message = message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
+    if rank() > 0:
+        # the first of each machine speaks before the others
+        wait_for_the_end(FIRST_SECONDS + (os.environ.get("LOCAL_RANK", "0") != "0"), code)
+        message = f"rank {rank()}: {message}"
+    tqdm.write(f"error: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def wait_for_the_end(seconds: float, code: int) -> None:
+    """Give whoever knows more the time to speak; told to end meanwhile, this process leaves with `code`."""
+    signals.defer_to(lambda number: os._exit(code))
+    time.sleep(seconds)
 
 
 def drop_output() -> None:

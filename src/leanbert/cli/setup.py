@@ -8,10 +8,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from leanbert import checkpoints
+from leanbert.callbacks.loop.agreement import SameOnAllRanks
 from leanbert.callbacks.loop.checkpoint import RunCheckpoint
 from leanbert.callbacks.loop.interrupt import StopBetweenSteps
 from leanbert.callbacks.loop.validation import ValidateAtEnds
@@ -28,6 +30,7 @@ from leanbert.class_paths import find_class, in_arguments
 from leanbert.cli.arguments import complete
 from leanbert.cli.budget import apply_budget, count_devices, strategy_of
 from leanbert.cli.help import SUBCOMMANDS
+from leanbert.cli.launched import prepare_restarts, take_launched
 from leanbert.cli.options import OPTIONS
 from leanbert.cli.resume import Start, adopt_folder, adopt_start
 from leanbert.compression.onnx.runtime import OnnxModel
@@ -145,6 +148,8 @@ class Setup(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Find and read the checkpoint; Lightning's own version would look for hyper-parameters in it."""
         which = self._settings["ckpt_path"]
+        if self.config["subcommand"] == "fit":
+            prepare_restarts(which)
         if which is not None:
             self.start.find(which, self.runs, self.config["subcommand"])
             self._settings["ckpt_path"] = None if self.start.folder is not None else self.start.path
@@ -153,6 +158,7 @@ class Setup(LightningCLI):
         """Check and complete the settings."""
         settings, trainer = self._settings, self._settings["trainer"]
         self._check(settings, trainer)
+        take_launched(trainer, str(self.subcommand))
         if isinstance(self.start.folder, OnnxModel):
             check_for_onnx(trainer)
         self.device_type = device_type(trainer["accelerator"])
@@ -223,8 +229,9 @@ class Setup(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return the trainer with the callbacks that every run has, its run folder and its checkpoint files."""
         trainer = self._settings["trainer"]
+        first = [SameOnAllRanks(self.resolved)] if self.subcommand == "fit" else []
         extra: dict[str, Any] = {
-            "callbacks": [*(self._get(self.config_init, "trainer")["callbacks"] or []), *self._callbacks()],
+            "callbacks": [*first, *(self._get(self.config_init, "trainer")["callbacks"] or []), *self._callbacks()],
             "plugins": [
                 *(trainer["plugins"] or []),
                 checkpoints.StreamedCheckpointIO(self.start.path, self.start.checkpoint),
@@ -235,6 +242,10 @@ class Setup(LightningCLI):
         if self.subcommand != "fit" or trainer["logger"] in (None, True):
             extra["logger"] = False  # `fit` adds its own with the run's folder
         return super().instantiate_trainer(**extra)  # type: ignore[return-value]
+
+    def resolved(self) -> dict[str, Any]:
+        """Return all settings that the run has, by name."""
+        return yaml.safe_load(self._parser(self.subcommand).dump(self._settings, skip_none=False))
 
     def _callbacks(self) -> list[Any]:
         bar = [] if self._settings["trainer"]["enable_progress_bar"] is False else [ProgressBar()]

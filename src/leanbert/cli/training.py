@@ -15,7 +15,7 @@ from leanbert import signals
 from leanbert.checkpoints import BEST
 from leanbert.compression.steps import TECHNIQUES, ZEROS, Step, callbacks_of
 from leanbert.data.store.checksums import file_digest
-from leanbert.errors import UserError
+from leanbert.errors import REFUSED, UserError
 from leanbert.files import write_text_atomically
 from leanbert.messages import say
 from leanbert.runs import TaskRuns
@@ -23,8 +23,6 @@ from leanbert.tasks.distillation import START
 
 SETTINGS = ("seed_everything", "trainer", "model", "data", "checkpoint")
 PROGRAM = "import sys; sys.argv[0] = 'leanbert'; from leanbert.cli import main; main()"
-REFUSED = 2
-"""Exit code for bad input."""
 
 
 def student_settings(given: dict[str, Any], source: Path, cuts: Sequence[Step], steps: int) -> dict[str, Any]:

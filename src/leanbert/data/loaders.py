@@ -25,6 +25,11 @@ def training_loader(data: RowData) -> DataLoader[Batch]:
             f"data.batch_size: {batch_size} is the batch over all devices and not divisible by their number "
             f"({world_size}). Set a multiple of {world_size}"
         )
+    if (rows := data.statistics["train"].rows) < world_size:
+        raise UserError(
+            f"data.train_files: has {rows} rows, which {world_size} devices cannot share. Give more text, or use fewer "
+            "devices"
+        )
     start = lambda: data.samples_consumed  # noqa: E731
     sampler = PositionSampler(batch_size, data.batches_per_epoch, start=start, rank=rank, world_size=world_size)
     return _loader(data, data.training_rows(), sampler)

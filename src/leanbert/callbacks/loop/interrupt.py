@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 
 from leanbert import signals
 from leanbert.callbacks.loop.checkpoint import ASK_RANKS_EVERY, RunCheckpoint
+from leanbert.messages import leads
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
@@ -38,7 +39,7 @@ class StopBetweenSteps(Callback):
 
     def _receive(self, number: int) -> None:
         self.received = number
-        if not signals.follows():
+        if leads():
             signals.write(
                 f"{signal.Signals(number).name}: stopping after this step, or this validation and a step "
                 "(again: at once)"

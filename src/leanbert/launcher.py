@@ -1,0 +1,66 @@
+"""Lightning's launcher, which starts the ranks of this machine, and what it says when one of them ends."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+from leanbert import signals
+from leanbert.errors import REFUSED, TrainingFailed, UserError
+
+POLL_SECONDS = 0.5
+SUMMARY_SECONDS = 1.0
+"""How long the first rank may still write its summary, once another one has ended."""
+
+
+class Launcher(_SubprocessScriptLauncher):
+    """Ends all ranks when one of them has ended before its time, says which and how, and leaves with its exit code.
+
+    Lightning's own observer would kill this process, every five seconds, and leave nothing but its number.
+    """
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Start the other ranks, unless torchrun or srun has, and call the function."""
+        environment = self.cluster_environment
+        environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not environment.creates_processes_externally:
+            self._call_children_scripts()
+            threading.Thread(target=self._observe, daemon=True, name="ranks").start()
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        try:
+            return function(*args, **kwargs)
+        except (UserError, TrainingFailed):  # the others wait for this rank to say it
+            others, self.procs = self.procs, []
+            for process in others:
+                process.kill()
+            raise
+
+    def _observe(self) -> None:
+        codes: list[int | None] = [None]
+        while None in codes and not any(codes):
+            time.sleep(POLL_SECONDS)
+            codes = [process.poll() for process in self.procs]
+        failed = {number: code for number, code in enumerate(codes, 1) if code}
+        if failed:
+            number = min(failed, key=lambda number: failed[number])  # killed before failed
+            rank = self.cluster_environment.node_rank() * self.num_processes + number
+            signals.kill_children()
+            time.sleep(SUMMARY_SECONDS)
+            signals.end_at_once(max(failed[number], 1), ending(rank, failed[number]))
+
+
+def ending(rank: int, code: int) -> str | None:
+    """Return what is to be said of a rank that has ended with a code, None: it has said so itself."""
+    if code == REFUSED:
+        return None
+    if code > 0:
+        return f"error: rank {rank} has failed with exit code {code}, see above."
+    hint = " (the system does so when its memory is full)" if code == -signal.SIGKILL else ""
+    name = signal.Signals(-code).name
+    return f"error: rank {rank} was ended by {name}{hint}. {signals.GO_ON}"
