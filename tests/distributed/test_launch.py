@@ -72,7 +72,7 @@ def test_torchrun_decides_how_many_devices_there_are(folder, alone, name):
     alike(folder, f"torchrun-{name}", alone[0])
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["fsdp", "hsdp"])
 def test_two_machines(folder, alone, name):
     given = (*to(f"machines-{name}"), strategy(name))
     ended = started(folder, *(torchrun(*given, ranks=2, options=options) for options in two_machines()))
