@@ -48,10 +48,9 @@ def test_no_part_begins_after_the_end(gpu, tmp_path):
 def test_a_dry_run_fills_its_sections(gpu, tmp_path):
     """All but the parts that take minutes: `tests`, `budgets`, `profile` and `speed`."""
     report = tmp_path / "gpu.md"
-    done = subprocess.run(
-        [sys.executable, "benchmarks/gpu.py", "--dry-run", f"--report={report}", "--parts", *COUNTS], cwd=ROOT, capture_output=True,
-        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600,
-    )  # fmt: skip
+    command = [sys.executable, "benchmarks/gpu.py", "--dry-run", f"--report={report}", "--parts", *COUNTS]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     sections = dict(re.findall(r"<!-- gpu-(\w+) -->\n(.*?)<!-- /gpu-\1 -->", report.read_text(), re.DOTALL))
     rows = {name: [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from leanbert.memory import allocator
@@ -172,3 +174,24 @@ def test_techniques_that_the_given_ones_exclude_are_left_out():
     plan = search(settings("layer_major", encoder={"num_layers": 3}), CPU, None)
     assert len(plan.candidates) > 2
     assert not any("accumulation" in c.techniques or "checkpointing" in c.techniques for c in plan.candidates)
+
+
+def test_of_several_devices_each_set_is_tried_whole_and_on_shards():
+    run = replace(settings(), devices=2)
+    sets = ladder(run, CPU)
+    assert sets[:3] == [(), ("fsdp",), ladder(settings(), CPU)[1]]
+    assert sets[3] == ("fsdp", *sets[2])
+    assert len(sets) == 2 * len(ladder(settings(), CPU))
+    for strategy in ("ddp", "fsdp2"):
+        assert ladder(replace(run, strategy=strategy), CPU) == ladder(settings(), CPU)
+
+
+def test_shards_are_chosen_before_techniques_that_cost_compute():
+    run = replace(settings(rows=4), devices=2)
+    whole, shards = predict(run).peak_bytes, predict(replace(run, strategy="fsdp2")).peak_bytes
+    assert shards < whole
+    gpu = Target("cuda", 0, 0.0, 0.0)
+    chosen = search(run, gpu, (whole + shards) // 2, first=True).chosen
+    assert chosen.techniques == ("fsdp",)
+    assert chosen.prediction.peak_bytes == shards
+    assert chosen.overlay["trainer"]["strategy"] == "fsdp"

@@ -66,7 +66,7 @@ class PlanOptions(PlanRequest, Options):
     """Machines that share the batch. Default: trainer.num_nodes."""
     devices: int | None = None
     """Devices of each. Default: trainer.devices. With more than one in all the plan says what each needs and sends
-    under DDP and FSDP2."""
+    under DDP and FSDP2, and with a budget, that of each device, chooses between them."""
     prepare: bool = False
     """Prepare the corpus first, so that the size of the tokenizer trained on it counts instead of data.vocab_size."""
 
