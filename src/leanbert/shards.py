@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,9 +17,12 @@ def own(tensor: Tensor) -> Tensor:
 
 def own_rows(tensor: Tensor) -> int:
     """Return how many rows each device has, but the last ones, which may have fewer; of a whole tensor all."""
-    if not isinstance(tensor, DTensor):
-        return tensor.shape[0]
-    return -(-tensor.shape[0] // tensor.device_mesh.size(tensor.placements.index(Shard(0))))
+    return -(-tensor.shape[0] // shards_of(tensor))
+
+
+def shards_of(tensor: Tensor) -> int:
+    """Return over how many devices a tensor is sharded; a whole one 1."""
+    return tensor.device_mesh.size(tensor.placements.index(Shard(0))) if isinstance(tensor, DTensor) else 1
 
 
 def own_start(tensor: Tensor) -> int:
@@ -55,3 +60,37 @@ def counts_before(count: int, like: Tensor) -> tuple[int, int]:
     counts[place] = count
     counts = sum_over_shards(counts, like)
     return int(counts[:place].sum()), int(counts.sum())
+
+
+def map_whole(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return this device's part of what `function` makes of each sharded matrix, which one device sees whole.
+
+    Matrix number n is device n's; there are not more of them than devices. What is made has the matrix's shape, and
+    `dtype`.
+    """
+    first = tensors[0]
+    assert isinstance(first, DTensor)
+    group = first.device_mesh.get_group(first.placements.index(Shard(0)))
+    place, ranks = dist.get_rank(group), shards_of(first)
+    pieces: list[Tensor] = []
+    for owner, tensor in enumerate(tensors):  # all parts of a tensor are padded to the first one's rows
+        part = _padded(own(tensor), own_rows(tensor))
+        gathered = [torch.empty_like(part) for _ in range(ranks)] if owner == place else None
+        dist.gather(part, gathered, group=group, group_dst=owner)
+        pieces = gathered or pieces
+    made: list[Tensor] = []
+    if place < len(tensors):
+        mine = tensors[place]
+        whole = function(torch.cat(pieces)[: mine.shape[0]])
+        made = [piece.contiguous() for piece in _padded(whole, ranks * own_rows(mine)).chunk(ranks)]
+    found = []
+    for owner, tensor in enumerate(tensors):
+        part = own(tensor)
+        into = part.new_empty(own_rows(tensor), *tensor.shape[1:], dtype=dtype)
+        dist.scatter(into, made if owner == place else None, group=group, group_src=owner)
+        found.append(into[: len(part)])
+    return found
+
+
+def _padded(tensor: Tensor, rows: int) -> Tensor:
+    return torch.nn.functional.pad(tensor, (0, 0, 0, rows - len(tensor)))

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from leanbert.measure.target import target_type
 from leanbert.memory.precision import has_16_bit_products
+from leanbert.shards import map_whole, own, shards_of
+from leanbert.slices import parts
 
 
 class Muon(torch.optim.Muon):
@@ -20,8 +22,9 @@ class Muon(torch.optim.Muon):
     torch does it in bfloat16 always, and there such a product was measured to take 100 times as long as in float32: an
     update took longer than all else in a step. State and settings are the same.
 
-    Of sharded weights each rank has its part of the momentum. It gathers the updates one by one, iterates on each
-    whole, and takes its part: torch's own would exchange the factors of each product.
+    Of sharded weights each rank has its part of the momentum. As many at a time as there are ranks are gathered, each
+    on one rank, which iterates on it and hands the parts out again: torch's own would exchange the factors of each
+    product.
     """
 
     @torch.no_grad()
@@ -36,23 +39,33 @@ class Muon(torch.optim.Muon):
             with torch.enable_grad():
                 result = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group, torch.bfloat16 if fast else parameter.dtype)
+            given = [parameter for parameter in group["params"] if parameter.grad is not None]
+            ranks = shards_of(first)
+            given.sort(key=torch.Tensor.numel, reverse=ranks > 1)  # ranks have like work at a time
+            for part in parts(len(given), ranks):
+                self._update(given[part], group, torch.bfloat16 if fast else first.dtype)
         return result
 
-    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], dtype: torch.dtype) -> None:
-        state = self.state[parameter]
+    def _update(self, parameters: list[Tensor], group: dict[str, Any], dtype: torch.dtype) -> None:
+        """Update weights, of sharded ones at most as many as there are ranks."""
+
+        def iterate(matrix: Tensor) -> Tensor:
+            return orthogonal(matrix.to(dtype), group["ns_coefficients"], group["ns_steps"], group["eps"])
+
+        moved = [self._moved(parameter, group["momentum"]) for parameter in parameters]
+        updates = map_whole(iterate, moved, dtype) if isinstance(moved[0], DTensor) else map(iterate, moved)
+        for parameter, update in zip(parameters, updates, strict=True):
+            rate = group["lr"] * math.sqrt(max(1.0, parameter.shape[0] / parameter.shape[1]))
+            own(parameter).mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+
+    def _moved(self, parameter: Tensor, momentum: float) -> Tensor:
+        """Take the gradient into the momentum, and return what is to be made orthogonal."""
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
-        average = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-        moved = gradient.lerp(average, group["momentum"])
-        whole = moved.full_tensor() if isinstance(moved, DTensor) else moved
-        update = orthogonal(whole.to(dtype), group["ns_coefficients"], group["ns_steps"], group["eps"])
-        if isinstance(moved, DTensor):
-            update = distribute_tensor(update, moved.device_mesh, moved.placements, src_data_rank=None)
-        rate = group["lr"] * math.sqrt(max(1.0, parameter.shape[0] / parameter.shape[1]))
-        parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+        average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(average, momentum)
 
 
 def orthogonal(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:

@@ -19,11 +19,11 @@ FIRST_STEP = 3
 class CommunicationMonitor(Callback):
     """Log what several devices send each other in a step, and how much of the step they wait for it.
 
-    Sampled steps are profiled, on all devices: the third, and all that `every_n_steps` divides. What is logged:
+    Sampled are, on all devices, the third step and all that `every_n_steps` divides. What is logged:
     `communication/bytes_per_step`, which each device sends, counted as in a ring (DDP, FSDP2 and the global norm
-    alike); `communication/wait_share`, the part of the step in which something is sent and nothing computed, the mean
-    over devices; and `memory/fullest_device_mib`, the peak of the device with the highest one (on CPU its resident
-    memory). On a single device nothing is logged.
+    alike); `communication/wait_share`, the part of the step in which something is sent and nothing computed (on a CPU
+    in which the thread that computes does not run), the mean over devices; and `memory/fullest_device_mib`, the peak of
+    the device with the highest one (on CPU its resident memory). On a single device nothing is logged.
 
     Args:
         every_n_steps: Steps between two samples.
@@ -60,7 +60,7 @@ class CommunicationMonitor(Callback):
         })  # fmt: skip
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop profiling."""
+        """Stop counting."""
         if self._trace is not None:
             self._end()
 
