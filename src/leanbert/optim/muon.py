@@ -40,9 +40,8 @@ class Muon(torch.optim.Muon):
                 result = closure()
         for group in self.param_groups:
             given = [parameter for parameter in group["params"] if parameter.grad is not None]
-            ranks = shards_of(first)
-            given.sort(key=torch.Tensor.numel, reverse=ranks > 1)  # ranks have like work at a time
-            for part in parts(len(given), ranks):
+            given.sort(key=torch.Tensor.numel)  # ranks have like work at a time
+            for part in parts(len(given), shards_of(first)):
                 self._update(given[part], group, torch.bfloat16 if fast else first.dtype)
         return result
 
