@@ -15,21 +15,21 @@ def own(tensor: Tensor) -> Tensor:
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
 
 
+def shards_of(tensor: Tensor) -> int:
+    """Return over how many devices a tensor is sharded; a whole one 1."""
+    return tensor.device_mesh.size(_dimension(tensor)) if isinstance(tensor, DTensor) else 1
+
+
 def own_rows(tensor: Tensor) -> int:
     """Return how many rows each device has, but the last ones, which may have fewer; of a whole tensor all."""
     return -(-tensor.shape[0] // shards_of(tensor))
-
-
-def shards_of(tensor: Tensor) -> int:
-    """Return over how many devices a tensor is sharded; a whole one 1."""
-    return tensor.device_mesh.size(tensor.placements.index(Shard(0))) if isinstance(tensor, DTensor) else 1
 
 
 def own_start(tensor: Tensor) -> int:
     """Return how many elements of the whole tensor come before this device's part."""
     if not isinstance(tensor, DTensor) or tensor.numel() == 0:
         return 0
-    place = tensor.device_mesh.get_local_rank(tensor.placements.index(Shard(0)))
+    place = tensor.device_mesh.get_local_rank(_dimension(tensor))
     return min(own_rows(tensor) * place, tensor.shape[0]) * (tensor.numel() // tensor.shape[0])
 
 
@@ -37,7 +37,7 @@ def sum_over_shards(value: Tensor, like: Tensor) -> Tensor:
     """Return a value summed over the devices that together have `like`; of a whole tensor this device's, as it is."""
     if isinstance(like, DTensor):
         value = value.clone()
-        dist.all_reduce(value, group=like.device_mesh.get_group(like.placements.index(Shard(0))))
+        dist.all_reduce(value, group=like.device_mesh.get_group(_dimension(like)))
     return value
 
 
@@ -54,9 +54,8 @@ def counts_before(count: int, like: Tensor) -> tuple[int, int]:
     """Return the sums of a count over the devices with earlier parts of `like`, and over all with parts of it."""
     if not isinstance(like, DTensor):
         return 0, count
-    dimension = like.placements.index(Shard(0))
-    place = like.device_mesh.get_local_rank(dimension)
-    counts = torch.zeros(like.device_mesh.size(dimension), dtype=torch.int64, device=own(like).device)
+    place = like.device_mesh.get_local_rank(_dimension(like))
+    counts = torch.zeros(shards_of(like), dtype=torch.int64, device=own(like).device)
     counts[place] = count
     counts = sum_over_shards(counts, like)
     return int(counts[:place].sum()), int(counts.sum())
@@ -70,7 +69,7 @@ def map_whole(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor], d
     """
     first = tensors[0]
     assert isinstance(first, DTensor)
-    group = first.device_mesh.get_group(first.placements.index(Shard(0)))
+    group = first.device_mesh.get_group(_dimension(first))
     place, ranks = dist.get_rank(group), shards_of(first)
     pieces: list[Tensor] = []
     for owner, tensor in enumerate(tensors):  # all parts of a tensor are padded to the first one's rows
@@ -90,6 +89,11 @@ def map_whole(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor], d
         dist.scatter(into, made if owner == place else None, group=group, group_src=owner)
         found.append(into[: len(part)])
     return found
+
+
+def _dimension(tensor: DTensor) -> int:
+    """Return the dimension of its mesh over which a tensor is sharded; over others it is replicated."""
+    return tensor.placements.index(Shard(0))
 
 
 def _padded(tensor: Tensor, rows: int) -> Tensor:
