@@ -40,15 +40,21 @@ def test_the_layout_has_loss_and_quality_above_memory(run):
 
 
 def test_a_device_has_charts_of_its_own():
-    cpu, cuda = page_layout([], "cpu"), page_layout([], "cuda")
+    cpu, cuda = page_layout([], "cpu", 1), page_layout([], "cuda", 1)
     assert list(cpu) == list(cuda)
     assert cpu["Loss and quality"] == {"loss": ["Multiline", ["train/loss"]]}
     assert set(cuda["Memory (MiB)"]) - set(cpu["Memory (MiB)"]) == {"of the device"}
     assert set(cuda["Speed"]) - set(cpu["Speed"]) == {"allocation retries"}
 
 
+def test_several_devices_have_charts_of_what_they_send():
+    one, two = page_layout([], "cpu", 1), page_layout([], "cpu", 2)
+    assert list(two) == [*one, "Communication"]
+    assert set(two["Memory (MiB)"]) - set(one["Memory (MiB)"]) == {"of the fullest device"}
+
+
 def test_metrics_of_parts_are_not_laid_out():
-    charts = page_layout(["val/f1", "val/f1/ARG0", "train/loss", "average/f1"], "cpu")["Loss and quality"]
+    charts = page_layout(["val/f1", "val/f1/ARG0", "train/loss", "average/f1"], "cpu", 1)["Loss and quality"]
     assert list(charts) == ["loss", "f1"]
 
 

@@ -30,7 +30,7 @@ class Dashboard(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write layout and settings: the validation before step 1 has told which metrics there are."""
         for writer in tensorboard_writers(trainer):
-            writer.add_custom_scalars(page_layout(trainer.callback_metrics, pl_module.device.type))
+            writer.add_custom_scalars(page_layout(trainer.callback_metrics, pl_module.device.type, trainer.world_size))
             for summary in hparams_start(compared_settings(trainer, task_of(pl_module))):
                 writer.file_writer.add_summary(summary)
 
@@ -92,7 +92,7 @@ def hparams_end() -> Any:
     return hparams({}, {})[2]
 
 
-def page_layout(metrics: Iterable[str], device_type: str) -> dict[str, dict[str, list[Any]]]:
+def page_layout(metrics: Iterable[str], device_type: str, devices: int) -> dict[str, dict[str, list[Any]]]:
     """Return the layout of the page of custom scalars: sections and charts in the order in which one asks.
 
     TensorBoard's other pages sort tags by name, and memory comes first.
@@ -100,6 +100,7 @@ def page_layout(metrics: Iterable[str], device_type: str) -> dict[str, dict[str,
     Args:
         metrics: Tags of the validation among others.
         device_type: What the run trains on.
+        devices: How many of them.
 
     """
     found = [tag for tag in metrics if tag.startswith("val/") and tag.count("/") == 1]
@@ -125,6 +126,12 @@ def page_layout(metrics: Iterable[str], device_type: str) -> dict[str, dict[str,
             "learning rate": ["train/learning_rate"],
         },
     }
+    if devices > 1:
+        memory["of the fullest device"] = ["memory/fullest_device_mib"]
+        sections["Communication"] = {
+            "bytes sent per step": ["communication/bytes_per_step"],
+            "share of a step spent waiting": ["communication/wait_share"],
+        }
     if device_type == "cuda":
         sections["Speed"]["allocation retries"] = ["memory/allocation_retries"]
     return {
