@@ -1,7 +1,11 @@
 """Settings from files and command line. Bad ones: one line, exit code 2, the setting and the fix."""
 
-import pytest
+from typing import Union
 
+import pytest
+from jsonargparse import ArgumentParser
+
+from leanbert.cli.setup import whole_numbers_first
 from leanbert.settings import check_devices
 from tests.cli.program import refused, run
 from tests.corpus import write_corpus
@@ -89,3 +93,13 @@ def test_print_config_takes_the_size(tmp_path, name):
     sizes = {"mini": (4, 256), "small": (4, 512), "base": (12, 768), "large": (24, 1024)}[name]
     assert f"num_layers: {sizes[0]}\n" in result.stdout
     assert f"hidden_size: {sizes[1]}\n" in result.stdout
+
+
+def test_a_whole_number_is_one_where_fractions_are_allowed_first():
+    parser = ArgumentParser()
+    parser.add_argument("--batches", type=Union[float, int, None])  # noqa: UP007
+    assert isinstance(parser.parse_args(["--batches=4"]).batches, float)
+    whole_numbers_first(parser)
+    for text, value in (("4", 4), ("1", 1), ("0.5", 0.5), ("1.0", 1.0), ("null", None)):
+        found = parser.parse_args([f"--batches={text}"]).batches
+        assert (found, type(found)) == (value, type(value))

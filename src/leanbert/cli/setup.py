@@ -60,6 +60,17 @@ DEVICELESS = ("prepare", "plan", "export", "compress")
 """Subcommands that need no device."""
 
 
+def whole_numbers_first(parser: LightningArgumentParser) -> None:
+    """Let a whole number be one where a fraction is allowed too: 4 batches, not 4.0, which would be a share.
+
+    `typing` keeps of Optional[Union[int, float]] and its reverse the one named first: imports decide over Lightning's.
+    """
+    number = int | float | None
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) == number:
+            action._typehint = number  # type: ignore[attr-defined]
+
+
 class Setup(LightningCLI):
     """LightningCLI with LeanBERT's subcommands, defaults and checks, until the subcommand's own work begins."""
 
@@ -113,6 +124,7 @@ class Setup(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the settings of checkpoints, which every run writes."""
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        whole_numbers_first(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and refuse a seed out of range and a value nested more deeply than the parser can follow."""
