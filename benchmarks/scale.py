@@ -76,9 +76,9 @@ def fit(root: Path, strategy: str | None, devices: int, rows: int, more: Iterabl
 def plan(root: Path, strategy: str, devices: int, rows: int, more: Iterable[str]) -> dict[str, Any]:
     """Return what `plan` foretells of each device, and the FLOPs of its step."""
     output = root / "plan.json"
-    batch = f"--data.batch_size={rows * devices}"
+    where = [f"--config=configs/strategy/{strategy}.yaml", f"--data.batch_size={rows * devices}"]
     train_py(
-        "plan", "mlm", *more, batch, f"--devices={devices}", "--prepare=true", f"--json={output}",
+        "plan", "mlm", *more, *where, f"--devices={devices}", "--prepare=true", f"--json={output}",
         f"--trainer.default_root_dir={root}", log=root / "plan.log", one_thread=True,
     )  # fmt: skip
     found = json.loads(output.read_text())
