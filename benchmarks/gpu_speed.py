@@ -9,11 +9,16 @@ from typing import Any
 import torch
 
 from gpu_fits import Run, in_cell, predicted
+from leanbert.planning.timing import PEAK_FLOPS
 from leanbert.units import MIB
 from speed import MASK_RATE, SIZES, fit_command, run_leanbert, run_peer
 
-PEAK_BF16 = {"H100 PCIe": 756e12, "H100 80GB HBM3": 989e12, "H200": 989e12}
-"""Dense peaks of bf16 products in FLOP/s by part of the card's name; NVIDIA's data sheets of H100 and H200."""
+PEAK_BF16 = {
+    "H100 PCIe": 756e12,  # NVIDIA H100 datasheet
+    "H100 80GB HBM3": PEAK_FLOPS["h100-sxm"]["16"],
+    "H200": PEAK_FLOPS["h200-sxm"]["16"],
+}
+"""Dense peaks of bf16 products in FLOP/s by part of the card's name."""
 
 
 def peak_flops() -> float | None:

@@ -31,8 +31,9 @@ PRODUCTS = frozenset(
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     }
 )
-PRODUCTS_BY_NAME = frozenset({"torch_attn::_varlen_attn"})  # of a module that is imported where it is needed
 """Operations whose outputs cost most to compute again."""
+PRODUCTS_BY_NAME = frozenset({"torch_attn::_varlen_attn"})
+"""The same of a module that is imported where it is needed."""
 
 
 class Checkpointable(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from leanbert.optim.closures import with_gradients
 from leanbert.shards import own, sum_over_shards
 
 
@@ -24,10 +25,7 @@ class Adafactor(torch.optim.Adafactor):
         """Update the weights; return the result of the closure."""
         if not any(isinstance(parameter, DTensor) for group in self.param_groups for parameter in group["params"]):
             return super().step(closure)
-        result = None
-        if closure is not None:
-            with torch.enable_grad():
-                result = closure()
+        result = with_gradients(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from leanbert.errors import UserError
+from leanbert.optim.closures import with_gradients
 from leanbert.optim.quantized_state import BlockCode, draw_int16, write_bfloat16
 from leanbert.ranges import NOT_NEGATIVE, RATE, check_ranges
 from leanbert.shards import own, own_start
@@ -102,10 +103,7 @@ class SlicedAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run the closure, then update every parameter that has a gradient; return the closure's result."""
-        result = None
-        if closure is not None:
-            with torch.enable_grad():
-                result = closure()
+        result = with_gradients(closure)
         for parameter in self._places:
             if parameter.grad is not None:
                 self.update(parameter)

@@ -15,6 +15,7 @@ from leanbert.measure.trace import phase
 from leanbert.models.heads import Output
 from leanbert.optim.adafactor import Adafactor
 from leanbert.optim.adamw import SlicedAdamW
+from leanbert.optim.closures import with_gradients
 from leanbert.optim.muon import Muon
 from leanbert.optim.quantized_state import draw_int16, write_bfloat16
 from leanbert.ranges import NOT_NEGATIVE, RATE, check_ranges
@@ -80,10 +81,7 @@ class CombinedOptimizer(Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run the closure once, then update every parameter that has a gradient; return the closure's result."""
-        result = None
-        if closure is not None:
-            with torch.enable_grad():
-                result = closure()
+        result = with_gradients(closure)
         with phase("optimizer"):
             for inner in self.optimizers:
                 if isinstance(inner, SlicedAdamW) or not _in_bfloat16(inner):

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from leanbert.measure.target import target_type
 from leanbert.memory.precision import has_16_bit_products
+from leanbert.optim.closures import with_gradients
 from leanbert.shards import map_whole, own, shards_of
 from leanbert.slices import parts
 
@@ -34,10 +35,7 @@ class Muon(torch.optim.Muon):
         fast = has_16_bit_products(target_type(first))
         if fast and not isinstance(first, DTensor):
             return super().step(closure)
-        result = None
-        if closure is not None:
-            with torch.enable_grad():
-                result = closure()
+        result = with_gradients(closure)
         for group in self.param_groups:
             given = [parameter for parameter in group["params"] if parameter.grad is not None]
             given.sort(key=torch.Tensor.numel)  # ranks have like work at a time

@@ -14,7 +14,6 @@ from leanbert.settings import find_shipped, parse_yaml
 MICRO_BATCH = ("accumulation", "layer_major")
 """Overlays whose callback has a micro-batch."""
 
-
 SHARDED = "fsdp"
 """The overlay of `configs/strategy` that shares out the model too."""
 

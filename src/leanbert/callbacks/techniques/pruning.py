@@ -7,7 +7,6 @@ from itertools import chain
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -30,6 +29,7 @@ from leanbert.compression.pruning import (
 from leanbert.distributed.state import gather, shard_like
 from leanbert.errors import UserError, require
 from leanbert.measure.trace import phase
+from leanbert.messages import leads
 from leanbert.ranges import COUNT, PART, WHOLE
 from leanbert.shards import own, own_rows
 from leanbert.tasks.techniques import Techniques
@@ -236,8 +236,8 @@ class MovementPruning(WeightPruning):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sparsity and the importance."""
-        first = not dist.is_initialized() or dist.get_rank() == 0
-        return {**super().state_dict(), "scores": {name: gather(s, keep=first) for name, s in self._scores.items()}}
+        whole = {name: gather(scores, keep=leads()) for name, scores in self._scores.items()}
+        return {**super().state_dict(), "scores": whole}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over both."""
