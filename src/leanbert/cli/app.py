@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import shlex
 import sys
@@ -256,6 +257,7 @@ def run(arguments: list[str]) -> None:
         SystemExit: A signal has stopped the run, which is saved.
     """
     quiet_libraries()
+    gc.freeze()  # what is imported stays: neither collections nor samples of memory look through it
     helps = any(part in word for word in arguments for part in ("-h", ".help", "print_config="))
     set_parsing_settings(docstring_parse_attribute_docstrings=helps)  # the dataclasses' field texts, slow to read
     try:
