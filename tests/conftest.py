@@ -27,7 +27,8 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def pytest_collection_finish():
+@pytest.fixture(scope="module", autouse=True)
+def freeze_what_is_there():
     """Keep what is imported out of the many collections to come, as the command line does."""
     gc.collect()
     gc.freeze()
