@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from tests.cli.program import ROOT
+from tests.distributed.ranks import free_port
 from tests.training import TINY
 
 PROGRAM = str(ROOT / "train.py")
@@ -66,13 +66,6 @@ def machines_that_may_go() -> list[tuple[str, ...]]:
         (*place, "--max-restarts=2", "--local_addr=127.0.0.1", f"--rdzv_conf=is_host={host},last_call_timeout=10")
         for host in ("true", "false")
     ]
-
-
-def free_port() -> int:
-    """Return a port of this machine that nobody uses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def lives(number: int) -> bool:

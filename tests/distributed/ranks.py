@@ -22,11 +22,16 @@ def _run(rank, world_size, port, function, queue):
     os._exit(0)  # taking the process group down has hung on a busy machine
 
 
-def on_ranks(function, world_size=2):
-    """Return what `function(rank)` returns on each rank, by rank; it is a module's, and returns numbers or arrays."""
+def free_port() -> int:
+    """Return a port of this machine that nobody uses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return int(probe.getsockname()[1])
+
+
+def on_ranks(function, world_size=2):
+    """Return what `function(rank)` returns on each rank, by rank; it is a module's, and returns numbers or arrays."""
+    port = free_port()
     context = torch.multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
     processes = [

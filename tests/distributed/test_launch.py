@@ -193,7 +193,7 @@ def test_a_run_goes_on_without_a_machine_that_dies(folder, alone):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--data.batch_size=7"], "data.batch_size: 7 is the batch over all devices and not divisible"),
+        (["--data.batch_size=7"], "data.batch_size: 7 is the batch of all devices together and not divisible"),
         (["--data.train_files=one.txt", "--data.val_files=train.txt"], "data.train_files: has 1 rows, which 2 devices"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from leanbert.callbacks.reporting.plan import PlanReport
-from leanbert.errors import UserError
+from leanbert.data.settings import rows_per_device
 from leanbert.files import scratch_folder
 from leanbert.messages import leads
 from leanbert.planning.timing import RunLength, count_validations, limited
@@ -25,11 +25,7 @@ def count_devices(settings: Any) -> int:
     if isinstance(devices, str):
         devices = int(devices) if devices.isdigit() else 1
     count = max(1, len(devices) if isinstance(devices, list) else devices) * (settings["nodes"] or trainer["num_nodes"])
-    rows = settings["data"]["init_args"]["batch_size"]
-    if count < 1 or rows % count:
-        raise UserError(
-            f"data.batch_size: {rows} is not divisible by {count} devices. Set a multiple of {max(1, count)}."
-        )
+    rows_per_device(settings["data"]["init_args"]["batch_size"], count)
     return count
 
 

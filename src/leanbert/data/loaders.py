@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from leanbert.data.batches.batch import Batch
 from leanbert.data.batches.loading import PositionSampler, Rows
+from leanbert.data.settings import rows_per_device
 from leanbert.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,11 +21,7 @@ def training_loader(data: RowData) -> DataLoader[Batch]:
     """Return batches of the training stream, each time from `samples_consumed` on, for one epoch's steps."""
     rank, world_size = _rank(data)
     batch_size = data.hparams["batch_size"]
-    if batch_size % world_size:
-        raise UserError(
-            f"data.batch_size: {batch_size} is the batch over all devices and not divisible by their number "
-            f"({world_size}). Set a multiple of {world_size}"
-        )
+    rows_per_device(batch_size, world_size)
     if (rows := data.statistics["train"].rows) < world_size:
         raise UserError(
             f"data.train_files: has {rows} rows, which {world_size} devices cannot share. Give more text, or use fewer "

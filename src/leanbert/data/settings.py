@@ -38,6 +38,16 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         )
 
 
+def rows_per_device(batch_size: int, devices: int) -> int:
+    """Return how many rows of a batch each device takes. Raises `UserError` where devices cannot share it evenly."""
+    if devices < 1 or batch_size % devices:
+        raise UserError(
+            f"data.batch_size: {batch_size} is the batch of all devices together and not divisible by {devices} "
+            f"devices. Set a multiple of {max(1, devices)}"
+        )
+    return batch_size // devices
+
+
 def given_files(settings: Mapping[str, Any], part: Part, kind: str = "files") -> list[str] | None:
     """Return the setting `PART_KIND`, for training without the files of evaluation; None: it is not set."""
     given = as_list(settings[f"{part}_{kind}"])

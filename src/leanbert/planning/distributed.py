@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+from leanbert.data.settings import rows_per_device
 from leanbert.errors import UserError
 from leanbert.planning.predict import Prediction, predict
 from leanbert.planning.run_settings import RunSettings
@@ -34,18 +35,8 @@ def predict_distributed(settings: RunSettings, devices: int, strategy: Literal["
     """
     if devices == 1:
         return predict(settings)
-    shared = replace(settings, rows=settings.rows or _share(settings, devices), devices=devices, strategy=strategy)
-    return predict(shared)
-
-
-def _share(settings: RunSettings, devices: int) -> int:
-    batch = settings.rows_per_step
-    if devices < 1 or batch % devices:
-        raise UserError(
-            f"data.batch_size: {batch} is the batch over all devices and not divisible by their number ({devices}). "
-            f"Set a multiple of {devices}."
-        )
-    return batch // devices
+    rows = settings.rows or rows_per_device(settings.rows_per_step, devices)
+    return predict(replace(settings, rows=rows, devices=devices, strategy=strategy))
 
 
 def share_out(settings: RunSettings) -> Shared:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,6 +21,7 @@ from leanbert.distributed.parallelize import parallelize
 from leanbert.distributed.strategy import FullySharded
 from leanbert.errors import UserError
 from leanbert.memory.step import StepTask, seed_position
+from leanbert.messages import say_once
 from leanbert.models.base import EncoderModel
 from leanbert.models.config import EncoderConfig
 from leanbert.models.kernels.loss import IGNORED, cross_entropy_sum
@@ -206,7 +206,7 @@ class Task(SteppedModule[B]):
         total_steps = int(self.trainer.estimated_stepping_batches)
         wanted, warmup = self.schedule_config.warmup_steps, effective_warmup(self.schedule_config, total_steps)
         if warmup != wanted:
-            rank_zero_warn(f"Warm-up of {wanted} steps does not fit into {total_steps}: {warmup} used.")
+            say_once(f"warm-up     {warmup} steps; schedule.warmup_steps {wanted} does not fit into {total_steps}")
         schedule = Schedule(optimizer, self.schedule_config, total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
