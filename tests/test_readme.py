@@ -47,7 +47,7 @@ def shortened(line, number):
         limits = [*TINY, f"--trainer.max_steps={STEPS_A_COMMAND * (number + 1)}", "--trainer.limit_val_batches=2"]
         line = f"{line} {' '.join(limits)}"
     if " compress " in line:
-        line += " --seconds=0.1"
+        line += " --trainer.limit_test_batches=2 --seconds=0.1"
     if line.startswith("torchrun "):  # starts processes of its own
         return line.replace("torchrun", f"{sys.executable} -m torch.distributed.run").replace(
             " train.py", f" {PROGRAM}"

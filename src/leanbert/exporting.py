@@ -29,9 +29,9 @@ Format = Literal["hf", "onnx", "sparse"]
 
 def write_folder(
     trained: Pretrained, folder: str | Path, format: Format, quantize: Scheme | None, exceptions: Sequence[str],
-    seen: Sequence[PackedInputs],
+    seen: Sequence[PackedInputs], float32: Path | None = None,
 ) -> None:  # fmt: skip
-    """Write a folder with a model and its tokenizers: see `Pretrained.export`."""
+    """Write a folder with a model and its tokenizers: see `Pretrained.export`, and for `float32` `write_onnx`."""
     model = trained.model
     if isinstance(model, OnnxModel):
         raise UserError("export: this model is in ONNX files already. Load the checkpoint that they are of")
@@ -50,7 +50,7 @@ def write_folder(
         raise UserError(f"export: seen is what {STATIC} is calibrated on. Leave it out")
     folder = expand(folder, "output")
     if format == "onnx":
-        write_onnx(model, folder, trained.metadata, quantize, exceptions, seen)
+        write_onnx(model, folder, trained.metadata, quantize, exceptions, seen, float32)
     elif format == "sparse":
         write_sparse(model, folder, trained.metadata)
     else:

@@ -18,6 +18,7 @@ from leanbert.compression_report.request import CompressRequest
 from leanbert.compression_report.sensitivity import Sensitivity, examine, relative_drop
 from leanbert.compression_report.variants import ORIGINAL, Source, Variant, excepting, make_references, make_variants
 from leanbert.errors import UserError
+from leanbert.exporting import write_folder
 from leanbert.files import explain_disk_errors
 from leanbert.messages import say
 
@@ -114,11 +115,8 @@ def _examine(
         over = most is not None and row.drop is not None and not row.drop <= most
         if whole is None or scheme is None or not (over or request.sensitivity):
             continue
-        layers = examine(
-            row.name, whole, scheme, row.exceptions, variant.seen,
-            lambda model: source.evaluate(model, test=False)[source.tag],
-            original[source.tag], source.sign, most if over else None,
-        )  # fmt: skip
+        judge = lambda model: source.evaluate(model, test=False)[source.tag]  # noqa: E731
+        layers = examine(variant, judge, original[source.tag], source.sign, most if over else None)
         found.append(layers)
         if layers.choice is None:
             continue
@@ -127,7 +125,7 @@ def _examine(
             exceptions = layers.choice.exceptions
             name = excepting(row.name, exceptions)
             path = request.output / name
-            whole.export(path, "onnx", scheme, exceptions, variant.seen)
+            write_folder(whole, path, "onnx", scheme, exceptions, variant.seen, variant.float32)
             own = replace(row, name=name, exceptions=exceptions, size_bytes=bytes_of(path))
             variants.append(Variant(own, path, read_onnx(path)))
             _evaluate(variants[-1:], source, original)

@@ -6,15 +6,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from leanbert.api import Pretrained
-from leanbert.compression.onnx.quantization import Scheme, fold, layers_of, quantize_folded
+from leanbert.compression.onnx.quantization import fold, layers_of, quantize_folded
 from leanbert.compression.onnx.runtime import OnnxModel, read_onnx
 from leanbert.files import scratch_folder
-from leanbert.models.packed_inputs import PackedInputs
 from leanbert.tasks.tables import markdown_table
+
+if TYPE_CHECKING:
+    from leanbert.compression_report.variants import Variant
 
 Value = Callable[[Sequence[str]], float]
 """Returns the metric of a model that is quantized but for some layers."""
@@ -95,41 +97,37 @@ def choose_exceptions(order: Sequence[str], drop: Value, most: float) -> Choice:
 
 
 @contextmanager
-def trials(
-    model: Pretrained,
-    scheme: Scheme,
-    judge: Callable[[OnnxModel], float],
-    given: Sequence[str],
-    seen: Sequence[PackedInputs] = (),
-) -> Iterator[tuple[list[str], Value]]:
-    """Yield the layers of a model that are quantized, and what judges it with some of them, and `given`, left out.
+def trials(variant: Variant, judge: Callable[[OnnxModel], float]) -> Iterator[tuple[list[str], Value]]:
+    """Yield the layers of a variant that are quantized, and what judges it with some of them left in 32 bits, too.
 
-    The graphs are made once; each trial takes the time of a quantization and of an evaluation.
+    The graphs are made once, if the variant has none; each trial takes the time of a quantization and an evaluation.
     """
+    whole, scheme, given = variant.whole, variant.scheme, variant.row.exceptions
+    assert whole is not None
+    assert scheme is not None
     with scratch_folder() as scratch:
         plain, folded, trial = (scratch / name for name in ("plain", "folded", "trial"))
-        model.export(plain, "onnx")
+        if variant.float32 is None:
+            whole.export(plain, "onnx")
         for folder in (folded, trial):
             folder.mkdir()
-        fold(plain, folded)
+        fold(variant.float32 or plain, folded)
 
         def value(exceptions: Sequence[str]) -> float:
-            quantize_folded(folded, trial, scheme, {*exceptions, *given}, seen)
+            quantize_folded(folded, trial, scheme, {*exceptions, *given}, variant.seen)
             return judge(read_onnx(trial))
 
         yield [layer for layer in layers_of(folded, scheme) if layer not in given], value
 
 
 def examine(
-    name: str, model: Pretrained, scheme: Scheme, given: Sequence[str], seen: Sequence[PackedInputs],
-    judge: Callable[[OnnxModel], float], original: float, sign: float, most: float | None,
-) -> Sensitivity:  # fmt: skip
-    """Return the sensitivity of a variant, and where `most` is given the exceptions that keep this drop.
+    variant: Variant, judge: Callable[[OnnxModel], float], original: float, sign: float, most: float | None
+) -> Sensitivity:
+    """Return the sensitivity of a quantized variant, and where `most` is given the exceptions that keep this drop.
 
-    `model` is what is quantized, `given` are layers that stay in 32 bits in any case, `seen` is what it reads, and
     `original` is the metric that drops. Where the model in 32 bits drops more there is nothing to choose.
     """
-    with trials(model, scheme, judge, given, seen) as (layers, value):
+    with trials(variant, judge) as (layers, value):
         metric, effects = effects_of(layers, value, sign)
         choice = None
         at_best = relative_drop(metric, original, sign)
@@ -138,4 +136,4 @@ def examine(
         elif most is not None and len(layers) > 1:
             order = [effect.layer for effect in effects]
             choice = choose_exceptions(order, lambda left: relative_drop(value(left), original, sign), most)
-    return Sensitivity(name, metric, effects, choice)
+    return Sensitivity(variant.row.name, metric, effects, choice)

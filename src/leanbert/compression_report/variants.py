@@ -15,12 +15,13 @@ from tqdm import tqdm
 from leanbert.api import Pretrained, load
 from leanbert.compression.onnx.quantization import STATIC, Scheme, quantize_plainly
 from leanbert.compression.onnx.runtime import read_onnx
-from leanbert.compression.steps import ZEROS, Calibrate, Step, apply_steps, inputs_seen, split_at_training
+from leanbert.compression.steps import QUANTIZE, ZEROS, Calibrate, Step, apply_steps, inputs_seen, split_at_training
 from leanbert.compression_report.huggingface import FOLDER, leave_huggingface
 from leanbert.compression_report.measuring import bytes_of, flops_per_token, weights_of
 from leanbert.compression_report.report import Row
 from leanbert.compression_report.request import CompressRequest
 from leanbert.errors import UserError
+from leanbert.exporting import write_folder
 from leanbert.memory.precision import default_precision
 from leanbert.messages import say
 from leanbert.models.base import EncoderModel
@@ -65,15 +66,20 @@ class Source:
 
 @dataclass
 class Variant:
-    """A model to measure, and its row of the report."""
+    """A model to measure, and its row of the report.
+
+    Of one that is quantized: `whole`, the model before; `float32`, the folder with its ONNX files, where there is one;
+    the scheme; and `seen`, rows of real data, where they count.
+    """
 
     row: Row
     path: Path
     model: Any
     bf16: bool = False
-    whole: Pretrained | None = None  # what was quantized, and how
+    whole: Pretrained | None = None
+    float32: Path | None = None
     scheme: Scheme | None = None
-    seen: Sequence[PackedInputs] = ()  # of real data, where that counts
+    seen: Sequence[PackedInputs] = ()
 
 
 def make_references(source: Source, original: Pretrained, output: Path) -> list[Variant]:
@@ -133,7 +139,8 @@ def make_variants(
         name = excepting(name, exceptions)
         path = request.output / name
         sparse = scheme is None and any(step.name in ZEROS for step in steps)
-        smaller.export(path, "sparse" if sparse else "onnx", scheme, exceptions, seen)
+        float32 = request.output / ONNX if [step.name for step in steps] == [QUANTIZE] else None
+        write_folder(smaller, path, "sparse" if sparse else "onnx", scheme, exceptions, seen, float32)
         row = Row(name, [str(step) for step in steps], "PyTorch float32" if sparse else "onnxruntime", exceptions)
         row.size_bytes = bytes_of(path)
         row.parameters, row.nonzero = weights_of(model)
@@ -141,7 +148,8 @@ def make_variants(
         others = [variant.row for variant in (*before, *found)]
         leave_huggingface(smaller, row, request.output, f"{name}/{FOLDER}", others)
         computed = model if sparse else read_onnx(path)
-        found.append(Variant(row, path, computed, whole=smaller if scheme else None, scheme=scheme, seen=seen))
+        whole = smaller if scheme else None
+        found.append(Variant(row, path, computed, whole=whole, float32=float32, scheme=scheme, seen=seen))
     return found
 
 

@@ -132,3 +132,15 @@ def test_half_a_model_is_said_so(tmp_path):
     (tmp_path / "encoder_model.onnx").write_bytes(b"")
     with pytest.raises(UserError, match=r"there is encoder_model\.onnx, but no decoder_model\.onnx"):
         read_onnx(tmp_path)
+
+
+def test_files_in_32_bits_are_quantized_without_making_them_again(tmp_path, monkeypatch):
+    model, metadata = make("classification")
+    write_onnx(model, tmp_path / "float32", metadata)
+    write_onnx(model, tmp_path / "alone", metadata, "int8")
+    monkeypatch.setattr(onnx_folder, "write_graph", None)
+    sizes = write_onnx(model, tmp_path / "int8", metadata, "int8", float32=tmp_path / "float32")
+    assert sizes == {"model.onnx": (tmp_path / "alone" / "model.onnx").stat().st_size}
+    assert largest_difference(model, read_onnx(tmp_path / "int8")) == largest_difference(
+        model, read_onnx(tmp_path / "alone")
+    )

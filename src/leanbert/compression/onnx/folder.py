@@ -32,26 +32,29 @@ LENGTHS = (1, 7, 128)
 
 def write_onnx(
     model: EncoderModel, folder: Path, metadata: ModelMetadata, scheme: Scheme | None = None,
-    exceptions: Sequence[str] = (), seen: Sequence[PackedInputs] = (),
+    exceptions: Sequence[str] = (), seen: Sequence[PackedInputs] = (), float32: Path | None = None,
 ) -> dict[str, int]:  # fmt: skip
     """Write the files of a model, quantized if asked but for the layers `exceptions`, and return their sizes in bytes.
 
     Before they are put into `folder`, they are opened by onnxruntime, and float32 is compared with the model.
-    Sizes are by name. Raises `UserError` if something is not installed, the disk is full, or outputs differ, and as
-    `quantize`.
+    Sizes are by name. What is quantized are the files in the folder `float32`, which this has written of the same
+    model; None: they are made. Raises `UserError` if something is not installed, the disk is full, or outputs differ,
+    and as `quantize`.
     """
     sizes: dict[str, int] = {}
     model = deepcopy(model).float().eval()
     with scratch_folder() as scratch, ExitStack() as stack, explain_disk_errors(folder):
-        for name, graph in graphs_of(model).items():
-            write_graph(graph, scratch / name, metadata)
-        worst = largest_difference(model, read_onnx(scratch))
-        if not worst <= TOLERANCE:
-            raise UserError(f"{folder}: onnxruntime computes something else, by {worst:.1e}. Nothing was written")
-        written = sorted(scratch.iterdir())
+        if float32 is None:
+            float32 = scratch
+            for name, graph in graphs_of(model).items():
+                write_graph(graph, scratch / name, metadata)
+            worst = largest_difference(model, read_onnx(scratch))
+            if not worst <= TOLERANCE:
+                raise UserError(f"{folder}: onnxruntime computes something else, by {worst:.1e}. Nothing was written")
+        written = sorted(float32.glob("*.onnx"))
         if scheme is not None:
             (scratch / scheme).mkdir()
-            quantize(scratch, scratch / scheme, scheme, exceptions, seen)
+            quantize(float32, scratch / scheme, scheme, exceptions, seen)
             if not largest_difference(model, read_onnx(scratch / scheme)) < math.inf:
                 raise UserError(f"{folder}: quantized outputs are not finite. Export without --quantize {scheme}")
             written = [scratch / scheme / file.name for file in written]
