@@ -1,6 +1,6 @@
 """Memory of each process while a model is built in shards, beside the arithmetic, on 1, 2 and 4 processes.
 
-    python benchmarks/building.py    # BERT-large with 30,522 tokens, 3 minutes
+    python benchmarks/building.py    # BERT-large, and one of 8 ranks of 10 billion parameters: 6 GiB, 5 minutes
 
 Weights are drawn, or come from a Hugging Face folder. Measured is how far the resident memory of a process rises, but
 for what is mapped from files: the pages of the folder are there once for all processes, and go when memory is short.
@@ -19,17 +19,22 @@ import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch.distributed.device_mesh import DeviceMesh
 
 from leanbert.distributed.parallelize import parallelize
-from leanbert.distributed.sharding import lay_out
+from leanbert.distributed.sharding import lay_out, pretend_group
+from leanbert.memory.allocator import return_freed_pages
 from leanbert.models.config import EncoderConfig
 from leanbert.models.mlm import MaskedLanguageModel
 from leanbert.pretrained.build import build_model
 from leanbert.pretrained.huggingface.convert import write_huggingface
 from report import table, write_section
 
-LARGE = EncoderConfig(num_layers=24, hidden_size=1024, num_heads=16)
 TOKENS = 30_522
+LARGE = EncoderConfig(num_layers=24, hidden_size=1024, num_heads=16)
+HUGE = EncoderConfig(num_layers=48, hidden_size=4096, num_heads=32)
+MANY = 8
+"""Ranks of the huge model, of which one is there."""
 
 
 def own_bytes() -> int:
@@ -38,12 +43,10 @@ def own_bytes() -> int:
     return int(found.rss - found.shared)
 
 
-def build(rank: int, ranks: int, folder: Path, source: Path | None) -> None:
-    """Build on one of the processes; write by how many bytes its memory rose, and the seconds that it took."""
+def build(config: EncoderConfig, mesh: DeviceMesh, source: Path | None, result: Path) -> None:
+    """Build on this process; write by how many bytes its memory rose, the seconds, and the sizes of all weights."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
-    mesh = lay_out("cpu", ranks, 1)
-    dist.barrier()
+    return_freed_pages()  # else memory that is free counts, too
     before, start, ready = own_bytes(), time.perf_counter(), Event()
     highest = [before]
 
@@ -53,51 +56,73 @@ def build(rank: int, ranks: int, folder: Path, source: Path | None) -> None:
 
     def make() -> MaskedLanguageModel:
         torch.manual_seed(0)
-        return build_model(LARGE, TOKENS, init_from=source)
+        return build_model(config, TOKENS, init_from=source)
 
     watcher = Thread(target=watch)
     watcher.start()
-    parallelize(make, lambda model: None, mesh)
+    model = parallelize(make, lambda model: None, mesh)
     ready.set()
     watcher.join()
-    seconds = time.perf_counter() - start
-    (folder / f"{rank}.json").write_text(json.dumps([highest[0] - before, seconds]))
+    seconds, sizes = time.perf_counter() - start, [parameter.nbytes for parameter in model.parameters()]
+    result.write_text(json.dumps([highest[0] - before, seconds, sizes]))
+
+
+def build_with_others(rank: int, ranks: int, folder: Path, source: Path | None) -> None:
+    """Build the large model on one of several processes."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
+    mesh = lay_out("cpu", ranks, 1)
+    dist.barrier()
+    build(LARGE, mesh, source, folder / f"{rank}.json")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def build_alone(rank: int, folder: Path) -> None:
+    """Build the huge model on one of `MANY` ranks; of the others nothing is received."""
+    with pretend_group(MANY) as mesh:
+        build(HUGE, mesh, None, folder / f"{rank}.json")
 
 
 def mib(size: float) -> str:
     return f"{size / 2**20:,.0f}"
 
 
-def measured(counts: list[int]) -> str:
-    """Return the table of both sources and each number of processes."""
+def row(weights: str, ranks: int, folder: Path) -> list[str]:
+    """Return the row of the processes that wrote into a folder."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    sizes, rises = found[0][2], " ".join(mib(rise) for rise, *_ in found)
+    shards, seconds = sum(sizes) / ranks, max(seconds for _, seconds, _ in found)
+    parameters = f"{sum(sizes) / 4e6:,.0f}"
+    return [parameters, weights, str(ranks), mib(shards), mib(shards + max(sizes)), rises, f"{seconds:.0f}"]
+
+
+def measured(counts: list[int], root: Path) -> str:
+    """Return the table of both sources and each number of processes, and of the huge model."""
+    write_huggingface(build_model(LARGE, TOKENS), root / "model")
     rows = []
-    with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary)
-        model = build_model(LARGE, TOKENS)
-        sizes = [parameter.nbytes for parameter in model.parameters()]
-        write_huggingface(model, root / "model")
-        del model
-        for name, source in (("drawn", None), ("from a folder", root / "model")):
-            for ranks in counts:
-                folder = root / f"{name}-{ranks}"
-                folder.mkdir()
-                torch.multiprocessing.spawn(build, (ranks, folder, source), nprocs=ranks)
-                found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
-                shards, largest = sum(sizes) / ranks, max(sizes)
-                rows.append([
-                    name, str(ranks), mib(shards), mib(shards + largest), " ".join(mib(rise) for rise, _ in found),
-                    f"{max(seconds for _, seconds in found):.0f}",
-                ])  # fmt: skip
-    header = ["weights", "processes", "shards, MiB", "and the largest tensor", "measured on each", "seconds"]
+    for name, source in (("drawn", None), ("from a folder", root / "model")):
+        for ranks in counts:
+            folder = root / f"{name} {ranks}"
+            folder.mkdir()
+            torch.multiprocessing.spawn(build_with_others, (ranks, folder, source), nprocs=ranks)
+            rows.append(row(name, ranks, folder))
+    folder = root / "huge"
+    folder.mkdir()
+    torch.multiprocessing.spawn(build_alone, (folder,))
+    rows.append(row("drawn, on one of the processes", MANY, folder))
+    header = [
+        "million parameters", "weights", "processes", "shards, MiB", "and the largest tensor", "measured on each",
+        "seconds",
+    ]  # fmt: skip
     return table(header, rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    write_section("building", "Building a model in shards", measured(parser.parse_args().processes))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        write_section("building", "Building a model in shards", measured(options.processes, Path(folder)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from leanbert.compression.structured import prune_structured
 from leanbert.distributed.parallelize import parallelize
 from leanbert.distributed.sharding import pretend_group
 from leanbert.distributed.spread import Spread
+from leanbert.measure.counters import peak_rss_bytes
 from leanbert.measure.trace import LiveBytes
+from leanbert.memory.allocator import return_freed_pages
 from leanbert.models.seq2seq import Seq2SeqModel
 from leanbert.models.stored import ModelMetadata
 from leanbert.pretrained.build import build_model
@@ -122,6 +126,24 @@ def test_a_rank_allocates_its_shards_and_one_tensor(preset, ranks):
     more = trace.timeline().peak_bytes - held - (bias - bias // ranks) - max(whole.values())
     assert 0 <= more <= (1000 if preset == "bert" else 0)  # the sines by which first heads look at neighbours
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def rise(rank):
+    """Return by how many bytes this process's resident memory rises at most while a model is made, and the sizes."""
+    return_freed_pages()
+    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is what is resident now
+    before, mesh = peak_rss_bytes(), init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    model = parallelize(partial(build, num_layers=8, hidden_size=1024, num_heads=16), keep, mesh)
+    return peak_rss_bytes() - before, [parameter.nbytes for parameter in model.parameters()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_resident_memory_is_linear_in_the_inverse_of_the_ranks():
+    for ranks in (2, 4):
+        for found, sizes in on_ranks(rise, ranks):
+            assert sum(sizes) > 400e6
+            assert 0 <= found - sum(sizes) / ranks - max(sizes) < 40e6  # 28 to 31 MB: what a first time takes
 
 
 def test_what_nothing_was_spread_for_is_as_outside():

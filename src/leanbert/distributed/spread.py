@@ -11,12 +11,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, empty
 
 from leanbert.measure.torch_compat import TorchDispatchMode, tensors_in, tree_map_only
-from leanbert.shards import own, own_start
+from leanbert.shards import own, own_rows, own_start
 
 aten = torch.ops.aten
 EMPTY, COPY = aten.empty.memory_format, aten.copy_.default
@@ -111,5 +112,10 @@ class Spread(TorchDispatchMode):
         rows.copy_(whole.reshape(-1)[start : start + rows.numel()].view(rows.shape))
 
     def _whole(self, part: DTensor, *, gather: bool) -> Tensor:
-        """Return a whole tensor: with its values if it is to `gather` them, else with any."""
-        return part.full_tensor() if gather else own(part).new_empty(part.shape)
+        """Return a whole tensor, with its values if it is to `gather` them; `full_tensor` would need twice as much."""
+        whole, last = own(part).new_empty(part.shape), self._mesh.ndim - 1
+        for owner, rows in enumerate(whole.split(own_rows(part)) if gather else ()):
+            if owner == self._mesh.get_local_rank(last):
+                rows.copy_(own(part))
+            dist.broadcast(rows, group=self._mesh.get_group(last), group_src=owner)
+        return whole
