@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import tempfile
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ from leanbert.models.mlm import MaskedLanguageModel
 from leanbert.pretrained.build import build_model
 from leanbert.pretrained.huggingface.convert import write_huggingface
 from report import table, write_section
+from subcommands import train_py
 
 TOKENS = 30_522
 LARGE = EncoderConfig(num_layers=24, hidden_size=1024, num_heads=16)
@@ -117,12 +119,32 @@ def measured(counts: list[int], root: Path) -> str:
     return table(header, rows)
 
 
+def planned(root: Path) -> str:
+    """Return what a plan of the huge model says, and what it takes itself; no process was started before."""
+    sizes = [f"--model.encoder.{name}={getattr(HUGE, name)}" for name in ("num_layers", "hidden_size", "num_heads")]
+    start, output = time.perf_counter(), root / "plan.json"
+    train_py(
+        "plan", "mlm", *sizes, f"--data.vocab_size={TOKENS}", f"--devices={MANY}", "--target=cuda", f"--json={output}",
+        f"--trainer.default_root_dir={root}", log=root / "plan.log", one_thread=True,
+    )  # fmt: skip
+    seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    needs = {name: f"{found['predicted_peak_bytes'] / 2**30:.1f} GiB" for name, found in
+             json.loads(output.read_text())["devices"].items()}  # fmt: skip
+    return (
+        f"`plan --devices {MANY}` of the last model takes {seconds:.0f} s and {mib(peak)} MiB: a step of "
+        f"`configs/mlm.yaml` needs {needs['fsdp2']} of live tensors on each device, and {needs['ddp']} with `ddp`."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        write_section("building", "Building a model in shards", measured(options.processes, Path(folder)))
+        plan = planned(Path(folder))
+        write_section(
+            "building", "Building a model in shards", f"{measured(options.processes, Path(folder))}\n\n{plan}"
+        )
 
 
 if __name__ == "__main__":
