@@ -128,8 +128,8 @@ def planned(root: Path) -> str:
         f"--trainer.default_root_dir={root}", log=root / "plan.log", one_thread=True,
     )  # fmt: skip
     seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    needs = {name: f"{found['predicted_peak_bytes'] / 2**30:.1f} GiB" for name, found in
-             json.loads(output.read_text())["devices"].items()}  # fmt: skip
+    devices = json.loads(output.read_text())["devices"]
+    needs = {name: f"{devices[name]['predicted_peak_bytes'] / 2**30:.1f} GiB" for name in ("ddp", "fsdp2")}
     return (
         f"`plan --devices {MANY}` of the last model takes {seconds:.0f} s and {mib(peak)} MiB: a step of "
         f"`configs/mlm.yaml` needs {needs['fsdp2']} of live tensors on each device, and {needs['ddp']} with `ddp`."
