@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from leanbert.errors import UserError
+from leanbert.measure.trace import LiveBytes
 from leanbert.models.config import EncoderConfig
 from leanbert.models.stored import ModelMetadata, Stored
 from leanbert.pretrained.build import build_model, load_weights, read_model, rebuild
@@ -166,6 +168,17 @@ def test_checkpoint_of_another_shape_is_refused(tmp_path):
     path = save_checkpoint(tmp_path / "a.ckpt", model, intermediate_size=100)
     with pytest.raises(UserError, match=r"feed_forward\.input\.weight has shape \[168, 32\], .* \[200, 32\]"):
         build_model(EncoderConfig(), 99, init_from=path)
+
+
+def test_weights_of_a_folder_are_made_one_at_a_time(tmp_path):
+    model = build_model(EncoderConfig(**SIZES, preset="bert"), 99)  # 128 rows, of which the file has 99
+    write_huggingface(model, tmp_path)
+    with LiveBytes(nn.Module()) as trace:
+        state = read_model(tmp_path).read_weights()
+        largest = max(state[name].nbytes for name in state)
+    totals = trace.timeline().totals
+    assert totals.max() - totals[-1] == largest == 128 * 32 * 4  # what is mapped stays
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_missing_and_unexpected_weights_are_named():

@@ -1,23 +1,21 @@
-"""The one order in which a model gets its weights: made, pruned and prepared, sharded, and then filled.
+"""The one order in which a model gets its weights: made and filled, pruned and prepared, sharded.
 
 `fit`, the dry runs of a plan and tests call `parallelize`; nothing else shards a model.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from leanbert.distributed.sharding import shard
+from leanbert.distributed.spread import Spread
 from leanbert.models.base import EncoderModel
 
 Model = TypeVar("Model", bound=EncoderModel)
@@ -33,11 +31,11 @@ def parallelize(
 ) -> Model:
     """Return a model with its initial weights, whole or sharded.
 
-    To be sharded it is made with values on the first rank only, in host memory, and elsewhere on the meta device: no
-    rank ever has more of it on its device than its shards and one tensor.
+    To be sharded it is spread over the ranks from the start (`Spread`): none ever has more of it than its shards and
+    the tensors of one operation. Its weights are those of a model that is made on one device of the same kind.
 
     Args:
-        make: Makes the model with its weights, from a seed or from files.
+        make: Makes the model with its weights, from a seed or from files; alike on all ranks.
         prepare: Does what comes before sharding: structured pruning, activation checkpointing, compilation.
         mesh: Devices to shard over, [N], or to replicate and shard over, [R, N]; None: each has the whole model.
         dtype: In which parameters are gathered; None: in their own.
@@ -47,31 +45,20 @@ def parallelize(
         UserError: The model cannot be sharded.
 
     """
-    blank = mesh is not None and fill and dist.get_rank() > 0
-    with torch.device("meta") if blank else nullcontext(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "for .*copying from a non-meta parameter")  # weights that stay behind
+    if mesh is None or not fill:
         model = make()
         prepare(model)
-    if mesh is None:
+        if mesh is not None:
+            shard(model, mesh, dtype)
         return model
-    if not fill:
-        shard(model, mesh, dtype)
-        return model
-    weights, buffers = ({}, {}) if blank else (model.state_dict(), dict(model.named_buffers()))
-    model.to("meta")
+    with torch.device(mesh.device_type), Spread(mesh) as spread:
+        model = make()
+        prepare(model)
+    shards = {name: spread.shards(parameter) for name, parameter in model.named_parameters()}
     shard(model, mesh, dtype)
-    model.to_empty(device=mesh.device_type)
-    _fill(model, weights, buffers)
+    found = {name: each for name, each in shards.items() if each is not None}  # the others `shard` has cut
+    model.load_state_dict(found, strict=False, assign=True)
     return model
-
-
-def _fill(model: nn.Module, weights: dict[str, Any], buffers: dict[str, Tensor]) -> None:
-    """Give all ranks what the first one has, a tensor at a time."""
-    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    for name, buffer in model.named_buffers():  # those that no checkpoint has, too
-        if buffers:
-            buffer.copy_(buffers[name])
-        dist.broadcast(buffer, src=0)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload  # 1.11: one operation, as a dispatch mode is given it
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily  # 1.13, 2.1: dry runs
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass  # 1.13, 2.1: traces
+from torch.utils._pytree import tree_map_only  # 1.13
 from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 __all__ = [
     "FakeTensor", "FakeTensorMode", "OpOverload", "TorchDispatchMode", "compiled", "cpu_computes_bf16",
     "cpu_computes_int8", "dispatch_keys", "fake_store", "group_of", "in_backward_pass", "keep_cuda_history",
-    "runs_first", "tensors_in", "unset_fake_temporarily", "unwrapped", "wraps_tensors", "write_cuda_history",
+    "runs_first", "tensors_in", "tree_map_only", "unset_fake_temporarily", "unwrapped", "wraps_tensors",
+    "write_cuda_history",
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, M targets per row, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from leanbert.models.decoder import Decoder, DecoderBlock
 from leanbert.models.encoder import Block, Encoder
 from leanbert.models.heads import MaskedLMHead
 from leanbert.models.packed_inputs import PackedInputs
-from leanbert.models.stored import ModelMetadata, StateDict, Stored
+from leanbert.models.stored import ModelMetadata, Stored
 
 ENCODER = "encoder."
 """Prefix of the encoder's weights."""
@@ -79,7 +80,7 @@ class EncoderModel(nn.Module):
         """Whether weight `name` of a stored model is taken over when training starts from it."""
         return metadata.task == self.task or name.startswith(ENCODER)
 
-    def check_stored(self, stored: Stored, state: StateDict) -> None:
+    def check_stored(self, stored: Stored, state: Mapping[str, Tensor]) -> None:
         """Raise `UserError` if a stored model of the same task, whose weights are `state`, is made otherwise."""
 
     def warm_start(self) -> None:

@@ -59,7 +59,7 @@ class Pointer(nn.Module):
     def initialise_to_identity(self) -> None:
         """Begin by looking at source tokens whose encoding is like the decoder's state: what it is about to write."""
         for projection in (self.query, self.key):
-            nn.init.eye_(projection.weight)
+            projection.weight.copy_(torch.eye(*projection.weight.shape))
 
     def read(self, memory: Tensor, ids: Tensor, allowed: Tensor) -> Source:
         """Return what is pointed at, of the encoder's output [B, S, D] and the rest of a `Source`."""

@@ -5,6 +5,7 @@ Shapes: B batch, S source tokens, T target tokens, D hidden, V vocabulary of tar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from leanbert.models.heads import MaskedLMHead
 from leanbert.models.kernels.loss import Mixture
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.pointer import Copied, Pointer, add_copied, copied_log_probs
-from leanbert.models.stored import ModelMetadata, Start, StateDict, Stored
+from leanbert.models.stored import ModelMetadata, Start, Stored
 
 INHERITED_HEAD = "head."
 PASSED_ON = 0.7
@@ -87,7 +88,7 @@ class Seq2SeqModel(EncoderModel):
             return True
         return super().inherits(name, metadata)
 
-    def check_stored(self, stored: Stored, state: StateDict) -> None:
+    def check_stored(self, stored: Stored, state: Mapping[str, Tensor]) -> None:
         """Raise `UserError` if a stored decoder has another depth or vocabulary, or weights that ours has shared."""
         layers, source, metadata = len(self.decoder.blocks), stored.source, stored.metadata
         if (found := metadata.decoder_layers or stored.config.num_layers) != layers:
@@ -107,8 +108,8 @@ class Seq2SeqModel(EncoderModel):
             raise UserError(f"model.copy: the model at {source} {there}. Set it to {str(self.pointer is None).lower()}")
         names: dict[int, str] = {}
         for name, parameter in self.state_dict(keep_vars=True).items():
-            one, other = (state.get(each) for each in (name, names.setdefault(id(parameter), name)))
-            if one is not None and other is not None and not torch.equal(one, other):
+            shared = {name, names.setdefault(id(parameter), name)} & state.keys()
+            if len(shared) > 1 and not torch.equal(*(state[each] for each in shared)):
                 raise UserError(
                     f"model.decoder_start: {self.start}, but the decoder of {source} has weights of its own. "
                     "Set it to encoder"
@@ -201,11 +202,15 @@ def _copy_block(source: Block, block: DecoderBlock, *, first: bool) -> None:
     cross: CrossAttention = block.cross_attention
     query, key, _ = source.attention.qkv.weight.chunk(3)
     cross.query.weight.copy_(query)
-    value = torch.nn.init.eye_(torch.empty_like(key)) * PASSED_ON
-    cross.key_value.weight.copy_(torch.cat((key, value)))
-    cross.output.weight.copy_(torch.nn.init.eye_(torch.empty_like(cross.output.weight)) * PASSED_ON)
+    cross.key_value.weight.copy_(torch.cat((key, _identity(key) * PASSED_ON)))
+    cross.output.weight.copy_(_identity(cross.output.weight) * PASSED_ON)
     if source.attention.qkv.bias is not None:
         query_bias, key_bias, _ = source.attention.qkv.bias.chunk(3)
         cross.query.bias.copy_(query_bias)
         cross.key_value.bias.copy_(torch.cat((key_bias, torch.zeros_like(key_bias))))
         cross.output.bias.zero_()
+
+
+def _identity(like: Tensor) -> Tensor:
+    """Return a matrix of the same shape with ones on its diagonal."""
+    return torch.eye(*like.shape, dtype=like.dtype, device=like.device)

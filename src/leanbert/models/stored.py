@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -21,6 +21,31 @@ Start = Literal["encoder", "shared", "random"]
 """Where the decoder's weights come from: copies of the encoder's, the encoder's own (trained together), or chance."""
 
 StateDict = dict[str, Tensor]
+
+
+class LazyWeights(Mapping[str, Tensor]):
+    """Weights by name, of which those that are not there, mapped from a file, are made when they are asked for.
+
+    Args:
+        weights: Weights, or what makes them.
+
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor | Callable[[], Tensor]]) -> None:
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a weight; one that is made is made anew each time."""
+        weight = self._weights[name]
+        return weight if isinstance(weight, Tensor) else weight()
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the names."""
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        """Return how many weights there are."""
+        return len(self._weights)
 
 
 @dataclass(frozen=True)
@@ -108,4 +133,4 @@ class Stored(NamedTuple):
     config: ResolvedConfig
     metadata: ModelMetadata
     source: Path
-    read_weights: Callable[[], StateDict]
+    read_weights: Callable[[], Mapping[str, Tensor]]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from leanbert.errors import UserError
 from leanbert.models.attention import SelfAttention
@@ -19,7 +20,7 @@ from leanbert.models.config import EncoderConfig, ResolvedConfig
 from leanbert.models.embeddings import INIT_STD
 from leanbert.models.encoder import FeedForward
 from leanbert.models.mlm import MaskedLanguageModel
-from leanbert.models.stored import StateDict, Stored
+from leanbert.models.stored import LazyWeights, Stored
 from leanbert.pretrained.architectures import make_model
 from leanbert.pretrained.huggingface.convert import read_huggingface
 from leanbert.pretrained.sparse import SETTINGS, read_sparse
@@ -196,15 +197,17 @@ def _load(config: EncoderConfig, vocab_size: int, make: Callable[[ResolvedConfig
     if same_task:
         model.check_stored(stored, everything)
     initialise(model)
-    state = {name: tensor for name, tensor in everything.items() if model.inherits(name, stored.metadata)}
+    taken = [name for name in everything if model.inherits(name, stored.metadata)]
+    state = LazyWeights({name: partial(everything.__getitem__, name) for name in taken})
     load_weights(model, state, source, partial=not same_task or len(state) < len(everything))
     if not same_task:
         model.warm_start()
     return model
 
 
-def load_weights(model: EncoderModel, state: StateDict, source: Path, partial: bool = False) -> None:
-    """Copy `state` into `model`; a `partial` one, or one of an encoder alone, leaves the rest as it is.
+@torch.no_grad()
+def load_weights(model: EncoderModel, state: Mapping[str, Tensor], source: Path, partial: bool = False) -> None:
+    """Copy `state` into `model`, tensor by tensor; a `partial` one, or one of an encoder alone, leaves the rest.
 
     Raises `UserError`, naming `source`, if a key is missing, unexpected or of another shape.
     """
@@ -220,4 +223,4 @@ def load_weights(model: EncoderModel, state: StateDict, source: Path, partial: b
             raise UserError(
                 f"{source}: {name} has shape {found}, the model asks for {shape}. Take weights of the same architecture"
             )
-    model.load_state_dict(state, strict=False)
+        wanted[name].copy_(tensor)

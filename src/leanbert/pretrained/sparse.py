@@ -8,6 +8,8 @@ highest bit of a byte first, and 1 where the weight is not zero; `NAME.values` h
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +22,7 @@ from leanbert.errors import UserError
 from leanbert.files import write_text_atomically
 from leanbert.models.base import EncoderModel
 from leanbert.models.config import ResolvedConfig
-from leanbert.models.stored import ModelMetadata, StateDict, Stored, describe, read_description
+from leanbert.models.stored import LazyWeights, ModelMetadata, StateDict, Stored, describe, read_description
 from leanbert.pretrained.architectures import make_model
 from leanbert.pretrained.weights import read_safetensors, write_safetensors
 from leanbert.untrusted import read_json
@@ -55,14 +57,18 @@ def pack(tensor: Tensor) -> Packed | None:
 
 def unpack(packed: Packed, shape: torch.Size) -> Tensor:
     """Return the tensor of this shape. Raises `ValueError`, which says what it has, if it is not of such a tensor."""
+    return packed.values.new_zeros(shape).masked_scatter_(_kept(packed, shape), packed.values)
+
+
+def _kept(packed: Packed, shape: torch.Size) -> Tensor:
+    """Return where a tensor of this shape is not zero. Raises as `unpack`."""
     (mask, values), count = packed, shape.numel()
     if mask.dtype != torch.uint8 or mask.shape != (-(-count // 8),):
         raise ValueError(f"has a mask {list(mask.shape)} for {count} weights")
     bits = np.unpackbits(mask.numpy())
     if bits[count:].any() or bits.sum() != values.numel():
         raise ValueError(f"has {bits.sum()} bits in its mask for {values.numel()} of {count} weights")
-    kept = torch.from_numpy(bits[:count]).bool().view(shape)
-    return torch.zeros(shape, dtype=values.dtype).masked_scatter_(kept, values)
+    return torch.from_numpy(bits[:count]).bool().view(shape)
 
 
 def write_sparse(model: EncoderModel, folder: Path, metadata: ModelMetadata) -> None:
@@ -101,7 +107,7 @@ def read_sparse(folder: Path) -> Stored:
         )
     config, metadata = read_description(said, path, FIX)
 
-    def read_weights() -> StateDict:
+    def read_weights() -> LazyWeights:
         weights = folder / WEIGHTS
         try:
             digest = file_digest(weights)
@@ -132,19 +138,21 @@ def _without_weights(config: ResolvedConfig, metadata: ModelMetadata) -> Encoder
         return make_model(config, metadata)
 
 
-def _unpacked(stored: StateDict, model: EncoderModel, path: Path) -> StateDict:
+def _unpacked(stored: StateDict, model: EncoderModel, path: Path) -> LazyWeights:
     """Return the weights of a model by all their names, and what else there is in the file `path`."""
-    state: StateDict = {}
+    weights: dict[str, Tensor | Callable[[], Tensor]] = {}
     for name, (owner, shape) in _layout(model).items():
         try:
             if owner != name:
-                state[name] = state[owner]
+                weights[name] = weights[owner]
             elif name in stored:
-                state[name] = stored.pop(name)
+                weights[name] = stored.pop(name)
             else:
-                state[name] = unpack(Packed(stored.pop(name + MASK), stored.pop(name + VALUES)), shape)
+                packed = Packed(stored.pop(name + MASK), stored.pop(name + VALUES))
+                _kept(packed, shape)
+                weights[name] = partial(unpack, packed, shape)
         except KeyError as error:
             raise UserError(f"{path}: lacks {error.args[0]}. {FIX}") from None
         except ValueError as error:
             raise UserError(f"{path}: {name} {error}. {FIX}") from None
-    return state | stored
+    return LazyWeights(weights | stored)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def read_checkpoint(path: Path) -> Stored:
         raise UserError(f"{path}: no such checkpoint or folder. Correct model.init_from")
     stored = unpack(load_pickled(path, FIX), path)
 
-    def read_weights() -> StateDict:
+    def read_weights() -> Mapping[str, Tensor]:
         check_sums(path, FIX)
         return stored.read_weights()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from leanbert.models.base import EncoderModel
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.embeddings import padded_rows
 from leanbert.models.seq2seq import Seq2SeqModel
-from leanbert.models.stored import ModelMetadata, StateDict, Stored
+from leanbert.models.stored import LazyWeights, ModelMetadata, StateDict, Stored
 from leanbert.pretrained.architectures import make_model
 from leanbert.pretrained.huggingface.classes import ADD_MODEL_TYPE, POOLER, Layout, read_layout, write_layout
 from leanbert.pretrained.huggingface.naming import (
@@ -50,7 +51,7 @@ def read_huggingface(folder: str | Path) -> Stored:
     return Stored(layout.config, layout.metadata, folder, lambda: _read_weights(layout, folder))
 
 
-def _read_weights(layout: Layout, folder: Path) -> StateDict:
+def _read_weights(layout: Layout, folder: Path) -> LazyWeights:
     theirs = _normalised(read_folder(folder), layout, folder)
     names = layout.names
     heads = {ours for ours in names if ours.startswith("head.")}
@@ -149,7 +150,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one.float(), other.float())
 
 
-def _translate(theirs: StateDict, names: Names, layout: Layout, folder: Path) -> StateDict:
+def _translate(theirs: StateDict, names: Names, layout: Layout, folder: Path) -> LazyWeights:
     wanted = {part for parts in names.values() for part in parts}
     for problem, keys in (("lack", wanted - theirs.keys()), ("have unexpected", theirs.keys() - wanted)):
         if keys:
@@ -160,7 +161,7 @@ def _translate(theirs: StateDict, names: Names, layout: Layout, folder: Path) ->
     with torch.device("meta"):
         model = make_model(layout.config, layout.metadata)
     tokens, shapes = _tokens(model), {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    state: StateDict = {}
+    weights: dict[str, Callable[[], Tensor]] = {}
     for ours, parts in names.items():
         rows, *width = shapes.get(ours, [0])
         expected = [tokens.get(ours, rows) // len(parts), *width]
@@ -170,12 +171,16 @@ def _translate(theirs: StateDict, names: Names, layout: Layout, folder: Path) ->
                     f"{folder}: {part} has shape {found}, config.json asks for {expected}. "
                     "Take both files from one model"
                 )
-            if not bool(theirs[part].isfinite().all()):
+            if not torch.stack(theirs[part].float().aminmax()).isfinite().all():  # isfinite itself makes three tensors
                 raise UserError(f"{folder}: {part} holds numbers that are not finite. Copy the file again")
-        tensors = [theirs[part].float() for part in parts]
-        whole = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-        state[ours] = _pad(whole) if ours in tokens else whole
-    return state
+        weights[ours] = partial(_join, [theirs[part] for part in parts], padded=ours in tokens)
+    return LazyWeights(weights)
+
+
+def _join(parts: list[Tensor], *, padded: bool) -> Tensor:
+    """Return parts of a weight as one, float32, `padded` with rows of no token."""
+    whole = torch.cat([part.float() for part in parts]) if len(parts) > 1 else parts[0].float()
+    return _pad(whole) if padded else whole
 
 
 def _tokens(model: EncoderModel) -> dict[str, int]:
