@@ -20,6 +20,8 @@ from typing import Any
 
 import psutil
 
+from leanbert.distributed.strategy import FullySharded
+
 from .forks import ROOT, TIMEOUT_SECONDS, fresh, once
 from .kills import at_operation, die, difference, result_of, watch
 from .samples import TRAINING, command_of, write_samples
@@ -27,7 +29,11 @@ from .samples import TRAINING, command_of, write_samples
 FAULTS = "LEANBERT_FAULTS"
 """Environment variable: JSON with a fault for each start by torchrun, in order."""
 KINDS = ("time", "checkpoint", "operation")
-STRATEGIES = ("ddp", "fsdp")
+STRATEGIES = {
+    "ddp": "ddp",
+    "fsdp": "fsdp",
+    "shards": '{"class_path": "faults.restarts.InBackground", "init_args": {"checkpoints": "sharded"}}',
+}
 RANKS = 2
 KILLS = 3
 """In each experiment, one for each of the first starts."""
@@ -42,18 +48,20 @@ def experiments(count: int, seed: int) -> list[dict[str, Any]]:
     chance = random.Random(seed)
     return [
         {
-            "kind": STRATEGIES[number % len(STRATEGIES)],
-            "faults": [drawn(KINDS[(number + start) % len(KINDS)], chance) for start in range(KILLS)],
+            "kind": strategy,
+            "faults": [drawn(KINDS[(number + start) % len(KINDS)], strategy, chance) for start in range(KILLS)],
         }
         for number in range(count)
+        for strategy in [[*STRATEGIES][number % len(STRATEGIES)]]
     ]
 
 
-def drawn(kind: str, chance: random.Random) -> dict[str, Any]:
+def drawn(kind: str, strategy: str, chance: random.Random) -> dict[str, Any]:
     """Return a fault: which rank it meets, and when."""
+    any_rank = kind == "time" or strategy == "shards"
     return {
         "kind": kind,
-        "rank": chance.randrange(RANKS) if kind == "time" else 0,  # which writes
+        "rank": chance.randrange(RANKS) if any_rank else 0,  # which writes
         "share": chance.uniform(0, 0.8),  # of the time that an undisturbed run takes
         "checkpoint": chance.randrange(CHECKPOINTS),
         "bytes": int(2 ** chance.uniform(*LOG2_BYTES)),
@@ -83,7 +91,7 @@ def trained(strategy: str, faults: list[dict[str, Any]], folder: Path) -> tuple[
     """
     write_samples(fresh(folder))
     launch = ["--standalone", f"--nproc_per_node={RANKS}", f"--max-restarts={len(faults)}", "-m", __spec__.name]
-    fit = command_of("mlm", "fit", *TRAINING, f"--trainer.strategy={strategy}", "--ckpt_path=auto")
+    fit = command_of("mlm", "fit", *TRAINING, f"--trainer.strategy={STRATEGIES[strategy]}", "--ckpt_path=auto")
     environment = {
         **os.environ, FAULTS: json.dumps(faults), "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "benchmarks")]),
@@ -106,6 +114,13 @@ def trained(strategy: str, faults: list[dict[str, Any]], folder: Path) -> tuple[
 
 
 # ---- in a rank
+
+
+class InBackground(FullySharded):
+    """Writes shards in the background on a CPU too."""
+
+    def _may_copy(self, size_bytes: int) -> bool:
+        return True
 
 
 def arm(fault: dict[str, Any], start: int) -> None:
