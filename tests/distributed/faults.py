@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import Callback
 
 from leanbert import checkpoints
 from leanbert.distributed import shard_writing
-from leanbert.distributed.strategy import FullySharded
 from leanbert.errors import UserError
 
 
@@ -61,16 +60,17 @@ def full(_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-class InBackground(FullySharded):
-    """Shards that are written in the background, as on a GPU, slowly."""
+class InBackground(Callback):
+    """Has shards written in the background, as on a GPU, after some seconds."""
 
-    def __init__(self, replicas=1, seconds=0.0):
-        super().__init__(replicas, "sharded")
-        write = self.writing._write
-        self.writing._write = lambda *given: (time.sleep(seconds), write(*given))
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
 
-    def _may_copy(self, size_bytes):
-        return True
+    def on_fit_start(self, trainer, pl_module):
+        strategy = trainer.strategy
+        write = strategy.writing._write
+        strategy._may_copy = lambda size: True
+        strategy.writing._write = lambda *given: (time.sleep(self.seconds), write(*given))
 
 
 class AnotherFault(Fault):

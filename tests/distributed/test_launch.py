@@ -16,13 +16,8 @@ pytestmark = pytest.mark.slow
 
 STEPS = 20
 ALIKE = 1e-5
-CLASSES = {
-    "sharded": ("FullySharded", {"checkpoints": "sharded"}),
-    "groups": ("FullySharded", {"checkpoints": "sharded", "replicas": 2}),
-    "background": ("tests.distributed.faults.InBackground", {}),
-    "slow": ("tests.distributed.faults.InBackground", {"seconds": 0.2}),
-}
-"""Strategies whose checkpoints to go on from are in shards."""
+IN_SHARDS = {"sharded": (1, None), "groups": (2, None), "background": (1, 0.0), "slow": (1, 0.2)}
+"""Strategies that write checkpoints in shards: groups, and after how many seconds in the background, if there."""
 GO_ON = "A training goes on with --ckpt_path last."
 
 
@@ -32,6 +27,11 @@ def folder(tmp_path_factory):
     write_corpus(folder / "train.txt", documents=60)
     accumulation = "{class_path: GradientAccumulation, init_args: {micro_batch: 1}}"
     (folder / "micro.yaml").write_text(f"trainer:\n  callbacks+: [{accumulation}]\n")
+    for name, (replicas, seconds) in IN_SHARDS.items():
+        settings = {"class_path": "FullySharded", "init_args": {"checkpoints": "sharded", "replicas": replicas}}
+        late = {"class_path": "tests.distributed.faults.InBackground", "init_args": {"seconds": seconds}}
+        given = {"strategy": settings, "callbacks+": [] if seconds is None else [late]}
+        (folder / f"{name}.yaml").write_text(json.dumps({"trainer": given}))
     return folder
 
 
@@ -43,10 +43,7 @@ def to(root, *more, steps=STEPS):
 
 
 def strategy(name):
-    path, given = CLASSES.get(name, (None, None))
-    if path is None:
-        return f"--config=configs/strategy/{name}.yaml"
-    return f"--trainer.strategy={json.dumps({'class_path': path, 'init_args': given})}"
+    return f"--config={name}.yaml" if name in IN_SHARDS else f"--config=configs/strategy/{name}.yaml"
 
 
 def callback(folder, name, made, /, **settings):
@@ -113,7 +110,7 @@ def test_a_run_goes_on_with_other_devices_and_the_same_rows_masks_and_losses(fol
         assert digests(folder / rows) == {step: alone[1][step] for step in range(5 * part, STEPS)}
         for path in (folder / chain / "mlm" / "version_0" / "checkpoints").glob("step-*.ckpt"):
             if int(path.stem.removeprefix("step-")) > 5 * part:
-                assert path.is_dir() == (name in CLASSES), path
+                assert path.is_dir() == (name in IN_SHARDS), path
     alike(folder, chain, alone[0])
 
 

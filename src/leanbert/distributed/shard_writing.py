@@ -10,7 +10,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -70,15 +70,15 @@ class ShardWriting:
         """
         if self._group is None:  # not that of training: exchanges of two threads in one group would meet
             self._group = dist.new_group(backend="gloo")
-        shards: dict[str, DTensor] = {}
+        shards: dict[str, Tensor] = {}
         rest = map_tensors(lambda place, tensor: _set_aside(place, tensor, shards), checkpoint)
         if mesh.ndim > 1:
             replica, replicas = mesh.get_local_rank(0), mesh.size(0)
             shards = {name: shards[name] for index, name in enumerate(shards) if index % replicas == replica}
         if may_copy(sum(own(shard).nbytes for shard in shards.values())):
             rest = copy.deepcopy(rest)
-            shards = {name: shard.to("cpu", copy=True) for name, shard in shards.items()}
-            self._written = self._thread.submit(self._write, shards, rest, path)
+            copies = {name: shard.to("cpu", copy=True) for name, shard in shards.items()}
+            self._written = self._thread.submit(self._write, copies, rest, path)
         else:
             self._write(shards, rest, path)
 
@@ -98,7 +98,7 @@ class ShardWriting:
         if written is not None:
             written.result()
 
-    def _write(self, shards: dict[str, DTensor], rest: dict[str, Any], path: Path) -> None:
+    def _write(self, shards: dict[str, Tensor], rest: dict[str, Any], path: Path) -> None:
         first = dist.get_rank() == 0
         with explain_disk_errors(path.parent, "--trainer.default_root_dir"), _building(path, first) as building:
 
@@ -124,7 +124,7 @@ def _building(path: Path, first: bool) -> Any:
     return temporary(path) if first else nullcontext(path)
 
 
-def _set_aside(place: str, tensor: Tensor, shards: dict[str, DTensor]) -> Tensor:
+def _set_aside(place: str, tensor: Tensor, shards: dict[str, Tensor]) -> Tensor:
     """Put a sharded tensor among the others, and return one on the meta device in its place; return others."""
     if not isinstance(tensor, DTensor):
         return tensor
@@ -164,9 +164,13 @@ class _Writer(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         """Write this rank's file."""
-        items = [item for item in plan.items if item.tensor_data and math.prod(item.tensor_data.chunk.sizes)]
-        parts = {item.index.fqn: item.tensor_data for item in items}
-        size, checksum = write_parts(plan.storage_data, parts, map(planner.resolve_data, items))
+        parts: dict[str, TensorWriteData] = {}
+        tensors = []
+        for item in plan.items:
+            if item.tensor_data is not None and item.tensor_data.chunk.sizes.numel():  # a rank may have no rows
+                parts[item.index.fqn] = item.tensor_data
+                tensors.append(planner.resolve_data(item))
+        size, checksum = write_parts(plan.storage_data, parts, tensors)
         done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         done.set_result([WriteResult(MetadataIndex(plan.storage_data.name), size, checksum)])
         return done
@@ -181,7 +185,7 @@ class _Writer(StorageWriter):
         return False
 
 
-def write_parts(path: Path, parts: Mapping[str, TensorWriteData], tensors: Iterator[Any]) -> tuple[int, int]:
+def write_parts(path: Path, parts: Mapping[str, TensorWriteData], tensors: Iterable[Any]) -> tuple[int, int]:
     """Write parts of tensors to a file of safetensors, one at a time; return its bytes and its CRC-32.
 
     The format is that of github.com/huggingface/safetensors, with offsets in the whole tensors as
@@ -207,7 +211,7 @@ def write_parts(path: Path, parts: Mapping[str, TensorWriteData], tensors: Itera
         return file.tell(), checksum
 
 
-def _pieces(header: bytes, tensors: Iterator[Any]) -> Iterator[bytes | memoryview]:
+def _pieces(header: bytes, tensors: Iterable[Any]) -> Iterator[bytes | memoryview]:
     yield len(header).to_bytes(8, "little")
     yield header
     for tensor in tensors:
