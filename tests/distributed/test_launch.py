@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from leanbert import checkpoints
 from tests.corpus import write_corpus
 from tests.distributed.faults import digests
 from tests.distributed.launching import errors, lightning, lives, machines_that_may_go, started, torchrun, two_machines
@@ -189,8 +190,8 @@ def test_torchrun_starts_a_killed_run_again(folder, alone, name, kind, rank):
     assert "step-00000010.ckpt, step 10" in words
     assert [path.name for path in (folder / root / "mlm").iterdir()] == ["version_0"]
     alike(folder, root, alone[0])
-    checkpoints = sorted(path.name for path in (folder / root / "mlm" / "version_0" / "checkpoints").iterdir())
-    assert checkpoints == ["best.ckpt", *(f"step-{step:08d}.ckpt" for step in (5, 10, 15, 20))]
+    left = sorted(path.name for path in (folder / root / "mlm" / "version_0" / "checkpoints").iterdir())
+    assert left == ["best.ckpt", *(f"step-{step:08d}.ckpt" for step in (5, 10, 15, 20))]
 
 
 def test_a_full_disk_of_one_rank_ends_all_with_one_line(folder):
@@ -202,6 +203,16 @@ def test_a_full_disk_of_one_rank_ends_all_with_one_line(folder):
     assert "the disk is full" in line
     assert line.endswith("choose another disk with --trainer.default_root_dir")
     assert not list((folder / "full" / "mlm" / "version_0" / "checkpoints").glob("*step*"))
+
+
+def test_a_run_that_is_stopped_waits_for_its_shards(folder):
+    stop = callback(folder, "stop", "Fault", kind="stop", rank=0, step=7)
+    [(code, words)] = started(folder, lightning(*to("stop", stop), strategy("slow"), ranks=2))
+    assert code == 143, words
+    assert errors(words) == []
+    summary = json.loads((folder / "stop" / "mlm" / "version_0" / "summary.json").read_text())
+    assert summary["checkpoint"] == "stop/mlm/version_0/checkpoints/step-00000010.ckpt"
+    assert checkpoints.is_whole(folder / summary["checkpoint"])
 
 
 def test_a_run_goes_on_without_a_machine_that_dies(folder, alone):

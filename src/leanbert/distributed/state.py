@@ -48,7 +48,8 @@ def shard_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
 def decoded_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     """Return state in which moments of few bits of sharded parameters are float32, in host memory, and sharded as they.
 
-    Whoever loads them codes them again: with the same codes where the parts are the same.
+    Whoever loads them codes them again: with the same codes where the parts are the same, and the same scales but for
+    the last bit.
     """
     parameters = _parameters(state, optimizer)
     return {**state, "state": {key: _decoded(parameters[key], entry) for key, entry in state["state"].items()}}
