@@ -35,10 +35,12 @@ STRATEGIES = {
 RANKS = 2
 KILLS = 3
 """In each experiment, one for each of the first starts."""
-LOG2_BYTES = (10, 18)
-"""A checkpoint breaks off after as many bytes; it has 2 ** 19."""
+LOG2_BYTES = (10, 17)
+"""A checkpoint breaks off after as many bytes; it has 2 ** 19, a shard 2 ** 17.5."""
 CHECKPOINTS = 5
 OPERATIONS = 60
+SHARDS = 4
+"""That a rank other than the first writes, which does nothing else to files."""
 
 
 def experiments(count: int, seed: int) -> list[dict[str, Any]]:
@@ -56,14 +58,14 @@ def experiments(count: int, seed: int) -> list[dict[str, Any]]:
 
 def drawn(kind: str, strategy: str, chance: random.Random) -> dict[str, Any]:
     """Return a fault: which rank it meets, and when."""
-    any_rank = kind == "time" or strategy == "shards"
+    rank = chance.randrange(RANKS) if kind == "time" or strategy == "shards" else 0  # which writes
     return {
         "kind": kind,
-        "rank": chance.randrange(RANKS) if any_rank else 0,  # which writes
+        "rank": rank,
         "share": chance.uniform(0, 0.8),  # of the time that an undisturbed run takes
-        "checkpoint": chance.randrange(CHECKPOINTS),
+        "checkpoint": chance.randrange(SHARDS if rank else CHECKPOINTS),
         "bytes": int(2 ** chance.uniform(*LOG2_BYTES)),
-        "operation": chance.randrange(OPERATIONS),
+        "operation": chance.randrange(SHARDS if rank else OPERATIONS),
     }
 
 
