@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from leanbert import checkpoints
 from leanbert.errors import UserError
+from leanbert.files import REST
 from leanbert.runs import TaskRuns
 
 STATE = {"callbacks": {}, "optimizer_states": [], "lr_schedulers": []}
@@ -93,6 +95,38 @@ def test_last_falls_back_from_a_damaged_file_and_says_so(tmp_path, capsys, damag
     DAMAGE[damage](folder / "step-00000200.ckpt")
     assert find(tmp_path) == folder / "step-00000100.ckpt"
     assert capsys.readouterr().err.endswith("step 100; passed over, damaged: step-00000200.ckpt\n")
+
+
+def in_shards(folder, step):
+    """A checkpoint in shards, none of whose tensors is in them."""
+    path = folder / checkpoints.step_name(step)
+    path.mkdir()
+    (path / "00000.safetensors").write_bytes(b"shard")
+    checkpoints.save(checkpoint(step, shards={"00000.safetensors": [5, zlib.crc32(b"shard")]}), path / REST)
+    return path
+
+
+@pytest.mark.parametrize("content", [None, b"shar", b"Shard"])
+def test_last_falls_back_from_a_damaged_shard(tmp_path, capsys, content):
+    """Of the ranks that train the first alone looks for changed bytes: it puts such a folder where none looks."""
+    folder = make_run(tmp_path, 0, [100])
+    good, bad = in_shards(folder, 200), in_shards(folder, 300)
+    assert find(tmp_path) == bad
+    (bad / "00000.safetensors").unlink()
+    if content is not None:
+        (bad / "00000.safetensors").write_bytes(content)
+    assert find(tmp_path) == good
+    changed = content == b"Shard"
+    _, found = runs(tmp_path).find_to_train("last", lock=False)
+    assert found.path == (bad if changed else good)
+    run, found = runs(tmp_path).find_to_train("last", lock=True)
+    assert found.path == good
+    assert capsys.readouterr().err.endswith("step 200; passed over, damaged: step-00000300.ckpt\n")
+    run.release()
+    assert not bad.exists()
+    assert (folder / "abandoned-step-00000300.ckpt").is_dir()
+    _, found = runs(tmp_path).find_to_train("last", lock=False)
+    assert found.path == good
 
 
 def test_an_older_run_never_stands_in_for_a_newer_one(tmp_path):

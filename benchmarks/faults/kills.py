@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from leanbert.checkpoints import load
+
 from .forks import TIMEOUT_SECONDS, Outcome, Process, command, fresh, kill_group, once
 from .samples import STEPS, TASKS, TRAINING, command_of, write_samples
 
@@ -270,7 +272,7 @@ def result_of(run: Path) -> dict[str, Any]:
         tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags if not time_dependent(tag)
     }
     names = {str(path.relative_to(run)): True for path in run.rglob("*") if "tfevents" not in path.name}
-    checkpoints = {path.name: essence(torch.load(path, weights_only=True)) for path in run.glob("checkpoints/*.ckpt")}
+    checkpoints = {path.name: essence(load(path)) for path in run.glob("checkpoints/*.ckpt")}
     summary = json.loads(path.read_text()) if (path := run / "summary.json").exists() else {}
     summary = {key: value for key, value in summary.items() if not time_dependent(key)}
     summary["checkpoint"] = Path(summary.get("checkpoint", "")).name

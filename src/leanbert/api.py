@@ -31,6 +31,7 @@ from leanbert.models.stored import ModelMetadata, Stored
 from leanbert.pretrained.build import read_model, rebuild
 from leanbert.pretrained.weights import holds_model
 from leanbert.runs import Run
+from leanbert.shard_files import holds_shards
 from leanbert.tasks.classification import classify
 from leanbert.tasks.mlm import fill_masks
 from leanbert.tasks.seq2seq import generate_texts
@@ -232,7 +233,7 @@ def load(path: str | Path, weights: Weights = "dense") -> Pretrained:
     """Load a trained model of any task. Nothing in its files is executed.
 
     Args:
-        path: A run's folder (its best checkpoint is taken), a .ckpt file, or a folder that `export` has written.
+        path: A run's folder (its best checkpoint is taken), a checkpoint, or a folder that `export` has written.
         weights: sparse: linear layers that are smaller so, of any path but ONNX files, hold only what is not zero
             (`SparseLinear`).
 
@@ -251,12 +252,12 @@ def load(path: str | Path, weights: Weights = "dense") -> Pretrained:
             if (path / "checkpoints").is_dir():
                 run = Run(path)
                 path = best if (best := run.checkpoints / BEST).is_file() else run.find("last").path
-            if not path.is_file():
+            if not path.is_file() and not holds_shards(path):
                 raise UserError(f"{path}: no run, checkpoint or exported folder. Give the path of one.")
         stored = read_model(path)
     tokenizer, targets = TextTokenizer.from_file(path), None
     if stored.metadata.target_vocab_size is not None:
-        if path.is_dir() and not (path / TARGET).is_dir():
+        if path.is_dir() and not (path / TARGET).is_dir() and not holds_shards(path):
             raise UserError(
                 f"{path}: the decoder has tokens of its own, but there is no {TARGET} with them. Save it there"
             )

@@ -1,10 +1,13 @@
-"""Checkpoint files: written atomically, read without executing anything, checked against their checksums."""
+"""Checkpoints: written atomically, read without executing anything, checked against their checksums.
+
+Each is a file, or a folder of shards (see `leanbert.shard_files`), which is read as the file would be.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,9 +15,9 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 
-from leanbert import signals
+from leanbert import shard_files, signals
 from leanbert.errors import UserError
-from leanbert.files import DISK_FULL, temporary
+from leanbert.files import DISK_FULL, REST, temporary
 from leanbert.untrusted import check_sums, load_pickled
 
 if sys.platform == "win32":  # an open file cannot be deleted there
@@ -34,7 +37,7 @@ FALL_BACK = "Use --ckpt_path last, which falls back to the one before."
 
 
 def step_name(step: int) -> str:
-    """Return the file name of the checkpoint after `step` optimizer steps."""
+    """Return the name of the checkpoint after `step` optimizer steps."""
     return f"step-{step:08d}.ckpt"
 
 
@@ -86,25 +89,52 @@ class _Stream:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, memory-mapped, restricted to tensors and plain values.
+    """Read a checkpoint onto the CPU, restricted to tensors and plain values; a file's tensors are memory-mapped.
 
-    The file is read once more, a piece at a time, for its checksums.
+    It is read once more, a piece at a time, for its checksums.
 
     Raises:
-        UserError: The file is missing, damaged, of another kind, or carries code (nothing of it is executed).
+        UserError: It is missing, damaged, of another kind, or carries code (nothing of it is executed).
+
+    """
+    return fill(path, read(path))
+
+
+def read(path: str | Path, *, all_sums: bool = True) -> dict[str, Any]:
+    """Read a checkpoint as `load` does, but tensors that lie in shards are on the meta device: `fill` reads them.
+
+    Args:
+        path: The file or folder.
+        all_sums: Whether shards are compared with their checksums too, which takes as long as reading them. Without
+            that a shard that is missing or cut is noticed, not one that was changed.
+
+    Raises:
+        UserError: As `load`.
 
     """
     path = Path(path)
     checkpoint = _read(path)
-    check_sums(path, FALL_BACK)
+    if not shard_files.holds_shards(path):
+        check_sums(path, FALL_BACK)
+    elif all_sums:
+        shard_files.check_sums(path, FALL_BACK)
     return checkpoint
 
 
+def fill(path: str | Path, checkpoint: dict[str, Any], place: Callable[[Tensor], Tensor] | None = None) -> Any:
+    """Return what `read` returned, or a part of it, with all tensors: see `shard_files.fill`."""
+    path = Path(path)
+    return shard_files.fill(path, checkpoint, FALL_BACK, place) if shard_files.holds_shards(path) else checkpoint
+
+
 def _read(path: Path) -> dict[str, Any]:
-    """Read a checkpoint without looking at its checksums."""
-    if not path.is_file():
+    """Read a checkpoint without looking at its checksums, and without its shards."""
+    if shard_files.holds_shards(path):
+        checkpoint = shard_files.read_rest(path, FALL_BACK)
+    elif path.is_file():
+        checkpoint = load_pickled(path, FALL_BACK)
+    else:
         raise UserError(f"{path}: no such checkpoint. Check --ckpt_path (a file, or last, best or average).")
-    checkpoint = load_pickled(path, FALL_BACK)
     kinds = {"leanbert": dict, "state_dict": dict, "global_step": int}
     if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(k), kind) for k, kind in kinds.items()):
         raise UserError(f"{path}: not a LeanBERT checkpoint. Weights of other programs go to --model.init_from.")
@@ -112,9 +142,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def is_whole(path: Path) -> bool:
-    """Return whether `load` reads a checkpoint file."""
+    """Return whether `load` reads a checkpoint."""
     try:
-        load(path)
+        read(path)
     except UserError:
         return False
     return True
@@ -165,15 +195,18 @@ def _wide(tensor: Tensor, copy: bool = False) -> Tensor:
 
 
 def hold(path: Path) -> bool:
-    """Keep `remove` from deleting a file as long as this process lives; return whether it is still there.
+    """Keep `remove` from deleting a checkpoint as long as this process lives; return whether it is still there.
 
     A run that is trained deletes its older checkpoints while another process, such as `predict`, reads one.
     """
+    handle = _handle(path)
+    if handle.is_dir():
+        return True  # reading it says that it is none
     try:
-        file = path.open("rb")
+        file = handle.open("rb")
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_SH)
-        there = path.stat().st_ino == os.fstat(file.fileno()).st_ino
+        there = handle.stat().st_ino == os.fstat(file.fileno()).st_ino
     except FileNotFoundError:
         return False
     except OSError:
@@ -183,24 +216,38 @@ def hold(path: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, or a folder in its place, unless another process holds it."""
-    if fcntl is not None and path.is_file():
-        with path.open("rb") as file:
+    """Delete a checkpoint, or whatever is in its place, unless another process holds it."""
+    handle = _handle(path)
+    if fcntl is not None and handle.is_file():
+        with handle.open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 return
-            path.unlink()
+            with temporary(path) as going:  # under another name a folder is no checkpoint, however much of it is left
+                path.rename(going)
     else:
         signals.remove(path)
 
 
+def put_aside(path: Path) -> None:
+    """Give a checkpoint a name by which nothing looks for it."""
+    aside = path.with_name(f"abandoned-{path.name}")
+    signals.remove(aside)
+    path.rename(aside)
+
+
+def _handle(path: Path) -> Path:
+    """Return the file that is locked for a checkpoint."""
+    return path / REST if shard_files.holds_shards(path) else path
+
+
 class StreamedCheckpointIO(CheckpointIO):
-    """Lightning's checkpoint files through `save` and `load` of this module.
+    """Lightning's checkpoints through `save`, `read` and `fill` of this module.
 
     Args:
-        path: A file that is read already.
-        checkpoint: What is in it: given once, and then forgotten.
+        path: A checkpoint that is read already.
+        checkpoint: What `read` returned: given once, and then forgotten.
 
     """
 
@@ -212,10 +259,14 @@ class StreamedCheckpointIO(CheckpointIO):
         save(checkpoint, path)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read with `weights_only`; see `load`."""
+        """Read with `weights_only`; see `load`. `map_location` is the `place` of `fill`."""
         checkpoint, self._checkpoint = self._checkpoint, None
-        return load(path) if checkpoint is None or str(path) != self._path else checkpoint
+        if checkpoint is None or str(path) != self._path:
+            checkpoint = read(path)
+        place = map_location if callable(map_location) else None
+        filled: dict[str, Any] = fill(path, checkpoint, place)
+        return filled
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Delete the file if it is there."""
-        Path(path).unlink(missing_ok=True)
+        """Delete it if it is there."""
+        signals.remove(path)

@@ -25,6 +25,9 @@ FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR
 QUIET_SECONDS = 1.5
 """Whoever waits longer than this for another process is told so."""
 
+REST = "rest.ckpt"
+"""What is no shard, in the folder of a checkpoint in shards (see `shard_files`)."""
+
 _TEMPORARY = re.compile(r"\.(.+)\.tmp-[0-9a-f]{8}")
 """Names of what is being written, and is renamed when it is whole."""
 

@@ -23,7 +23,7 @@ NAMES = ("last", "best", "average", "auto")
 
 
 class Found(NamedTuple):
-    """A checkpoint: its file, and what is in it."""
+    """A checkpoint: where it is, and what `checkpoints.read` has found in it."""
 
     path: Path
     checkpoint: dict[str, Any]
@@ -88,11 +88,16 @@ class Run:
             steps[best] = -1 if step is None else step
         return sorted(steps, key=lambda path: (steps[path], path != best), reverse=True)
 
-    def find(self, which: str, *, hold: bool = False) -> Found:
+    def find(self, which: str, *, hold: bool = False, first: bool | None = None) -> Found:
         """Return the checkpoint that `which` of `NAMES` means, and say which that is, and what was passed over.
 
-        `last` and `auto` are the newest that is whole and that training can go on from. `hold` keeps it where it is,
-        though another process trains the run and deletes its older ones.
+        `last` and `auto` are the newest that is whole and that training can go on from.
+
+        Args:
+            which: One of `NAMES`.
+            hold: Keep it where it is, though another process trains the run and deletes its older ones.
+            first: Whether this is the first of the ranks that train, which alone looks for changed bytes in shards: it
+                puts such a folder aside, for the others take it for whole. None: nothing is trained.
 
         Raises:
             MissingCheckpointError: There is none.
@@ -100,21 +105,24 @@ class Run:
         """
         if which not in ("last", "auto"):
             return self._find_named(which)
-        damaged: list[str] = []
+        damaged: list[Path] = []
         for path in self.candidates():
-            if hold and not path.is_dir() and not checkpoints.hold(path):
-                return self.find(which, hold=True)  # it has gone since it was listed
+            if hold and not checkpoints.hold(path):
+                return self.find(which, hold=True, first=first)  # it has gone since it was listed
             try:
-                checkpoint = checkpoints.load(path)
+                checkpoint = checkpoints.read(path, all_sums=first is not False)
             except UserError:
                 checkpoint = {}
             if checkpoint.keys() >= set(TRAINING_STATE):
-                over = f"; passed over, damaged: {', '.join(damaged)}" if damaged else ""
+                over = f"; passed over, damaged: {', '.join(each.name for each in damaged)}" if damaged else ""
+                for folder in damaged if first else ():
+                    if folder.is_dir():
+                        checkpoints.put_aside(folder)
                 say(f"last: {path}, step {checkpoint['global_step']:,}{over}")
                 return Found(path, checkpoint)
-            damaged.append(path.name)
+            damaged.append(path)
         if damaged:
-            names = ", ".join(damaged)
+            names = ", ".join(path.name for path in damaged)
             raise MissingCheckpointError(f"no usable checkpoint in {self.checkpoints} (damaged: {names}). Give a file")
         raise MissingCheckpointError(f"{self.folder}, the newest run, has no checkpoint yet. Give a file")
 
@@ -127,7 +135,7 @@ class Run:
                 else "It is written at the end of a run with checkpoint.average_last or average_best"
             )
             raise MissingCheckpointError(f"no {path}. {reason}: use last, or give a file")
-        found = Found(path, checkpoints.load(path))
+        found = Found(path, checkpoints.read(path))
         say(f"{which}: {path}, step {found.checkpoint['global_step']:,}")
         return found
 
@@ -217,16 +225,16 @@ class TaskRuns:
             if which in ("last", "auto") and not run.candidates():
                 say(f"{which}: {run.folder} was stopped before its first checkpoint: it is started again there")
                 return run, None
-            return run, self._find(which, runs)
+            return run, self._find(which, runs, first=lock)
         except UserError:
             run.release()
             raise
 
-    def _find(self, which: str, runs: list[Run], *, hold: bool = False) -> Found:
+    def _find(self, which: str, runs: list[Run], *, hold: bool = False, first: bool | None = None) -> Found:
         if not runs:
             raise UserError(f"--ckpt_path {which}: no run below {self.folder}. Leave --ckpt_path out to start one.")
         try:
-            return runs[-1].find(which, hold=hold)
+            return runs[-1].find(which, hold=hold, first=first)
         except MissingCheckpointError as error:
             older = next((paths[0] for run in reversed(runs[:-1]) if (paths := run.candidates())), None)
             such = "" if older is None else f", such as {older} of an older run"

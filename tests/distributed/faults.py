@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import signal
@@ -11,14 +12,16 @@ from pathlib import Path
 from lightning.pytorch.callbacks import Callback
 
 from leanbert import checkpoints
+from leanbert.distributed import shard_writing
 from leanbert.errors import UserError
 
 
 class Fault(Callback):
     """At a step one rank is killed, hangs outside of any exchange, or fails; and each leaves its process's number.
 
-    `kind` is kill, hang, error, bug, torn (killed as it renames the next checkpoint), or machine: the rank on the one
-    that is `DOOMED` is killed with the process that started it. A rank that was started again has no fault.
+    `kind` is kill, stop (by SIGTERM), hang, error, bug, torn (killed as it renames the next checkpoint), cut (killed as
+    it has written its shard of the next one), full (its disk is, from the next shard on), or machine: the rank on the
+    one that is `DOOMED` is killed with the process that started it. A rank that was started again has no fault.
     """
 
     def __init__(self, kind: str, rank: int, step: int = 3) -> None:
@@ -39,14 +42,37 @@ class Fault(Callback):
             os.kill(os.getppid(), signal.SIGKILL)
         if self.kind in ("kill", "machine"):
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind == "stop":
+            os.kill(os.getpid(), signal.SIGTERM)
         if self.kind == "torn":
             checkpoints.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind == "cut":
+            shard_writing.os.fsync = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind == "full":
+            shard_writing.os.fsync = full
         if self.kind == "error":
             raise UserError("data.train_files: cannot be read here. Mend it.")
         if self.kind == "bug":
             raise ValueError("no such thing")
         while self.kind == "hang":
             time.sleep(1)
+
+
+def full(_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class InBackground(Callback):
+    """Has shards written in the background, as on a GPU, after some seconds."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+
+    def on_fit_start(self, trainer, pl_module):
+        strategy = trainer.strategy
+        write = strategy.writing._write
+        strategy._may_copy = lambda size: True
+        strategy.writing._write = lambda *given: (time.sleep(self.seconds), write(*given))
 
 
 class AnotherFault(Fault):

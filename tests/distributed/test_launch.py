@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
 
+from leanbert import checkpoints
 from tests.corpus import write_corpus
 from tests.distributed.faults import digests
 from tests.distributed.launching import errors, lightning, lives, machines_that_may_go, started, torchrun, two_machines
@@ -15,6 +17,8 @@ pytestmark = pytest.mark.slow
 
 STEPS = 20
 ALIKE = 1e-5
+IN_SHARDS = {"sharded": (1, None), "groups": (2, None), "background": (1, 0.0), "slow": (1, 0.2)}
+"""Strategies that write checkpoints in shards: groups, and after how many seconds in the background, if there."""
 GO_ON = "A training goes on with --ckpt_path last."
 
 
@@ -24,6 +28,11 @@ def folder(tmp_path_factory):
     write_corpus(folder / "train.txt", documents=60)
     accumulation = "{class_path: GradientAccumulation, init_args: {micro_batch: 1}}"
     (folder / "micro.yaml").write_text(f"trainer:\n  callbacks+: [{accumulation}]\n")
+    for name, (replicas, seconds) in IN_SHARDS.items():
+        settings = {"class_path": "FullySharded", "init_args": {"checkpoints": "sharded", "replicas": replicas}}
+        late = {"class_path": "tests.distributed.faults.InBackground", "init_args": {"seconds": seconds}}
+        given = {"strategy": settings, "callbacks+": [] if seconds is None else [late]}
+        (folder / f"{name}.yaml").write_text(json.dumps({"trainer": given}))
     return folder
 
 
@@ -35,7 +44,7 @@ def to(root, *more, steps=STEPS):
 
 
 def strategy(name):
-    return f"--config=configs/strategy/{name}.yaml"
+    return f"--config={name}.yaml" if name in IN_SHARDS else f"--config=configs/strategy/{name}.yaml"
 
 
 def callback(folder, name, made, /, **settings):
@@ -80,7 +89,12 @@ def test_two_machines(folder, alone):
     alike(folder, "machines", alone[0])
 
 
-CHAINS = {"2-1-4": (("ddp", 2), (None, 1), ("fsdp", 4)), "ddp-fsdp-one": (("ddp", 2), ("fsdp", 2), (None, 1))}
+CHAINS = {
+    "2-1-4": (("ddp", 2), (None, 1), ("fsdp", 4)),
+    "ddp-fsdp-one": (("ddp", 2), ("fsdp", 2), (None, 1)),
+    "shards-2-1-4": (("slow", 2), (None, 1), ("groups", 4)),
+    "shards-4-2-ddp": (("groups", 4), ("sharded", 2), ("ddp", 2)),
+}
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -95,6 +109,9 @@ def test_a_run_goes_on_with_other_devices_and_the_same_rows_masks_and_losses(fol
         [(code, words)] = started(folder, lightning(*given, ranks=ranks))
         assert code == 0, words
         assert digests(folder / rows) == {step: alone[1][step] for step in range(5 * part, STEPS)}
+        for path in (folder / chain / "mlm" / "version_0" / "checkpoints").glob("step-*.ckpt"):
+            if int(path.stem.removeprefix("step-")) > 5 * part:
+                assert path.is_dir() == (name in IN_SHARDS), path
     alike(folder, chain, alone[0])
 
 
@@ -156,20 +173,46 @@ def test_an_error_of_the_program_on_one_rank_is_named(folder, tmp_path):
     assert seconds < 60
 
 
-@pytest.mark.parametrize(("name", "kind", "rank"), [("ddp", "kill", 1), ("fsdp", "torn", 0)])
+KILLED = [("ddp", "kill", 1), ("fsdp", "torn", 0), ("sharded", "torn", 0), ("background", "cut", 1)]
+
+
+@pytest.mark.parametrize(("name", "kind", "rank"), KILLED)
 def test_torchrun_starts_a_killed_run_again(folder, alone, name, kind, rank):
-    """Killed between two checkpoints, and as the second one gets its name."""
-    fault = callback(folder, f"again-{name}", "Fault", kind=kind, rank=rank, step=9)
+    """Killed between two checkpoints, as the second one gets its name, and while it is written by two ranks."""
     root = f"again-{name}"
+    fault = callback(folder, root, "Fault", kind=kind, rank=rank, step=14)
     given = torchrun(
         *to(root, "--ckpt_path=auto"), strategy(name), fault, ranks=2, options=("--standalone", "--max-restarts=2")
     )
     [(code, words)] = started(folder, given)
     assert code == 0, words
     assert "last: again" in words
-    assert "step-00000005.ckpt, step 5" in words
+    assert "step-00000010.ckpt, step 10" in words
     assert [path.name for path in (folder / root / "mlm").iterdir()] == ["version_0"]
     alike(folder, root, alone[0])
+    left = sorted(path.name for path in (folder / root / "mlm" / "version_0" / "checkpoints").iterdir())
+    assert left == ["best.ckpt", *(f"step-{step:08d}.ckpt" for step in (5, 10, 15, 20))]
+
+
+def test_a_full_disk_of_one_rank_ends_all_with_one_line(folder):
+    """Found out in the background, it ends the run at the next step whose number ranks agree on."""
+    fault = callback(folder, "full", "Fault", kind="full", rank=1, step=4)
+    [(code, words)] = started(folder, lightning(*to("full", fault), strategy("background"), ranks=2))
+    assert code == 2, words
+    [line] = errors(words)
+    assert "the disk is full" in line
+    assert line.endswith("choose another disk with --trainer.default_root_dir")
+    assert not list((folder / "full" / "mlm" / "version_0" / "checkpoints").glob("*step*"))
+
+
+def test_a_run_that_is_stopped_waits_for_its_shards(folder):
+    stop = callback(folder, "stop", "Fault", kind="stop", rank=0, step=7)
+    [(code, words)] = started(folder, lightning(*to("stop", stop), strategy("slow"), ranks=2))
+    assert code == 143, words
+    assert errors(words) == []
+    summary = json.loads((folder / "stop" / "mlm" / "version_0" / "summary.json").read_text())
+    assert summary["checkpoint"] == "stop/mlm/version_0/checkpoints/step-00000010.ckpt"
+    assert checkpoints.is_whole(folder / summary["checkpoint"])
 
 
 def test_a_run_goes_on_without_a_machine_that_dies(folder, alone):

@@ -1,7 +1,10 @@
-"""What a sharded run refuses before it trains."""
+"""What a sharded run refuses before it trains, and when it copies."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import psutil
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -34,6 +37,20 @@ def test_devices_must_make_whole_groups():
 def test_replicas_are_counted():
     with pytest.raises(UserError, match=r"trainer\.strategy\.replicas: 0"):
         FullySharded(replicas=0)
+
+
+def test_checkpoints_are_of_a_known_kind():
+    with pytest.raises(UserError, match=r"trainer\.strategy\.checkpoints: 'some' is unknown. Give whole or sharded"):
+        FullySharded(checkpoints="some")
+
+
+def test_copies_are_made_where_memory_is_free_twice_over(monkeypatch):
+    strategy = FullySharded(checkpoints="sharded")
+    monkeypatch.setattr(FullySharded, "num_processes", 4)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=801))
+    for device, sizes in (("cuda", {100: True, 101: False}), ("cpu", {1: False})):
+        monkeypatch.setattr(FullySharded, "root_device", torch.device(device))
+        assert {size: strategy._may_copy(size) for size in sizes} == sizes
 
 
 @pytest.mark.parametrize(("name", "replicas"), [("fsdp", 1), ("hsdp", "nodes")])

@@ -49,6 +49,10 @@ def folder(tmp_path_factory):
     return folder
 
 
+SHARDED = f"--trainer.strategy={json.dumps({'class_path': 'FullySharded', 'init_args': {'checkpoints': 'sharded'}})}"
+"""Checkpoints to go on from are in shards."""
+
+
 def fit(folder, root, task, *arguments, strategy=None, devices=2, steps=STEPS):
     """Train; return the run's folder."""
     where = ["--trainer.accelerator=cpu", f"--trainer.devices={devices if strategy else 1}"]
@@ -136,6 +140,53 @@ def test_the_checkpoint_is_that_of_one_device(folder):
     sharded = ["--config=configs/strategy/fsdp.yaml", "--trainer.devices=2", "--trainer.accelerator=cpu"]
     assert json.loads(run(folder, "validate", *same, *sharded).stdout)["val/loss"] == pytest.approx(stated, rel=ALIKE)
     assert leanbert.load(paths["fsdp"] / "checkpoints" / "step-00000003.ckpt").fill_mask(["the [MASK] sat"])
+
+
+def test_shards_are_taken_as_the_file_is(folder):
+    """The best checkpoint, one file, is of the same step."""
+    path = fit(folder, "shards", "mlm", *ALL, SHARDED, strategy="fsdp", steps=4) / "checkpoints"
+    shards, best = path / "step-00000004.ckpt", path / "best.ckpt"
+    assert sorted(file.name for file in shards.iterdir()) == ["00000.safetensors", "00001.safetensors", "rest.ckpt"]
+    one, two = checkpoints.load(best), checkpoints.load(shards)
+    assert two.keys() - one.keys() == {"shards"}
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "leanbert"):
+        same(two[part], one[part])
+    same(leanbert.load(shards).model.state_dict(), leanbert.load(best).model.state_dict())
+
+    def validated(*arguments):
+        done = run(folder, "validate", *TASKS["mlm"], "--trainer.default_root_dir=shards", *arguments)
+        return json.loads(done.stdout)["val/loss"], done.stderr
+
+    expected, _ = validated("--ckpt_path=best")
+    found, said = validated("--ckpt_path=last")
+    assert found == expected
+    assert "step-00000004.ckpt, step 4" in said
+    here = ["--config=configs/strategy/fsdp.yaml", "--trainer.devices=2", "--trainer.accelerator=cpu"]
+    assert validated(f"--ckpt_path={shards}", *here)[0] == pytest.approx(expected, rel=ALIKE)
+    for source in (shards, best):
+        run(folder, "export", *TASKS["mlm"], f"--ckpt_path={source}", f"--output=from-{source.stem}")
+    weights = [(folder / f"from-{source.stem}" / "model.safetensors").read_bytes() for source in (shards, best)]
+    assert weights[0] == weights[1]
+    content = bytearray((shards / "00001.safetensors").read_bytes())
+    content[-1] ^= 1
+    (shards / "00001.safetensors").write_bytes(content)
+    _, said = validated("--ckpt_path=last")
+    assert "best.ckpt, step 4; passed over, damaged: step-00000004.ckpt" in said
+
+
+def same(found, expected):
+    """Compare nested values, tensors bit by bit."""
+    assert type(found) is type(expected) or isinstance(found, dict)
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            same(found[key], value)
+    elif isinstance(expected, list):
+        same(dict(enumerate(found)), dict(enumerate(expected)))
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected)
+    else:
+        assert found == expected
 
 
 def test_a_process_without_a_validation_row_runs_the_model_with_the_others(folder):

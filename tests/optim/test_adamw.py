@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanbert.errors import UserError
 from leanbert.optim import adamw
-from leanbert.optim.adamw import SLICE_ELEMENTS, SlicedAdamW
+from leanbert.optim.adamw import MOMENTS, SLICE_ELEMENTS, SlicedAdamW, decode_moment
+from leanbert.optim.build import OptimizerConfig, build_optimizer
 
 MIB = 2**20
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.1}
@@ -215,6 +216,25 @@ def test_resume_is_bit_identical(bits, dtype):
     train(optimizer, resumed, range(3, 6))
     for mine, other in zip(resumed, through, strict=True):
         assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_moments_given_as_numbers_are_coded_again(bits):
+    weights = parameters()
+    config = OptimizerConfig({8: "adamw8bit", 4: "adamw4bit"}[bits])
+    optimizer, resumed = (build_optimizer(torch.nn.ParameterList(weights), config) for _ in range(2))
+    train(optimizer, weights, range(3))
+    state = saved_and_loaded(optimizer)
+    [entry] = [each for each in state["state"].values() if each["bits"] == bits]
+    for name in MOMENTS:
+        entry[name] = decode_moment(entry, name, 6300).view(70, 90)
+        del entry[f"{name}_codes"], entry[f"{name}_scales"]
+    resumed.load_state_dict(state)
+    before, after = optimizer.state[weights[0]], resumed.state[weights[0]]
+    assert before.keys() == after.keys()
+    for name, value in before.items():  # a scale is the largest number, which may be rounded in its last bit
+        rtol = 2e-7 if name.endswith("scales") else 0
+        torch.testing.assert_close(torch.as_tensor(after[name]), torch.as_tensor(value), rtol=rtol, atol=0)
 
 
 def test_rounding_follows_the_seed_and_not_the_global_generator():

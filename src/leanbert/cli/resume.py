@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from leanbert import checkpoints
+from leanbert.checkpoints import TRAINING_STATE
 from leanbert.cli.help import program_name
 from leanbert.compression.onnx.runtime import OnnxModel, holds_onnx, read_onnx
 from leanbert.data.module import RowData
@@ -17,6 +18,7 @@ from leanbert.models.stored import Stored
 from leanbert.pretrained.build import read_model, starting_config
 from leanbert.pretrained.weights import holds_model, unpack
 from leanbert.runs import NAMES, Found, Run, TaskRuns
+from leanbert.shard_files import holds_shards
 from leanbert.tasks.base import Task
 
 TAKE_ONNX = ("validate", "test", "predict")
@@ -41,11 +43,11 @@ class Start:
         """
         found: Found | None = None
         trains = subcommand == "fit"
-        if which not in NAMES and Path(which).is_dir():
+        if which not in NAMES and Path(which).is_dir() and not holds_shards(Path(which)):
             self.path, self.folder = which, read_folder(Path(which), subcommand)
             return
         if which not in NAMES:
-            found = Found(Path(which), checkpoints.load(which))
+            found = Found(Path(which), checkpoints.read(which, all_sums=leads() or not trains))
             self.run = runs.owner(found.path) if trains else None
             if self.run is not None and leads():
                 self.run.lock()
@@ -56,7 +58,9 @@ class Start:
         if found is None:
             return
         self.path, self.checkpoint = str(found.path), found.checkpoint
-        if trains and not self.checkpoint.keys() >= set(checkpoints.TRAINING_STATE):
+        if not trains:
+            self.checkpoint = {key: value for key, value in found.checkpoint.items() if key not in TRAINING_STATE}
+        if trains and not self.checkpoint.keys() >= set(TRAINING_STATE):
             raise UserError(
                 f"--ckpt_path: {self.path} holds weights only, from which training cannot go on. "
                 "Use last, or start a new run from it with --model.init_from."

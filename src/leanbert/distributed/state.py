@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed.tensor as dtensor
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.optim import Optimizer
 
 from leanbert.optim.adamw import MOMENTS, decode_moment, encode_moment
@@ -43,6 +45,16 @@ def shard_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     return {**state, "state": {key: _part(parameters.get(key), entry) for key, entry in state["state"].items()}}
 
 
+def decoded_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """Return state in which moments of few bits of sharded parameters are float32, in host memory, and sharded as they.
+
+    Whoever loads them codes them again: with the same codes where the parts are the same, and the same scales but for
+    the last bit.
+    """
+    parameters = _parameters(state, optimizer)
+    return {**state, "state": {key: _decoded(parameters[key], entry) for key, entry in state["state"].items()}}
+
+
 def gather(value: Any, *, keep: bool) -> Any:
     """Return a sharded tensor whole, on the CPU, where this rank wants to `keep` it, else None; others as they are."""
     if not isinstance(value, DTensor):
@@ -52,17 +64,34 @@ def gather(value: Any, *, keep: bool) -> Any:
 
 
 def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """Return a whole tensor, which each rank has, sharded as a parameter is, if it is."""
-    if not isinstance(parameter, DTensor):
+    """Return a whole tensor, which each rank has, sharded as a parameter is, if it is; one that is sharded as it is."""
+    if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
         return value
     mesh, placements = parameter.device_mesh, parameter.placements
     return distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None)
+
+
+def blank_shards(like: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Return a tensor without values that is sharded over a mesh as parameters are, of the shape of another."""
+    placements = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
+    return dtensor.empty(like.shape, dtype=like.dtype, device_mesh=mesh, placements=placements)
 
 
 def _parameters(state: dict[str, Any], optimizer: Optimizer) -> dict[int, Tensor]:
     saved = [key for group in state["param_groups"] for key in group["params"]]
     known = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return dict(zip(saved, known, strict=False))  # the optimizer says what is wrong with other numbers of them
+
+
+def _decoded(parameter: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(parameter, DTensor) or entry.get("bits", 32) == 32:
+        return entry
+    shape = own(parameter).shape
+    found = {name: value for name, value in entry.items() if not name.startswith(MOMENTS)}
+    for name in MOMENTS:
+        values = decode_moment(entry, name, shape.numel()).view(shape)
+        found[name] = from_own(values, parameter, parameter.shape).cpu()
+    return found
 
 
 def _whole(parameter: Tensor, entry: dict[str, Any], keep: bool) -> dict[str, Any]:
@@ -83,7 +112,7 @@ def _part(parameter: Tensor | None, entry: dict[str, Any]) -> dict[str, Any]:
     for name, value in entry.items():
         if isinstance(value, Tensor) and value.shape in (parameter.shape, (*parameter.shape[:-1], 1)):
             found[name] = shard_like(value, parameter)
-    if entry.get("bits", 32) < 32:
+    if entry.get("bits", 32) < 32 and MOMENTS[0] not in entry:
         for name in MOMENTS:
             whole = decode_moment(entry, name, parameter.numel()).view(parameter.shape)
             found.update(encode_moment(own(shard_like(whole, parameter)).reshape(-1), name, entry["bits"]))

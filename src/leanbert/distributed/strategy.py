@@ -1,10 +1,13 @@
-"""Training on shards under Lightning: FSDP2, alone or replicated, with checkpoints as of a single device."""
+"""Training on shards under Lightning: FSDP2, alone or replicated, with checkpoints that any number of devices takes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
@@ -13,21 +16,31 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from leanbert.distributed.shard_writing import ShardWriting
 from leanbert.distributed.sharding import check_groups, lay_out
-from leanbert.distributed.state import gather_state, shard_state
-from leanbert.errors import UserError
+from leanbert.distributed.state import blank_shards, decoded_state, gather, gather_state, shard_state
+from leanbert.errors import UserError, require
 from leanbert.ranges import COUNT
+from leanbert.shard_files import map_tensors
+
+IN_SHARDS = {"in_shards": True}
+"""Storage option of a checkpoint that may be written in shards."""
+FREE_MEMORY = 2
+"""Free host memory, in copies of all shards of a machine, with which a copy is made to be written in background."""
 
 
 class FullySharded(ModelParallelStrategy):
     """FSDP2: each device has a part of parameters, gradients and optimizer state (Zhao et al. 2023, arXiv 2304.11277).
 
-    `Task.configure_model` shards over `mesh`, by `parallelize`. Checkpoints are one file, as of a single device, from
-    which any number of devices goes on, with any strategy.
+    `Task.configure_model` shards over `mesh`, by `parallelize`. From checkpoints any number of devices goes on, with
+    any strategy.
 
     Args:
         replicas: Groups of devices, each of which has the whole model among them: more memory, less to send between
             groups. nodes: as many as there are machines, so that only gradients leave a machine (HSDP).
+        checkpoints: whole: one file, as of a single device, which the first device gathers and writes. sharded: those
+            to go on from (`step-*.ckpt`) are folders, into which each device writes its part; on a GPU while training
+            goes on, if the machine has free memory for two copies. The best is one file always.
 
     Raises:
         UserError: `replicas` is not positive.
@@ -36,11 +49,16 @@ class FullySharded(ModelParallelStrategy):
 
     mesh: DeviceMesh
 
-    def __init__(self, replicas: int | Literal["nodes"] = 1) -> None:
+    def __init__(
+        self, replicas: int | Literal["nodes"] = 1, checkpoints: Literal["whole", "sharded"] = "whole"
+    ) -> None:
         if replicas != "nodes":
             COUNT.check("trainer.strategy.replicas", replicas)
+        known = checkpoints in ("whole", "sharded")
+        require(known, f"trainer.strategy.checkpoints: {checkpoints!r} is unknown. Give whole or sharded.")
         super().__init__(save_distributed_checkpoint=False)
-        self.replicas = replicas
+        self.replicas, self.checkpoints = replicas, checkpoints
+        self.writing = ShardWriting(lambda rest, path: self.checkpoint_io.save_checkpoint(rest, path))
 
     def setup_environment(self) -> None:
         """Start the process group, and lay out the devices. Raises UserError if they do not make `replicas` groups."""
@@ -73,22 +91,59 @@ class FullySharded(ModelParallelStrategy):
         return True
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read the whole file, memory-mapped, on each rank."""
-        return self.checkpoint_io.load_checkpoint(checkpoint_path)
+        """Read the whole file, memory-mapped, on each rank; of a checkpoint in shards each rank's part of tensors."""
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, map_location=partial(blank_shards, mesh=self.mesh))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Take this rank's part of whole weights."""
+        """Take this rank's part of weights."""
         assert self.lightning_module is not None
-        options = StateDictOptions(full_state_dict=True, strict=strict)
-        set_model_state_dict(self.lightning_module, dict(checkpoint["state_dict"]), options=options)
+        weights = dict(checkpoint["state_dict"])
+        whole = not any(isinstance(weight, DTensor) for weight in weights.values())
+        options = StateDictOptions(full_state_dict=whole, strict=strict)
+        set_model_state_dict(self.lightning_module, weights, options=options)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return the weights in shards; `save_checkpoint` gathers them where they are to be whole."""
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the whole state on the first rank, where weights and state are written."""
-        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return gather_state(inner.state_dict(), inner, keep=self.is_global_zero)
+        """Return the state in shards, as `lightning_module_state_dict` does the weights."""
+        return _inner(optimizer).state_dict()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: dict[str, bool] | None = None
+    ) -> None:
+        """Write one file on the first rank; with the option `IN_SHARDS`, if it is asked for, shards on all.
+
+        Those may be written in the background: `writing` says when they are whole, before the next are written.
+
+        Raises:
+            UserError: The disk is full.
+
+        """
+        optimizers = [_inner(optimizer) for optimizer in self.optimizers]
+        states = list(zip(checkpoint.get("optimizer_states", ()), optimizers, strict=False))
+        if storage_options == IN_SHARDS and self.checkpoints == "sharded":
+            checkpoint["optimizer_states"] = [decoded_state(*each) for each in states]
+            self.writing.start(checkpoint, Path(filepath), self.mesh, self._may_copy)
+            return
+        keep = self.is_global_zero
+        if states:
+            checkpoint["optimizer_states"] = [gather_state(*each, keep=keep) for each in states]
+        Strategy.save_checkpoint(self, map_tensors(lambda _, each: gather(each, keep=keep), checkpoint), filepath)
+
+    def _may_copy(self, size_bytes: int) -> bool:
+        """Return whether host memory is free for copies; never on a CPU, whose memory is what training uses."""
+        needed = FREE_MEMORY * self.num_processes * size_bytes
+        return self.root_device.type != "cpu" and needed < psutil.virtual_memory().available
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take this rank's part of whole state."""
+        """Take this rank's part of state."""
         states = checkpoint["optimizer_states"]
         parts = [shard_state(state, each) for state, each in zip(states, self.optimizers, strict=True)]
         Strategy.load_optimizer_state_dict(self, {"optimizer_states": parts})
+
+
+def _inner(optimizer: Optimizer) -> Optimizer:
+    return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer

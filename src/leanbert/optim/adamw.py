@@ -134,6 +134,8 @@ class SlicedAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, types kept: torch's own would cast codes and moments to the weights' type.
 
+        Moments of few bits may be there as numbers too, float32 of the parameter's shape.
+
         Raises:
             UserError: The state was saved with other `state_bits`, or by another optimizer.
 
@@ -149,7 +151,7 @@ class SlicedAdamW(Optimizer):
         super().load_state_dict({**state_dict, "state": {}})
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         for parameter, index in zip(self._places, indices, strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
+            for name, value in _coded(state_dict["state"].get(index, {})).items():
                 self.state[parameter][name] = value.to(parameter.device) if isinstance(value, Tensor) else value
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -213,6 +215,16 @@ def encode_moment(values: Tensor, name: str, bits: int) -> dict[str, Tensor]:
     blocks = torch.nn.functional.pad(values, (0, -len(values) % code.block)).view(-1, code.block)
     code.encode(blocks.clone(), blocks.new_zeros(blocks.shape, dtype=torch.int16), codes, scales)
     return {f"{name}_codes": codes, f"{name}_scales": scales}
+
+
+def _coded(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of a parameter with codes in place of moments of few bits that are there as numbers."""
+    if state.get("bits", 32) == 32 or MOMENTS[0] not in state:
+        return state
+    found = {name: value for name, value in state.items() if name not in MOMENTS}
+    for name in MOMENTS:
+        found |= encode_moment(own(state[name]).reshape(-1), name, state["bits"])
+    return found
 
 
 def _read(state: dict[str, Any], name: str, span: slice, dtype: torch.dtype) -> Tensor:

@@ -173,7 +173,7 @@ class CombinedOptimizer(Optimizer):
 def _restore_dtypes(loaded: dict[str, Any], saved: dict[str, Any], device: torch.device) -> None:
     """Undo what torch's `load_state_dict` does: it casts all state to the dtype of the parameter."""
     for name, value in saved.items():
-        if isinstance(value, Tensor) and loaded[name].dtype != value.dtype:
+        if isinstance(value, Tensor) and name in loaded and loaded[name].dtype != value.dtype:
             loaded[name] = value.to(device, copy=True)
 
 

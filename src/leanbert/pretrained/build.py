@@ -25,6 +25,7 @@ from leanbert.pretrained.architectures import make_model
 from leanbert.pretrained.huggingface.convert import read_huggingface
 from leanbert.pretrained.sparse import SETTINGS, read_sparse
 from leanbert.pretrained.weights import read_checkpoint
+from leanbert.shard_files import holds_shards
 
 Model = TypeVar("Model", bound=EncoderModel)
 
@@ -152,7 +153,8 @@ def read_model(source: str | Path) -> Stored:
             f"{source}: holds ONNX files, which cannot be trained. Give the checkpoint that they are of; "
             "validate, test and predict take the folder with --ckpt_path"
         )
-    return read_huggingface(source) if source.is_dir() else read_checkpoint(source)
+    is_model = source.is_dir() and not holds_shards(source)
+    return read_huggingface(source) if is_model else read_checkpoint(source)
 
 
 def blank_model(source: str | Path) -> EncoderModel:

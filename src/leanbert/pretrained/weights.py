@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from leanbert import shard_files
 from leanbert.errors import UserError
 from leanbert.files import explain_disk_errors, temporary
 from leanbert.models.config import EncoderConfig
@@ -48,8 +49,18 @@ def read_folder(folder: Path) -> StateDict:
 def read_checkpoint(path: Path) -> Stored:
     """Read a LeanBERT checkpoint; tensors stay mapped to the file, and are compared with its checksums when read.
 
-    Raises `UserError` if it is missing, damaged, carries code, or is not of LeanBERT.
+    Of one in shards they are read then. Raises `UserError` if it is missing, damaged, carries code, or is not of
+    LeanBERT.
     """
+    if shard_files.holds_shards(path):
+        rest = shard_files.read_rest(path, FIX)
+
+        def read_shards() -> Mapping[str, Tensor]:
+            shard_files.check_sums(path, FIX)
+            part = {"state_dict": rest["state_dict"]}
+            return unpack({**rest, **shard_files.fill(path, part, FIX)}, path).read_weights()
+
+        return unpack(rest, path)._replace(read_weights=read_shards)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint or folder. Correct model.init_from")
     stored = unpack(load_pickled(path, FIX), path)

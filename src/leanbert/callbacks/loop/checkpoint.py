@@ -11,10 +11,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from leanbert import signals
 from leanbert.callbacks.loop.averaging import KeptWeights, validate_with
 from leanbert.callbacks.values import log_values
-from leanbert.checkpoints import AVERAGE, BEST, remove, step_name, step_of
+from leanbert.checkpoints import AVERAGE, BEST, put_aside, remove, step_name, step_of
+from leanbert.distributed.shard_writing import ShardWriting
+from leanbert.distributed.strategy import IN_SHARDS, FullySharded
 from leanbert.errors import UserError
 from leanbert.messages import say
 from leanbert.ranges import COUNT, POSITIVE, Range, check_ranges
@@ -24,7 +25,7 @@ ASK_RANKS_EVERY = 10
 
 
 class RunCheckpoint(Checkpoint):
-    """Save into `<run>/checkpoints/`; files are written atomically (see `leanbert.checkpoints`).
+    """Save into `<run>/checkpoints/`; each is whole, or not there (see `leanbert.checkpoints`).
 
     Args:
         every_n_steps: Optimizer steps between two checkpoints.
@@ -60,6 +61,7 @@ class RunCheckpoint(Checkpoint):
         self.average_path: str | None = None
         self.best: float | None = None
         self.last_path: str | None = None
+        self._started: str | None = None
         self._saved_at = time.monotonic()
         self._saved_step = -1
 
@@ -99,7 +101,7 @@ class RunCheckpoint(Checkpoint):
             self._drop_old(folder)  # unless a kill has come between
             if self.average is not None:
                 self.average.clear(folder)
-        has_best, is_saved = trainer.strategy.broadcast(((folder / BEST).is_file(), path.is_file()))
+        has_best, is_saved = trainer.strategy.broadcast(((folder / BEST).is_file(), path.exists()))
         if not has_best:  # of a course that has been left, or of the run that this one started from
             self.best = None
         self._saved_at = time.monotonic()
@@ -114,10 +116,12 @@ class RunCheckpoint(Checkpoint):
             self.save(trainer)
 
     def _overdue(self, trainer: Trainer) -> bool:
-        """Return whether minutes have passed, on the first rank's clock."""
+        """Return whether minutes have passed, on the first rank's clock, or a save has failed in the background."""
         if self.every_n_minutes is None:
             return False
-        overdue = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
+        writing = _writing(trainer)
+        failed = writing is not None and writing.failed
+        overdue = failed or time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
         if trainer.world_size == 1:
             return overdue
         return trainer.global_step % ASK_RANKS_EVERY == 0 and trainer.strategy.broadcast(overdue)
@@ -146,6 +150,7 @@ class RunCheckpoint(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last state, and validate the mean."""
         self.save(trainer)
+        self.finish(trainer)
         path = None if self.average is None else self.average.write_mean(trainer, self._folder(trainer))
         if path is not None:
             self.average_path = str(path)
@@ -161,26 +166,40 @@ class RunCheckpoint(Checkpoint):
             say(f"average: {self.monitor} {found[self.monitor]:.4f}, of the best checkpoint {self.best:.4f}")
 
     def save(self, trainer: Trainer) -> None:
-        """Save the state after the last completed step, unless it is saved already, and drop old files."""
+        """Save the state after the last completed step, unless it is saved already, and drop old ones.
+
+        Shards may be written in the background. Raises UserError if that failed the time before.
+        """
         if trainer.global_step == self._saved_step:
             return
+        self.finish(trainer)
         path = self._folder(trainer) / step_name(trainer.global_step)
-        self._write(trainer, path)
-        self.last_path = str(path)
+        self._write(trainer, path, IN_SHARDS)
+        self._started = str(path)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
-        if trainer.is_global_zero:
-            self._drop_old(path.parent)
+        writing = _writing(trainer)
+        if writing is None or not writing.pending:
+            self.finish(trainer)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Wait until what was saved last is whole, and drop old ones. Raises UserError if the disk is full."""
+        if (writing := _writing(trainer)) is not None:
+            writing.finish()
+        if self._started is not None:
+            self.last_path, self._started = self._started, None
+            if trainer.is_global_zero:
+                self._drop_old(Path(self.last_path).parent)
 
     def _drop_old(self, folder: Path) -> None:
         for old in sorted(folder.glob("step-*.ckpt"))[: -self.keep]:
             remove(old)
 
     @staticmethod
-    def _write(trainer: Trainer, path: Path) -> None:
+    def _write(trainer: Trainer, path: Path, options: dict[str, bool] | None = None) -> None:
         """Write a checkpoint, after what was logged: a run that goes on from it does not log that again."""
         for logger in trainer.loggers:
             logger.save()
-        trainer.save_checkpoint(path, weights_only=False)
+        trainer.save_checkpoint(path, weights_only=False, storage_options=options)
 
     @staticmethod
     def _folder(trainer: Trainer) -> Path:
@@ -195,9 +214,11 @@ def clear_for(folder: Path, step: int) -> None:
     later = [path for path in folder.glob("step-*.ckpt") if path.name > step_name(step)]
     others = [folder / name for name in (BEST, AVERAGE)]
     for path in [*later, *(path for path in others if path.exists() and not 0 <= (step_of(path) or -1) <= step)]:
-        aside = path.with_name(f"abandoned-{path.name}")
-        signals.remove(aside)
-        path.rename(aside)
+        put_aside(path)
+
+
+def _writing(trainer: Trainer) -> ShardWriting | None:
+    return trainer.strategy.writing if isinstance(trainer.strategy, FullySharded) else None
 
 
 def _average(last: int | None, best: int | None, monitor: str, sign: float) -> KeptWeights | None:

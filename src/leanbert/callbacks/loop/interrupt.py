@@ -57,6 +57,7 @@ class StopBetweenSteps(Callback):
             for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, RunCheckpoint):
                     callback.save(trainer)
+                    callback.finish(trainer)
             raise Interrupted(received)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

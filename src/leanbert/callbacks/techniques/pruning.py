@@ -26,10 +26,9 @@ from leanbert.compression.pruning import (
     sparsity_of,
     tiled,
 )
-from leanbert.distributed.state import gather, shard_like
+from leanbert.distributed.state import shard_like
 from leanbert.errors import UserError, require
 from leanbert.measure.trace import phase
-from leanbert.messages import leads
 from leanbert.ranges import COUNT, PART, WHOLE
 from leanbert.shards import own, own_rows
 from leanbert.tasks.techniques import Techniques
@@ -236,8 +235,7 @@ class MovementPruning(WeightPruning):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sparsity and the importance."""
-        whole = {name: gather(scores, keep=leads()) for name, scores in self._scores.items()}
-        return {**super().state_dict(), "scores": whole}
+        return {**super().state_dict(), "scores": dict(self._scores)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over both."""

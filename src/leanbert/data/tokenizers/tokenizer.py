@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, models
 from leanbert.data.tokenizers.files import read_files
 from leanbert.data.tokenizers.probe import explained, parse_tokenizer
 from leanbert.errors import UserError
-from leanbert.files import expand, write_text_atomically
+from leanbert.files import REST, expand, write_text_atomically
 
 _NAMED_KEY = "leanbert_special_tokens"
 """Where `to_json` keeps special tokens whose names are not the usual ones."""
@@ -94,6 +94,8 @@ class TextTokenizer:
         # os.path says "no" where a name is too long, which pathlib raises.
         if name != "tokenizer" and os.path.isdir(path / name):
             path = path / name
+        if os.path.isfile(path / REST):
+            path = path / REST
         if not os.path.isdir(path) and not os.path.isfile(path):
             raise UserError(f"data.{name}: {path} does not exist. Give a tokenizer.json or vocab.txt")
         if os.path.isfile(path) and (path.suffix == ".ckpt" or zipfile.is_zipfile(path)):
