@@ -165,6 +165,8 @@ def as_json(rows: Sequence[Row], tag: str, machine: str, answer: str) -> dict[st
 
 def pareto_figure(rows: Sequence[Row], tag: str) -> Figure:
     """Return the metric over size and over latency, with the variants that no other beats in colour."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     figure, (left, right) = new_figure(
         f"{tag} of each variant; coloured: no other is at least as good in all three", columns=2
     )
@@ -176,16 +178,14 @@ def pareto_figure(rows: Sequence[Row], tag: str) -> Figure:
         for number, (row, x) in enumerate(zip(shown, values, strict=True)):
             y = (row.metrics or {})[tag]
             (point,) = axes.plot(x, y, "o" if row.on_front else "x", color="#D55E00" if row.on_front else "#777777")
-            above = number % 2 == 0
-            axes.annotate(
-                str(number + 1), (x, y), xytext=(0, 7 if above else -7), textcoords="offset points", ha="center",
-                va="bottom" if above else "top",
-            )  # fmt: skip
+            offset = ((0, 11), (0, -11), (11, 0), (-11, 0))[number % 4]  # neighbours are often at the same point
+            axes.annotate(str(number + 1), (x, y), offset, textcoords="offset points", ha="center", va="center")
             if axes is left:
                 point.set_label(f"{number + 1}  {row.name if row.steps else f'{row.name}, {row.runtime}'}")
         axes.set(xlabel=label, ylabel=tag, xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(0.1)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
