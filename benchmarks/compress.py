@@ -137,7 +137,7 @@ def reports(name: str, teacher: Path, options: argparse.Namespace) -> str:
     """Return the table of all variants, each list of steps in a report of its own."""
     task = TASKS[name]
     lines: list[list[str]] = []
-    for steps in task.lists[: options.reports]:
+    for number, steps in enumerate(task.lists[: options.reports]):
         texts = [step.format(task.compress_steps) for step in steps]
         output = Path(
             options.runs, name, "compress-" + "-".join(texts or ["untrained"]).replace("=", "-").replace(":", "of")
@@ -149,7 +149,8 @@ def reports(name: str, teacher: Path, options: argparse.Namespace) -> str:
         found = json.loads((output / "report.json").read_text())["variants"]
         first = found[0]
         for row in found:
-            if row["metrics"] and (row["steps"] or not lines or row["name"] == "onnxruntime-int8"):
+            is_reference = number == 0 and (not lines or row["name"] == "onnxruntime-int8")
+            if row["metrics"] and (row["steps"] or is_reference):
                 lines.append(line_of(row, first, task.metric))
     header = [
         "variant", "test", "change of val", "parameters", "not zero", "file", "of the model's", "MFLOP a token",
