@@ -139,7 +139,7 @@ def test_validation_batch_is_shared():
 
 
 def test_batch_that_cannot_be_shared():
-    with pytest.raises(UserError, match=r"data\.batch_size: 16 .* \(10\)"):
+    with pytest.raises(UserError, match=r"data\.batch_size: 16 .* by 10 devices"):
         predict_distributed(settings(), 10, "ddp")
 
 
