@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,7 @@ def experiments(count: int, seed: int) -> list[dict[str, Any]]:
             "kind": strategy,
             "faults": [drawn(KINDS[(number + start) % len(KINDS)], strategy, chance) for start in range(KILLS)],
         }
-        for number in range(count)
-        for strategy in [[*STRATEGIES][number % len(STRATEGIES)]]
+        for number, strategy in zip(range(count), cycle(STRATEGIES), strict=False)
     ]
 
 

@@ -60,7 +60,7 @@ class Start:
         self.path, self.checkpoint = str(found.path), found.checkpoint
         if not trains:
             self.checkpoint = {key: value for key, value in found.checkpoint.items() if key not in TRAINING_STATE}
-        if trains and not self.checkpoint.keys() >= set(TRAINING_STATE):
+        elif not self.checkpoint.keys() >= set(TRAINING_STATE):
             raise UserError(
                 f"--ckpt_path: {self.path} holds weights only, from which training cannot go on. "
                 "Use last, or start a new run from it with --model.init_from."

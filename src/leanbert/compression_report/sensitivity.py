@@ -106,12 +106,13 @@ def trials(variant: Variant, judge: Callable[[OnnxModel], float]) -> Iterator[tu
     assert whole is not None
     assert scheme is not None
     with scratch_folder() as scratch:
-        plain, folded, trial = (scratch / name for name in ("plain", "folded", "trial"))
-        if variant.float32 is None:
-            whole.export(plain, "onnx")
+        float32, folded, trial = variant.float32, scratch / "folded", scratch / "trial"
+        if float32 is None:
+            float32 = scratch / "float32"
+            whole.export(float32, "onnx")
         for folder in (folded, trial):
             folder.mkdir()
-        fold(variant.float32 or plain, folded)
+        fold(float32, folded)
 
         def value(exceptions: Sequence[str]) -> float:
             quantize_folded(folded, trial, scheme, {*exceptions, *given}, variant.seen)

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, empty
+from torch.distributed.tensor import DTensor
 
+from leanbert.distributed.state import blank_shards
 from leanbert.measure.torch_compat import TorchDispatchMode, tensors_in, tree_map_only
 from leanbert.shards import own, own_rows, own_start
 
@@ -41,7 +42,7 @@ class Spread(TorchDispatchMode):
 
     def __init__(self, mesh: DeviceMesh) -> None:
         super().__init__()
-        self._mesh, self._placements = mesh, [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
+        self._mesh = mesh
         self._parts: WeakKeyDictionary[torch.UntypedStorage, DTensor] = WeakKeyDictionary()
 
     def shards(self, tensor: Tensor) -> DTensor | None:
@@ -99,8 +100,7 @@ class Spread(TorchDispatchMode):
 
     def _add(self, tensor: Tensor, whole: Tensor | None = None) -> Tensor:
         """Return a tensor on the meta device, which is spread from now on, with these values or any."""
-        shape = tensor.shape or torch.Size([1])
-        part = empty(shape, dtype=tensor.dtype, device_mesh=self._mesh, placements=self._placements)
+        part = blank_shards(tensor.view(tensor.shape or (1,)), self._mesh)
         self._parts[tensor.untyped_storage()] = part
         if whole is not None:
             self._keep(part, whole)

@@ -71,7 +71,7 @@ def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None)
 
 
-def blank_shards(like: Tensor, mesh: DeviceMesh) -> Tensor:
+def blank_shards(like: Tensor, mesh: DeviceMesh) -> DTensor:
     """Return a tensor without values that is sharded over a mesh as parameters are, of the shape of another."""
     placements = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
     return dtensor.empty(like.shape, dtype=like.dtype, device_mesh=mesh, placements=placements)
@@ -86,21 +86,21 @@ def _parameters(state: dict[str, Any], optimizer: Optimizer) -> dict[int, Tensor
 def _decoded(parameter: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(parameter, DTensor) or entry.get("bits", 32) == 32:
         return entry
-    shape = own(parameter).shape
     found = {name: value for name, value in entry.items() if not name.startswith(MOMENTS)}
-    for name in MOMENTS:
-        values = decode_moment(entry, name, shape.numel()).view(shape)
-        found[name] = from_own(values, parameter, parameter.shape).cpu()
-    return found
+    return found | {name: _moment(parameter, entry, name).cpu() for name in MOMENTS}
+
+
+def _moment(parameter: Tensor, entry: dict[str, Any], name: str) -> Tensor:
+    """Return a moment of few bits as numbers, float32, sharded as its parameter."""
+    shape = own(parameter).shape
+    return from_own(decode_moment(entry, name, shape.numel()).view(shape), parameter, parameter.shape)
 
 
 def _whole(parameter: Tensor, entry: dict[str, Any], keep: bool) -> dict[str, Any]:
     found = {name: gather(value, keep=keep) for name, value in entry.items()}
     if isinstance(parameter, DTensor) and entry.get("bits", 32) < 32:
-        shape = own(parameter).shape
         for name in MOMENTS:
-            values = decode_moment(entry, name, shape.numel()).view(shape)
-            whole = gather(from_own(values, parameter, parameter.shape), keep=keep)
+            whole = gather(_moment(parameter, entry, name), keep=keep)
             found.update(encode_moment(whole.view(-1), name, entry["bits"]) if keep else {})
     return found
 
