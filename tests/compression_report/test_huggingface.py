@@ -6,7 +6,7 @@ import transformers
 
 import leanbert
 from leanbert.api import Pretrained
-from leanbert.compression.low_rank import make_low_rank
+from leanbert.compression.low_rank import make_embedding_low_rank, make_low_rank
 from leanbert.compression.structured import prune_structured
 from leanbert.compression_report.huggingface import leave_huggingface
 from leanbert.compression_report.report import Row, folders_in_words
@@ -15,7 +15,7 @@ from leanbert.models.packed_inputs import PackedInputs
 from tests.compression.onnx.models import make
 
 NO_CLASS = (
-    "encoder.blocks.0.attention.output.weight: the model has another layer there, such as one of low rank, which no "
+    "encoder.blocks.0.attention.output.down: the model has another layer there, such as one of low rank, which no "
     "class of transformers has. Export with onnx"
 )
 
@@ -53,4 +53,15 @@ def test_what_no_class_expresses_is_said_with_the_reason(tmp_path, tokenizer):
         leave_huggingface(Pretrained(model, tokenizer, metadata), row, tmp_path, f"{row.name}/hf", rows[:number])
     assert [(row.huggingface, row.no_huggingface) for row in rows] == [(None, NO_CLASS)] * 2
     assert folders_in_words(rows) == f"None of thin: {NO_CLASS}"
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_embedding_of_two_matrices_is_none_of_transformers(tmp_path, tokenizer):
+    model, metadata = make("classification", "bert")
+    rows = len(model.encoder.embeddings.token.weight)
+    make_embedding_low_rank(model, 0.3, torch.zeros(rows, dtype=torch.int64))
+    row = Row("thin", ["low_rank_embedding=0.3"], "")
+    leave_huggingface(Pretrained(model, tokenizer, metadata), row, tmp_path, "thin/hf")
+    assert row.huggingface is None
+    assert row.no_huggingface.startswith("encoder.embeddings.projection.weight: the model has another layer there")
     assert not list(tmp_path.iterdir())

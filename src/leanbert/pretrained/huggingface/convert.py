@@ -205,9 +205,9 @@ def _their_state(model: EncoderModel, names: Names) -> StateDict:
     for name, rows in _tokens(model).items():
         if name in ours:
             ours[name] = ours[name][:rows]
-    if lacking := sorted(names.keys() - ours.keys()):
+    if other := sorted(names.keys() ^ ours.keys()):
         raise UserError(
-            f"{lacking[0]}: the model has another layer there, such as one of low rank, which no class of transformers "
+            f"{other[0]}: the model has another layer there, such as one of low rank, which no class of transformers "
             "has. Export with onnx"
         )
     state: StateDict = {}
