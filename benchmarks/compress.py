@@ -2,11 +2,11 @@ r"""What compression costs on real data: students with and without their teacher
 
     python benchmarks/compress.py --data DATA --runs runs/compress --jobs 2    # an hour on 2 cores
 
-DATA has the folders classification (SST-2) and srl (PropBank on EWT), and for --tasks of these names ner (WNUT-17, too
-few sentences to learn much from without a pretrained encoder) and translation (Multi30k, an hour more). A teacher is
-trained for each task; then smaller models, which begin with its weights, with several seeds. At last `compress` makes
-and measures variants of the teacher, one process at a time. With several jobs trainings have one thread each. What has
-finished is not repeated.
+DATA has the folders classification (SST-2) and srl (PropBank on EWT), and for --tasks of these names translation
+(Multi30k) and ner (WNUT-17, with an encoder that is pretrained on the folder mlm first, for it has few sentences); each
+takes half an hour more. A teacher is trained for each task; then smaller models, which begin with its weights, with
+several seeds. At last `compress` makes and measures variants of the teacher, one process at a time. With several jobs
+trainings have one thread each. What has finished is not repeated.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ class Task:
     ways: dict[str, Way]
     lists: tuple[tuple[str, ...], ...]
     """Steps of `compress`, of which each list is a report; without steps it tries what needs no training."""
+    pretrained: bool = False
+    """Whether the teacher starts from a masked language model."""
 
 
 def files(folder: str, suffix: str = "jsonl") -> tuple[str, ...]:
@@ -78,6 +80,9 @@ def files(folder: str, suffix: str = "jsonl") -> tuple[str, ...]:
 def hybrid(*more: str) -> tuple[str, ...]:
     return ("blocks=0.5", "structured_pruning=0.5", "train={}", *more, "quantize=int8")
 
+
+PRETRAINING = 3600
+"""Steps of the masked language model that a teacher starts from."""
 
 TASKS = {
     "classification": Task(
@@ -90,7 +95,9 @@ TASKS = {
         "srl", (*files("srl"), "--data.find_predicates=false", "--data.batch_size=24"), "f1", 300, 200, 600, STUDENTS,
         (hybrid("low_rank_embedding=0.9"),),
     ),
-    "ner": Task("tagging", files("ner", "conll"), "f1", 300, 200, 300, {}, (hybrid("low_rank_embedding=0.9"),)),
+    "ner": Task(
+        "tagging", files("ner", "conll"), "f1", 300, 200, 300, {}, (hybrid("low_rank_embedding=0.9"),), pretrained=True
+    ),
     "translation": Task("translation", MULTI30K, "bleu", 900, 450, 450, {}, (hybrid(),)),
 }  # fmt: skip
 
@@ -116,6 +123,19 @@ def trained(
         kept.write_text(call(name, "test", options, *more, folder, f"--ckpt_path={weights}"))
     [checkpoint] = root.glob("*/version_0/checkpoints/best.ckpt")
     return checkpoint, float(json.loads(kept.read_text())[f"test/{TASKS[name].metric}"])
+
+
+def pretrained(options: argparse.Namespace) -> tuple[str, ...]:
+    """Train a masked language model, unless it has finished, and return the settings of what starts from it."""
+    root, files = Path(options.runs, "pretraining"), f"{options.data}/mlm"
+    print("pretraining", file=sys.stderr, flush=True)
+    train_py(
+        "fit", "mlm", f"--data.train_files={files}/train.txt.gz", f"--data.val_files={files}/val.txt.gz",
+        f"--trainer.max_steps={PRETRAINING}", "--trainer.limit_val_batches=20", f"--trainer.default_root_dir={root}",
+        "--ckpt_path=auto", log=Path(options.runs, "pretraining.log"), one_thread=options.jobs > 1,
+    )  # fmt: skip
+    [checkpoint] = root.glob("*/version_0/checkpoints/best.ckpt")
+    return (f"--model.init_from={checkpoint}", "--model.optimizer.lr=1.5e-3", "--model.optimizer.matrix_lr=0.01")
 
 
 def students(name: str, teacher: Path, options: argparse.Namespace, pool: ThreadPoolExecutor) -> dict[str, list[float]]:
@@ -181,10 +201,14 @@ def main() -> None:
     options = parser.parse_args()
     options.data, options.runs = str(Path(options.data).absolute()), str(Path(options.runs).absolute())
     Path(options.runs).mkdir(parents=True, exist_ok=True)
+    start = pretrained(options) if any(TASKS[name].pretrained for name in options.tasks) else ()
+
+    def teacher(name: str) -> tuple[Path, float]:
+        more = start if TASKS[name].pretrained else ()
+        return trained(name, "teacher", TASKS[name].teacher_steps, options, *more)
+
     with ThreadPoolExecutor(options.jobs) as pool:
-        teachers = dict(zip(options.tasks, pool.map(
-            lambda name: trained(name, "teacher", TASKS[name].teacher_steps, options), options.tasks
-        ), strict=True))  # fmt: skip
+        teachers = dict(zip(options.tasks, pool.map(teacher, options.tasks), strict=True))
         taught = {name: students(name, path, options, pool) for name, (path, _) in teachers.items()}
     rows = []
     for name, (_, score) in teachers.items():
