@@ -39,19 +39,26 @@ def make_angles(config: ResolvedConfig, position_ids: Tensor, like: Tensor, loca
     """
     if config.position != "rotary":
         return None
-    theta = config.local_rotary_theta if local else config.rotary_theta
-    return rotary_angles(position_ids, config.head_size, theta, product_dtype(like))
+    return rotary_angles(position_ids, config.head_size, config.theta(local), product_dtype(like))
 
 
 def rotary_angles(position_ids: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> RotaryAngles:
     """Return the angles of int64 `position_ids` [B or 1, S]; computed in float32, returned in `dtype`.
 
-    Su et al. 2021, arXiv 2104.09864. The frequencies are no buffer, for `module.to(bfloat16)` would round them.
+    Su et al. 2021, arXiv 2104.09864.
     """
-    exponent = torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32) / head_size
-    angle = position_ids[:, :, None, None, None].float() * theta**-exponent  # [B, S, 1, 1, d/2]
+    angle = rotary_angle(position_ids, head_size, theta)[:, :, None, None]  # [B, S, 1, 1, d/2]
     cosine, sine = angle.cos().to(dtype), angle.sin().to(dtype)
     return RotaryAngles(torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1))
+
+
+def rotary_angle(position_ids: Tensor, head_size: int, theta: float) -> Tensor:
+    """Return the angle of each pair of numbers of a head at int64 `position_ids` [B, S]: float32 [B, S, d/2].
+
+    The frequencies are no buffer, for `module.to(bfloat16)` would round them.
+    """
+    exponent = torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32) / head_size
+    return position_ids[:, :, None].float() * theta**-exponent
 
 
 def rotate(x: Tensor, angles: RotaryAngles) -> Tensor:

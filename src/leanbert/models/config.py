@@ -196,6 +196,15 @@ class ResolvedConfig(EncoderConfig):
         """Whether block number `layer` attends to a window only."""
         return self.local_window > 0 and layer % self.global_every != 0
 
+    def window(self, local: bool) -> tuple[int, int]:
+        """Return how many tokens a token sees to its left and right, in global or local attention; -1: all."""
+        reach = self.local_window // 2 if local else -1
+        return reach, reach
+
+    def theta(self, local: bool) -> float:
+        """Return the base of rotary frequencies in global or local attention."""
+        return self.local_rotary_theta if local else self.rotary_theta
+
     def check_length(self, max_length: int) -> None:
         """Raise `UserError` if rows of `max_length` tokens have no position in this model."""
         if max_length > self.max_positions:

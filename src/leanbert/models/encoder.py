@@ -120,7 +120,6 @@ class Encoder(nn.Module):
 
         A position looks at its document; with `local` attention at no more than half a window on either side.
         """
-        reach = self.config.local_window // 2 if local else -1
         rate = self.config.attention_dropout if self.training else 0.0
-        mask = sight(inputs, like, self.config.head_size, rate, (reach, reach))
+        mask = sight(inputs, like, self.config.head_size, rate, self.config.window(local))
         return AttentionContext(mask, make_angles(self.config, inputs.position_ids, like, local))

@@ -14,22 +14,19 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanbert.compression.low_rank import LowRankLinear
+from leanbert.compression.onnx.fused import fuse
 from leanbert.errors import UserError
-from leanbert.models.attention import AttentionContext, SelfAttention, make_angles
+from leanbert.models.attention import make_angles
 from leanbert.models.base import EncoderModel
 from leanbert.models.classifier import Classifier
-from leanbert.models.encoder import FeedForward
 from leanbert.models.kernels.attention import additive
-from leanbert.models.packed_inputs import Documents, PackedInputs
+from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.pointer import Source
 from leanbert.models.seq2seq import Seq2SeqModel
 from leanbert.models.stored import ModelMetadata, describe
@@ -45,59 +42,6 @@ KEY = "leanbert"
 
 MOST_BYTES = 2**31 - 2**24
 """Of one file: protobuf counts bytes with 31 bits."""
-
-
-class Parts(nn.Module):
-    """A linear layer, maybe of low rank, whose outputs come in `count` parts: as a `Split` they would be copied."""
-
-    def __init__(self, layer: nn.Module, count: int) -> None:
-        super().__init__()
-        wide: Any = layer
-        self.down = wide.down if isinstance(layer, LowRankLinear) else None
-        self.weights = nn.ParameterList((wide.weight if self.down is None else wide.up).chunk(count))
-        self.biases = nn.ParameterList([] if wide.bias is None else wide.bias.chunk(count))
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Multiply [..., n] with each part of the matrix: [..., m / count] each."""
-        if self.down is not None:
-            x = F.linear(x, self.down)
-        return [F.linear(x, weight, bias) for weight, bias in zip_longest(self.weights, self.biases)]
-
-
-class FusedAttention(nn.Module):
-    """Self-attention whose heads stay where the projections leave them: [B, S, D] -> [B, S, D].
-
-    Rotation and attention are one operator each, where onnxruntime would take some twenty passes over memory.
-    """
-
-    def __init__(self, attention: SelfAttention) -> None:
-        super().__init__()
-        self.qkv, self.output, self.num_heads = Parts(attention.qkv, 3), attention.output, attention.num_heads
-
-    def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
-        """Attend inside what `context.mask` allows."""
-        heads = self.num_heads
-        query, key, value = self.qkv(hidden)  # [B, S, H * d] each
-        if context.angles is not None:
-            cosine, sine = (angle.flatten(2).chunk(2, dim=-1)[1] for angle in context.angles)  # [B, S, d/2]
-            query = torch.onnx.ops.rotary_embedding(query, cosine, sine, num_heads=heads)
-            key = torch.onnx.ops.rotary_embedding(key, cosine, sine, num_heads=heads)
-        assert not isinstance(context.mask, Documents)  # graphs are made on the CPU
-        mixed, *_ = torch.onnx.ops.attention(query, key, value, context.mask, q_num_heads=heads, kv_num_heads=heads)
-        return self.output(mixed)
-
-
-class GatedFeedForward(nn.Module):
-    """A gated feed-forward of two matrices where there was one: [B, S, D] -> [B, S, D]."""
-
-    def __init__(self, plain: FeedForward) -> None:
-        super().__init__()
-        self.input, self.output, self.activate = Parts(plain.input, 2), plain.output, plain.activate
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Widen, activate, narrow."""
-        active, linear = self.input(hidden)  # [B, S, I] each
-        return self.output(self.activate(active) * linear)
 
 
 class EncoderGraph(nn.Module):
@@ -226,11 +170,7 @@ class DecoderGraph(nn.Module):
 def graphs_of(model: EncoderModel) -> dict[str, EncoderGraph | DecoderGraph]:
     """Return the graphs of a model by the names of their files; it stays as it is, and they share its weights."""
     model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    block: Any
-    for block in model.encoder.blocks:
-        block.attention = FusedAttention(block.attention)
-        if block.feed_forward.gated:
-            block.feed_forward = GatedFeedForward(block.feed_forward)
+    fuse(model.encoder)
     if not isinstance(model, Seq2SeqModel):
         return {MODEL: EncoderGraph(model)}
     return {ENCODER: EncoderGraph(model), DECODER: DecoderGraph(model)}
@@ -263,8 +203,8 @@ def layer_of(node: str) -> str:
 def _name_nodes(graph: Any) -> None:
     """Put before the name of each node that of its layer: the module that it is in, or whose embedding it reads.
 
-    Names outlast what is done to graphs afterwards, other remarks do not. A product with the token embedding is
-    of the head that computes it.
+    Names outlast what is done to graphs afterwards, other remarks do not, and these, among them paths of this machine,
+    are left out. A product with the token embedding is of the head that computes it.
     """
     for node in graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
@@ -273,6 +213,7 @@ def _name_nodes(graph: Any) -> None:
             scopes = [read.name.removesuffix(".weight"), node.name]
         if len(scopes) > 1 and (layer := scopes[-2].removeprefix("model.")):
             node.name = f"{layer}/{node.name}"
+        node.metadata_props.clear()
 
 
 @contextmanager

@@ -67,13 +67,18 @@ def sight(
     """
     if inputs.documents is not None and takes_documents(like, head_size, rate):
         return inputs.documents._replace(window=window)
-    allowed = same_document(inputs.document_ids, inputs.document_ids)  # [B, 1, S, S]
+    return additive(visible(inputs, window), like)
+
+
+def visible(inputs: PackedInputs, window: tuple[int, int] = (-1, -1)) -> Tensor:
+    """Return which tokens see which, those of their document in their `window`: bool [B, 1, S, S]."""
+    allowed = same_document(inputs.document_ids, inputs.document_ids)
     if window != (-1, -1):
-        position = torch.arange(allowed.shape[-1], device=like.device)
+        position = torch.arange(allowed.shape[-1], device=allowed.device)
         distance = position[None, :] - position[:, None]  # [S, S]
         for far, bound in ((-distance, window[0]), (distance, window[1])):
             allowed = allowed if bound < 0 else allowed & (far <= bound)
-    return additive(allowed, like)
+    return allowed
 
 
 def takes_documents(like: Tensor, head_size: int, rate: float) -> bool:
