@@ -20,12 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanbert.compression.onnx.fused import fuse
+from leanbert.compression.onnx.fused import GraphContext, fuse, make_turns
 from leanbert.errors import UserError
-from leanbert.models.attention import make_angles
 from leanbert.models.base import EncoderModel
 from leanbert.models.classifier import Classifier
-from leanbert.models.kernels.attention import additive
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.pointer import Source
 from leanbert.models.seq2seq import Seq2SeqModel
@@ -40,6 +38,9 @@ OPSET = 23
 KEY = "leanbert"
 """Under which a file says, as JSON, what model it is."""
 
+PAST, PRESENT = ("past_keys", "past_values"), ("keys", "values")
+"""What a decoder takes of the targets before, and gives for its next call, of each block."""
+
 MOST_BYTES = 2**31 - 2**24
 """Of one file: protobuf counts bytes with 31 bits."""
 
@@ -49,8 +50,8 @@ class EncoderGraph(nn.Module):
 
     Takes int64 [B, S]: `input_ids`; `attention_mask`, 1 at tokens and 0 at padding; `token_type_ids` where the model
     has segments. Gives `logits`, of texts [B, L], of words [B, S, L], of masked tokens [B, S, V], and
-    `last_hidden_state` [B, S, D]. Before a decoder instead of logits: `cross_keys` and `cross_values` of all its blocks
-    [layers, B, H, S, d], and `pointer_keys` [B, S, D] if tokens can be copied.
+    `last_hidden_state` [B, S, D]. Before a decoder instead of logits: `cross_keys_0`, `cross_values_0` and so on, of
+    each of its blocks [B, S, H * d], and `pointer_keys` [B, S, D] if tokens can be copied.
     """
 
     def __init__(self, model: EncoderModel) -> None:
@@ -60,7 +61,7 @@ class EncoderGraph(nn.Module):
         self.inputs = ("input_ids", "attention_mask", *(("token_type_ids",) if segments else ()))
         self.outputs: tuple[str, ...] = ("logits", "last_hidden_state")
         if isinstance(model, Seq2SeqModel):
-            self.outputs = ("last_hidden_state", "cross_keys", "cross_values")
+            self.outputs = ("last_hidden_state", *_by_block(model, "cross_keys", "cross_values"))
             if model.pointer is not None:
                 self.outputs += ("pointer_keys",)
 
@@ -82,9 +83,8 @@ class EncoderGraph(nn.Module):
         inputs = PackedInputs.whole_rows(input_ids, token_type_ids)
         hidden = model.encode(replace(inputs, document_ids=attention_mask - 1))  # [B, S, D]
         if isinstance(model, Seq2SeqModel):
-            projected = [block.cross_attention.project(hidden) for block in model.decoder.blocks]  # type: ignore[operator, union-attr]
-            pairs = tuple(torch.stack(tensors) for tensors in zip(*projected, strict=True))
-            return (hidden, *pairs, *(() if model.pointer is None else (model.pointer.key(hidden),)))
+            cross = [part for block in model.decoder.blocks for part in block.cross_attention.project(hidden)]  # type: ignore[operator, union-attr]
+            return (hidden, *cross, *(() if model.pointer is None else (model.pointer.key(hidden),)))
         if isinstance(model, Classifier):
             return model.head(hidden[:, 0] if model.of == "text" else hidden), hidden
         return model.head(hidden, model.encoder.embeddings.token.weight), hidden
@@ -94,69 +94,67 @@ class DecoderGraph(nn.Module):
     """The part of a sequence-to-sequence model that runs for each next token.
 
     Takes `input_ids`, int64 [B, T]; of the source `attention_mask`, int64 [B, S], and what the other graph gives:
-    `cross_keys`, `cross_values`, and with `pointer_keys` the sources' `source_ids`, int64 [B, S]; and of the targets
-    before `past_keys` and `past_values` [layers, B, H, P, d], where P is 0 at first. Gives `logits` [B, T, V] of the
-    next tokens, and `keys` and `values` [layers, B, H, P + T, d], the next call's past.
+    `cross_keys_0`, `cross_values_0` and so on, and with `pointer_keys` the sources' `source_ids`, int64 [B, S]; and of
+    the targets before `past_keys_0`, `past_values_0` and so on, [B, H, P, d], where P is 0 at first. Gives `logits`
+    [B, T, V] of the next tokens, and `keys_0`, `values_0` and so on, [B, H, P + T, d], the next call's past.
     """
 
     def __init__(self, model: Seq2SeqModel) -> None:
         super().__init__()
         self.model = model
-        self.inputs: tuple[str, ...] = (
-            "input_ids", "attention_mask", "cross_keys", "cross_values", "past_keys", "past_values",
-        )  # fmt: skip
+        self.inputs: tuple[str, ...] = ("input_ids", "attention_mask")
+        self.inputs += _by_block(model, "cross_keys", "cross_values") + _by_block(model, *PAST)
         if model.pointer is not None:
             self.inputs += ("pointer_keys", "source_ids")
-        self.outputs = ("logits", "keys", "values")
+        self.outputs = ("logits", *_by_block(model, *PRESENT))
 
-    def examples(self) -> tuple[Tensor, ...]:
+    def examples(self) -> tuple[Any, ...]:
         """Return inputs of two rows, of which the first source is shorter."""
-        config, layers = self.model.config, len(self.model.decoder.blocks)
+        config, count = self.model.config, 2 * len(self.model.decoder.blocks)
         ids, mask, *_ = EncoderGraph(self.model).examples()
-        cross, past = (
-            [torch.zeros(layers, 2, config.num_heads, length, config.head_size) for _ in range(2)]  # one twice is one
-            for length in (ids.shape[1], _some(self.model, 3))
-        )
-        hidden = torch.zeros(*ids.shape, config.hidden_size)
+        heads, size = config.num_heads, config.head_size
+        cross = [torch.zeros(*ids.shape, heads * size) for _ in range(count)]  # one twice is one
+        past = [torch.zeros(2, heads, _some(self.model, 3), size) for _ in range(count)]
         targets = torch.zeros(2, _some(self.model, 4), dtype=torch.int64)
-        return (targets, mask, *cross, *past, hidden, ids)[: len(self.inputs)]
+        pointer = (torch.zeros(*ids.shape, config.hidden_size), ids)
+        return (targets, mask, cross, past, *(() if self.model.pointer is None else pointer))
 
-    def axes(self) -> list[dict[int, Any]]:
+    def axes(self) -> list[Any]:
         """Return the axes of each input that differ from call to call."""
-        most = self.model.config.max_positions
+        most, count = self.model.config.max_positions, 2 * len(self.model.decoder.blocks)
         batch, source, target = (
             torch.export.Dim(name, min=1, max=limit)
             for name, limit in (("batch", None), ("source", most), ("target", most))
         )
         past = torch.export.Dim("past", min=0, max=most)
-        tokens, cross, own = {0: batch, 1: source}, {1: batch, 3: source}, {1: batch, 3: past}
-        return [{0: batch, 1: target}, tokens, cross, cross, own, own, tokens, tokens][: len(self.inputs)]
+        tokens = {0: batch, 1: source}
+        pointer = [] if self.model.pointer is None else [tokens, tokens]
+        return [{0: batch, 1: target}, tokens, [tokens] * count, [{0: batch, 2: past}] * count, *pointer]
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, cross_keys: Tensor, cross_values: Tensor, past_keys: Tensor,
-        past_values: Tensor, pointer_keys: Tensor | None = None, source_ids: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Return the outputs in their order."""
-        decoder, before = self.model.decoder, past_keys.shape[3]
+        self, input_ids: Tensor, attention_mask: Tensor, cross: list[Tensor], past: list[Tensor],
+        pointer_keys: Tensor | None = None, source_ids: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Return the outputs in their order; `cross` and `past` are keys and values block by block."""
+        decoder, before, (rows, length) = self.model.decoder, past[0].shape[2], input_ids.shape
         inputs = PackedInputs.whole_rows(input_ids)
         inputs = replace(inputs, position_ids=inputs.position_ids + before)
         hidden = decoder.embeddings(inputs, self.model.target_table)  # [B, T, D]
-        angles = make_angles(decoder.config, inputs.position_ids, hidden)
-        position = torch.arange(before + input_ids.shape[1], device=hidden.device)  # [P + T]
-        own_mask = additive((position[before:, None] >= position)[None, None], hidden)
+        every = torch.arange(before + length, device=hidden.device)  # [P + T]
+        own = every[before:]
+        context = GraphContext((own[:, None] >= every)[None, None], make_turns(decoder.config, own, rows))
         real = attention_mask > 0  # [B, S]
-        cross_mask = additive(real[:, None, None, :].expand(-1, -1, input_ids.shape[1], -1), hidden)  # [B, 1, T, S]
-        keys, values = [], []
-        for layer, block in enumerate(decoder.blocks):
+        there = real[:, None, None].expand(-1, -1, length, -1)  # [B, 1, T, S]
+        present: list[Tensor] = []
+        for block, source, target in zip(decoder.blocks, _pairs(cross), _pairs(past), strict=True):
 
-            def attend(x: Tensor, layer: int = layer, attention: Any = block.attention) -> Tensor:
-                query, key, value = attention.project(x, angles)
-                keys.append(torch.cat((past_keys[layer], key), dim=2))
-                values.append(torch.cat((past_values[layer], value), dim=2))
-                return attention.mix(query, keys[-1], values[-1], own_mask)
+            def attend(x: Tensor, attention: Any = block.attention, past: tuple[Tensor, ...] = target) -> Tensor:
+                mixed, *extended = attention.extend(x, context, *past)
+                present.extend(extended)
+                return mixed
 
-            def attend_to_source(x: Tensor, layer: int = layer, cross: Any = block.cross_attention) -> Tensor:
-                return cross(x, cross_keys[layer], cross_values[layer], cross_mask)
+            def attend_to_source(x: Tensor, cross: Any = block.cross_attention, source: Any = source) -> Tensor:
+                return cross(x, *source, there)
 
             hidden = block.run(hidden, attend, attend_to_source)  # type: ignore[operator]
         if decoder.final_norm is not None:
@@ -164,13 +162,13 @@ class DecoderGraph(nn.Module):
         copied = None
         if self.model.pointer is not None and pointer_keys is not None and source_ids is not None:
             copied = self.model.pointer(hidden, Source(pointer_keys, source_ids, real[:, None, :]))
-        return self.model.logits(hidden, copied), torch.stack(keys), torch.stack(values)
+        return self.model.logits(hidden, copied), *present
 
 
 def graphs_of(model: EncoderModel) -> dict[str, EncoderGraph | DecoderGraph]:
     """Return the graphs of a model by the names of their files; it stays as it is, and they share its weights."""
     model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    fuse(model.encoder)
+    fuse(model)
     if not isinstance(model, Seq2SeqModel):
         return {MODEL: EncoderGraph(model)}
     return {ENCODER: EncoderGraph(model), DECODER: DecoderGraph(model)}
@@ -230,6 +228,16 @@ def _quiet() -> Iterator[None]:
         raise UserError(f'export: ONNX needs {error.name}. Run: pip install "leanbert[compress]"') from None
     finally:
         logger.setLevel(level)
+
+
+def _by_block(model: Seq2SeqModel, *names: str) -> tuple[str, ...]:
+    """Return the names with the number of each block of the decoder."""
+    return tuple(f"{name}_{block}" for block in range(len(model.decoder.blocks)) for name in names)
+
+
+def _pairs(tensors: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return keys with their values."""
+    return list(zip(tensors[::2], tensors[1::2], strict=True))
 
 
 def _some(model: EncoderModel, length: int) -> int:

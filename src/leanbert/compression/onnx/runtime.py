@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanbert.compression.onnx.graphs import DECODER, ENCODER, KEY, MODEL
+from leanbert.compression.onnx.graphs import DECODER, ENCODER, KEY, MODEL, PAST
 from leanbert.errors import UserError
 from leanbert.models.kernels.loss import cross_entropy_sum
 from leanbert.models.packed_inputs import PackedInputs
@@ -125,20 +125,18 @@ class OnnxDecoding:
     def __init__(self, model: OnnxSeq2Seq, inputs: PackedInputs, beams: int) -> None:
         self._decoder, self._beams = model.decoder, beams
         given = fed(inputs)
-        found = model.session(given)
-        rows = {"attention_mask": given["attention_mask"], "source_ids": given["input_ids"]}
-        if "pointer_keys" in found:
-            rows["pointer_keys"] = found["pointer_keys"]
-        # by the axis of the sentences
-        self._rows = {name: tensor.repeat_interleave(beams, 0) for name, tensor in rows.items()}
-        self._columns = {name: found[name].repeat_interleave(beams, 1) for name in ("cross_keys", "cross_values")}
-        empty = self._columns["cross_keys"][:, :, :, :0]
-        self._columns |= {"past_keys": empty, "past_values": empty}
+        source = {**model.session(given), **given, "source_ids": given["input_ids"]}
+        self._source = {
+            name: source[name].repeat_interleave(beams, 0) for name in self._decoder.inputs if name in source
+        }
+        heads, size = model.config.num_heads, model.config.head_size
+        empty = torch.empty(len(inputs) * beams, heads, 0, size)
+        self._past = {name: empty for name in self._decoder.inputs if name.startswith(PAST)}
 
     def run(self, tokens: Tensor) -> Tensor:
         """Return the logits [Q, T, V] after the tokens [Q, T], which become part of the past."""
-        found = self._decoder({"input_ids": tokens, **self._rows, **self._columns})
-        self._columns |= {"past_keys": found["keys"], "past_values": found["values"]}
+        found = self._decoder({**self._source, **self._past, "input_ids": tokens})
+        self._past = {name: found[name.removeprefix("past_")] for name in self._past}
         return found["logits"]
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -148,13 +146,14 @@ class OnnxDecoding:
     def reorder(self, parents: Tensor) -> None:
         """Let beam k of each sentence go on from what was beam `parents[n, k]` (int64 [N, K])."""
         chosen = (parents + torch.arange(len(parents))[:, None] * self._beams).flatten()
-        self._columns |= {name: self._columns[name][:, chosen] for name in ("past_keys", "past_values")}
+        self._past = {name: tensor[chosen] for name, tensor in self._past.items()}
 
     def select(self, sentences: Tensor) -> None:
         """Drop all sentences but these (int64, ascending)."""
         chosen = (sentences[:, None] * self._beams + torch.arange(self._beams)).flatten()
-        self._rows = {name: tensor[chosen] for name, tensor in self._rows.items()}
-        self._columns = {name: tensor[:, chosen] for name, tensor in self._columns.items()}
+        self._source, self._past = (
+            {name: tensor[chosen] for name, tensor in tensors.items()} for tensors in (self._source, self._past)
+        )
 
 
 def holds_onnx(folder: Path) -> bool:
