@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ import leanbert
 from leanbert.api import Pretrained
 from leanbert.compression.onnx.quantization import quantize_plainly
 from leanbert.compression.onnx.runtime import SLOW, OnnxModel, Session, read_onnx
-from leanbert.compression_report.measuring import LONG, MANY, SHORT, bytes_of, run, time_in_turns
+from leanbert.compression_report.measuring import LONG, MANY, SHORT, bytes_of, prepared, time_in_turns
 from leanbert.data.formats.examples import read_records
 from leanbert.measure.torch_compat import cpu_computes_int8
 from report import table, write_section
@@ -133,7 +132,7 @@ def by_torchao(original: Pretrained) -> list[Contender]:
     fixed, free = (torch.compile(small, dynamic=dynamic) for dynamic in (False, True))
     begin = time.perf_counter()
     for batch in BATCHES:
-        run(fixed, *batch)
+        prepared(fixed, *batch)()
     compiling = f"{time.perf_counter() - begin:.0f} s to compile"
     return [
         Contender("torchao, PyTorch", small, size),
@@ -144,7 +143,7 @@ def by_torchao(original: Pretrained) -> list[Contender]:
 def time_all(contenders: Sequence[Contender], seconds: float) -> None:
     """Give each its seconds for the batches, medians of all in turns."""
     for batch in BATCHES:
-        calls = {each.name: partial(run, each.model, *batch) for each in contenders}
+        calls = {each.name: prepared(each.model, *batch) for each in contenders}
         found = time_in_turns(calls, seconds, iter)
         for each in contenders:
             each.seconds += (statistics.median(found[each.name]),)

@@ -22,7 +22,7 @@ from torch import nn
 
 from leanbert.compression.pruning import apply_masks, make_masks, prunable, tiled
 from leanbert.compression.sparse import SparseLinear, make_sparse
-from leanbert.compression_report.measuring import run, time_in_turns
+from leanbert.compression_report.measuring import prepared, time_in_turns
 from leanbert.models.classifier import Classifier
 from leanbert.models.config import EncoderConfig
 from leanbert.models.stored import ModelMetadata
@@ -112,7 +112,7 @@ def main() -> None:
         for name, model in (("dense", dense), ("sparse", sparse)):
             sizes = [file_bytes(dense), held_by_layers(model), held_bytes(model)]
             rows.append([f"{zeros:.0%}", name, *(f"{size / 2**20:.1f}" for size in sizes)])
-            calls |= {(len(rows) - 1, batch): partial(run, model, *batch) for batch in BATCHES}
+            calls |= {(len(rows) - 1, batch): prepared(model, *batch) for batch in BATCHES}
     found = time_in_turns(calls, options.seconds, iter)
     for (row, _), seconds in found.items():
         rows[row].append(f"{1000 * statistics.median(seconds):.2f}")

@@ -9,7 +9,7 @@ from leanbert.compression_report.measuring import (
     OUTPUT_TOKENS,
     flops_per_token,
     peak_memory,
-    run,
+    prepared,
     time_in_turns,
     weights_of,
 )
@@ -56,7 +56,7 @@ def test_a_decoder_writes_so_many_tokens():
         return decoding
 
     model.start_decoding = counted
-    run(model, 3, 8)
+    prepared(model, 3, 8)()
     assert len(calls) == OUTPUT_TOKENS
     assert {tokens.shape for tokens in calls} == {(3,)}
 

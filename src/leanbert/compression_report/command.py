@@ -12,7 +12,16 @@ from tqdm import tqdm
 from leanbert.api import load
 from leanbert.compression.onnx.runtime import read_onnx
 from leanbert.compression.steps import QUANTIZE, Step, parse_steps, variants_of
-from leanbert.compression_report.measuring import LONG, MANY, SHORT, autocast, bytes_of, peak_memory, run, time_in_turns
+from leanbert.compression_report.measuring import (
+    LONG,
+    MANY,
+    SHORT,
+    autocast,
+    bytes_of,
+    peak_memory,
+    prepared,
+    time_in_turns,
+)
 from leanbert.compression_report.report import answer_of, as_table, folders_in_words, mark_front, write_report
 from leanbert.compression_report.request import CompressRequest
 from leanbert.compression_report.sensitivity import Sensitivity, examine, relative_drop
@@ -148,8 +157,7 @@ def _measure(variants: Sequence[Variant], seconds: float) -> None:
 
     def times(rows: int, length: int) -> list[list[float]]:
         calls = {
-            str(number): partial(run, variant.model, rows, length, variant.bf16)
-            for number, variant in enumerate(variants)
+            str(number): prepared(variant.model, rows, length, variant.bf16) for number, variant in enumerate(variants)
         }
         return list(time_in_turns(calls, seconds / 3, progress).values())
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,23 @@ from leanbert.measure.counters import peak_rss_bytes
 before = peak_rss_bytes()
 model = load(sys.argv[1]).model
 loaded = peak_rss_bytes()
-measuring.run(model, int(sys.argv[2]), int(sys.argv[3]))
+measuring.prepared(model, int(sys.argv[2]), int(sys.argv[3]))()
 print(json.dumps([loaded - before, peak_rss_bytes() - before]))
 """
 
 
-def run(model: Any, rows: int, length: int, bf16: bool = False) -> None:
-    """Compute the scores of all tokens of drawn rows [B, S] (of texts: of each text), or write `OUTPUT_TOKENS`."""
-    with torch.inference_mode(), autocast(bf16):
-        _compute(model, rows, length)
+def prepared(model: Any, rows: int, length: int, bf16: bool = False) -> Callable[[], None]:
+    """Return what computes the scores of all tokens of drawn rows [B, S] (of texts: of each text).
+
+    Of sequence to sequence it writes `OUTPUT_TOKENS`. The rows are drawn here, not in the call.
+    """
+    compute = _computation(model, rows, length)
+
+    def call() -> None:
+        with torch.inference_mode(), autocast(bf16):
+            compute()
+
+    return call
 
 
 def autocast(bf16: bool) -> AbstractContextManager[object]:
@@ -55,17 +64,19 @@ def autocast(bf16: bool) -> AbstractContextManager[object]:
     return torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
 
 
-def _compute(model: Any, rows: int, length: int) -> None:
+def _computation(model: Any, rows: int, length: int) -> Callable[[], object]:
     length = min(length, model.config.max_positions)
     ids = torch.randint(_tokens(model), (rows, length), generator=torch.Generator().manual_seed(0))
-    inputs = PackedInputs.whole_rows(ids)
-    if model.task == "seq2seq":
+    inputs, index = PackedInputs.whole_rows(ids), torch.arange(length).expand_as(ids)
+
+    def write() -> None:
         decoding, tokens = model.start_decoding(inputs, 1, OUTPUT_TOKENS), ids[:, 0]
         for _ in range(min(OUTPUT_TOKENS, model.config.max_positions)):
             tokens = decoding.step(tokens).argmax(-1)
-    else:
-        index = torch.arange(length).expand_as(ids)
-        model(inputs, index[:, :1] if getattr(model, "of", "word") == "text" else index)
+
+    if model.task == "seq2seq":
+        return write
+    return partial(model, inputs, index[:, :1] if getattr(model, "of", "word") == "text" else index)
 
 
 def weights_of(model: nn.Module) -> tuple[int, int]:
@@ -76,10 +87,10 @@ def weights_of(model: nn.Module) -> tuple[int, int]:
 
 def flops_per_token(model: EncoderModel) -> float:
     """Return the operations of matrix products and attention for each token of a row of `LONG`, counted in a run."""
-    length = min(LONG, model.config.max_positions)
+    compute = _computation(model, 1, LONG)
     with torch.no_grad(), LiveBytes(model) as trace:
-        _compute(model, 1, length)
-    return trace.flops.total() / length
+        compute()
+    return trace.flops.total() / min(LONG, model.config.max_positions)
 
 
 def time_in_turns(
