@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from leanbert import checkpoints
 from leanbert.compression.structured import prune_structured
 from leanbert.distributed.parallelize import parallelize
+from leanbert.distributed.shard_writing import ShardWriting
 from leanbert.distributed.sharding import pretend_group
 from leanbert.distributed.spread import Spread
+from leanbert.distributed.state import blank_shards
 from leanbert.measure.counters import peak_rss_bytes
 from leanbert.measure.trace import LiveBytes
 from leanbert.memory.allocator import return_freed_pages
@@ -76,6 +79,7 @@ def cases(folder):
         "sinusoidal, bf16": (partial(build, dtype=torch.bfloat16, position="sinusoidal"), keep),
         "changed, pruned": (changed, prune),
         "checkpoint": (partial(build, init_from=folder / "a.ckpt"), prune),
+        "shards": (partial(build, init_from=folder / "shards.ckpt"), keep),
         "sparse": (partial(build, init_from=folder / "sparse"), keep),
         "huggingface": (partial(build, init_from=folder / "huggingface"), keep),
         "decoder": (partial(build, translator, folder / "huggingface"), keep),
@@ -90,6 +94,12 @@ def tensors_of(model):
 
 def made_on(folder, rank):
     mesh = init_device_mesh("cpu", (RANKS,))
+    checkpoint = checkpoints.load_pickled(folder / "a.ckpt", "")
+    weights = checkpoint["state_dict"].items()
+    checkpoint["state_dict"] = {
+        name: distribute_tensor(each, mesh, blank_shards(each, mesh).placements) for name, each in weights
+    }
+    ShardWriting(checkpoints.save).start(checkpoint, folder / "shards.ckpt", mesh, lambda size: False)
     return {name: tensors_of(parallelize(*case, mesh)) for name, case in cases(folder).items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from leanbert import shard_files
 from leanbert.errors import UserError
 from leanbert.files import explain_disk_errors, temporary
 from leanbert.models.config import EncoderConfig
-from leanbert.models.stored import ModelMetadata, StateDict, Stored
+from leanbert.models.stored import LazyWeights, ModelMetadata, StateDict, Stored
 from leanbert.untrusted import check_sums, first_line, load_pickled, read_json, refuse_pointer
 
 POSITION_IDS = "position_ids"
@@ -47,20 +48,24 @@ def read_folder(folder: Path) -> StateDict:
 
 
 def read_checkpoint(path: Path) -> Stored:
-    """Read a LeanBERT checkpoint; tensors stay mapped to the file, and are compared with its checksums when read.
+    """Read a LeanBERT checkpoint; its files are compared with their checksums when weights are asked for.
 
-    Of one in shards they are read then. Raises `UserError` if it is missing, damaged, carries code, or is not of
-    LeanBERT.
+    Tensors stay mapped to a file; of a checkpoint in shards each is read when it is asked for. Raises `UserError` if it
+    is missing, damaged, carries code, or is not of LeanBERT.
     """
     if shard_files.holds_shards(path):
-        rest = shard_files.read_rest(path, FIX)
+        stored = unpack(shard_files.read_rest(path, FIX), path)
+
+        def read_one(name: str, blank: Tensor) -> Tensor:
+            place = {"state_dict": {MODEL_PREFIX + name: blank}}
+            return next(iter(shard_files.fill(path, place, FIX)["state_dict"].values()))
 
         def read_shards() -> Mapping[str, Tensor]:
             shard_files.check_sums(path, FIX)
-            part = {"state_dict": rest["state_dict"]}
-            return unpack({**rest, **shard_files.fill(path, part, FIX)}, path).read_weights()
+            state = stored.read_weights()
+            return LazyWeights({name: partial(read_one, name, blank) for name, blank in state.items()})
 
-        return unpack(rest, path)._replace(read_weights=read_shards)
+        return stored._replace(read_weights=read_shards)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint or folder. Correct model.init_from")
     stored = unpack(load_pickled(path, FIX), path)
