@@ -77,8 +77,8 @@ def files(folder: str, suffix: str = "jsonl") -> tuple[str, ...]:
     return tuple(f"--data.{part}_files={{data}}/{folder}/{part}.{suffix}.gz" for part in ("train", "val", "test"))
 
 
-def hybrid(*more: str) -> tuple[str, ...]:
-    return ("blocks=0.5", "structured_pruning=0.5", "train={}", *more, "quantize=int8")
+def hybrid(*more: str, scheme: str = "int8") -> tuple[str, ...]:
+    return ("blocks=0.5", "structured_pruning=0.5", "train={}", *more, f"quantize={scheme}")
 
 
 PRETRAINING = 3600
@@ -98,7 +98,7 @@ TASKS = {
     "ner": Task(
         "tagging", files("ner", "conll"), "f1", 300, 200, 300, {}, (hybrid("low_rank_embedding=0.9"),), pretrained=True
     ),
-    "translation": Task("translation", MULTI30K, "bleu", 900, 450, 450, {}, (hybrid(),)),
+    "translation": Task("translation", MULTI30K, "bleu", 900, 450, 1800, {}, (hybrid(scheme="int8_int4"),)),
 }  # fmt: skip
 
 

@@ -10,16 +10,14 @@ from pathlib import Path
 
 import torch
 
+from leanbert.measure.counters import device_name
+
 DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 
 def hardware() -> str:
     """Return processor, cores and versions in one line."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
+    name = device_name(torch.device("cpu"))
     if torch.cuda.is_available():
         name = f"{torch.cuda.get_device_name()}, {name}"
     return f"{name}, {torch.get_num_threads()} cores, torch {torch.__version__}, Python {platform.python_version()}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ from leanbert.compression_report.measuring import LONG, MANY, SHORT
 from leanbert.compression_report.request import Limits
 from leanbert.compression_report.sensitivity import Sensitivity
 from leanbert.files import explain_disk_errors, write_text_atomically
+from leanbert.measure.counters import device_name
 from leanbert.measure.figures import new_figure
 from leanbert.measure.torch_compat import cpu_computes_int8
 from leanbert.tasks.tables import markdown_table
@@ -195,9 +195,8 @@ def write_report(output: Path, rows: Sequence[Row], tag: str, answer: str, layer
     """Write report.md, report.json, pareto.png and TensorBoard's events."""
     from torch.utils.tensorboard import SummaryWriter
 
-    machine = (
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
+    processor = device_name(torch.device("cpu"))
+    machine = f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     table = as_table(rows, tag)
     slow = "" if cpu_computes_int8() else " int8 is no faster on a processor without VNNI, as here."
     note = (
