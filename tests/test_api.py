@@ -271,8 +271,9 @@ def test_only_onnx_files_are_quantized(run, tmp_path):
         leanbert.load(run[2]).export(tmp_path / "new", quantize="int8")
     with pytest.raises(UserError, match=r"^export: int8_static needs data to calibrate on\. Use compress, with --"):
         leanbert.load(run[2]).export(tmp_path / "new", "onnx", "int8_static")
+    rows = PackedInputs.whole_rows(torch.ones(1, 1))
     with pytest.raises(UserError, match=r"^export: seen is what int8_static is calibrated on\. Leave it out$"):
-        leanbert.load(run[2]).export(tmp_path / "new", "onnx", "int8", seen=[PackedInputs.whole_rows(torch.ones(1, 1))])
+        leanbert.load(run[2]).export(tmp_path / "new", "onnx", "int8", seen=[(rows,)])
     assert not (tmp_path / "new").exists()
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from leanbert.checkpoints import BEST
-from leanbert.compression.onnx.quantization import Scheme
+from leanbert.compression.onnx.quantization import Scheme, Seen
 from leanbert.compression.onnx.runtime import OnnxModel, holds_onnx, read_onnx
 from leanbert.compression.sparse import make_sparse
 from leanbert.data.batches.batch import PredictBatch
@@ -26,7 +26,6 @@ from leanbert.exporting import Format, write_folder
 from leanbert.files import expand
 from leanbert.models.base import EncoderModel
 from leanbert.models.generation import GenerationConfig
-from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.stored import ModelMetadata, Stored
 from leanbert.pretrained.build import read_model, rebuild
 from leanbert.pretrained.weights import holds_model
@@ -162,7 +161,7 @@ class Pretrained:
 
     def export(
         self, folder: str | Path, format: Format = "hf", quantize: Scheme | None = None,
-        exceptions: Sequence[str] = (), seen: Sequence[PackedInputs] = (),
+        exceptions: Sequence[str] = (), seen: Sequence[Seen] = (),
     ) -> None:  # fmt: skip
         """Write a folder with the model and its tokenizer.
 
@@ -175,7 +174,8 @@ class Pretrained:
                 sparse: `leanbert.json` and `model.safetensors`, in which zeros take one bit, for `leanbert.load`.
             quantize: `int8`, `int4`, or `int8_int4`: products in 8 bits, embeddings in 4; onnx only.
             exceptions: Layers that stay in 32 bits, such as `encoder.blocks.0.attention.qkv`.
-            seen: Rows of one document each, of which `int8_static` takes the ranges of activations.
+            seen: Rows of one document each, and for a decoder those of the targets: of what is computed of them
+                `int8_static` takes the ranges.
 
         Raises:
             UserError: No class of transformers expresses the model, or onnxruntime computes something else; the folder

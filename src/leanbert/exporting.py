@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from leanbert.compression.onnx.folder import write_onnx
-from leanbert.compression.onnx.quantization import STATIC, Scheme
+from leanbert.compression.onnx.quantization import STATIC, Scheme, Seen
 from leanbert.compression.onnx.runtime import OnnxModel
 from leanbert.compression.sparse import SparseLinear
 from leanbert.data.pairs import TARGET
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.files import expand, write_text_atomically
-from leanbert.models.packed_inputs import PackedInputs
 from leanbert.pretrained.huggingface.convert import write_huggingface
 from leanbert.pretrained.huggingface.tasks import generation_settings
 from leanbert.pretrained.sparse import write_sparse
@@ -29,7 +28,7 @@ Format = Literal["hf", "onnx", "sparse"]
 
 def write_folder(
     trained: Pretrained, folder: str | Path, format: Format, quantize: Scheme | None, exceptions: Sequence[str],
-    seen: Sequence[PackedInputs], float32: Path | None = None,
+    seen: Sequence[Seen], float32: Path | None = None,
 ) -> None:  # fmt: skip
     """Write a folder with a model and its tokenizers: see `Pretrained.export`, and for `float32` `write_onnx`."""
     model = trained.model

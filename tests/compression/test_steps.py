@@ -115,19 +115,18 @@ def test_each_step_acts_on_what_the_one_before_has_left():
 
 def test_what_a_model_reads_is_recorded_for_static_scales():
     model, _ = make("tagging")
-    (seen,) = inputs_seen(model, run)
+    ((seen,),) = inputs_seen(model, run)
     assert torch.equal(seen.input_ids, torch.randint(100, (4, 16), generator=torch.Generator().manual_seed(0)))
     run(model)
     assert not model.encoder._forward_pre_hooks
     packed = PackedInputs.whole_rows(torch.arange(8)[None])
     packed = replace(packed, document_ids=torch.tensor([[0, 0, 0, 1, 1, -1, -1, -1]]))
-    (seen,) = inputs_seen(model, lambda model: model(packed))
+    ((seen,),) = inputs_seen(model, lambda model: model(packed))
     assert seen.input_ids.tolist() == [[0, 1, 2], [3, 4, 0]]
     assert seen.real.tolist() == [[True, True, True], [True, True, False]]
-    with pytest.raises(
-        UserError, match=r"^quantize=int8_static: what a decoder reads is not recorded\. Give quantize=int8$"
-    ):
-        inputs_seen(make("seq2seq")[0], run)
+    sources, targets = (PackedInputs.whole_rows(ids[None]) for ids in (torch.arange(8), torch.arange(50, 55)))
+    ((read, written),) = inputs_seen(make("seq2seq")[0], lambda model: model(sources, targets))
+    assert (read.input_ids.tolist(), written.input_ids.tolist()) == ([[*range(8)]], [[*range(50, 55)]])
 
 
 def test_a_step_without_effect_is_an_error():

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+from torch import nn
+
 from leanbert.compression.low_rank import make_embedding_low_rank, make_low_rank, second_moments, token_counts
-from leanbert.compression.onnx.quantization import SCHEMES, STATIC, Scheme
+from leanbert.compression.onnx.quantization import SCHEMES, Scheme, Seen
 from leanbert.compression.pruning import PATTERNS, apply_masks, make_masks, prunable, tiled
 from leanbert.compression.rounding import ROUNDINGS
 from leanbert.compression.structured import (
@@ -261,17 +263,20 @@ def apply_steps(model: EncoderModel, steps: Sequence[Step], calibrate: Calibrate
     return scheme
 
 
-def inputs_seen(model: EncoderModel, calibrate: Calibrate) -> list[PackedInputs]:
-    """Return what a model reads of real batches, as rows of one document each. Raises `UserError` for a decoder."""
-    found: list[PackedInputs] = []
-    if model.task == "seq2seq":
-        raise UserError(f"{QUANTIZE}={STATIC}: what a decoder reads is not recorded. Give {QUANTIZE}=int8")
-    handle = model.encoder.register_forward_pre_hook(lambda _, given: found.append(given[0].unpacked().inputs))
+def inputs_seen(model: EncoderModel, calibrate: Calibrate) -> list[Seen]:
+    """Return what a model reads of real batches: of each what every stack of blocks does."""
+    found: list[list[PackedInputs]] = [[] for _ in model.stacks]
+
+    def collect(into: list[PackedInputs]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, given: into.append(given[0].unpacked().inputs)
+
+    handles = [stack.register_forward_pre_hook(collect(into)) for stack, into in zip(model.stacks, found, strict=True)]
     try:
         calibrate(model)
     finally:
-        handle.remove()
-    return found
+        for handle in handles:
+            handle.remove()
+    return list(zip(*found, strict=True))
 
 
 def callbacks_of(steps: Sequence[Step]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from leanbert.api import Pretrained, load
-from leanbert.compression.onnx.quantization import STATIC, Scheme, quantize_plainly
+from leanbert.compression.onnx.quantization import STATIC, Scheme, Seen, quantize_plainly
 from leanbert.compression.onnx.runtime import read_onnx
 from leanbert.compression.steps import QUANTIZE, ZEROS, Calibrate, Step, apply_steps, inputs_seen, split_at_training
 from leanbert.compression_report.huggingface import FOLDER, leave_huggingface
@@ -25,7 +25,6 @@ from leanbert.exporting import write_folder
 from leanbert.memory.precision import default_precision
 from leanbert.messages import say
 from leanbert.models.base import EncoderModel
-from leanbert.models.packed_inputs import PackedInputs
 
 TRAINING = "training"
 """Folder of the runs of variants that are trained."""
@@ -79,7 +78,7 @@ class Variant:
     whole: Pretrained | None = None
     float32: Path | None = None
     scheme: Scheme | None = None
-    seen: Sequence[PackedInputs] = ()
+    seen: Sequence[Seen] = ()
 
 
 def make_references(source: Source, original: Pretrained, output: Path) -> list[Variant]:

@@ -246,33 +246,59 @@ def test_exceptions_that_cannot_be_are_said_and_nothing_is_written(tmp_path, exc
     assert not (tmp_path / "new").exists()
 
 
+def scale_of(graph, name):
+    """Return the static scale of what the first product whose name begins so reads."""
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    made = {output: node for node in graph.node for output in node.output}
+    product = next(node for node in graph.node if node.name.startswith(name) and node.op_type == "MatMul")
+    return float(tensors[made[product.input[0]].input[1]])
+
+
 def test_static_scales_are_those_of_what_products_have_read(tmp_path):
     model, metadata = make("tagging")
     source, target = folded(tmp_path, model, metadata), tmp_path / "target"
     target.mkdir()
     generator = torch.Generator().manual_seed(0)
-    seen = [PackedInputs.whole_rows(torch.randint(100, (3, 9), generator=generator)) for _ in range(2)]
+    seen = [(PackedInputs.whole_rows(torch.randint(100, (3, 9), generator=generator)),) for _ in range(2)]
     read = []
     handle = model.encoder.blocks[1].attention.qkv.register_forward_pre_hook(lambda _, given: read.append(given[0]))
     with torch.no_grad():
-        for rows in seen:
+        for (rows,) in seen:
             model.encode(rows)
     handle.remove()
     quantize_folded(source, target, "int8_static", [], seen)
     graph = onnx.load(target / "model.onnx").graph
     assert not [node for node in graph.node if "Dynamic" in node.op_type]
-    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    made = {name: node for node in graph.node for name in node.output}
-    name = "encoder.blocks.1.attention.qkv/"
-    product = next(node for node in graph.node if node.name.startswith(name) and node.op_type == "MatMul")
-    scale = tensors[made[product.input[0]].input[1]]
+    scale = scale_of(graph, "encoder.blocks.1.attention.qkv/")
     low, high = min(x.min() for x in read), max(x.max() for x in read)
-    assert float(scale) == pytest.approx((high - low).item() / 255, rel=0.02)  # the table in 8 bits moves them a little
+    assert scale == pytest.approx((high - low).item() / 255, rel=0.02)  # the table in 8 bits moves them a little
     assert matrices(target, FLOAT).total() == 0
     assert layers_of(source, "int8_static") == layers_of(source, "int8")
     assert largest_difference(model, read_onnx(target)) > 1e-3
     quantize_folded(source, target, "int8_static", [*EMBEDDING, *blocks()], seen)
     with torch.no_grad():
-        torch.testing.assert_close(read_onnx(target).encode(seen[0]), model.encode(seen[0]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(read_onnx(target).encode(*seen[0]), model.encode(*seen[0]), rtol=0, atol=1e-5)
     quantize_folded(source, target, "int8_static", [QKV], seen)
     assert matrices(target, FLOAT).total() == 3
+
+
+@slow
+def test_static_scales_of_a_decoder_are_of_what_it_has_read_of_targets(tmp_path):
+    model, metadata = make("seq2seq", copy=True)
+    source, target = folded(tmp_path, model, metadata), tmp_path / "target"
+    target.mkdir()
+    sources = PackedInputs.whole_rows(torch.arange(14).view(2, 7))
+    targets = PackedInputs.whole_rows(torch.arange(40, 50).view(2, 5))
+    read = []
+    layer = model.decoder.blocks[2].cross_attention.query
+    handle = layer.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    with torch.no_grad():
+        expected = model(sources, targets)
+    handle.remove()
+    quantize_folded(source, target, "int8_static", [], [(sources, targets)])
+    graph = onnx.load(target / "decoder_model.onnx").graph
+    assert not [node for node in graph.node if "Dynamic" in node.op_type]
+    scale = scale_of(graph, "decoder.blocks.2.cross_attention.query/")
+    assert scale == pytest.approx((read[0].max() - read[0].min()).item() / 255, rel=0.02)
+    difference = (read_onnx(target)(sources, targets) - expected).abs().max() / expected.abs().max()
+    assert 1e-4 < difference < 0.1

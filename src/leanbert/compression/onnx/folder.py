@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from leanbert.compression.onnx.graphs import graphs_of, write_graph
-from leanbert.compression.onnx.quantization import Scheme, quantize
+from leanbert.compression.onnx.quantization import Scheme, Seen, quantize
 from leanbert.compression.onnx.runtime import OnnxModel, read_onnx
 from leanbert.errors import UserError
 from leanbert.files import explain_disk_errors, scratch_folder, temporary
@@ -32,7 +32,7 @@ LENGTHS = (1, 7, 128)
 
 def write_onnx(
     model: EncoderModel, folder: Path, metadata: ModelMetadata, scheme: Scheme | None = None,
-    exceptions: Sequence[str] = (), seen: Sequence[PackedInputs] = (), float32: Path | None = None,
+    exceptions: Sequence[str] = (), seen: Sequence[Seen] = (), float32: Path | None = None,
 ) -> dict[str, int]:  # fmt: skip
     """Write the files of a model, quantized if asked but for the layers `exceptions`, and return their sizes in bytes.
 

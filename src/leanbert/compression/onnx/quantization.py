@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from leanbert.compression.onnx.graphs import layer_of
-from leanbert.compression.onnx.runtime import Session, fed
+from torch import Tensor
+
+from leanbert.compression.onnx.graphs import DECODER, layer_of
+from leanbert.compression.onnx.runtime import Session, fed, read_onnx
 from leanbert.compression.onnx.tying import tie, tied_nodes
 from leanbert.errors import UserError
 from leanbert.files import scratch_folder
@@ -20,9 +22,12 @@ Scheme = Literal["int8", "int4", "int8_int4", "int8_static"]
 """int8: matrix products of 8-bit weights and activations, which are scaled in each call (dynamic quantization).
 int4: weights of 4 bits in blocks, products in higher precision.
 int8_int4: products as of int8, embedding tables, which are much of a small model's file, as of int4.
-int8_static: as int8, with scales of activations from what was seen on real data; not of sequence to sequence."""
+int8_static: as int8, with scales of activations from what was seen on real data."""
 
 STATIC: Scheme = "int8_static"
+
+Seen = tuple[PackedInputs, ...]
+"""What a model has read: rows of one document each, and where it has a decoder the targets of these, in their order."""
 
 SCHEMES = get_args(Scheme)
 
@@ -37,14 +42,14 @@ GEMM, FLOAT = "Gemm", 1
 
 
 def quantize(
-    source: Path, target: Path, scheme: Scheme, exceptions: Sequence[str] = (), seen: Sequence[PackedInputs] = ()
+    source: Path, target: Path, scheme: Scheme, exceptions: Sequence[str] = (), seen: Sequence[Seen] = ()
 ) -> None:
     """Write the graphs in the folder `source` to `target` with the weights of products and embeddings quantized.
 
     Of int8 each output channel has a scale, and weights use 7 bits: with 8 the sums of products overflow on processors
     without VNNI (onnxruntime's documentation of `reduce_range`). The layers in `exceptions`, by the names of their
-    modules such as `encoder.blocks.0.attention.qkv`, stay in 32 bits. `seen` are rows of one document each, of which
-    int8_static takes the ranges of activations.
+    modules such as `encoder.blocks.0.attention.qkv`, stay in 32 bits. Of what was `seen` int8_static takes the
+    ranges of activations.
 
     Raises:
         UserError: onnxruntime is not installed; an exception is no layer that is quantized, or nothing else is.
@@ -87,7 +92,7 @@ def check_exceptions(exceptions: Sequence[str], layers: Sequence[str], scheme: S
 
 
 def quantize_folded(
-    folded: Path, target: Path, scheme: Scheme, exceptions: Collection[str] = (), seen: Sequence[PackedInputs] = ()
+    folded: Path, target: Path, scheme: Scheme, exceptions: Collection[str] = (), seen: Sequence[Seen] = ()
 ) -> None:
     """Do what `quantize` does with graphs that `fold` has written, and with exceptions that are layers."""
     import onnx
@@ -112,7 +117,7 @@ def quantize_folded(
                     _quantize_int4(onnx.load(target / file.name), target / file.name, kept, (TABLE,))
                 case "int8_static":
                     _quantize_int8(file, target / file.name, kept, (TABLE,))
-                    _quantize_static(target / file.name, target / file.name, kept, seen)
+                    _quantize_static(target / file.name, kept, _feeds(folded, file.name, seen))
             if tied:
                 tie(target / file.name, tied)
 
@@ -142,8 +147,18 @@ def _quantize_int8(source: Path, target: Path, kept: list[str], operators: Seque
     )  # fmt: skip
 
 
-def _quantize_static(source: Path, target: Path, kept: list[str], seen: Sequence[PackedInputs]) -> None:
-    """Quantize products with the least and largest number that each has read of the rows `seen`.
+def _feeds(folder: Path, file: str, seen: Sequence[Seen]) -> Iterator[dict[str, Tensor]]:
+    """Yield what the graph in a file of the folder reads of what was seen, by name."""
+    if file != DECODER:
+        yield from (fed(rows[0]) for rows in seen)
+        return
+    model: Any = read_onnx(folder)
+    for sources, targets in seen:
+        yield model.start_decoding(sources, 1, targets.input_ids.shape[1]).feed(targets.input_ids)
+
+
+def _quantize_static(path: Path, kept: list[str], feeds: Iterator[dict[str, Tensor]]) -> None:
+    """Quantize the products of a graph, in place, with the least and largest number that each reads of the `feeds`.
 
     What a product reads others read too, such as the next residual, and the quantizer would have them read it rounded.
     So products get it under a name of their own.
@@ -153,13 +168,13 @@ def _quantize_static(source: Path, target: Path, kept: list[str], seen: Sequence
 
     class Rows(CalibrationDataReader):
         def __init__(self) -> None:
-            session = Session(source)
-            self._left = ({name: fed(rows)[name].numpy() for name in session.inputs} for rows in seen)
+            names = Session(path).inputs
+            self._left = ({name: feed[name].numpy() for name in names} for feed in feeds)
 
         def get_next(self) -> Any:
             return next(self._left, None)
 
-    model, products = onnx.load(source), [PRODUCT, GEMM]
+    model, products = onnx.load(path), [PRODUCT, GEMM]
     quantized, nodes, own = {*_quantized_nodes(model.graph, STATIC)} - {*kept}, [], {}
     for node in model.graph.node:
         if node.name in quantized and node.op_type in products:
@@ -171,9 +186,9 @@ def _quantize_static(source: Path, target: Path, kept: list[str], seen: Sequence
         nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    onnx.save(model, source)
+    onnx.save(model, path)
     quantize_static(
-        source, target, Rows(), op_types_to_quantize=products, per_channel=True, reduce_range=True,
+        path, path, Rows(), op_types_to_quantize=products, per_channel=True, reduce_range=True,
         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=kept,
         extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": products},
     )  # fmt: skip

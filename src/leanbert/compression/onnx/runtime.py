@@ -133,9 +133,13 @@ class OnnxDecoding:
         empty = torch.empty(len(inputs) * beams, heads, 0, size)
         self._past = {name: empty for name in self._decoder.inputs if name.startswith(PAST)}
 
+    def feed(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Return what the decoder reads before and with the tokens [Q, T], by name."""
+        return {**self._source, **self._past, "input_ids": tokens}
+
     def run(self, tokens: Tensor) -> Tensor:
         """Return the logits [Q, T, V] after the tokens [Q, T], which become part of the past."""
-        found = self._decoder({**self._source, **self._past, "input_ids": tokens})
+        found = self._decoder(self.feed(tokens))
         self._past = {name: found[name.removeprefix("past_")] for name in self._past}
         return found["logits"]
 
