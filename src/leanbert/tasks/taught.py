@@ -1,0 +1,108 @@
+"""A teacher whose outputs are kept on disk: what they depend on, and when they are made."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from leanbert.compression.teacher_outputs import Outputs, make_outputs
+from leanbert.data.batches.loading import Make
+from leanbert.data.mlm import MaskedLMData
+from leanbert.data.module import RowData
+from leanbert.data.settings import rows_per_device
+from leanbert.data.store.cache import cache_folder
+from leanbert.data.store.checksums import DigestMemory, digest_of
+from leanbert.errors import UserError
+
+if TYPE_CHECKING:
+    from leanbert.tasks.base import Task
+
+FORMAT = 1
+"""Part of the key: raise it when what is kept, or the packing of rows, changes."""
+
+PROJECTIONS = "projections."
+"""Prefix of the weights that only training with a teacher has."""
+
+DRAWN = (
+    "model.distillation.cache: what rows hold is drawn anew in each epoch, as masks are, so the teacher never sees a row "
+    "twice. Leave it out"
+)
+
+
+def check_cache(data: RowData, *, shards: bool) -> None:
+    """Raise UserError where a teacher's outputs cannot be kept."""
+    if shards:
+        raise UserError("model.distillation.cache: the teacher is in shards, not whole on each device. Leave it out")
+    if isinstance(data, MaskedLMData):
+        raise UserError(DRAWN)
+
+
+def keep_outputs(task: Task[Any]) -> None:
+    """Have the outputs of a task's teacher for all training rows on disk, and let its blocks leave memory.
+
+    Raises UserError: rows are not the same in each epoch, or the disk has no room.
+    """
+    trainer, data, distillation = task.trainer, task._data, task.distillation
+    assert distillation is not None
+    make, device = data.batches_of("train", training=True), trainer.strategy.root_device
+    _check_same(make, min(8, data.number_of_rows("train")))
+    cache_dir = cache_folder(data.hparams["cache_dir"])
+    key = [
+        FORMAT, _digest(Path(str(task.teacher_source)), cache_dir), _of_rows(data), distillation.needed,
+        task.distillation_config.dtype, str(trainer.precision), device.type,
+    ]  # fmt: skip
+
+    def run(numbers: np.ndarray) -> Outputs:
+        batch = make(numbers, np.zeros(len(numbers), dtype=np.uint64))
+        batch = (batch.delimited() if device.type == "cuda" else batch).to(device)
+        with trainer.precision_plugin.train_step_context():
+            return distillation.outputs(task.model_inputs(batch))
+
+    rows = rows_per_device(data.hparams["batch_size"], trainer.world_size)
+    asked = (task.techniques.micro_batch, task.techniques.slice_rows)
+    together = min(rows, *(size for size in asked if size is not None))
+    folder = cache_dir / "teachers" / digest_of(key)
+    distillation.keep(make_outputs(folder, data.number_of_rows("train"), together, run))
+
+
+def _of_rows(data: RowData) -> list[object]:
+    """Return what decides the training rows: the examples, and which of them share a row."""
+    packing = data.packing("train")
+    shared = hashlib.blake2b(packing.order.tobytes() + packing.starts.tobytes(), digest_size=16).hexdigest()
+    return [type(data).__name__, data.cache("train").folder.name, data.room, shared]
+
+
+def _check_same(make: Make, rows: int) -> None:
+    """Raise UserError if the first rows are not the same whatever the key."""
+    numbers = np.arange(rows)
+    one, other = (make(numbers, np.full(rows, key, dtype=np.uint64)).tensors() for key in (0, 1))
+    if not all(torch.equal(one[name].nan_to_num(), other[name].nan_to_num()) for name in one):
+        raise UserError(DRAWN)
+
+
+def _digest(source: Path, cache_dir: Path) -> list[str]:
+    """Return the digests of a model's file, or of all files of its folder."""
+    memory = DigestMemory(cache_dir)
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    found = [memory.digest(file) for file in files if file.is_file()]
+    memory.save()
+    return found
+
+
+def take_projections(task: Task[Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint that a task takes: those of projections only in training.
+
+    Raises UserError if it trains and they are not those of its teacher.
+    """
+    needed, found = ({name for name in names if name.startswith(PROJECTIONS)} for names in (task.state_dict(), weights))
+    if task.trains and needed != found:
+        raise UserError(
+            "model.distillation: the checkpoint was trained with another teacher, or none, whose states are not "
+            "of the same width. Give its settings, or start from it with --model.init_from"
+        )
+    return weights if task.trains else {name: weights[name] for name in weights if name not in found}
