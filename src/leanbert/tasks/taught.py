@@ -29,7 +29,7 @@ PROJECTIONS = "projections."
 """Prefix of the weights that only training with a teacher has."""
 
 DRAWN = (
-    "model.distillation.cache: what rows hold is drawn anew in each epoch, as masks are, so the teacher never sees a row "
+    "model.distillation.cache: what rows hold is drawn anew in each epoch, as masks are, so the teacher never sees one "
     "twice. Leave it out"
 )
 
@@ -63,9 +63,8 @@ def keep_outputs(task: Task[Any]) -> None:
         with trainer.precision_plugin.train_step_context():
             return distillation.outputs(task.model_inputs(batch))
 
-    rows = rows_per_device(data.hparams["batch_size"], trainer.world_size)
-    asked = (task.techniques.micro_batch, task.techniques.slice_rows)
-    together = min(rows, *(size for size in asked if size is not None))
+    most = rows_per_device(data.hparams["batch_size"], trainer.world_size)
+    together = min(most, task.techniques.micro_batch or most, task.techniques.slice_rows or most)
     folder = cache_dir / "teachers" / digest_of(key)
     distillation.keep(make_outputs(folder, data.number_of_rows("train"), together, run))
 
