@@ -251,7 +251,7 @@ class Distillation:
         """Compare scores at all targets, or at `head_chunk` at a time, which are made again in the backward pass."""
         task, model, share, temperature = self.task, self.task.model, self.config.logits, self.config.temperature
         hidden, copied = own
-        known_hidden = known.get("hidden", hidden)  # which nothing looks at where the teacher's has no weight
+        known_hidden = known["hidden"] if share else hidden  # which nothing looks at then
 
         def loss(hidden: Tensor, known_hidden: Tensor, targets: Tensor) -> Tensor:
             scores = model.logits(hidden, copied)

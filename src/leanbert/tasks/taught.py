@@ -16,11 +16,12 @@ from leanbert.data.mlm import MaskedLMData
 from leanbert.data.module import RowData
 from leanbert.data.settings import rows_per_device
 from leanbert.data.store.cache import cache_folder
-from leanbert.data.store.checksums import DigestMemory, digest_of
+from leanbert.data.store.checksums import DigestMemory, digest_of, files_digests
 from leanbert.errors import UserError
 
 if TYPE_CHECKING:
     from leanbert.tasks.base import Task
+    from leanbert.tasks.distillation import Distillation
 
 FORMAT = 1
 """Part of the key: raise it when what is kept, or the packing of rows, changes."""
@@ -51,11 +52,6 @@ def keep_outputs(task: Task[Any]) -> None:
     assert distillation is not None
     make, device = data.batches_of("train", training=True), trainer.strategy.root_device
     _check_same(make, min(8, data.number_of_rows("train")))
-    cache_dir = cache_folder(data.hparams["cache_dir"])
-    key = [
-        FORMAT, _digest(Path(str(task.teacher_source)), cache_dir), _of_rows(data), distillation.needed,
-        task.distillation_config.dtype, str(trainer.precision), device.type,
-    ]  # fmt: skip
 
     def run(numbers: np.ndarray) -> Outputs:
         batch = make(numbers, np.zeros(len(numbers), dtype=np.uint64))
@@ -65,15 +61,21 @@ def keep_outputs(task: Task[Any]) -> None:
 
     most = rows_per_device(data.hparams["batch_size"], trainer.world_size)
     together = min(most, task.techniques.micro_batch or most, task.techniques.slice_rows or most)
-    folder = cache_dir / "teachers" / digest_of(key)
+    folder = cache_folder(data.hparams["cache_dir"]) / "teachers" / digest_of(_key(task, distillation, device))
     distillation.keep(make_outputs(folder, data.number_of_rows("train"), together, run))
 
 
-def _of_rows(data: RowData) -> list[object]:
-    """Return what decides the training rows: the examples, and which of them share a row."""
+def _key(task: Task[Any], distillation: Distillation, device: torch.device) -> list[object]:
+    """Return what decides the outputs: the teacher, the rows it reads, what is kept of it, and how it computes."""
+    data, config = task._data, distillation.config
+    memory = DigestMemory(cache_folder(data.hparams["cache_dir"]))
+    teacher = files_digests(Path(str(task.teacher_source)), memory.digest)
+    memory.save()
     packing = data.packing("train")
-    shared = hashlib.blake2b(packing.order.tobytes() + packing.starts.tobytes(), digest_size=16).hexdigest()
-    return [type(data).__name__, data.cache("train").folder.name, data.room, shared]
+    packed = hashlib.blake2b(packing.order.tobytes() + packing.starts.tobytes(), digest_size=16).hexdigest()
+    rows = [type(data).__name__, data.cache("train").folder.name, data.room, packed]
+    kept = [distillation.needed, bool(config.logits)]
+    return [FORMAT, teacher, rows, kept, config.dtype, str(task.trainer.precision), device.type]
 
 
 def _check_same(make: Make, rows: int) -> None:
@@ -82,15 +84,6 @@ def _check_same(make: Make, rows: int) -> None:
     one, other = (make(numbers, np.full(rows, key, dtype=np.uint64)).tensors() for key in (0, 1))
     if not all(torch.equal(one[name].nan_to_num(), other[name].nan_to_num()) for name in one):
         raise UserError(DRAWN)
-
-
-def _digest(source: Path, cache_dir: Path) -> list[str]:
-    """Return the digests of a model's file, or of all files of its folder."""
-    memory = DigestMemory(cache_dir)
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    found = [memory.digest(file) for file in files if file.is_file()]
-    memory.save()
-    return found
 
 
 def take_projections(task: Task[Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:
