@@ -16,6 +16,7 @@ from leanbert.cli.app import CLI, quiet_libraries
 from leanbert.compression.teacher_outputs import make_outputs
 from leanbert.data.classification import ClassificationData
 from leanbert.errors import UserError
+from leanbert.measure.trace import LiveBytes
 from leanbert.memory.step import optimizer_step
 from leanbert.planning.predict import predict
 from leanbert.planning.run_settings import RunSettings
@@ -213,15 +214,26 @@ def test_shards_are_refused():
         check_cache(ClassificationData(), shards=True)
 
 
-def test_the_plan_counts_what_is_there(folder):
+def test_the_plan_counts_what_is_there(folder, monkeypatch):
     """Where the teacher's outputs are kept: its head, and what a micro-batch reads; before, the whole teacher."""
+    runs = []
+
+    def traced(distillation, given):
+        with LiveBytes(distillation.task.model) as trace:
+            found = own(distillation, given)
+        runs.append(trace.timeline().by_category["activations"])
+        return found
 
     def peaks(cache):
         gc.collect()
-        done = student(folder, "classification", "planned", "--data.val_batch_size=3", cache=cache, steps=3)
+        with monkeypatch.context() as patch:
+            patch.setattr(Distillation, "outputs", traced if cache else own)
+            done = student(folder, "classification", "planned", "--data.val_batch_size=3", cache=cache, steps=3)
         monitor = next(callback for callback in done.trainer.callbacks if type(callback).__name__ == "MemoryMonitor")
         return predict(settings_of(done)).phases, monitor.peaks
 
+    own = Distillation.outputs
+    shutil.rmtree(folder / "cache/teachers", ignore_errors=True)
     peaks(True)  # leaves the same behind as those that follow
     (planned, measured), (kept, measured_kept) = peaks(False), peaks(True)
     teacher = leanbert.load(folder / "teacher.ckpt").model
@@ -233,6 +245,8 @@ def test_the_plan_counts_what_is_there(folder):
         assert kept[phase] == pytest.approx(found, abs=4), phase  # a loss
     assert kept["teacher"]["other"] == planned["forward"]["other"]
     assert kept["teacher"]["optimizer"] == 0
+    assert len(runs) == 7  # of 27 rows, four at a time
+    assert kept["teacher"]["activations"] == max(runs)
 
 
 def settings_of(done):

@@ -50,11 +50,11 @@ def keep_outputs(task: Task[Any]) -> None:
     """
     trainer, data, distillation = task.trainer, task._data, task.distillation
     assert distillation is not None
-    make, device = data.batches_of("train", training=True), trainer.strategy.root_device
-    _check_same(make, min(8, data.number_of_rows("train")))
+    rows, device = data.training_rows(), trainer.strategy.root_device
+    _check_same(rows.make, min(8, rows.rows))
 
     def run(numbers: np.ndarray) -> Outputs:
-        batch = make(numbers, np.zeros(len(numbers), dtype=np.uint64))
+        batch = rows.make(numbers, np.zeros(len(numbers), dtype=np.uint64))
         batch = (batch.delimited() if device.type == "cuda" else batch).to(device)
         with trainer.precision_plugin.train_step_context():
             return distillation.outputs(task.model_inputs(batch))
@@ -62,7 +62,7 @@ def keep_outputs(task: Task[Any]) -> None:
     most = rows_per_device(data.hparams["batch_size"], trainer.world_size)
     together = min(most, task.techniques.micro_batch or most, task.techniques.slice_rows or most)
     folder = cache_folder(data.hparams["cache_dir"]) / "teachers" / digest_of(_key(task, distillation, device))
-    distillation.keep(make_outputs(folder, data.number_of_rows("train"), together, run))
+    distillation.keep(make_outputs(folder, rows.rows, together, run))
 
 
 def _key(task: Task[Any], distillation: Distillation, device: torch.device) -> list[object]:
