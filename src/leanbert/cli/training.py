@@ -14,7 +14,7 @@ import yaml
 from leanbert import signals
 from leanbert.checkpoints import BEST
 from leanbert.compression.steps import TECHNIQUES, ZEROS, Step, callbacks_of
-from leanbert.data.store.checksums import file_digest
+from leanbert.data.store.checksums import files_digests
 from leanbert.errors import REFUSED, UserError
 from leanbert.files import write_text_atomically
 from leanbert.messages import say
@@ -46,7 +46,10 @@ def train_student(settings: dict[str, Any], cuts: Sequence[Step], task: str, fol
     """
     model, steps = settings["model"]["init_args"], settings["trainer"]["max_steps"]
     sources = {model["init_from"], model["distillation"]["teacher"]} - {START}
-    known = [yaml.safe_dump(settings, sort_keys=False), *(_digest(Path(source)) for source in sorted(sources))]
+    known = [
+        yaml.safe_dump(settings, sort_keys=False),
+        *(d for source in sorted(sources) for d in files_digests(Path(source))),
+    ]
     digest = hashlib.sha256("".join(known).encode()).hexdigest()[:8]
     root = folder / "+".join([*(step.slug for step in cuts), digest])
     settings["trainer"]["default_root_dir"] = str(root)
@@ -69,9 +72,3 @@ def train_student(settings: dict[str, Any], cuts: Sequence[Step], task: str, fol
 def _of_a_step(callback: dict[str, Any]) -> bool:
     ours = {technique.callback[0] for technique in TECHNIQUES.values() if technique.callback is not None}
     return callback["class_path"].rpartition(".")[2] in ours
-
-
-def _digest(source: Path) -> str:
-    """Return the digest of a model: of its file, or of all files of its folder."""
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    return "".join(file_digest(file) for file in files if file.is_file())

@@ -73,6 +73,13 @@ class EncoderModel(nn.Module):
         """All blocks, in the order in which they run: what is checkpointed, sliced, compiled, sharded and pruned."""
         return [block for stack in self.stacks for block in stack.blocks]  # type: ignore[misc]
 
+    @property
+    def output_weights(self) -> list[Tensor]:
+        """What `logits` reads: the weights that are of no stack, and the token embedding that is tied to a head."""
+        of_stacks = {weight for stack in self.stacks for weight in stack.parameters()}
+        tied = [self.token_tables[-1][0]] if isinstance(getattr(self, "head", None), MaskedLMHead) else []
+        return [*(weight for weight in self.parameters() if weight not in of_stacks), *tied]
+
     def check_sharing(self) -> None:
         """Raise `UserError` if modules that are shared are not those that a new model of this depth shares."""
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
+from leanbert.compression.teacher_outputs import Outputs, TeacherOutputs, columns_of
 from leanbert.data.batches.batch import Batch
 from leanbert.data.module import RowData
 from leanbert.distributed.communication import Collectives
@@ -41,6 +43,7 @@ from leanbert.tasks.base import Task
 class DryRun:
     """Traces of a step and of a validation batch, and what the step adds up to.
 
+    `teacher` is the trace of a teacher whose outputs are kept, before the first step.
     `flops` are those of its passes, `update_flops` those of its update. `gradient_bytes` are those of all gradients of
     the whole model. The bytes of collectives (`Collectives`) are of each micro-batch together, and of the update.
     """
@@ -53,6 +56,17 @@ class DryRun:
     gradient_bytes: int
     passes_bytes: dict[str, int]
     update_bytes: dict[str, int]
+    teacher: Timeline | None = None
+
+
+class _NoOutputs(TeacherOutputs):
+    """Stands for outputs on disk, of the shapes of some: what is read of them is empty."""
+
+    def __init__(self, outputs: Outputs) -> None:
+        super().__init__(Path(), columns_of(outputs))
+
+    def _fill(self, values: Tensor, name: str, rows: list[int]) -> None:
+        pass
 
 
 class _Nowhere(DiskStorage):
@@ -89,6 +103,9 @@ def dry_run(settings: RunSettings, rows: int) -> DryRun:
         build(task, trainer, settings)
         _store_nowhere(task)
         batch = blank_batch(settings, data, rows)
+        with LiveBytes(task.model, existing=_existing(task, batch)) as trace:
+            kept = keep_no_outputs(task, trainer, batch.split(settings.micro_batch)[0])
+        teacher = trace.timeline() if kept else None
         begin(task, trainer, batch)
         if settings.mesh is not None:  # sharding allocates in the first step what later ones find
             take_step(task, trainer, blank_batch(settings, data, 1))
@@ -110,6 +127,7 @@ def dry_run(settings: RunSettings, rows: int) -> DryRun:
         gradient_bytes=sum(weight.numel() * weight.itemsize for weight in trainable(task.trained.parameters())),
         passes_bytes=dict(collectives.passes),
         update_bytes=dict(collectives.update),
+        teacher=teacher,
     )
 
 
@@ -191,6 +209,17 @@ def _store_nowhere(task: Task) -> None:
     for stack in task.model.stacks:
         if stack.storage is to_host or isinstance(stack.storage, DiskStorage):
             stack.storage = _Nowhere()
+
+
+def keep_no_outputs(task: Task, trainer: Trainer, batch: Batch) -> bool:
+    """Let a teacher whose outputs are kept run and go, as before the first step; return whether there is one."""
+    distillation: Any = task.distillation
+    if distillation is None or not distillation.config.cache:
+        return False
+    with trainer.strategy.precision_plugin.train_step_context():
+        outputs = distillation.outputs(task.model_inputs(batch))
+    distillation.keep(_NoOutputs(outputs))
+    return True
 
 
 def begin(task: Task, trainer: Trainer, batch: Batch) -> None:

@@ -67,6 +67,8 @@ def predict(settings: RunSettings) -> Prediction:
     for categories in phases.values():  # the rest of the batch waits
         categories["other"] += (whole - rows) * settings.row_bytes
     phases.update(run.validation.categories_by_phase)
+    if run.teacher is not None:
+        phases["teacher"] = run.teacher.categories_by_phase["forward"]
     reduced = run.gradient_bytes if settings.devices > 1 and settings.mesh is None else 0
     for categories in phases.values():  # DDP's buckets: a copy of all gradients, from the first step to the end
         categories["gradients"] += reduced

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from leanbert.data.batches.batch import MLMBatch, PairBatch
 from leanbert.errors import UserError
 from leanbert.models.packed_inputs import PackedInputs
-from leanbert.planning.dry_run import begin, build, set_up, stage, take_step
+from leanbert.planning.dry_run import begin, build, keep_no_outputs, set_up, stage, take_step
 from leanbert.planning.predict import rows_of_dry_run
 from leanbert.planning.profile import Profile, bits
 from leanbert.planning.run_settings import RunSettings
@@ -150,6 +150,7 @@ def _time_stack(
         build(task, trainer, replace(settings, mesh=None))
         trainer.strategy.model_to_device()  # weights are there already, metrics are not
         batch = filled(data.blank_batch(rows))
+        keep_no_outputs(task, trainer, batch)
         begin(task, trainer, batch)
         passes, updates = zip(*_repeat(step, clock), strict=True)
         task.eval()

@@ -33,13 +33,11 @@ from leanbert.pretrained.weights import unpack
 from leanbert.ranges import SEED
 from leanbert.tasks.distillation import Distillation, DistillationConfig, check_distillation, read_teacher
 from leanbert.tasks.step import B, SteppedModule, StepState
+from leanbert.tasks.taught import check_cache, keep_outputs, take_projections
 from leanbert.tasks.techniques import Surroundings, Techniques, apply, refuse
 
 Answer = dict[str, Any]
 """What `predict` writes of one input: JSON."""
-
-PROJECTIONS = "projections."
-"""Prefix of the weights that only training with a teacher has."""
 
 SHRINKING = ("num_layers", "num_heads", "intermediate_size")
 """Sizes of the encoder that structured pruning makes smaller."""
@@ -167,6 +165,8 @@ class Task(SteppedModule[B]):
         mixed = torch.bfloat16 if around.precision == "bf16-mixed" else None
         self.model = self.ready_model or parallelize(self.build_model, self._prepare, mesh, dtype=mixed, fill=fill)
         if self.trains and self.teacher_source is not None:
+            if self.distillation_config.cache:
+                check_cache(self._data, shards=around.shards)
             check_distillation(self, self.teacher_source, shards=around.shards)
             teacher = self.build_teacher(self.teacher_source)
             self.distillation = Distillation(self.distillation_config, teacher, self)
@@ -179,6 +179,11 @@ class Task(SteppedModule[B]):
         model.config.check_length(self._data.hparams["max_length"])
         techniques = replace(self.techniques, structured=None) if self.resumes else self.techniques
         apply(techniques, model, compile_blocks=self.compile_blocks)
+
+    def on_fit_start(self) -> None:
+        """Let the teacher run now, once, where its outputs are kept."""
+        if self.distillation is not None and self.distillation_config.cache:
+            keep_outputs(self)
 
     def surroundings(self) -> Surroundings:
         """Return what the techniques run in."""
@@ -262,18 +267,7 @@ class Task(SteppedModule[B]):
 
         """
         self.check_resumable(unpack(checkpoint, Path("--ckpt_path")))
-        needed, found = (
-            {name for name in names if name.startswith(PROJECTIONS)}
-            for names in (self.state_dict(), checkpoint["state_dict"])
-        )
-        if self.trains and needed != found:
-            raise UserError(
-                "model.distillation: the checkpoint was trained with another teacher, or none, whose states are not "
-                "of the same width. Give its settings, or start from it with --model.init_from"
-            )
-        if not self.trains:
-            weights = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {name: weights[name] for name in weights if not name.startswith(PROJECTIONS)}
+        checkpoint["state_dict"] = take_projections(self, checkpoint["state_dict"])
         self._data.samples_consumed = checkpoint["leanbert"]["samples_consumed"]
 
     def check_resumable(self, stored: Stored, *, shrinks: bool = False) -> None:

@@ -5,6 +5,7 @@ The teacher is beside the task, not a part of it: it has no gradients, and is in
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from leanbert.compression.distillation import check_teacher, hidden_loss, recorded_states, relation_loss
+from leanbert.compression.teacher_outputs import Outputs, TeacherOutputs, forget_weights
 from leanbert.data.module import RowData
 from leanbert.data.pairs import TARGET
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
@@ -51,6 +53,9 @@ class DistillationConfig:
     """Slices of the queries whose relations are compared: a divisor of both models' widths."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the teacher's weights. Default: of the student's."""
+    cache: bool = False
+    """Run the teacher once over all training rows, before the first step, and keep what the student needs of it in
+    data.cache_dir: its blocks leave memory. Not for masked language modelling, which draws new masks in each epoch."""
 
     def __post_init__(self) -> None:
         """Raise UserError for a value out of its range, or where nothing of the teacher is learnt."""
@@ -148,6 +153,8 @@ class Distillation:
         task: The task, whose model is.
 
     Attributes:
+        needed: Stack and number of the teacher's states that are compared, or whose relations are.
+        kept: What the teacher gives for each training row, where that is on disk.
         projections: For each stack of blocks the map from the student's width to the teacher's, where hidden states are
             compared and the widths differ; trained with the student, and of no use afterwards.
 
@@ -174,6 +181,11 @@ class Distillation:
             for own, known in zip(student.stacks, teacher.stacks, strict=True)
         ]
         self._compares_states = config.hidden + config.relations > 0
+        self.needed = sorted(
+            {(stack, layer) for stack, compared in enumerate(self._layers) for layer in compared if config.hidden}
+            | {(stack, compared[-1] - 1) for stack, compared in enumerate(self._layers) if config.relations}
+        )
+        self.kept: TeacherOutputs | None = None
         self._weights: list[Tensor] = []
 
     def _compared(self, own: int, known: int, layers: list[int] | None) -> list[int]:
@@ -203,23 +215,43 @@ class Distillation:
         """Return the loss of a micro-batch, shape []: summed over targets, and what is added in proportion."""
         task = self.task
         given = task.model_inputs(batch)
-        if not self._compares_states:
-            with torch.no_grad():
-                known = self.teacher.hidden(*given)
-            return self._loss_of_outputs(task.model.hidden(*given), known, batch.targets)
-        with torch.no_grad(), recorded_states(self.teacher) as theirs:
-            known = self.teacher.hidden(*given)
-        with recorded_states(task.model) as own:
+        known = self.outputs(given) if self.kept is None else self.kept.read(batch)
+        with self._recorded(task.model) as own:
             hidden = task.model.hidden(*given)
         loss = self._loss_of_outputs(hidden, known, batch.targets)
-        for stack, (inputs, weight) in enumerate(zip(_inputs(given), self._weights, strict=True)):
-            loss = loss + weight * self._loss_of_states(stack, own[stack], theirs[stack], inputs)
+        if self._compares_states:
+            for stack, (inputs, weight) in enumerate(zip(_inputs(given), self._weights, strict=True)):
+                loss = loss + weight * self._loss_of_states(stack, own[stack], known, inputs)
         return loss
 
-    def _loss_of_outputs(self, own: tuple[Tensor, Any], known: tuple[Tensor, Any], targets: Tensor) -> Tensor:
+    def outputs(self, given: tuple[Any, ...]) -> Outputs:
+        """Return what the student needs of what the teacher makes of `given`, which its model takes.
+
+        What `EncoderModel.hidden` returns, as "hidden" and "copied", and the states [B, S, D] that are needed.
+        """
+        with torch.no_grad(), self._recorded(self.teacher) as states:
+            hidden, copied = self.teacher.hidden(*given)
+        scored = {"hidden": hidden, "copied": copied} if self.config.logits else {"copied": None}
+        return {**scored, **{_state(stack, layer): states[stack][layer] for stack, layer in self.needed}}
+
+    def keep(self, outputs: TeacherOutputs) -> None:
+        """Read the teacher's outputs from now on, and let go of those of its weights that no loss needs."""
+        self.kept = outputs
+        needed = [*self.teacher.output_weights] if self.config.logits else []
+        for stack, compared in zip(self.teacher.stacks, self._layers, strict=True):
+            if self.config.relations:
+                block: Any = stack.blocks[compared[-1] - 1]
+                needed += [*block.attention.qkv.parameters(), *block.attention_norm.parameters()]
+        forget_weights(self.teacher, needed)
+
+    def _recorded(self, model: EncoderModel) -> AbstractContextManager[list[list[Tensor]]]:
+        return recorded_states(model) if self._compares_states else nullcontext([])
+
+    def _loss_of_outputs(self, own: tuple[Tensor, Any], known: Outputs, targets: Tensor) -> Tensor:
         """Compare scores at all targets, or at `head_chunk` at a time, which are made again in the backward pass."""
         task, model, share, temperature = self.task, self.task.model, self.config.logits, self.config.temperature
-        (hidden, copied), (known_hidden, known_copied) = own, known
+        hidden, copied = own
+        known_hidden = known["hidden"] if share else hidden  # which nothing looks at then
 
         def loss(hidden: Tensor, known_hidden: Tensor, targets: Tensor) -> Tensor:
             scores = model.logits(hidden, copied)
@@ -227,26 +259,31 @@ class Distillation:
             if share == 0:
                 return hard
             with torch.no_grad():
-                taught = self.teacher.logits(known_hidden, known_copied)
+                taught = self.teacher.logits(known_hidden, known["copied"])
             width = min(scores.shape[-1], taught.shape[-1])  # rows beyond the tokenizer's tokens are nobody's
             return hard + share * task.soft_criterion(scores[..., :width], taught[..., :width], targets, temperature)
 
         return sum_in_chunks(loss, model.head_chunk, hidden, known_hidden, targets)
 
-    def _loss_of_states(self, stack: int, own: list[Tensor], theirs: list[Tensor], inputs: PackedInputs) -> Tensor:
+    def _loss_of_states(self, stack: int, own: list[Tensor], known: Outputs, inputs: PackedInputs) -> Tensor:
         config, compared = self.config, self._layers[stack]
         total = own[0].new_zeros((), dtype=torch.float32)
         if config.hidden:
             project: Any = self.projections[stack] if self.projections else nn.Identity()
-            pairs = zip(own, compared, strict=True)
-            losses = [hidden_loss(project(state), theirs[layer], inputs.real) for state, layer in pairs]
+            pairs = [(state, known[_state(stack, layer)]) for state, layer in zip(own, compared, strict=True)]
+            losses = [hidden_loss(project(state), theirs, inputs.real) for state, theirs in pairs]
             total = total + config.hidden * torch.stack(losses).mean()
         if config.relations:
             blocks = (self.task.model.stacks[stack].blocks[-1], self.teacher.stacks[stack].blocks[compared[-1] - 1])
             total = total + config.relations * relation_loss(
-                blocks[0], own[-2], blocks[1], theirs[compared[-1] - 1], inputs, config.relation_heads  # type: ignore[arg-type]
+                blocks[0], own[-2], blocks[1], known[_state(stack, compared[-1] - 1)], inputs, config.relation_heads  # type: ignore[arg-type]
             )  # fmt: skip
         return total
+
+
+def _state(stack: int, layer: int) -> str:
+    """Return the name of a state among the teacher's outputs."""
+    return f"state-{stack}-{layer}"
 
 
 def _inputs(given: tuple[Any, ...]) -> list[PackedInputs]:

@@ -22,10 +22,12 @@ Kind = TypeVar("Kind", bound="Batch")
 class Batch:
     """What a model reads, tensors whose first dimension is B, and lists of B values that stay on the host.
 
-    Lightning moves a batch with `to`, the loader pins it.
+    `row_numbers` says which training rows they are, whatever the epoch; elsewhere it is empty. Lightning moves a batch
+    with `to`, the loader pins it.
     """
 
     inputs: PackedInputs
+    row_numbers: list[int] = field(default_factory=list, kw_only=True)
 
     def __len__(self) -> int:
         """Return B."""
@@ -55,11 +57,11 @@ class Batch:
             else [value[start : start + micro_batch] for start in starts]
             for value in vars(self).values()
         ]
-        return [type(self)(*values) for values in zip(*columns, strict=True)]
+        return [type(self)(**dict(zip(vars(self), values, strict=True))) for values in zip(*columns, strict=True)]
 
     def delimited(self: Kind, find: Callable[[Tensor], Documents] = Documents.of) -> Kind:
         """Return the batch with the documents of its rows: for devices that attend without a mask."""
-        inputs = {name: value for name, value in vars(self).items() if isinstance(value, PackedInputs)}
+        inputs: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, PackedInputs)}
         return replace(self, **{name: value.delimited(find) for name, value in inputs.items()})
 
     def to(self: Kind, device: torch.device | str, non_blocking: bool = False) -> Kind:
@@ -77,7 +79,7 @@ class Batch:
                 return value.map(function)
             return function(value) if isinstance(value, Tensor) else value
 
-        return type(self)(*map(moved, vars(self).values()))
+        return type(self)(**{name: moved(value) for name, value in vars(self).items()})
 
 
 @dataclass

@@ -6,7 +6,7 @@ Letters: B rows, S row length, M targets per row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -54,7 +54,7 @@ class Rows(Dataset[Batch]):
             return self.make(positions, mix(_EVALUATION, positions))
         epochs, indices = np.divmod(positions, self.rows)
         numbers = permute(indices, self.rows, self.seed, epochs)
-        return self.make(numbers, mix(self.seed, epochs, numbers))
+        return replace(self.make(numbers, mix(self.seed, epochs, numbers)), row_numbers=numbers.tolist())
 
 
 @dataclass(eq=False)

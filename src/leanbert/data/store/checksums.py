@@ -8,7 +8,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,12 @@ def file_digest(path: Path) -> str:
         while chunk := handle.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def files_digests(source: Path, digest: Callable[[Path], str] = file_digest) -> list[str]:
+    """Return the digests of a file, or of all files of a folder in the order of their names, as a model's."""
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    return [digest(file) for file in files if file.is_file()]
 
 
 def digest_of(value: object) -> str:

@@ -1,0 +1,100 @@
+"""A teacher whose outputs are kept on disk: what they depend on, and when they are made."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from leanbert.compression.teacher_outputs import Outputs, make_outputs
+from leanbert.data.batches.loading import Make
+from leanbert.data.mlm import MaskedLMData
+from leanbert.data.module import RowData
+from leanbert.data.settings import rows_per_device
+from leanbert.data.store.cache import cache_folder
+from leanbert.data.store.checksums import DigestMemory, digest_of, files_digests
+from leanbert.errors import UserError
+
+if TYPE_CHECKING:
+    from leanbert.tasks.base import Task
+    from leanbert.tasks.distillation import Distillation
+
+FORMAT = 1
+"""Part of the key: raise it when what is kept, or the packing of rows, changes."""
+
+PROJECTIONS = "projections."
+"""Prefix of the weights that only training with a teacher has."""
+
+DRAWN = (
+    "model.distillation.cache: what rows hold is drawn anew in each epoch, as masks are, so the teacher never sees one "
+    "twice. Leave it out"
+)
+
+
+def check_cache(data: RowData, *, shards: bool) -> None:
+    """Raise UserError where a teacher's outputs cannot be kept."""
+    if shards:
+        raise UserError("model.distillation.cache: the teacher is in shards, not whole on each device. Leave it out")
+    if isinstance(data, MaskedLMData):
+        raise UserError(DRAWN)
+
+
+def keep_outputs(task: Task[Any]) -> None:
+    """Have the outputs of a task's teacher for all training rows on disk, and let its blocks leave memory.
+
+    Raises UserError: rows are not the same in each epoch, or the disk has no room.
+    """
+    trainer, data, distillation = task.trainer, task._data, task.distillation
+    assert distillation is not None
+    rows, device = data.training_rows(), trainer.strategy.root_device
+    _check_same(rows.make, min(8, rows.rows))
+
+    def run(numbers: np.ndarray) -> Outputs:
+        batch = rows.make(numbers, np.zeros(len(numbers), dtype=np.uint64))
+        batch = (batch.delimited() if device.type == "cuda" else batch).to(device)
+        with trainer.precision_plugin.train_step_context():
+            return distillation.outputs(task.model_inputs(batch))
+
+    most = rows_per_device(data.hparams["batch_size"], trainer.world_size)
+    together = min(most, task.techniques.micro_batch or most, task.techniques.slice_rows or most)
+    folder = cache_folder(data.hparams["cache_dir"]) / "teachers" / digest_of(_key(task, distillation, device))
+    distillation.keep(make_outputs(folder, rows.rows, together, run))
+
+
+def _key(task: Task[Any], distillation: Distillation, device: torch.device) -> list[object]:
+    """Return what decides the outputs: the teacher, the rows it reads, what is kept of it, and how it computes."""
+    data, config = task._data, distillation.config
+    memory = DigestMemory(cache_folder(data.hparams["cache_dir"]))
+    teacher = files_digests(Path(str(task.teacher_source)), memory.digest)
+    memory.save()
+    packing = data.packing("train")
+    packed = hashlib.blake2b(packing.order.tobytes() + packing.starts.tobytes(), digest_size=16).hexdigest()
+    rows = [type(data).__name__, data.cache("train").folder.name, data.room, packed]
+    kept = [distillation.needed, bool(config.logits)]
+    return [FORMAT, teacher, rows, kept, config.dtype, str(task.trainer.precision), device.type]
+
+
+def _check_same(make: Make, rows: int) -> None:
+    """Raise UserError if the first rows are not the same whatever the key."""
+    numbers = np.arange(rows)
+    one, other = (make(numbers, np.full(rows, key, dtype=np.uint64)).tensors() for key in (0, 1))
+    if not all(torch.equal(one[name].nan_to_num(), other[name].nan_to_num()) for name in one):
+        raise UserError(DRAWN)
+
+
+def take_projections(task: Task[Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint that a task takes: those of projections only in training.
+
+    Raises UserError if it trains and they are not those of its teacher.
+    """
+    needed, found = ({name for name in names if name.startswith(PROJECTIONS)} for names in (task.state_dict(), weights))
+    if task.trains and needed != found:
+        raise UserError(
+            "model.distillation: the checkpoint was trained with another teacher, or none, whose states are not "
+            "of the same width. Give its settings, or start from it with --model.init_from"
+        )
+    return weights if task.trains else {name: weights[name] for name in weights if name not in found}
