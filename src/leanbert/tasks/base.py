@@ -31,7 +31,7 @@ from leanbert.optim.in_backward import accumulate_in_backward, update_in_backwar
 from leanbert.optim.schedule import Schedule, ScheduleConfig, effective_warmup
 from leanbert.pretrained.weights import unpack
 from leanbert.ranges import SEED
-from leanbert.tasks.distillation import Distillation, DistillationConfig, check_distillation, read_teacher
+from leanbert.tasks.distillation import Distillation, DistillationConfig, read_teacher
 from leanbert.tasks.step import B, SteppedModule, StepState
 from leanbert.tasks.techniques import Surroundings, Techniques, apply, refuse
 
@@ -167,9 +167,9 @@ class Task(SteppedModule[B]):
         mixed = torch.bfloat16 if around.precision == "bf16-mixed" else None
         self.model = self.ready_model or parallelize(self.build_model, self._prepare, mesh, dtype=mixed, fill=fill)
         if self.trains and self.teacher_source is not None:
-            check_distillation(self, self.teacher_source, shards=around.shards)
-            teacher = self.build_teacher(self.teacher_source)
-            self.distillation = Distillation(self.distillation_config, teacher, self)
+            self.distillation = Distillation.build(
+                self.distillation_config, self.teacher_source, self, mesh, dtype=mixed, fill=fill
+            )
             self.projections = self.distillation.projections
         # alike on all ranks: to exchange them in each forward pass would leave a rank waiting that has one more
         buffers = [name for name, _ in self.named_buffers()]

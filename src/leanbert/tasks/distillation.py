@@ -10,11 +10,20 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from leanbert.compression.distillation import check_teacher, hidden_loss, recorded_states, relation_loss
+from leanbert.compression.distillation import (
+    Projection,
+    check_teacher,
+    mean_hidden_loss,
+    recorded_states,
+    relation_loss,
+)
 from leanbert.data.module import RowData
 from leanbert.data.pairs import TARGET
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
+from leanbert.distributed.parallelize import free_gathered, parallelize
+from leanbert.distributed.sharding import shard_unit
 from leanbert.errors import UserError
 from leanbert.models.base import EncoderModel
 from leanbert.models.heads import sum_in_chunks
@@ -77,15 +86,13 @@ class DistillationConfig:
         return self.teacher if self.teacher != START or init_from is None else init_from
 
 
-def check_distillation(task: object, teacher: str, *, shards: bool) -> None:
+def check_distillation(task: object, teacher: str) -> None:
     """Raise UserError if a task cannot have the teacher that is asked for."""
     if teacher == START:
         raise UserError(
             "model.distillation.teacher: is the model that training starts from, but none is named. "
             "Give --model.init_from, or the path of a teacher"
         )
-    if shards:
-        raise UserError("model.distillation: the teacher is whole on each device, not sharded. Use ddp")
     own = {name: not getattr(type(task), name).__module__.startswith("leanbert.") for name in ("loss_sum", "criterion")}
     if own["loss_sum"] and not own["criterion"]:
         raise UserError(
@@ -117,6 +124,10 @@ class Distilled(Protocol):
     """What a task is asked for its student's loss."""
 
     model: EncoderModel
+
+    def build_teacher(self, source: str) -> EncoderModel:
+        """Return the model that is learnt from."""
+        ...
 
     def count_targets(self, batch: Any) -> Tensor:
         """Return the number of targets, shape []."""
@@ -167,7 +178,7 @@ class Distillation:
             self.teacher.to(getattr(torch, config.dtype))
         width, theirs = student.config.hidden_size, teacher.config.hidden_size
         self.projections = nn.ModuleList(
-            nn.Linear(width, theirs, bias=False) for _ in student.stacks if config.hidden and width != theirs
+            Projection(width, theirs, bias=False) for _ in student.stacks if config.hidden and width != theirs
         )
         self._layers = [
             self._compared(len(own.blocks), len(known.blocks), config.layers if own is student.encoder else None)
@@ -175,6 +186,24 @@ class Distillation:
         ]
         self._compares_states = config.hidden + config.relations > 0
         self._weights: list[Tensor] = []
+
+    @classmethod
+    def build(
+        cls, config: DistillationConfig, source: str, task: Distilled, mesh: DeviceMesh | None, *,
+        dtype: torch.dtype | None, fill: bool,
+    ) -> Distillation:  # fmt: skip
+        """Return it with the teacher at `source`, which is sharded as the student is; see `parallelize`.
+
+        Raises:
+            UserError: The task cannot have this teacher.
+
+        """
+        check_distillation(task, source)
+        teacher = parallelize(lambda: task.build_teacher(source), lambda _: None, mesh, dtype=dtype, fill=fill)
+        made = cls(config, teacher, task)
+        for projection in made.projections if mesh is not None else ():
+            shard_unit(projection, mesh, dtype)
+        return made
 
     def _compared(self, own: int, known: int, layers: list[int] | None) -> list[int]:
         """Return the teacher's state that each of the student's is compared with; state 0 is the embeddings'."""
@@ -201,14 +230,21 @@ class Distillation:
 
     def loss_sum(self, batch: Any) -> Tensor:
         """Return the loss of a micro-batch, shape []: summed over targets, and what is added in proportion."""
-        task = self.task
+        model = self.task.model
+        loss = model.with_weights(self._loss_sum, batch)
+        if model.head_chunk is None:
+            free_gathered(self.teacher)
+        return loss
+
+    def _loss_sum(self, batch: Any) -> Tensor:
+        task, teacher = self.task, self.teacher
         given = task.model_inputs(batch)
         if not self._compares_states:
             with torch.no_grad():
-                known = self.teacher.hidden(*given)
+                known = teacher.with_weights(teacher.hidden, *given)
             return self._loss_of_outputs(task.model.hidden(*given), known, batch.targets)
-        with torch.no_grad(), recorded_states(self.teacher) as theirs:
-            known = self.teacher.hidden(*given)
+        with torch.no_grad(), recorded_states(teacher) as theirs:
+            known = teacher.with_weights(teacher.hidden, *given)
         with recorded_states(task.model) as own:
             hidden = task.model.hidden(*given)
         loss = self._loss_of_outputs(hidden, known, batch.targets)
@@ -231,16 +267,16 @@ class Distillation:
             width = min(scores.shape[-1], taught.shape[-1])  # rows beyond the tokenizer's tokens are nobody's
             return hard + share * task.soft_criterion(scores[..., :width], taught[..., :width], targets, temperature)
 
+        if model.head_chunk is not None:  # the gradient of `hidden` is whole when no scores are left to be made again
+            hidden.register_hook(lambda _: free_gathered(self.teacher))
         return sum_in_chunks(loss, model.head_chunk, hidden, known_hidden, targets)
 
     def _loss_of_states(self, stack: int, own: list[Tensor], theirs: list[Tensor], inputs: PackedInputs) -> Tensor:
         config, compared = self.config, self._layers[stack]
         total = own[0].new_zeros((), dtype=torch.float32)
         if config.hidden:
-            project: Any = self.projections[stack] if self.projections else nn.Identity()
-            pairs = zip(own, compared, strict=True)
-            losses = [hidden_loss(project(state), theirs[layer], inputs.real) for state, layer in pairs]
-            total = total + config.hidden * torch.stack(losses).mean()
+            compare: Any = self.projections[stack] if self.projections else mean_hidden_loss
+            total = total + config.hidden * compare(own, [theirs[layer] for layer in compared], inputs.real)
         if config.relations:
             blocks = (self.task.model.stacks[stack].blocks[-1], self.teacher.stacks[stack].blocks[compared[-1] - 1])
             total = total + config.relations * relation_loss(
