@@ -285,12 +285,15 @@ def other(folder):
 
 
 def test_the_plan_counts_the_teacher_also_while_it_waits(folder):
-    found = {}
-    for teacher in (None, str(folder / "teacher.ckpt")):
+    found = []
+    for teacher, dtype in (
+        (None, None),
+        (str(folder / "teacher.ckpt"), None),
+        (str(folder / "teacher.ckpt"), "bfloat16"),
+    ):
         run = settings(encoder={"num_layers": 2}, rows=2)
-        run.task.teacher_source = teacher
-        found[teacher] = dry_run(run, 2).validation.categories_by_phase["validation"]
-    without, beside = found.values()
+        run.task.teacher_source, run.task.distillation_config.dtype = teacher, dtype
+        found.append(dry_run(run, 2).validation.categories_by_phase["validation"]["other"])
     weights = load(folder / "teacher.ckpt").model.parameters()
     size = sum(weight.nbytes for weight in weights)
-    assert beside["other"] - without["other"] == size
+    assert [each - found[0] for each in found[1:]] == [size, size // 2]

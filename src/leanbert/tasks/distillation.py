@@ -174,8 +174,6 @@ class Distillation:
             raise UserError("ChunkedHead: a student with model.copy makes its scores at once. Leave one of them out")
         check_teacher(student, teacher, config.relation_heads if config.relations else None)
         self.teacher = teacher.eval().requires_grad_(False)
-        if config.dtype is not None:
-            self.teacher.to(getattr(torch, config.dtype))
         width, theirs = student.config.hidden_size, teacher.config.hidden_size
         self.projections = nn.ModuleList(
             Projection(width, theirs, bias=False) for _ in student.stacks if config.hidden and width != theirs
@@ -199,10 +197,19 @@ class Distillation:
 
         """
         check_distillation(task, source)
-        teacher = parallelize(lambda: task.build_teacher(source), lambda _: None, mesh, dtype=dtype, fill=fill)
-        made = cls(config, teacher, task)
-        for projection in made.projections if mesh is not None else ():
-            shard_unit(projection, mesh, dtype)
+
+        def make() -> EncoderModel:
+            usual = torch.get_default_dtype()
+            torch.set_default_dtype(usual if config.dtype is None else getattr(torch, config.dtype))
+            try:
+                return task.build_teacher(source)
+            finally:
+                torch.set_default_dtype(usual)
+
+        made = cls(config, parallelize(make, lambda _: None, mesh, dtype=dtype, fill=fill), task)
+        if mesh is not None:
+            for projection in made.projections:
+                shard_unit(projection, mesh, dtype)
         return made
 
     def _compared(self, own: int, known: int, layers: list[int] | None) -> list[int]:
