@@ -120,7 +120,6 @@ def test_two_processes_learn_as_one_and_one_goes_on_from_two(folder, distil):  #
         alike(read_scalars(run_folder), expected, rel=1e-5)
     run(folder, "plan", *TASKS["mlm"], *distil, "--devices=2", "--prepare=true", "--json=learns.json")
     planned = json.loads((folder / "learns.json").read_text())["devices"]["fsdp2"]
-    print(planned, measured, found["communication/bytes_per_step"])
     assert planned["predicted_peak_bytes"] == pytest.approx(measured, rel=0.02)
     [sent] = found["communication/bytes_per_step"].values()
     assert 0 < sent - planned["sent_bytes_per_step"] < 100  # the loss and the number of targets
