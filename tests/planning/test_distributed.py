@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from leanbert.callbacks.techniques.accumulation import GradientAccumulation
-from leanbert.callbacks.techniques.activations import LayerMajor
+from leanbert.callbacks.techniques.activations import ChunkedHead, LayerMajor
 from leanbert.callbacks.techniques.optimizer import OptimizerInBackward
 from leanbert.callbacks.techniques.pruning import MagnitudePruning
 from leanbert.data.mlm import MaskedLMData
@@ -18,6 +18,7 @@ from leanbert.distributed.sharding import pretend_group
 from leanbert.errors import UserError
 from leanbert.memory.precision import has_16_bit_products
 from leanbert.models.config import EncoderConfig
+from leanbert.models.mlm import MaskedLanguageModel
 from leanbert.optim.build import OptimizerConfig, build_optimizer
 from leanbert.planning.distributed import predict_distributed
 from leanbert.planning.predict import predict
@@ -96,6 +97,21 @@ def test_fsdp2_gathers_blocks_twice_and_the_rest_once():
     }
     forward = result.phases["forward"]
     assert forward["parameters"] == (blocks + rest) // 4 + rest + 2 * blocks // 3  # a block in use, and as it came
+
+
+def test_a_teacher_is_in_shards_and_gathered_once(monkeypatch):
+    config = replace(encoder(), vocab_size=VOCABULARY).resolved()
+    monkeypatch.setattr("leanbert.planning.dry_run.blank_model", lambda _: MaskedLanguageModel(config))
+    blocks, rest = parameter_bytes(DEVICES)
+    run = settings(batch_size=32)
+    run.task.teacher_source = "teacher"
+    for callbacks, micro_batches in (((), 1), ((GradientAccumulation(2), ChunkedHead(4)), 4)):
+        found = predict_distributed(replace(run, callbacks=callbacks), DEVICES, "fsdp2")
+        assert found.collectives == {
+            "all_gather": 3 * (3 * blocks + 2 * rest) // 4 * micro_batches,  # the student's blocks twice
+            "reduce_scatter": 3 * (blocks + rest) // 4,
+        }
+        assert found.phases["optimizer"]["parameters"] == 2 * (blocks + rest) // 4
 
 
 def test_mixed_precision_gathers_half_as_many_bytes():

@@ -18,7 +18,8 @@ from leanbert.planning.dry_run import dry_run
 from leanbert.pretrained.build import build_model
 from leanbert.tasks.base import Task
 from leanbert.tasks.classification import TextClassification
-from leanbert.tasks.distillation import Distillation, DistillationConfig
+from leanbert.tasks.distillation import Distillation
+from leanbert.tasks.teachers import DistillationConfig
 from tests.planning.test_predict import settings
 from tests.pretrained.pairs import packed_batch, tiny_seq2seq
 from tests.tiny import tiny_config, tiny_model, unequal_batch
@@ -285,12 +286,15 @@ def other(folder):
 
 
 def test_the_plan_counts_the_teacher_also_while_it_waits(folder):
-    found = {}
-    for teacher in (None, str(folder / "teacher.ckpt")):
+    found = []
+    for teacher, dtype in (
+        (None, None),
+        (str(folder / "teacher.ckpt"), None),
+        (str(folder / "teacher.ckpt"), "bfloat16"),
+    ):
         run = settings(encoder={"num_layers": 2}, rows=2)
-        run.task.teacher_source = teacher
-        found[teacher] = dry_run(run, 2).validation.categories_by_phase["validation"]
-    without, beside = found.values()
+        run.task.teacher_source, run.task.distillation_config.dtype = teacher, dtype
+        found.append(dry_run(run, 2).validation.categories_by_phase["validation"]["other"])
     weights = load(folder / "teacher.ckpt").model.parameters()
     size = sum(weight.nbytes for weight in weights)
-    assert beside["other"] - without["other"] == size
+    assert [each - found[0] for each in found[1:]] == [size, size // 2]

@@ -53,7 +53,7 @@ from leanbert.settings import (
     user_error_within,
 )
 from leanbert.tasks.base import Task
-from leanbert.tasks.distillation import START
+from leanbert.tasks.teachers import START
 from leanbert.trainer import Trainer
 
 DEVICELESS = ("prepare", "plan", "export", "compress")

@@ -19,7 +19,7 @@ from leanbert.errors import REFUSED, UserError
 from leanbert.files import write_text_atomically
 from leanbert.messages import say
 from leanbert.runs import TaskRuns
-from leanbert.tasks.distillation import START
+from leanbert.tasks.teachers import START
 
 SETTINGS = ("seed_everything", "trainer", "model", "data", "checkpoint")
 PROGRAM = "import sys; sys.argv[0] = 'leanbert'; from leanbert.cli import main; main()"

@@ -7,12 +7,12 @@ Shapes: B batch, S sequence, M targets, L labels or vocabulary, D hidden, R rela
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from leanbert.errors import UserError
 from leanbert.models.base import EncoderModel
@@ -65,6 +65,25 @@ def hidden_loss(student: Tensor, teacher: Tensor, real: Tensor) -> Tensor:
     return (distance * real).sum()
 
 
+def mean_hidden_loss(student: Iterable[Tensor], teacher: Sequence[Tensor], real: Tensor) -> Tensor:
+    """Return the mean of `hidden_loss` over pairs of states, shape []."""
+    losses = [hidden_loss(state, known, real) for state, known in zip(student, teacher, strict=True)]
+    return torch.stack(losses).mean()
+
+
+class Projection(nn.Linear):
+    """Compares states of a student with wider ones of its teacher, by a learned map without a bias.
+
+    All in one pass, for where it is sharded each pass gathers the weight and reduces its gradient.
+    """
+
+    def forward(  # type: ignore[override]
+        self, student: Iterable[Tensor], teacher: Sequence[Tensor], real: Tensor
+    ) -> Tensor:
+        """Return `mean_hidden_loss` of the student's states, mapped one by one."""
+        return mean_hidden_loss(map(super().forward, student), teacher, real)
+
+
 def relation_loss(
     student: Block | DecoderBlock, states: Tensor, teacher: Block | DecoderBlock, teacher_states: Tensor,
     inputs: PackedInputs, heads: int,
@@ -85,13 +104,22 @@ def relation_loss(
 
     """
     allowed = same_document(inputs.document_ids, inputs.document_ids)  # [B, 1, S, S]
-    own, known = _vectors(student, states, heads), _vectors(teacher, teacher_states, heads)
+    relations = (
+        _all_relations(student, states, allowed, heads),
+        _all_relations(teacher, teacher_states, allowed, heads),
+    )
     total = states.new_zeros((), dtype=torch.float32)
-    for kind in range(3):
-        theirs = _relations(known[kind], allowed)
-        divergence = F.kl_div(_relations(own[kind], allowed), theirs, reduction="none", log_target=True)
+    for own, known in zip(*relations, strict=True):
+        divergence = F.kl_div(own, known, reduction="none", log_target=True)
         total = total + (divergence.where(allowed, 0.0).sum(-1).mean(1) * inputs.real).sum()  # over [B, S]
     return total / 3
+
+
+def _all_relations(block: Block | DecoderBlock, states: Tensor, allowed: Tensor, heads: int) -> list[Tensor]:
+    """Return `_relations` of queries, of keys and of values."""
+    return block.with_weights(
+        lambda states: [_relations(vectors, allowed) for vectors in _vectors(block, states, heads)], states
+    )
 
 
 def _vectors(block: Block | DecoderBlock, states: Tensor, heads: int) -> Sequence[Tensor]:

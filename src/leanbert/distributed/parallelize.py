@@ -62,13 +62,25 @@ def parallelize(
 
 
 @contextmanager
-def unreduced(model: FSDPModule) -> Iterator[None]:
-    """Context of backward passes whose gradients wait, whole, on each rank for the next pass that reduces them."""
-    model.set_requires_gradient_sync(False)
+def unreduced(model: nn.Module) -> Iterator[None]:
+    """Context of backward passes whose gradients wait, whole, on each rank for the next pass that reduces them.
+
+    They are those of all that is sharded in a module.
+    """
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_requires_gradient_sync(False, recurse=False)
     try:
         yield
     finally:
-        model.set_requires_gradient_sync(True)
+        for part in parts:
+            part.set_requires_gradient_sync(True, recurse=False)
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Free what a frozen model, if it is sharded, has gathered for its passes: no backward pass will."""
+    if isinstance(model, FSDPModule):
+        model.reset_iter_state()
 
 
 @contextmanager

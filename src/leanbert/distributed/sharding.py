@@ -13,6 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 
 from leanbert.errors import UserError
 from leanbert.measure.torch_compat import fake_store
+from leanbert.models.unit import Unit
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
@@ -33,12 +34,17 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None) 
             "trainer.strategy: shards block by block, and blocks of this model share weights (model.decoder_start). "
             "Use decoder_start=encoder, or ddp."
         )
+    for unit in (*model.blocks, model):  # type: ignore[misc]
+        shard_unit(unit, mesh, dtype)
+        register_fsdp_forward_method(unit, Unit.with_weights.__name__)
+    register_fsdp_forward_method(model, "loss_sum")  # tasks train by it, not by `forward`
+
+
+def shard_unit(module: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
+    """Shard what is not yet of a module's parameters, which are gathered together; the rest is as of `shard`."""
     # inputs stay as they are: autocast decides in what an operation computes
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32, cast_forward_inputs=False)
-    for block in model.blocks:  # type: ignore[union-attr]
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(model, "loss_sum")  # tasks train by it, not by `forward`
+    fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
 def check_groups(devices: int, replicas: int) -> None:

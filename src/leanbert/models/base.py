@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.decoder import Decoder, DecoderBlock
@@ -17,6 +17,7 @@ from leanbert.models.encoder import Block, Encoder
 from leanbert.models.heads import MaskedLMHead
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.stored import ModelMetadata, Stored
+from leanbert.models.unit import Unit
 
 ENCODER = "encoder."
 """Prefix of the encoder's weights."""
@@ -30,7 +31,7 @@ def gather_rows(hidden: Tensor, target_index: Tensor) -> Tensor:
     return hidden.reshape(rows * length, width).index_select(0, flat).view(rows, -1, width)
 
 
-class EncoderModel(nn.Module):
+class EncoderModel(Unit):
     """An encoder with a head of its task.
 
     `task` is the name of the task that trains it. `head_chunk`: targets whose scores exist at a time in training; None:

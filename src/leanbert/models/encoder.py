@@ -21,6 +21,7 @@ from leanbert.models.embeddings import Embeddings
 from leanbert.models.kernels.attention import sight
 from leanbert.models.linear import Linear
 from leanbert.models.packed_inputs import PackedInputs
+from leanbert.models.unit import Unit
 
 
 def make_norm(config: ResolvedConfig) -> nn.LayerNorm:
@@ -55,7 +56,7 @@ class FeedForward(nn.Module):
         return self.output(self.activate(inner))
 
 
-class ResidualBlock(Checkpointable):
+class ResidualBlock(Checkpointable, Unit):
     """A block whose parts are each added to the residual stream, with a norm before or after.
 
     `layer` is its number among all blocks of the model: dropout differs by it.

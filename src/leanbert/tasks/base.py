@@ -31,9 +31,10 @@ from leanbert.optim.in_backward import accumulate_in_backward, update_in_backwar
 from leanbert.optim.schedule import Schedule, ScheduleConfig, effective_warmup
 from leanbert.pretrained.weights import unpack
 from leanbert.ranges import SEED
-from leanbert.tasks.distillation import Distillation, DistillationConfig, check_distillation, read_teacher
+from leanbert.tasks.distillation import Distillation, take_projections
 from leanbert.tasks.step import B, SteppedModule, StepState
-from leanbert.tasks.taught import check_cache, keep_outputs, take_projections
+from leanbert.tasks.teacher_cache import check_cache, keep_outputs
+from leanbert.tasks.teachers import DistillationConfig, read_teacher
 from leanbert.tasks.techniques import Surroundings, Techniques, apply, refuse
 
 Answer = dict[str, Any]
@@ -167,9 +168,9 @@ class Task(SteppedModule[B]):
         if self.trains and self.teacher_source is not None:
             if self.distillation_config.cache:
                 check_cache(self._data, shards=around.shards)
-            check_distillation(self, self.teacher_source, shards=around.shards)
-            teacher = self.build_teacher(self.teacher_source)
-            self.distillation = Distillation(self.distillation_config, teacher, self)
+            self.distillation = Distillation.build(
+                self.distillation_config, self.teacher_source, self, mesh, dtype=mixed, fill=fill
+            )
             self.projections = self.distillation.projections
         # alike on all ranks: to exchange them in each forward pass would leave a rank waiting that has one more
         buffers = [name for name, _ in self.named_buffers()]

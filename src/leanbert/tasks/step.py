@@ -119,7 +119,7 @@ class SteppedModule(LightningModule, Generic[B]):
         if self.techniques.in_backward is not None:
             return nullcontext()
         if isinstance(self.model, FSDPModule):
-            return unreduced(self.model)
+            return unreduced(self)
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
 

@@ -21,8 +21,9 @@ from leanbert.memory.step import optimizer_step
 from leanbert.planning.predict import predict
 from leanbert.planning.run_settings import RunSettings
 from leanbert.tasks.classification import TextClassification
-from leanbert.tasks.distillation import Distillation, DistillationConfig
-from leanbert.tasks.taught import check_cache
+from leanbert.tasks.distillation import Distillation
+from leanbert.tasks.teacher_cache import check_cache
+from leanbert.tasks.teachers import DistillationConfig
 from tests.cli.program import ROOT
 from tests.corpus import OBJECTS, SUBJECTS, VERBS
 from tests.distributed.launching import PROGRAM, started

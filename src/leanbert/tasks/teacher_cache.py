@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from leanbert.compression.teacher_outputs import Outputs, make_outputs
 from leanbert.data.batches.loading import Make
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Part of the key: raise it when what is kept, or the packing of rows, changes."""
-
-PROJECTIONS = "projections."
-"""Prefix of the weights that only training with a teacher has."""
 
 DRAWN = (
     "model.distillation.cache: what rows hold is drawn anew in each epoch, as masks are, so the teacher never sees one "
@@ -84,17 +80,3 @@ def _check_same(make: Make, rows: int) -> None:
     one, other = (make(numbers, np.full(rows, key, dtype=np.uint64)).tensors() for key in (0, 1))
     if not all(torch.equal(one[name].nan_to_num(), other[name].nan_to_num()) for name in one):
         raise UserError(DRAWN)
-
-
-def take_projections(task: Task[Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint that a task takes: those of projections only in training.
-
-    Raises UserError if it trains and they are not those of its teacher.
-    """
-    needed, found = ({name for name in names if name.startswith(PROJECTIONS)} for names in (task.state_dict(), weights))
-    if task.trains and needed != found:
-        raise UserError(
-            "model.distillation: the checkpoint was trained with another teacher, or none, whose states are not "
-            "of the same width. Give its settings, or start from it with --model.init_from"
-        )
-    return weights if task.trains else {name: weights[name] for name in weights if name not in found}
