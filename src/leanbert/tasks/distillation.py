@@ -223,9 +223,8 @@ class Distillation:
         total = own[0].new_zeros((), dtype=torch.float32)
         if config.hidden:
             compare: Any = self.projections[stack] if self.projections else mean_hidden_loss
-            total = total + config.hidden * compare(
-                own, [known[_state(stack, layer)] for layer in compared], inputs.real
-            )
+            theirs = [known[_state(stack, layer)] for layer in compared]
+            total = total + config.hidden * compare(own, theirs, inputs.real)
         if config.relations:
             blocks = (self.task.model.stacks[stack].blocks[-1], self.teacher.stacks[stack].blocks[compared[-1] - 1])
             total = total + config.relations * relation_loss(
