@@ -27,7 +27,6 @@ from leanbert.compression_report.request import CompressRequest
 from leanbert.compression_report.sensitivity import Sensitivity, examine, relative_drop
 from leanbert.compression_report.variants import ORIGINAL, Source, Variant, excepting, make_references, make_variants
 from leanbert.errors import UserError
-from leanbert.exporting import write_folder
 from leanbert.files import explain_disk_errors
 from leanbert.messages import say
 
@@ -120,9 +119,9 @@ def _examine(
     found = []
     most = None if request.steps is None or request.exceptions else request.limits().drop
     for variant in [*variants]:
-        row, whole, scheme = variant.row, variant.whole, variant.scheme
+        row = variant.row
         over = most is not None and row.drop is not None and not row.drop <= most
-        if whole is None or scheme is None or not (over or request.sensitivity):
+        if variant.quantized is None or not (over or request.sensitivity):
             continue
         judge = lambda model: source.evaluate(model, test=False)[source.tag]  # noqa: E731
         layers = examine(variant, judge, original[source.tag], source.sign, most if over else None)
@@ -134,7 +133,7 @@ def _examine(
             exceptions = layers.choice.exceptions
             name = excepting(row.name, exceptions)
             path = request.output / name
-            write_folder(whole, path, "onnx", scheme, exceptions, variant.seen, variant.float32)
+            variant.quantized.write(path, exceptions)
             own = replace(row, name=name, exceptions=exceptions, size_bytes=bytes_of(path))
             variants.append(Variant(own, path, read_onnx(path)))
             _evaluate(variants[-1:], source, original)

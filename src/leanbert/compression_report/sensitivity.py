@@ -102,23 +102,22 @@ def trials(variant: Variant, judge: Callable[[OnnxModel], float]) -> Iterator[tu
 
     The graphs are made once, if the variant has none; each trial takes the time of a quantization and an evaluation.
     """
-    whole, scheme, given = variant.whole, variant.scheme, variant.row.exceptions
-    assert whole is not None
-    assert scheme is not None
+    given, made = variant.row.exceptions, variant.quantized
+    assert made is not None
     with scratch_folder() as scratch:
-        float32, folded, trial = variant.float32, scratch / "folded", scratch / "trial"
+        float32, folded, trial = made.float32, scratch / "folded", scratch / "trial"
         if float32 is None:
             float32 = scratch / "float32"
-            whole.export(float32, "onnx")
+            made.whole.export(float32, "onnx")
         for folder in (folded, trial):
             folder.mkdir()
         fold(float32, folded)
 
         def value(exceptions: Sequence[str]) -> float:
-            quantize_folded(folded, trial, scheme, {*exceptions, *given}, variant.seen)
+            quantize_folded(folded, trial, made.scheme, {*exceptions, *given}, made.seen)
             return judge(read_onnx(trial))
 
-        yield [layer for layer in layers_of(folded, scheme) if layer not in given], value
+        yield [layer for layer in layers_of(folded, made.scheme) if layer not in given], value
 
 
 def examine(

@@ -63,22 +63,37 @@ class Source:
     max_steps: int
 
 
+@dataclass(frozen=True)
+class Quantized:
+    """How a model is quantized.
+
+    Args:
+        whole: The model before.
+        scheme: What is done to it.
+        seen: What it has read of real data, where that counts.
+        float32: A folder with its ONNX files in 32 bits; None: they are made.
+
+    """
+
+    whole: Pretrained
+    scheme: Scheme
+    seen: Sequence[Seen]
+    float32: Path | None
+
+    def write(self, folder: Path, exceptions: Sequence[str]) -> None:
+        """Write the model with all but some layers quantized."""
+        write_folder(self.whole, folder, "onnx", self.scheme, exceptions, self.seen, self.float32)
+
+
 @dataclass
 class Variant:
-    """A model to measure, and its row of the report.
-
-    Of one that is quantized: `whole`, the model before; `float32`, the folder with its ONNX files, where there is one;
-    the scheme; and `seen`, rows of real data, where they count.
-    """
+    """A model to measure, and its row of the report; `quantized`: how it came to be, if it is."""
 
     row: Row
     path: Path
     model: Any
     bf16: bool = False
-    whole: Pretrained | None = None
-    float32: Path | None = None
-    scheme: Scheme | None = None
-    seen: Sequence[Seen] = ()
+    quantized: Quantized | None = None
 
 
 def make_references(source: Source, original: Pretrained, output: Path) -> list[Variant]:
@@ -139,7 +154,12 @@ def make_variants(
         path = request.output / name
         sparse = scheme is None and any(step.name in ZEROS for step in steps)
         float32 = request.output / ONNX if [step.name for step in steps] == [QUANTIZE] else None
-        write_folder(smaller, path, "sparse" if sparse else "onnx", scheme, exceptions, seen, float32)
+        quantized = None
+        if scheme is None:
+            write_folder(smaller, path, "sparse" if sparse else "onnx", None, (), ())
+        else:
+            quantized = Quantized(smaller, scheme, seen, float32)
+            quantized.write(path, exceptions)
         row = Row(name, [str(step) for step in steps], "PyTorch float32" if sparse else "onnxruntime", exceptions)
         row.size_bytes = bytes_of(path)
         row.parameters, row.nonzero = weights_of(model)
@@ -147,8 +167,7 @@ def make_variants(
         others = [variant.row for variant in (*before, *found)]
         leave_huggingface(smaller, row, request.output, f"{name}/{FOLDER}", others)
         computed = model if sparse else read_onnx(path)
-        whole = smaller if scheme else None
-        found.append(Variant(row, path, computed, whole=whole, float32=float32, scheme=scheme, seen=seen))
+        found.append(Variant(row, path, computed, quantized=quantized))
     return found
 
 
