@@ -70,6 +70,17 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path, monkeypat
     with pytest.raises(UserError, match=r"onnxruntime computes something else, by .*Nothing was written"):
         write_onnx(model, tmp_path, metadata)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"what was there"]
+    monkeypatch.setattr(onnx_folder, "ROUNDINGS", 1e9)  # a model that rounds so much
+    assert "model.onnx" in write_onnx(model, tmp_path, metadata)
+
+
+def test_what_a_model_rounds_itself_is_no_difference(tmp_path, monkeypatch):
+    model, metadata = make("tagging")
+    monkeypatch.setattr(onnx_folder, "TOLERANCE", 0.0)
+    assert write_onnx(model, tmp_path, metadata)
+    monkeypatch.setattr(onnx_folder, "ROUNDINGS", 0)
+    with pytest.raises(UserError, match="onnxruntime computes something else"):
+        write_onnx(model, tmp_path, metadata)
 
 
 @pytest.mark.slow

@@ -26,6 +26,9 @@ from leanbert.models.stored import ModelMetadata
 TOLERANCE = 1e-4
 """Largest difference of float32 outputs, relative to the largest output where that is above 1."""
 
+ROUNDINGS = 10
+"""So many times the model's own rounding in float32 is no difference either: where attention is sharp, it is large."""
+
 LENGTHS = (1, 7, 128)
 """Of the rows that a written model is compared on, as far as it has positions."""
 
@@ -49,7 +52,7 @@ def write_onnx(
             for name, graph in graphs_of(model).items():
                 write_graph(graph, scratch / name, metadata)
             worst = largest_difference(model, read_onnx(scratch))
-            if not worst <= TOLERANCE:
+            if not (worst <= TOLERANCE or worst <= ROUNDINGS * _rounding(model)):
                 raise UserError(f"{folder}: onnxruntime computes something else, by {worst:.1e}. Nothing was written")
         written = sorted(float32.glob("*.onnx"))
         if scheme is not None:
@@ -69,7 +72,7 @@ def write_onnx(
 
 
 @torch.no_grad()
-def largest_difference(model: EncoderModel, written: OnnxModel) -> float:
+def largest_difference(model: EncoderModel, written: OnnxModel | EncoderModel) -> float:
     """Return the largest difference of outputs on drawn tokens, relative to the largest output where that is above 1.
 
     Rows are of several lengths, alone and together, with and without padding and packed documents; where something is
@@ -80,6 +83,11 @@ def largest_difference(model: EncoderModel, written: OnnxModel) -> float:
         for one, other in zip(_outputs(model, inputs), _outputs(written, inputs), strict=True):
             worst = torch.maximum(worst, (one - other).abs().max() / one.abs().max().clamp(min=1.0))
     return float(worst)
+
+
+def _rounding(model: EncoderModel) -> float:
+    """Return by how much a model in float32 differs from itself in float64."""
+    return largest_difference(deepcopy(model).double(), model)
 
 
 def _rows(model: EncoderModel) -> Iterator[PackedInputs]:
