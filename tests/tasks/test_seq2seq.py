@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from leanbert.cli.app import CLI, quiet_libraries
 from leanbert.errors import UserError
+from leanbert.messages import say_once
 from leanbert.models.config import EncoderConfig
 from leanbert.models.stored import ModelMetadata, Stored
 from leanbert.tasks.seq2seq import Seq2Seq, special_tokens
@@ -89,6 +90,7 @@ def test_validation_logs_quality_and_the_loss_without_smoothing(trained):
 
 def test_test_searches_as_set_and_gives_the_signature(trained, capsys):
     folder, _ = trained
+    say_once.cache_clear()
     run(folder, "test", "--ckpt_path=best", "--model.quality=bleu")
     out, err = capsys.readouterr()
     assert json.loads(out.splitlines()[-1])["test/bleu"] == pytest.approx(100.0)

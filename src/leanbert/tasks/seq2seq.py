@@ -16,7 +16,7 @@ from leanbert.data.settings import Part
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.distributed.parallelize import gathered
 from leanbert.errors import UserError
-from leanbert.messages import say
+from leanbert.messages import say_once
 from leanbert.models.generation import GenerationConfig, SpecialTokens, generate
 from leanbert.models.kernels.loss import cross_entropy_sum
 from leanbert.models.packed_inputs import PackedInputs
@@ -219,9 +219,9 @@ class Seq2Seq(Task[PairBatch]):
                 shown = zip(batch.texts, (own[0] for own in references), texts, strict=True)
                 self._shown += list(shown)[: 12 - len(self._shown)]
         if part == "test" and self.quality == "bleu":
-            say(f"BLEU is sacreBLEU's: {bleu_signature(counted, self.bleu_tokenize)}")
+            say_once(f"BLEU is sacreBLEU's: {bleu_signature(counted, self.bleu_tokenize)}")
         elif part == "test":
-            say(f"ROUGE is rouge-score's, without stemming, tokens: {self.rouge_tokenize}")
+            say_once(f"ROUGE is rouge-score's, without stemming, tokens: {self.rouge_tokenize}")
 
     def samples(self, batch: PairBatch) -> dict[str, str]:
         """Return a table of the first generated outputs; of long sources it has the beginning."""

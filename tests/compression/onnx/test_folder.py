@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from leanbert.compression.onnx import folder as onnx_folder
+from leanbert.compression.onnx import runtime
 from leanbert.compression.onnx.folder import largest_difference, write_onnx
 from leanbert.compression.onnx.graphs import write_graph
 from leanbert.compression.onnx.runtime import read_onnx
@@ -72,6 +73,20 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path, monkeypat
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"what was there"]
     monkeypatch.setattr(onnx_folder, "ROUNDINGS", 1e9)  # a model that rounds so much
     assert "model.onnx" in write_onnx(model, tmp_path, metadata)
+
+
+@pytest.mark.slow
+def test_steps_of_a_small_decoder_take_one_thread(tmp_path, monkeypatch):
+    model, metadata = make("seq2seq")
+    write_onnx(model, tmp_path, metadata)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    found = []
+    for most in (runtime.FEW_BYTES, 0):
+        monkeypatch.setattr(runtime, "FEW_BYTES", most)
+        model = read_onnx(tmp_path)
+        options = [each._session.get_session_options() for each in (model.session, model.decoder)]
+        found.append([each.intra_op_num_threads for each in options])
+    assert found == [[3, 1], [3, 3]]
 
 
 def test_what_a_model_rounds_itself_is_no_difference(tmp_path, monkeypatch):
