@@ -4,7 +4,7 @@ r"""What compression costs on real data: students with and without their teacher
 
 DATA has the folders classification (SST-2) and srl (PropBank on EWT), and for --tasks of these names translation
 (Multi30k) and ner (WNUT-17, with an encoder that is pretrained on the folder mlm first, for it has few sentences); each
-takes half an hour more. A teacher is trained for each task; then smaller models, which begin with its weights, with
+takes 20 minutes more. A teacher is trained for each task; then smaller models, which begin with its weights, with
 several seeds. At last `compress` makes and measures variants of the teacher, one process at a time. With several jobs
 trainings have one thread each. What has finished is not repeated.
 """
