@@ -174,8 +174,8 @@ class Pretrained:
                 sparse: `leanbert.json` and `model.safetensors`, in which zeros take one bit, for `leanbert.load`.
             quantize: `int8`, `int4`, or `int8_int4`: products in 8 bits, embeddings in 4; onnx only.
             exceptions: Layers that stay in 32 bits, such as `encoder.blocks.0.attention.qkv`.
-            seen: Rows of one document each, and for a decoder those of the targets: of what is computed of them
-                `int8_static` takes the ranges.
+            seen: Of each batch a tuple of rows of one document each, for a decoder the targets' too: of what is
+                computed of them `int8_static` takes the ranges.
 
         Raises:
             UserError: No class of transformers expresses the model, or onnxruntime computes something else; the folder

@@ -47,6 +47,8 @@ def write_folder(
         raise UserError(f"export: {STATIC} needs data to calibrate on. Use compress, with --steps {steps}")
     if seen and quantize != STATIC:
         raise UserError(f"export: seen is what {STATIC} is calibrated on. Leave it out")
+    if any(len(rows) != len(model.stacks) for rows in seen):
+        raise UserError("export: seen has a tuple of rows for each batch, with those of the targets for a decoder")
     folder = expand(folder, "output")
     if format == "onnx":
         write_onnx(model, folder, trained.metadata, quantize, exceptions, seen, float32)

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,14 +16,16 @@ import leanbert
 from leanbert.cli.app import CLI, quiet_libraries
 from leanbert.compression.teacher_outputs import make_outputs
 from leanbert.data.classification import ClassificationData
+from leanbert.data.mlm import MaskedLMData
 from leanbert.errors import UserError
 from leanbert.measure.trace import LiveBytes
 from leanbert.memory.step import optimizer_step
 from leanbert.planning.predict import predict
 from leanbert.planning.run_settings import RunSettings
+from leanbert.planning.timing import measure
 from leanbert.tasks.classification import TextClassification
 from leanbert.tasks.distillation import Distillation
-from leanbert.tasks.teacher_cache import check_cache
+from leanbert.tasks.mlm import MaskedLM
 from leanbert.tasks.teachers import DistillationConfig
 from tests.cli.program import ROOT
 from tests.corpus import OBJECTS, SUBJECTS, VERBS
@@ -210,9 +213,31 @@ def test_data_that_draw_anew_in_each_epoch_are_refused(folder, monkeypatch, tmp_
         student(folder, "classification", "drawn", "--model.distillation.logits=0.4")
 
 
-def test_shards_are_refused():
+def test_shards_are_refused_and_masks_that_are_drawn(folder):
+    settings = settings_of(student(folder, "classification", "whole", steps=1))
     with pytest.raises(UserError, match=r"^model\.distillation\.cache: the teacher is in shards"):
-        check_cache(ClassificationData(), shards=True)
+        predict(replace(settings, devices=2, strategy="fsdp2"))
+    task = MaskedLM(encoder=settings.task.encoder_config, distillation=settings.task.distillation_config)
+    with pytest.raises(UserError, match=r"^model\.distillation\.cache: what rows hold is drawn anew in each epoch"):
+        predict(replace(settings, task=task, data=MaskedLMData(max_length=16)))
+
+
+def test_what_is_not_read_is_zero_so_that_steps_can_be_timed(folder):
+    settings = settings_of(student(folder, "classification", "timed", steps=1))
+    times = measure(settings)
+    assert 0 < times.step < 60
+
+
+def test_what_a_task_makes_of_rows_counts(folder, monkeypatch, capsys):
+    student(folder, "classification", "own", steps=1)
+    capsys.readouterr()
+    own = TextClassification.model_inputs
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            TextClassification, "model_inputs", lambda task, batch: (own(task, batch)[0], own(task, batch)[1] * 0)
+        )
+        student(folder, "classification", "other", steps=1)
+    assert "runs over" in capsys.readouterr().err
 
 
 def test_the_plan_counts_what_is_there(folder, monkeypatch):

@@ -14,6 +14,7 @@ from leanbert.callbacks.reporting.plan import PlanReport
 from leanbert.data.settings import rows_per_device
 from leanbert.files import scratch_folder
 from leanbert.messages import leads
+from leanbert.planning.predict import TEACHER
 from leanbert.planning.timing import RunLength, count_validations, limited
 from leanbert.settings import add_overlay
 
@@ -58,7 +59,8 @@ def apply_budget(settings: Any, arguments: list[str]) -> PlanReport:
             sys.exit(done.returncode)
         plan, chosen = json.loads(answer.read_text()), yaml.safe_load(overlay.read_text()) or {}
     add_overlay(settings, chosen)
-    return PlanReport(plan["predicted_peak_bytes"], plan["predicted_needs_bytes"], plan["budget_bytes"], plan)
+    measured = max(size for phase, size in plan["by_phase"].items() if phase != TEACHER)  # by steps and validation
+    return PlanReport(measured, plan["predicted_needs_bytes"], plan["budget_bytes"], plan)
 
 
 def run_length(trainer: Any, datamodule: Any) -> RunLength:

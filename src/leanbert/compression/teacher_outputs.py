@@ -68,7 +68,7 @@ class TeacherOutputs:
         """Read the rows with these numbers into `values` [B, ...]."""
         path = self._folder / f"{name}.bin"
         try:
-            with path.open("rb", buffering=0) as file:
+            with path.open("rb") as file:
                 for row, target in zip(rows, as_bytes(values), strict=True):
                     file.seek(row * len(target))
                     if file.readinto(target) != len(target):

@@ -46,6 +46,10 @@ class Prediction:
         return max(self.phases.values(), key=lambda categories: sum(categories.values()))
 
 
+TEACHER = "teacher"
+"""Phase before the first step, in a run that does not find a teacher's outputs on disk yet."""
+
+
 def predict(settings: RunSettings) -> Prediction:
     """Return what a run with these settings will need on each device, and what each sends in a step.
 
@@ -68,7 +72,7 @@ def predict(settings: RunSettings) -> Prediction:
         categories["other"] += (whole - rows) * settings.row_bytes
     phases.update(run.validation.categories_by_phase)
     if run.teacher is not None:
-        phases["teacher"] = run.teacher.categories_by_phase["forward"]
+        phases[TEACHER] = run.teacher.categories_by_phase["forward"]
     reduced = run.gradient_bytes if settings.devices > 1 and settings.mesh is None else 0
     for categories in phases.values():  # DDP's buckets: a copy of all gradients, from the first step to the end
         categories["gradients"] += reduced

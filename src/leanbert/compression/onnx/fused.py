@@ -44,15 +44,13 @@ Turns = tuple[Tensor, Tensor] | None
 
 
 class GraphContext(NamedTuple):
-    """What blocks of one kind share: `mask` is bool and can be broadcast to [B, H, S, S]."""
+    """What blocks of one kind share: `mask` is bool and can be broadcast to [B, H, S, P + S]."""
 
     mask: Tensor
     turns: Turns
 
 
-def make_turns(
-    config: ResolvedConfig, position: Tensor, rows: int, local: bool = False
-) -> tuple[Tensor, Tensor] | None:
+def make_turns(config: ResolvedConfig, position: Tensor, rows: int, local: bool = False) -> Turns:
     """Return the turns [B, S, d/2] at the positions int64 [S], the same for all rows."""
     if config.position != "rotary":
         return None

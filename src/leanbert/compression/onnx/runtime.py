@@ -27,8 +27,8 @@ SLOW = ["SkipLayerNormFusion"]
 """Optimizations of onnxruntime that cost time: LayerNorm that adds takes three times as long as the two alone."""
 
 FEW_BYTES = 2**27
-"""Of a decoder's file, below which its steps, for one token of each row, take one thread: several wait for each other
-longer than they compute. On 2 cores a step takes 1.3 to 3 times as long with both, with 1 row as with 32; only with 32
+"""Of a decoder's file, below which it has one thread: in steps of one token for each row several wait for each other
+longer than they compute. On 2 cores a step took 1.3 to 3 times as long with both, with 1 row as with 32; only with 32
 rows of a file of 400 MB both were faster, by 1.4."""
 
 
@@ -131,10 +131,9 @@ class OnnxDecoding:
     def __init__(self, model: OnnxSeq2Seq, inputs: PackedInputs, beams: int) -> None:
         self._decoder, self._beams = model.decoder, beams
         given = fed(inputs)
-        source = {**model.session(given), **given, "source_ids": given["input_ids"]}
-        self._source = {
-            name: source[name].repeat_interleave(beams, 0) for name in self._decoder.inputs if name in source
-        }
+        source = {**model.session(given), "attention_mask": given["attention_mask"], "source_ids": given["input_ids"]}
+        used = source.keys() & self._decoder.inputs
+        self._source = {name: source[name].repeat_interleave(beams, 0) for name in used}
         heads, size = model.config.num_heads, model.config.head_size
         empty = torch.empty(len(inputs) * beams, heads, 0, size)
         self._past = {name: empty for name in self._decoder.inputs if name.startswith(PAST)}
