@@ -103,7 +103,7 @@ def choose(overlay):
     def planned(command, **_):
         paths = dict(word.split("=", 1) for word in command if "=" in word)
         Path(paths["--save"]).write_text(yaml.safe_dump(overlay))
-        answer = {"predicted_peak_bytes": 2**20, "predicted_needs_bytes": 2**30, "budget_bytes": 2**30}
+        answer = {"by_phase": {"forward": 2**20}, "predicted_needs_bytes": 2**30, "budget_bytes": 2**30}
         Path(paths["--json"]).write_text(json.dumps(answer))
         return subprocess.CompletedProcess(command, 0)
 

@@ -100,7 +100,7 @@ def test_what_a_model_rounds_itself_is_no_difference(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("scheme", "share", "error"), [("int8", 0.27, 0.05), ("int4", 0.18, 0.3), ("int8_int4", 0.26, 0.3)]
+    ("scheme", "share", "error"), [("int8", 0.27, 0.05), ("int4", 0.18, 0.3), ("int8_int4", 0.265, 0.3)]
 )
 def test_quantized_files_are_small_and_near(tmp_path, scheme, share, error):
     model, metadata = make("tagging", hidden_size=128, num_layers=4)
