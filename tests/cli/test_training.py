@@ -102,4 +102,4 @@ def test_compress_trains_what_is_cut_once_and_goes_on_with_a_run_that_was_stoppe
     zeros = sum(int((matrix == 0).sum()) for matrix in matrices)
     assert zeros == pytest.approx(0.8 * sum(matrix.numel() for matrix in matrices), rel=0.01)
     assert rows[name]["nonzero"] == rows[name]["parameters"] - sum(int((p == 0).sum()) for p in student.parameters())
-    assert rows[name]["size_bytes"] < 0.5 * rows["blocks-0.5"]["size_bytes"]
+    assert rows[name]["size_bytes"] < 0.55 * rows["blocks-0.5"]["size_bytes"]

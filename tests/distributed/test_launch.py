@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 
 import pytest
@@ -254,7 +255,9 @@ def test_a_batch_or_text_that_ranks_cannot_share(folder, start, arguments, says)
 def test_a_strategy_that_does_not_exist(folder):
     [(_, words)] = started(folder, torchrun(*to("none"), "--trainer.strategy=magic", ranks=2))
     assert [line.startswith("error: trainer.strategy: magic is not known") for line in errors(words)] == [True]
-    assert words.count("exitcode  : 2 ") == 2
+    codes = re.findall(r"exitcode  : (-?\d+)", words)
+    assert "2" in codes
+    assert {*codes} <= {"2", "-15", "143"}  # torchrun ends a rank that has not ended yet
 
 
 @pytest.mark.parametrize(
