@@ -67,7 +67,7 @@ def unreduced(model: nn.Module) -> Iterator[None]:
 
     They are those of all that is sharded in a module.
     """
-    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    parts = _sharded_parts(model)
     for part in parts:
         part.set_requires_gradient_sync(False, recurse=False)
     try:
@@ -92,9 +92,8 @@ def gathered(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, FSDPModule):
         yield
         return
-    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
     model.set_reshard_after_forward(False)
-    for part in parts:
+    for part in _sharded_parts(model):
         part.unshard()
     try:
         yield
@@ -102,3 +101,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
         model.reset_iter_state()  # shards again; and forgets the passes, which backward passes would gather after
         model.set_reshard_after_forward(True)
         model.set_reshard_after_forward(False, recurse=False)  # as by default: what is outside of blocks stays
+
+
+def _sharded_parts(model: nn.Module) -> list[FSDPModule]:
+    return [part for part in model.modules() if isinstance(part, FSDPModule)]

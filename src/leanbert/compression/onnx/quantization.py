@@ -118,18 +118,10 @@ def quantize_folded(
                 case "int8_static":
                     _quantize_int8(file, target / file.name, kept, (TABLE,))
                     _quantize_static(target / file.name, kept, _feeds(folded, file.name, seen))
-            if tied:
-                tie(target / file.name, tied)
-            _leave_out_shapes(target / file.name)
-
-
-def _leave_out_shapes(path: Path) -> None:
-    """Leave out the shapes of what a graph computes on the way: quantizers note them, and nobody reads them."""
-    import onnx
-
-    model = onnx.load(path)
-    model.graph.ClearField("value_info")
-    onnx.save(model, path)
+            model: Any = onnx.load(target / file.name)
+            tie(model.graph, tied)
+            model.graph.ClearField("value_info")  # shapes that quantizers have noted, and nobody reads
+            onnx.save(model, target / file.name)
 
 
 def _quantized_nodes(graph: Any, scheme: Scheme) -> list[str]:

@@ -9,7 +9,6 @@ Shapes: V vocabulary, D hidden, I ids of any shape.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,16 +54,13 @@ def tied_nodes(graph: Any) -> list[Tied]:
     ]
 
 
-def tie(path: Path, pairs: Sequence[Tied]) -> None:
-    """Let both nodes of each pair read one table, in a file whose products are quantized and embeddings are not yet.
+def tie(graph: Any, pairs: Sequence[Tied]) -> None:
+    """Let both nodes of each pair read one table, in a graph whose products are quantized and embeddings are not yet.
 
     Where a product is in 32 bits, its embedding stays so.
     """
-    import onnx
-
-    model: Any = onnx.load(path)
     for pair in pairs:
-        graph, tensors = model.graph, {tensor.name: tensor for tensor in model.graph.initializer}
+        tensors = {tensor.name: tensor for tensor in graph.initializer}
         nodes = {(node.name, node.op_type): node for node in graph.node}
         embedding = nodes[pair.embedding, "Gather"]
         names = ((pair.product + suffix, kind) for kind, suffix in SUFFIXES.items())
@@ -80,7 +76,6 @@ def tie(path: Path, pairs: Sequence[Tied]) -> None:
         graph.initializer.extend(change.added)
         for name in change.removed:
             graph.initializer.remove(tensors[name])
-    onnx.save(model, path)
 
 
 def _of_32_bits(embedding: Any, product: Any, tensors: dict[str, Any]) -> _Change:
