@@ -91,7 +91,7 @@ if __name__ == "__main__":
         sys.exit(pass_on(sys.argv[1:]))
     arguments = serve(sys.argv[2])
     if arguments is not None:
-        from leanbert.cli.app import main
+        from leanbert.cli import main
 
         sys.argv = [str(PROGRAM), *arguments]
         main()

@@ -107,7 +107,7 @@ def command(arguments: Sequence[str], before: Callable[[], object] | None = None
     """Return the call of `train.py` with `arguments`, after `before` has armed a fault in its process."""
 
     def run() -> None:
-        from leanbert.cli.app import main
+        from leanbert.cli import main
 
         sys.argv = [str(PROGRAM), *arguments]
         if before is not None:
@@ -177,7 +177,7 @@ def import_all() -> None:
     docstring_parser.parse_from_object = functools.cache(docstring_parser.parse_from_object)
     for config in ("mlm", "classification", "srl", "translation"):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-            leanbert.cli.app.main(["fit", "--config", str(ROOT / "configs" / f"{config}.yaml"), "--print_config"])
+            leanbert.cli.app.run(["fit", "--config", str(ROOT / "configs" / f"{config}.yaml"), "--print_config"])
 
 
 def _text(stream: BinaryIO) -> str:

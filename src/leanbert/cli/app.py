@@ -23,8 +23,7 @@ from leanbert.callbacks.loop.checkpoint import RunCheckpoint
 from leanbert.callbacks.loop.interrupt import Interrupted, StopBetweenSteps
 from leanbert.callbacks.reporting.report import tagged
 from leanbert.cli.budget import run_length
-from leanbert.cli.ending import one_line_errors
-from leanbert.cli.help import answer, program_name
+from leanbert.cli.help import program_name
 from leanbert.cli.options import (
     OPTIONS,
     CompressOptions,
@@ -234,19 +233,6 @@ class CLI(Setup):
                 "--model.init_from."
             )
         return Path(source)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; bad input ends with one line on standard error and exit code 2."""
-    restore = signals.install()
-    given = sys.argv[1:] if arguments is None else arguments
-    try:
-        with one_line_errors():
-            if not answer(given):
-                run(given)
-    finally:
-        if arguments is not None:  # called by a program, which goes on
-            restore()
 
 
 def run(arguments: list[str]) -> None:

@@ -6,7 +6,7 @@ The teacher is beside the task, not a part of it: it has no gradients, and is in
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,38 +28,11 @@ from leanbert.models.heads import sum_in_chunks
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.tasks.teachers import DistillationConfig, check_distillation
 
+if TYPE_CHECKING:
+    from leanbert.tasks.base import Task
+
 PROJECTIONS = "projections."
 """Prefix of the weights that only training with a teacher has."""
-
-
-class Distilled(Protocol):
-    """What a task is asked for its student's loss."""
-
-    model: EncoderModel
-
-    def build_teacher(self, source: str) -> EncoderModel:
-        """Return the model that is learnt from."""
-        ...
-
-    def count_targets(self, batch: Any) -> Tensor:
-        """Return the number of targets, shape []."""
-        ...
-
-    def sum_over_ranks(self, value: Tensor) -> Tensor:
-        """Return the sum of a tensor of shape [] over all ranks."""
-        ...
-
-    def model_inputs(self, batch: Any) -> tuple[Any, ...]:
-        """Return what the model takes of a batch."""
-        ...
-
-    def criterion(self, scores: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of scores [B, M, L], summed, shape []."""
-        ...
-
-    def soft_criterion(self, scores: Tensor, teacher_scores: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        """Return the divergence from the teacher's scores, summed over targets, shape []."""
-        ...
 
 
 class Distillation:
@@ -81,7 +54,7 @@ class Distillation:
 
     """
 
-    def __init__(self, config: DistillationConfig, teacher: EncoderModel, task: Distilled) -> None:
+    def __init__(self, config: DistillationConfig, teacher: EncoderModel, task: Task[Any]) -> None:
         self.config, self.task = config, task
         student = task.model
         if student.head_chunk is not None and getattr(student, "pointer", None) is not None:
@@ -106,7 +79,7 @@ class Distillation:
 
     @classmethod
     def build(
-        cls, config: DistillationConfig, source: str, task: Distilled, mesh: DeviceMesh | None, *,
+        cls, config: DistillationConfig, source: str, task: Task[Any], mesh: DeviceMesh | None, *,
         dtype: torch.dtype | None, fill: bool,
     ) -> Distillation:  # fmt: skip
         """Return it with the teacher at `source`, which is sharded as the student is; see `parallelize`.
@@ -243,7 +216,7 @@ def _inputs(given: tuple[Any, ...]) -> list[PackedInputs]:
     return [part for part in given if isinstance(part, PackedInputs)]
 
 
-def take_projections(task: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def take_projections(task: Task[Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of a checkpoint that a task takes: those of projections only in training.
 
     Raises UserError if it trains and they are not those of its teacher.

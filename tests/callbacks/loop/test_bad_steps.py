@@ -132,7 +132,7 @@ import math
 import os
 import subprocess
 import sys
-from leanbert.cli.app import main
+from leanbert.cli import main
 from leanbert.tasks.mlm import MaskedLM
 
 loss_sum = MaskedLM.loss_sum

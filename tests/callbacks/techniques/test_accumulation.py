@@ -149,7 +149,7 @@ def test_out_of_memory_while_the_model_is_built_is_reported(folder, capfd):
 TWO_RANKS = """
 import sys
 import torch
-from leanbert.cli.app import main
+from leanbert.cli import main
 from leanbert.tasks.base import Task
 
 start = Task._start_micro_batch
