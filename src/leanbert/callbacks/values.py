@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from leanbert.data.module import RowData
 from leanbert.tasks.base import Task
+
+Kind = TypeVar("Kind", bound=Callback)
 
 
 def task_of(module: LightningModule) -> Task:
@@ -20,6 +23,11 @@ def task_of(module: LightningModule) -> Task:
 def data_of(trainer: Trainer) -> RowData:
     """Return the data module of a run."""
     return trainer.datamodule  # type: ignore[attr-defined]
+
+
+def callbacks_of(trainer: Trainer, kind: type[Kind]) -> list[Kind]:
+    """Return the callbacks of a run that are of a kind, in their order."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
 
 
 def rows_per_device(trainer: Trainer) -> int:

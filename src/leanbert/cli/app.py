@@ -22,6 +22,7 @@ from leanbert import signals, strict_json
 from leanbert.callbacks.loop.checkpoint import RunCheckpoint
 from leanbert.callbacks.loop.interrupt import Interrupted, StopBetweenSteps
 from leanbert.callbacks.reporting.report import tagged
+from leanbert.callbacks.values import callbacks_of
 from leanbert.cli.budget import run_length
 from leanbert.cli.help import program_name
 from leanbert.cli.options import (
@@ -72,7 +73,7 @@ class CLI(Setup):
             if is_new and start.run is not None and trainer.global_step == 0:  # refused, not stopped
                 start.run.discard()
             raise
-        stop = next(c for c in trainer.callbacks if isinstance(c, StopBetweenSteps))  # type: ignore[attr-defined]
+        stop = callbacks_of(trainer, StopBetweenSteps)[0]
         if stop.received is not None:  # after the last step
             raise Interrupted(stop.received)
         self._say_how_to_go_on()
@@ -109,17 +110,12 @@ class CLI(Setup):
 
     def validate(self, options: EvaluateOptions) -> None:
         """Print the metrics as one JSON line."""
-        self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path=options.ckpt_path, verbose=False)
-        self._print_metrics()
-
-    def test(self, options: EvaluateOptions) -> None:
-        """Print the metrics as one JSON line."""
-        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=options.ckpt_path, verbose=False)
-        self._print_metrics()
-
-    def _print_metrics(self) -> None:
+        evaluate = self.trainer.validate if self.subcommand == "validate" else self.trainer.test
+        evaluate(self.model, datamodule=self.datamodule, ckpt_path=options.ckpt_path, verbose=False)
         if leads():  # all ranks have the same
             print(strict_json.dumps(tagged(self.trainer.callback_metrics)))
+
+    test = validate
 
     def predict(self, options: Options) -> None:
         """Write answers as they come."""
@@ -223,7 +219,7 @@ class CLI(Setup):
     @property
     def _checkpoint(self) -> RunCheckpoint:
         """Return the callback that every trainer has."""
-        return next(c for c in self.trainer.callbacks if isinstance(c, RunCheckpoint))  # type: ignore[attr-defined]
+        return callbacks_of(self.trainer, RunCheckpoint)[0]
 
     def _trained(self) -> Path:
         """Return where the trained model is. Raises UserError if none is named."""

@@ -26,6 +26,7 @@ from leanbert.callbacks.reporting.samples import Samples
 from leanbert.callbacks.reporting.step_monitor import StepMonitor
 from leanbert.callbacks.techniques.allocator import ReturnFreedPages
 from leanbert.callbacks.techniques.structured import StructuredPruning
+from leanbert.callbacks.values import callbacks_of
 from leanbert.class_paths import find_class, in_arguments
 from leanbert.cli.arguments import complete
 from leanbert.cli.budget import apply_budget, count_devices, strategy_of
@@ -224,10 +225,8 @@ class Setup(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Take tokenizers and, where nothing is trained, the architecture from the checkpoint."""
         torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        returns, shrinks = (
-            any(isinstance(callback, kind) for callback in callbacks) for kind in (ReturnFreedPages, StructuredPruning)
-        )
+        shrinks = bool(callbacks_of(self.trainer, StructuredPruning))
+        returns = callbacks_of(self.trainer, ReturnFreedPages)
         (return_freed_pages if returns else keep_freed_pages)()  # before preparation, which frees much
         if self.start.folder is not None:
             adopt_folder(self.model, self.datamodule, self.start.folder, str(self.start.path))

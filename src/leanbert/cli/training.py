@@ -29,7 +29,9 @@ def student_settings(given: dict[str, Any], source: Path, cuts: Sequence[Step], 
     """Return the settings of a run in which what the cuts leave of the model at `source` learns from all of it."""
     settings = copy.deepcopy({name: given[name] for name in SETTINGS})
     model, trainer = settings["model"]["init_args"], settings["trainer"]
-    own = [callback for callback in trainer["callbacks"] or [] if not _of_a_step(callback)]  # the cuts say what leaves
+    cutting = {technique.callback[0] for technique in TECHNIQUES.values() if technique.callback is not None}
+    given_callbacks = trainer["callbacks"] or []  # of which the cuts say what leaves
+    own = [callback for callback in given_callbacks if callback["class_path"].rpartition(".")[2] not in cutting]
     model["init_from"] = str(source.resolve())
     model["distillation"] = {**(model["distillation"] or {})}
     model["distillation"]["teacher"] = model["distillation"].get("teacher") or START
@@ -67,8 +69,3 @@ def train_student(settings: dict[str, Any], cuts: Sequence[Step], task: str, fol
     best = run.checkpoints / BEST
     gradual = any(step.name in ZEROS for step in cuts)
     return best if best.is_file() and not gradual else run.find("last").path
-
-
-def _of_a_step(callback: dict[str, Any]) -> bool:
-    ours = {technique.callback[0] for technique in TECHNIQUES.values() if technique.callback is not None}
-    return callback["class_path"].rpartition(".")[2] in ours

@@ -15,6 +15,7 @@ from leanbert import checkpoints
 from leanbert.callbacks.loop.validation import run_validation
 from leanbert.callbacks.techniques.pruning import WeightPruning
 from leanbert.callbacks.techniques.structured import StructuredPruning
+from leanbert.callbacks.values import callbacks_of
 from leanbert.errors import UserError
 from leanbert.messages import say
 from leanbert.units import MIB
@@ -56,12 +57,10 @@ class KeptWeights:
         problem = None
         if trainer.limit_val_batches == 0:
             problem = "trainer.limit_val_batches is 0, and weights are kept at validations. Give more"
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightPruning):
-                name = type(callback).__name__
-                problem = f"{name} moves the zeros, of which a mean has fewer. Leave one of the two out"
-            if isinstance(callback, StructuredPruning) and callback.at_step > 0:
-                problem = "StructuredPruning.at_step makes the model smaller on the way. Give at_step 0"
+        for pruning in callbacks_of(trainer, WeightPruning):
+            problem = f"{type(pruning).__name__} moves the zeros, of which a mean has fewer. Leave one of the two out"
+        if any(pruning.at_step > 0 for pruning in callbacks_of(trainer, StructuredPruning)):
+            problem = "StructuredPruning.at_step makes the model smaller on the way. Give at_step 0"
         if problem:
             raise UserError(f"{self.setting}: is {self.count}, but {problem}.")
 

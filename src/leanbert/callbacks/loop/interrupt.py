@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 
 from leanbert import signals
 from leanbert.callbacks.loop.checkpoint import ASK_RANKS_EVERY, RunCheckpoint
+from leanbert.callbacks.values import callbacks_of
 from leanbert.messages import leads
 
 
@@ -54,21 +55,15 @@ class StopBetweenSteps(Callback):
             ranks = trainer.strategy.all_gather(torch.tensor(received, device=pl_module.device))
             received = int(ranks.max())
         if received:
-            for callback in trainer.checkpoint_callbacks:
-                if isinstance(callback, RunCheckpoint):
-                    callback.save(trainer)
-                    callback.finish(trainer)
+            for checkpoint in callbacks_of(trainer, RunCheckpoint):
+                checkpoint.save(trainer)
+                checkpoint.finish(trainer)
             raise Interrupted(received)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(self, *_: object) -> None:
         """Give the signals back."""
-        self._give_back()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
-        self._give_back()
-
-    def _give_back(self) -> None:
         signals.defer_to(None)
         self._restore()
         self._restore = signals.nothing
+
+    on_exception = teardown

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 
 from leanbert.callbacks.reporting.report import micro_batch_sequences
 from leanbert.callbacks.techniques.base import TechniqueCallback
-from leanbert.callbacks.values import data_of, task_of, tensorboard_writers
+from leanbert.callbacks.values import callbacks_of, data_of, task_of, tensorboard_writers
 from leanbert.measure.timeline import CATEGORIES, PHASES
 from leanbert.tasks.base import Task
 
@@ -42,8 +42,7 @@ class Dashboard(Callback):
 
 def compared_settings(trainer: Trainer, task: Task) -> dict[str, str | float]:
     """Return what may differ between the runs of a task, by name: techniques first, then sizes."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    names = [type(callback).__name__ for callback in callbacks if isinstance(callback, TechniqueCallback)]
+    names = [type(callback).__name__ for callback in callbacks_of(trainer, TechniqueCallback)]
     settings, config = data_of(trainer).hparams, task.model.config
     return {
         "techniques": ", ".join(names) or "none",

@@ -175,8 +175,10 @@ class MemoryMonitor(Callback):
     # ---- samples
 
     def _begin(self, trainer: Trainer, module: LightningModule, phase: str) -> None:
-        if phase == "forward":
-            _say_if_compiled(module)
+        if phase == "forward" and any(compiled(part) for part in module.modules()):
+            say_once(
+                "Memory       in sampled steps compiled blocks run uncompiled, and may need more than compiled ones"
+            )
         self._trace = LiveBytes(
             _model(module),
             trainer.optimizers,
@@ -264,8 +266,3 @@ def terminal_table(peaks: Mapping[str, Mapping[str, int]]) -> list[str]:
 def _model(module: Any) -> nn.Module:
     """Return the task's model, so that names begin inside it."""
     return getattr(module, "model", None) or module
-
-
-def _say_if_compiled(module: nn.Module) -> None:
-    if any(compiled(part) for part in module.modules()):
-        say_once("Memory       in sampled steps compiled blocks run uncompiled, and may need more than compiled ones")

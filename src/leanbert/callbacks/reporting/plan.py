@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from leanbert.callbacks.reporting.memory_monitor import MemoryMonitor
-from leanbert.callbacks.values import log_values
+from leanbert.callbacks.values import callbacks_of, log_values
 from leanbert.measure.counters import device_bytes, peak_rss_bytes
 from leanbert.messages import say
 from leanbert.units import MIB, format_size
@@ -59,9 +59,8 @@ class PlanReport(Callback):
     def measured_bytes(self, trainer: Trainer) -> int | None:
         """Return the measured peak of live tensors, if the device counts them or a monitor has sampled a step."""
         peak = device_bytes(trainer.strategy.root_device).get("peak")
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        sampled = next((c.summary().get("peak_bytes") for c in callbacks if isinstance(c, MemoryMonitor)), None)
-        return peak if peak is not None else sampled
+        monitors = callbacks_of(trainer, MemoryMonitor)
+        return monitors[0].summary().get("peak_bytes") if peak is None and monitors else peak
 
     def _say(self, trainer: Trainer, measured: int | None) -> None:
         pairs = [] if measured is None else [("live tensors", self.predicted_bytes, measured)]

@@ -17,7 +17,7 @@ from leanbert.callbacks.loop.interrupt import Interrupted
 from leanbert.callbacks.reporting.memory_monitor import MemoryMonitor
 from leanbert.callbacks.reporting.plan import PlanReport
 from leanbert.callbacks.reporting.step_monitor import StepMonitor
-from leanbert.callbacks.values import data_of, rows_per_device, task_of
+from leanbert.callbacks.values import callbacks_of, data_of, rows_per_device, task_of
 from leanbert.data.batches.batch import Batch
 from leanbert.data.module import RowData
 from leanbert.data.statistics import CorpusStatistics, knows_more
@@ -152,9 +152,9 @@ class RunSummary(Callback):
             self.folder = Path(log_dir)
             for name, tokenizer in data_of(trainer).tokenizers.items():
                 tokenizer.save(self.folder / name)
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, PlanReport) and callback.answer is not None:
-                    write_json(self.folder / "plan.json", callback.answer)
+            for plan in callbacks_of(trainer, PlanReport):
+                if plan.answer is not None:
+                    write_json(self.folder / "plan.json", plan.answer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the summary of a finished run, after the last checkpoint."""
@@ -176,9 +176,7 @@ def run_summary(trainer: Trainer, task: Task, status: str) -> dict[str, Any]:
     `peak_bytes` is there where the device counts live tensors or a MemoryMonitor has sampled a step, `by_phase` and
     `by_category` where it has.
     """
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    monitor = next(callback for callback in callbacks if isinstance(callback, StepMonitor))
-    checkpoint = next(callback for callback in callbacks if isinstance(callback, RunCheckpoint))
+    monitor, checkpoint = callbacks_of(trainer, StepMonitor)[0], callbacks_of(trainer, RunCheckpoint)[0]
     summary: dict[str, Any] = {
         "status": status,
         "metrics": tagged(trainer.callback_metrics),
@@ -194,11 +192,10 @@ def run_summary(trainer: Trainer, task: Task, status: str) -> dict[str, Any]:
         "peak_rss_bytes": peak_rss_bytes(),
         "checkpoint": checkpoint.last_path,
     }
-    for callback in callbacks:
-        if isinstance(callback, MemoryMonitor):
-            summary.update(callback.summary())
-        if isinstance(callback, PlanReport):
-            summary["predicted_peak_bytes"] = callback.predicted_bytes
+    for memory in callbacks_of(trainer, MemoryMonitor):
+        summary.update(memory.summary())
+    for plan in callbacks_of(trainer, PlanReport):
+        summary["predicted_peak_bytes"] = plan.predicted_bytes
     peak = device_bytes(task.device).get("peak")  # counts every step, not the sampled ones only
     return summary if peak is None else {**summary, "peak_bytes": peak}
 

@@ -55,13 +55,11 @@ class StepMonitor(Callback):
         if self._started is None:
             self._started = time.perf_counter()
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, *_: object) -> None:
         """Stop the clock."""
         self._started = None
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Stop the clock."""
-        self._started = None
+    on_save_checkpoint = on_validation_start
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int

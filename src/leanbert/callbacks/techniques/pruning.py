@@ -29,7 +29,7 @@ from leanbert.compression.pruning import (
 from leanbert.distributed.state import shard_like
 from leanbert.errors import UserError, require
 from leanbert.measure.trace import phase
-from leanbert.ranges import COUNT, PART, WHOLE
+from leanbert.ranges import COUNT, PART, WHOLE, check_ranges
 from leanbert.shards import own, own_rows
 from leanbert.tasks.techniques import Techniques
 
@@ -186,11 +186,8 @@ class WeightPruning(TechniqueCallback):
 
     def _check(self) -> None:
         name, start, end, first = self._name, self.start_step, self.end_step, self.start_step or 0
-        PART.check(f"{name}.final_sparsity", self.final_sparsity)
-        WHOLE.check(f"{name}.start_step", start)
-        WHOLE.check(f"{name}.end_step", end)
-        COUNT.check(f"{name}.every_n_steps", self.every_n_steps)
-        COUNT.check(f"{name}.block_size", self.block_size)
+        steps = {"start_step": WHOLE, "end_step": WHOLE, "every_n_steps": COUNT}
+        check_ranges(name, vars(self), {"final_sparsity": PART, **steps, "block_size": COUNT})
         known = ", ".join(SCOPES)
         require(self.scope in SCOPES, f"{name}.scope: {self.scope!r} is unknown. Choose one of {known}.")
         require(end is None or end >= first, f"{name}.end_step: {end} is before start_step {first}. Give a later one.")

@@ -58,21 +58,16 @@ class QuantizationAwareTraining(TechniqueCallback):
                 f"QuantizationAwareTraining.start_step: {self.start_step} is after the last step. Give less."
             )
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Round if that is due before the first step, so that a resumed run goes on as it was."""
-        self._switch(trainer, pl_module)
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Round from the step on."""
-        self._switch(trainer, pl_module)
+        if not self._rounds and trainer.global_step >= self.start_step:
+            set_rounding(task_of(pl_module).model, self.scheme, self.inputs)
+            self._rounds = True
+
+    on_train_start = on_train_batch_start  # a resumed run validates as it was
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Compute with the weights as they are."""
         if self._rounds:
             set_rounding(task_of(pl_module).model, None)
             self._rounds = False
-
-    def _switch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._rounds and trainer.global_step >= self.start_step:
-            set_rounding(task_of(pl_module).model, self.scheme, self.inputs)
-            self._rounds = True

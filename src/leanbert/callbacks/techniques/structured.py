@@ -18,7 +18,7 @@ from leanbert.compression.structured import (
 )
 from leanbert.errors import UserError, require, under
 from leanbert.messages import say
-from leanbert.ranges import COUNT, RATE, WHOLE
+from leanbert.ranges import COUNT, RATE, WHOLE, check_ranges
 from leanbert.tasks.techniques import Techniques
 
 
@@ -54,7 +54,16 @@ class StructuredPruning(TechniqueCallback):
         importance_steps: int = 20,
         blocks: float = 0.0,
     ) -> None:
-        _check_structured(heads, neurons, blocks, at_step, importance, importance_steps)
+        name = "StructuredPruning"
+        shares = dict.fromkeys(("heads", "neurons", "blocks"), RATE)
+        check_ranges(name, locals(), {**shares, "at_step": WHOLE, "importance_steps": COUNT})
+        require(heads + neurons + blocks > 0, f"{name}.heads: 0, as neurons and blocks: nothing leaves. Give a share.")
+        require(not (blocks and at_step), f"{name}.blocks: leave when the model is built. Leave at_step out.")
+        known = importance in ("weight", "taylor")
+        require(known, f"{name}.importance: {importance!r} is unknown. Choose weight or taylor.")
+        possible = importance == "weight" or at_step > 0
+        hint = "Set at_step, or choose weight."
+        require(possible, f"{name}.importance: taylor needs gradients, but at_step is 0. {hint}")
         self.heads, self.neurons, self.blocks, self.at_step = heads, neurons, blocks, at_step
         self.importance, self.importance_steps = importance, importance_steps
         self.done = False
@@ -114,20 +123,3 @@ class StructuredPruning(TechniqueCallback):
             f"step {self.at_step}: {sizes[0]} of {old.num_heads} heads and {sizes[1]:,} of {old.intermediate_size:,} "
             f"neurons stay in each block, {model.num_parameters:,} of {before:,} parameters"
         )
-
-
-def _check_structured(
-    heads: float, neurons: float, blocks: float, at_step: int, importance: str, importance_steps: int
-) -> None:
-    name = "StructuredPruning"
-    RATE.check(f"{name}.heads", heads)
-    RATE.check(f"{name}.neurons", neurons)
-    RATE.check(f"{name}.blocks", blocks)
-    WHOLE.check(f"{name}.at_step", at_step)
-    COUNT.check(f"{name}.importance_steps", importance_steps)
-    require(heads + neurons + blocks > 0.0, f"{name}.heads: 0, as neurons and blocks: nothing leaves. Give a share.")
-    require(not (blocks and at_step), f"{name}.blocks: leave when the model is built. Leave at_step out.")
-    known = importance in ("weight", "taylor")
-    require(known, f"{name}.importance: {importance!r} is unknown. Choose weight or taylor.")
-    possible = importance == "weight" or at_step > 0
-    require(possible, f"{name}.importance: taylor needs gradients, but at_step is 0. Set at_step, or choose weight.")
