@@ -24,7 +24,6 @@ from leanbert.models.stored import ModelMetadata
 from leanbert.ranges import NOT_NEGATIVE, PART
 from leanbert.tasks.base import Answer
 from leanbert.tasks.labelling import Labelling
-from leanbert.tasks.metrics import over_ranks
 from leanbert.tasks.tables import markdown_table
 from leanbert.tasks.techniques import Surroundings
 
@@ -105,7 +104,7 @@ class TextClassification(Labelling[tuple[Tensor, Tensor]]):
 
     def evaluate(self, part: Part, kept: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
         """Return accuracy, F1, Matthews correlation; with several labels F1s and exact match; Spearman of numbers."""
-        guesses, truths = (torch.cat(values) for values in zip(*over_ranks(kept), strict=True))
+        guesses, truths = (torch.cat(values) for values in zip(*kept, strict=True))
         used = (truths != IGNORED) if self.problem == "single" else ~truths.isnan()[:, 0]
         guesses, truths, labels = guesses[used], truths[used], len(self.model.labels)
         if self.problem == "single":

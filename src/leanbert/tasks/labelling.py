@@ -18,7 +18,7 @@ from leanbert.models.kernels.loss import cross_entropy_sum
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.pretrained.build import build_model
 from leanbert.tasks.base import Task
-from leanbert.tasks.metrics import ExactSums
+from leanbert.tasks.metrics import ExactSums, over_ranks
 
 Kept = TypeVar("Kept")
 
@@ -42,7 +42,7 @@ class Labelling(Task[LabelledBatch], Generic[Kept]):
         raise NotImplementedError
 
     def evaluate(self, part: Part, kept: list[Kept]) -> dict[str, float]:
-        """Return metrics by name from what was `kept` of all batches of "val" or "test": maybe none on this rank."""
+        """Return metrics by name from what was `kept` of all batches of "val" or "test", on all ranks."""
         raise NotImplementedError
 
     # ---- model, step
@@ -110,7 +110,7 @@ class Labelling(Task[LabelledBatch], Generic[Kept]):
     def metrics_of(self, part: Part) -> dict[str, float]:
         """Return the loss, and what `evaluate` makes of the batches."""
         sums = self.sums.totals()
-        kept, self._kept = self._kept, []
+        kept, self._kept = over_ranks(self._kept), []
         return {"loss": float(sums["loss"] / sums["targets"]), **self.evaluate(part, kept)}
 
 

@@ -5,13 +5,12 @@ Shapes: N sequences, W words of the longest, L labels (BIO tags), R roles.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from leanbert.data.batches.batch import IGNORED
 from leanbert.data.formats.span_labels import (
@@ -58,65 +57,46 @@ class SpanScores(NamedTuple):
     roles: dict[str, SpanScore]
 
 
-class SpanCounts(Metric):
-    """Counts predicted, gold and right spans by role: precision, recall and F1, exact over several devices.
+def score_spans(
+    predicted: Sequence[Sequence[str]],
+    gold: Sequence[Sequence[str]],
+    labels: Iterable[str],
+    join_continuations: bool = False,
+    ignored: Collection[str] = (),
+) -> SpanScores:
+    """Count predicted, gold and right spans of sentences by role. A span is right if its role and all its words are.
 
-    A span is right if its role and all its words are. Two ways to count:
+    Two ways to count:
 
     - As `seqeval` does with `mode="strict", scheme=IOB2`: each span by itself, C-X a role of its own.
     - As srl-eval.pl does (`join_continuations`): the pieces of an argument are one, see `arguments`; it is right
       only if all pieces are.
 
     Args:
+        predicted: BIO tags of the words of each sentence.
+        gold: The right ones.
         labels: BIO tags that the model can predict. Spans of all other roles are counted together, as
             `OTHER_ROLES`: gold ones that no prediction can meet lower the recall.
         join_continuations: Count as srl-eval.pl does.
         ignored: Roles that do not count, after joining: without `V`, the predicate, neither C-V counts.
 
+    Raises:
+        ValueError: A sentence has another number of predicted tags than of gold ones.
+
     """
-
-    full_state_update = False
-    counts: Tensor
-
-    def __init__(self, labels: Iterable[str], join_continuations: bool = False, ignored: Collection[str] = ()) -> None:
-        super().__init__()
-        self.join_continuations = join_continuations
-        self.ignored = frozenset(ignored)
-        prefix = CONTINUATION if join_continuations else ""
-        roles = {role_of(label).removeprefix(prefix) for label in labels} - self.ignored - {""}
-        self.roles = (*sorted(roles), OTHER_ROLES)
-        self._index = {role: index for index, role in enumerate(self.roles)}
-        # integers: no dtype of the model rounds them. Columns: right, predicted, gold
-        self.add_state("counts", torch.zeros(len(self.roles), 3, dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, predicted: Sequence[Sequence[str]], gold: Sequence[Sequence[str]]) -> None:
-        """Add sentences: their predicted and their gold BIO tags. Raises ValueError if lengths differ."""
-        added = torch.zeros(self.counts.shape, dtype=torch.int64)
-        for guess, truth in zip(predicted, gold, strict=True):
-            if len(guess) != len(truth):
-                raise ValueError(f"{len(guess)} predicted tags of {len(truth)} words")
-            for column, found in enumerate(self._compare(guess, truth)):
-                for role, count in found.items():
-                    added[self._index.get(role, len(self.roles) - 1), column] += count
-        self.counts += added.to(self.counts.device)
-
-    def compute(self) -> SpanScores:
-        """Return the scores of all sentences since the last `reset`, on all devices."""
-        rows = self.counts.tolist()
-        overall = SpanScore(*(sum(column) for column in zip(*rows, strict=True)))
-        return SpanScores(
-            overall, {role: SpanScore(*row) for role, row in zip(self.roles, rows, strict=True) if any(row)}
-        )
-
-    def _compare(self, guess: Sequence[str], truth: Sequence[str]) -> tuple[Counter[str], Counter[str], Counter[str]]:
-        """Return how often each role is right, predicted and gold in a sentence."""
-        predicted, gold = self._found(guess), self._found(truth)
-        right, guessed, true = ((item.role for item in items) for items in (predicted & gold, predicted, gold))
-        return Counter(right), Counter(guessed), Counter(true)
-
-    def _found(self, labels: Sequence[str]) -> set[Span | Argument]:
-        found = arguments(labels) if self.join_continuations else spans(labels)
-        return {item for item in found if item.role not in self.ignored}
+    find: Callable[[Sequence[str]], Sequence[Span | Argument]] = arguments if join_continuations else spans
+    known = {role_of(label).removeprefix(CONTINUATION if join_continuations else "") for label in labels}
+    counts: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0, 0])  # right, predicted, gold
+    for guess, truth in zip(predicted, gold, strict=True):
+        if len(guess) != len(truth):
+            raise ValueError(f"{len(guess)} predicted tags of {len(truth)} words")
+        found, true = ({item for item in find(tags) if item.role not in ignored} for tags in (guess, truth))
+        for column, items in enumerate((found & true, found, true)):
+            for item in items:
+                counts[item.role if item.role in known else OTHER_ROLES][column] += 1
+    overall = SpanScore(*(sum(row[column] for row in counts.values()) for column in range(3)))
+    order = sorted(counts, key=lambda role: (role == OTHER_ROLES, role))
+    return SpanScores(overall, {role: SpanScore(*counts[role]) for role in order})
 
 
 class BioDecoder(nn.Module):

@@ -17,7 +17,7 @@ from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.models.classifier import Classifier
 from leanbert.tasks.base import Answer
 from leanbert.tasks.labelling import Labelling, gather_documents
-from leanbert.tasks.spans import BioDecoder, SpanCounts, SpanScores
+from leanbert.tasks.spans import BioDecoder, SpanScores, score_spans
 from leanbert.tasks.tables import markdown_table
 
 Sentences = list[tuple[list[int], list[int], list[int]]]
@@ -69,10 +69,9 @@ class TokenClassification(Labelling[Sentences]):
         return by_name(self.counted(tagged))
 
     def counted(self, tagged: Tagged, join_continuations: bool = False, ignored: Collection[str] = ()) -> SpanScores:
-        """Return the scores of spans over all ranks; see `SpanCounts`."""
-        counts = SpanCounts(self.model.labels, join_continuations, ignored).to(self.device)
-        counts.update([guess for guess, _ in tagged], [truth for _, truth in tagged])
-        return counts.compute()
+        """Return the scores of spans; see `score_spans`."""
+        predicted, gold = [guess for guess, _ in tagged], [truth for _, truth in tagged]
+        return score_spans(predicted, gold, self.model.labels, join_continuations, ignored)
 
     def predict_step(self, batch: WordBatch, batch_idx: int) -> list[Answer]:
         """Return `{"tokens", "labels", "text"}` for each sentence."""
