@@ -16,7 +16,7 @@ from leanbert.data.caching import trained_tokenizer
 from leanbert.data.formats.corpora import Corpus, as_list
 from leanbert.data.formats.documents import document_hash
 from leanbert.data.formats.examples import parallel_lines, prediction_texts, read_records
-from leanbert.data.formats.fields import has_field, items_of, text_of
+from leanbert.data.formats.fields import has_field, text_of, texts_of, value_of
 from leanbert.data.module import RowData
 from leanbert.data.settings import LENGTH, VOCABULARY, Part, TooLong, given_files, must_be_cut, take_over
 from leanbert.data.store.cache import cache_folder
@@ -248,7 +248,7 @@ class PairData(RowData):
             right = [text_of(where, record, target)]
             if further is not None and has_field(record, further):
                 lacking = False
-                right += items_of(where, record, further, str)
+                right += texts_of(where, further, value_of(where, record, further))
             yield Pair(where, text_of(where, record, source), right[0], list(dict.fromkeys(right)))
         if lacking:
             raise self._no_references(part, "have no such field")

@@ -15,7 +15,7 @@ from leanbert.data.formats.conll import COLUMNS, DOCSTART, is_columns, looks_tag
 from leanbert.data.formats.corpora import expanded
 from leanbert.data.formats.documents import Skipped, document_hash
 from leanbert.data.formats.examples import prediction_inputs, prediction_names, read_records
-from leanbert.data.formats.fields import Record, has_field, items_of, value_of
+from leanbert.data.formats.fields import Record, has_field, texts_of, value_of
 from leanbert.data.formats.readers import json_object
 from leanbert.data.formats.span_labels import TO_FIND, TagReader
 from leanbert.data.labels import parse_list
@@ -115,7 +115,7 @@ class SentenceReader:
         for where, record in read_records(others, "data.train_files", fields) if others else ():
             sentence, tags = self._sentence(where, record), _listed(where, record, fields[1])
             if not (isinstance(tags, list) and any(isinstance(tag, int) for tag in tags)):
-                tags = items_of(where, {fields[1]: tags}, fields[1], str)
+                tags = texts_of(where, fields[1], tags)
             yield where, sentence, tags
 
     def _fields(self) -> list[str]:
@@ -125,7 +125,7 @@ class SentenceReader:
 
     def _sentence(self, where: str, record: Record) -> Sentence:
         tokens, _, *predicate = self._fields()
-        words = items_of(where, {tokens: _listed(where, record, tokens)}, tokens, str)
+        words = texts_of(where, tokens, _listed(where, record, tokens))
         found = value_of(where, record, predicate[0]) if predicate and has_field(record, predicate[0]) else None
         return Sentence(words, None if found is None else predicate_place(where, found, len(words)))
 

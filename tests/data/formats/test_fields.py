@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from leanbert.data.formats.fields import columns_of, has_field, items_of, text_of, value_of
+from leanbert.data.formats.fields import columns_of, has_field, text_of, texts_of, value_of
 from leanbert.errors import UserError
 
 RECORD = {"a": {"b": 1, "c.d": {"e": None}, "f": {"g": "deep"}}, "a.b": 2, "a.f": "flat", "text": "t", "none": None}
@@ -42,14 +42,14 @@ def test_half_characters_are_refused() -> None:
     with pytest.raises(UserError, match=message):
         text_of("x:1", {"t": "a \ud83d b"}, "t")
     with pytest.raises(UserError, match=message):
-        items_of("x:1", {"t": ["a", "\ud83d"]}, "t", str)
+        texts_of("x:1", "t", ["a", "\ud83d"])
 
 
 def test_lists() -> None:
-    assert items_of("x:1", {"a": {"b": ["c", "d"]}}, "a.b", str) == ["c", "d"]
+    assert texts_of("x:1", "a.b", ["c", "d"]) == ["c", "d"]
     for value in (None, "c", ["c", 1], [None]):
         with pytest.raises(UserError, match=r'^x:1: field "t" is no list of str\.'):
-            items_of("x:1", {"t": value}, "t", str)
+            texts_of("x:1", "t", value)
 
 
 def test_columns() -> None:

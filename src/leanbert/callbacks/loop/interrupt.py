@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -60,7 +61,7 @@ class StopBetweenSteps(Callback):
                 checkpoint.finish(trainer)
             raise Interrupted(received)
 
-    def teardown(self, *_: object) -> None:
+    def teardown(self, *_: Any, **__: Any) -> None:
         """Give the signals back."""
         signals.defer_to(None)
         self._restore()

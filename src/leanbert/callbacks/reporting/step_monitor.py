@@ -55,7 +55,7 @@ class StepMonitor(Callback):
         if self._started is None:
             self._started = time.perf_counter()
 
-    def on_validation_start(self, *_: object) -> None:
+    def on_validation_start(self, *_: Any, **__: Any) -> None:
         """Stop the clock."""
         self._started = None
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from leanbert.data.batches.batch import IGNORED
 from leanbert.data.batches.packing import PackedRows
 from leanbert.randomness import mix, uniform
 
-UNUSED_TARGET = -100
 _NEVER = np.uint64(2**64 - 1)
 _CHOICE, _FATE, _REPLACEMENT, _COUNT = 1, 2, 3, 4  # separate streams of random numbers
 
@@ -74,7 +74,7 @@ def mask_rows(rows: PackedRows, key: np.ndarray, rule: MaskingRule) -> MaskedRow
     # An unused slot points at the last column, which may be a target itself: write the used ones only.
     row, slot = np.nonzero(used)
     ids[row, index[row, slot]] = hidden[row, slot]
-    return MaskedRows(ids, index, np.where(used, originals, UNUSED_TARGET))
+    return MaskedRows(ids, index, np.where(used, originals, IGNORED))
 
 
 def _word_starts(rows: PackedRows, eligible: np.ndarray, continues: np.ndarray) -> np.ndarray:

@@ -15,17 +15,15 @@ def encode_texts(texts: list[list[str]], tokenizer: TextTokenizer, length: int) 
     longer text is cut first.
     """
     before, after = tokenizer.template
-    flat = tokenizer.encode_bare([text for group in texts for text in group])
-    found, start = [], 0
+    flat = iter(tokenizer.encode_bare([text for group in texts for text in group]))
+    found = []
     for group in texts:
-        pieces = flat[start : start + len(group)]
-        start += len(group)
-        needed = len(before) + sum(len(piece) + len(after) for piece in pieces)
-        while (excess := len(before) + sum(len(piece) + len(after) for piece in pieces) - length) > 0:
-            longest = max(range(len(pieces)), key=lambda number: len(pieces[number]))
-            others = max((len(p) for n, p in enumerate(pieces) if n != longest), default=0)
-            keep = max(len(pieces[longest]) - excess, min(others, len(pieces[longest]) - 1), 0)
-            pieces[longest] = pieces[longest][:keep]
+        whole = [next(flat) for _ in group]
+        frame = len(before) + len(after) * len(group)
+        needed, room = frame + sum(map(len, whole)), max(0, length - frame)
+        pieces = [ids[:room] for ids in whole]
+        while sum(map(len, pieces)) > room:
+            max(pieces, key=len).pop()
         ids, segments = list(before), [0] * len(before)
         for number, piece in enumerate(pieces):
             ids += [*piece, *after]

@@ -44,12 +44,11 @@ def text_of(where: str, record: Record, field: str) -> str:
     return _encodable(where, value, field)
 
 
-def items_of(where: str, record: Record, field: str, kind: type) -> list[Any]:
-    """Return the list in a field, of which each item is of a `kind`. Raises UserError, naming the `where`, if not."""
-    value = value_of(where, record, field)
-    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
-        raise UserError(f'{where}: field "{field}" is no list of {kind.__name__}. Set the name of the field that is')
-    return [_encodable(where, item, field) for item in value] if kind is str else value
+def texts_of(where: str, field: str, value: object) -> list[str]:
+    """Return the value of a field, a list of texts. Raises UserError, naming the `where`, if it is none."""
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise UserError(f'{where}: field "{field}" is no list of str. Set the name of the field that is')
+    return [_encodable(where, item, field) for item in value]
 
 
 def columns_of(where: str, names: Sequence[str], wanted: Sequence[str], optional: Sequence[str] = ()) -> list[str]:
