@@ -102,9 +102,11 @@ class PairData(RowData):
         self._target: TextTokenizer | None = None
         for part in ("train", "val", "test"):
             sources, targets = (as_list(self.hparams[f"{part}_{kind}"]) for kind in ("files", "target_files"))
-            if targets is not None and sources is None:
+            if targets is None:
+                continue
+            if sources is None:
                 raise UserError(f"data.{part}_target_files: there are no sources to them. Set data.{part}_files too")
-            for pattern in (*(sources or ()), *targets) if targets is not None else ():
+            for pattern in (*sources, *targets):
                 if pattern.startswith("hf:"):
                     raise UserError(f"data.{part}_files: {pattern} has no lines. Leave out data.{part}_target_files")
 

@@ -196,10 +196,8 @@ class Seq2Seq(Task[PairBatch]):
             config = GenerationConfig(length_ratio=config.length_ratio, length_more=config.length_more)
             most = self.validation_sources
         if most != 0:
-            with (
-                gathered(self.model),
-                self.precision_of_steps(),
-            ):  # each rank generates as many tokens as its outputs have
+            # gathered, for each rank generates as many tokens as its outputs have
+            with gathered(self.model), self.precision_of_steps():
                 self.generate_part(part, config, most)
             values.update(self.outputs.compute())
         return values

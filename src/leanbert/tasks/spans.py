@@ -13,15 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from leanbert.data.batches.batch import IGNORED
-from leanbert.data.formats.span_labels import (
-    CONTINUATION,
-    OUTSIDE,
-    Argument,
-    Span,
-    arguments,
-    role_of,
-    spans,
-)
+from leanbert.data.formats.span_labels import CONTINUATION, OUTSIDE, Argument, Span, arguments, role_of, spans
 
 OTHER_ROLES = "(other roles)"
 """Where roles are counted that the labels of the model do not know."""

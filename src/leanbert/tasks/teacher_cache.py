@@ -58,12 +58,8 @@ def keep_outputs(task: Task[Any]) -> None:
             return distillation.outputs(task.model_inputs(batch))
 
     most, techniques = rows_per_device(data.hparams["batch_size"], trainer.world_size), task.techniques
-    bounds = (
-        techniques.micro_batch,
-        techniques.slice_rows,
-        1 if techniques.recovery else None,
-    )  # which need not recover
-    together = min(most, *(bound or most for bound in bounds))
+    one = 1 if techniques.recovery else None  # which need not recover
+    together = min(bound or most for bound in (most, techniques.micro_batch, techniques.slice_rows, one))
     folder = cache_folder(data.hparams["cache_dir"]) / "teachers" / digest_of(_key(task, first, device))
     distillation.keep(make_outputs(folder, rows.rows, together, run))
 

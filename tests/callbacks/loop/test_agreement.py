@@ -35,7 +35,7 @@ def test_the_first_rank_that_differs_is_named(ranks, says):
 
 def test_settings_are_exchanged_where_their_digests_differ(monkeypatch):
     others = {}
-    monkeypatch.setattr(agreement, "gathered", lambda value: [value, others.get(type(value), value)])
+    monkeypatch.setattr(agreement, "over_ranks", lambda own: [*own, others.get(type(own[0]), own[0])])
     compare({"a": "1"})
     others |= {str: "another digest", dict: {"a": "2"}}
     with pytest.raises(UserError, match="a: is 1 on rank 0 and 2 on rank 1"):

@@ -7,12 +7,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from leanbert.callbacks.values import data_of
 from leanbert.errors import UserError
+from leanbert.tasks.metrics import over_ranks
 
 MAY_DIFFER = ("data.cache_dir",)
 """Settings that may be each machine's own."""
@@ -43,15 +43,8 @@ class SameOnAllRanks(Callback):
 def compare(own: dict[str, str]) -> None:
     """Compare by digest what ranks have. Raises UserError, the same on all, that names what differs and where."""
     digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
-    if len({*gathered(digest)}) > 1:
-        raise UserError(difference(gathered(own)))
-
-
-def gathered(value: Any) -> list[Any]:
-    """Return what each rank has."""
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
+    if len(set(over_ranks([digest]))) > 1:
+        raise UserError(difference(over_ranks([own])))
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

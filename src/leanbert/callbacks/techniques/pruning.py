@@ -196,11 +196,9 @@ class WeightPruning(TechniqueCallback):
             not early, f"{name}.start_step: {start}, but importance is of gradients. Give {self.FIRST_STEP} or more."
         )
         if self.scope in PATTERNS:
-            half, once = (
-                f"{self.scope} leaves out half. Give 0.5.",
-                f"{self.scope} prunes once, at start_step. Leave it out.",
-            )
-            require(self.final_sparsity == 0.5, f"{name}.final_sparsity: {self.final_sparsity}, but {half}")
+            half = f"{self.final_sparsity}, but {self.scope} leaves out half. Give 0.5."
+            once = f"{self.scope} prunes once, at start_step. Leave it out."
+            require(self.final_sparsity == 0.5, f"{name}.final_sparsity: {half}")
             require(end is None, f"{name}.end_step: {once}")
             require(self.every_n_steps is None, f"{name}.every_n_steps: {once}")
             require(self.block_size == 1, f"{name}.block_size: {self.scope} is of single weights. Leave it out.")

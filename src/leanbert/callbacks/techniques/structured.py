@@ -9,13 +9,7 @@ from torch.optim import Optimizer
 
 from leanbert.callbacks.techniques.base import TechniqueCallback, has_gradients
 from leanbert.callbacks.values import task_of
-from leanbert.compression.structured import (
-    Importance,
-    add_importance,
-    prune_structured,
-    sizes_kept,
-    taylor_importance,
-)
+from leanbert.compression.structured import Importance, add_importance, prune_structured, sizes_kept, taylor_importance
 from leanbert.errors import UserError, require, under
 from leanbert.messages import say
 from leanbert.ranges import COUNT, RATE, WHOLE, check_ranges

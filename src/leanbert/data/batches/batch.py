@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from leanbert.models.kernels.loss import IGNORED as IGNORED
 from leanbert.models.packed_inputs import Documents, PackedInputs
-
-Kind = TypeVar("Kind", bound="Batch")
 
 
 @dataclass
@@ -48,7 +46,7 @@ class Batch:
                 found[name] = value
         return found
 
-    def split(self: Kind, micro_batch: int) -> list[Kind]:
+    def split(self, micro_batch: int) -> list[Self]:
         """Cut into pieces of `micro_batch` rows, the last maybe smaller; the tensors' pieces are views."""
         starts = range(0, len(self), micro_batch)
         columns = [
@@ -59,21 +57,21 @@ class Batch:
         ]
         return [type(self)(**dict(zip(vars(self), values, strict=True))) for values in zip(*columns, strict=True)]
 
-    def delimited(self: Kind, find: Callable[[Tensor], Documents] = Documents.of) -> Kind:
+    def delimited(self, find: Callable[[Tensor], Documents] = Documents.of) -> Self:
         """Return the batch with the documents of its rows: for devices that attend without a mask."""
         inputs: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, PackedInputs)}
         return replace(self, **{name: value.delimited(find) for name, value in inputs.items()})
 
-    def to(self: Kind, device: torch.device | str, non_blocking: bool = False) -> Kind:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Return the batch on `device`. A copy to CUDA makes no host wait: Lightning asks that of tensors only."""
         waits = not non_blocking and torch.device(device).type != "cuda"
         return self._map(lambda tensor: tensor.to(device, non_blocking=not waits))
 
-    def pin_memory(self: Kind) -> Kind:
+    def pin_memory(self) -> Self:
         """Return the batch in page-locked memory (the loader calls this)."""
         return self._map(Tensor.pin_memory)
 
-    def _map(self: Kind, function: Callable[[Tensor], Tensor]) -> Kind:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         def moved(value: Any) -> Any:
             if isinstance(value, PackedInputs):
                 return value.map(function)

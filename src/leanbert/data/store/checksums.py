@@ -90,11 +90,8 @@ def file_stamp(path: Path) -> list[int]:
 
 def file_digest(path: Path) -> str:
     """Return the BLAKE2b digest of a file's bytes, in hex. Raises OSError if it cannot be read."""
-    digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def files_digests(source: Path, digest: Callable[[Path], str] = file_digest) -> list[str]:
