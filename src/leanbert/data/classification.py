@@ -65,6 +65,7 @@ class ClassificationData(LabelledData):
 
     sample = "classification"
     fixed: ClassVar = (*LabelledData.fixed, "problem")
+    read_by: ClassVar = ("problem", "text_field", "pair_field", "label_field", "label_names")
 
     def __init__(
         self,
@@ -87,10 +88,6 @@ class ClassificationData(LabelledData):
     def slots(self) -> int:
         """Examples in a row, at most: short texts share one."""
         return max(1, int(self.hparams["max_length"]) // 8)
-
-    def key(self, part: Part) -> list[object]:
-        """Return the settings of reading."""
-        return [self.hparams[name] for name in ("problem", "text_field", "pair_field", "label_field", "label_names")]
 
     @property
     def reader(self) -> TextReader:

@@ -94,6 +94,10 @@ class LabelledData(RowData):
 
     # ---- examples
 
+    def key(self, part: Part) -> list[object]:
+        """Return the settings of reading, and of words whether those count that do not fit."""
+        return [*super().key(part), *([part != "train"] if self.of_words else [])]
+
     @property
     def other_columns(self) -> dict[str, str]:  # type: ignore[override]
         """Columns of the cache besides the ids, and their types."""

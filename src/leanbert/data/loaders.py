@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from leanbert.data.batches.batch import Batch
-from leanbert.data.batches.loading import PositionSampler, Rows
+from leanbert.data.batches.loading import PositionSampler, PredictionInputs, Rows
+from leanbert.data.formats.corpora import as_list
 from leanbert.data.settings import rows_per_device
 from leanbert.errors import UserError
 
@@ -40,6 +41,16 @@ def evaluation_loader(data: RowData, part: Part) -> DataLoader[Batch]:
         rows.blank = data.blank_batch(1, validation=True)  # of a rank without a row
     sampler = PositionSampler(batch_size, -(-rows.rows // batch_size), end=rows.rows, rank=rank, world_size=world_size)
     return _loader(data, rows, sampler)
+
+
+def prediction_loader(data: RowData) -> DataLoader[Batch]:
+    """Return what is in `predict_files`, `batch_size` at a time, in order."""
+    files = as_list(data.hparams["predict_files"])
+    if not files:
+        raise UserError("data.predict_files: nothing to predict. Give text files, or - for standard input")
+    length, batch_size = data.hparams["max_length"], data.hparams["batch_size"]
+    inputs = PredictionInputs(lambda: data.inputs(files), data.encode_inputs, batch_size, length)
+    return DataLoader(inputs, batch_size=None)
 
 
 def _loader(data: RowData, rows: Rows, sampler: PositionSampler) -> DataLoader[Batch]:

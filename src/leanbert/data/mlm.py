@@ -60,6 +60,7 @@ class MaskedLMData(RowData):
 
     sample = "docstrings"
     unit: ClassVar = "documents"
+    read_by: ClassVar = ("text_field", "document_separator")
     nothing: ClassVar = "the corpus is empty. Give files with text"
 
     def __init__(
@@ -112,10 +113,6 @@ class MaskedLMData(RowData):
         if self._border is None:
             self._border = held_out_border(self.corpus("train"), self.hparams["val_share"])
         return (0.0, self._border) if part == "val" else (self._border, 1.0)
-
-    def key(self, part: Part) -> list[object]:
-        """Return the settings by which documents are read."""
-        return [self.hparams["text_field"], self.hparams["document_separator"]]
 
     def texts(self) -> Iterator[str]:
         """Yield the training documents, of a large corpus a sample."""

@@ -11,11 +11,11 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from leanbert.data.batches.batch import Batch
-from leanbert.data.batches.loading import Make, PredictionInputs, Rows
+from leanbert.data.batches.loading import Make, Rows
 from leanbert.data.batches.packing import Packing, pack_examples
 from leanbert.data.caching import examples_of, trained_tokenizer
-from leanbert.data.formats.corpora import Corpus, as_list
-from leanbert.data.loaders import evaluation_loader, training_loader
+from leanbert.data.formats.corpora import Corpus
+from leanbert.data.loaders import evaluation_loader, prediction_loader, training_loader
 from leanbert.data.samples.embedded import Sample
 from leanbert.data.settings import Part, check_settings, files_of, take_over
 from leanbert.data.statistics import CorpusStatistics, count
@@ -63,8 +63,10 @@ class RowData(LightningDataModule):
     """What is wrong with files without any."""
     other_columns: Mapping[str, str] = MappingProxyType({})
     """Columns of the cache besides the ids, and their types."""
+    read_by: ClassVar[tuple[str, ...]] = ()
+    """Settings by which files are read."""
     shaped_by: ClassVar[tuple[str, ...]] = ()
-    """Settings that shape a cached example, besides those by which files are read."""
+    """Settings that shape a cached example besides."""
 
     def __init__(
         self,
@@ -98,8 +100,8 @@ class RowData(LightningDataModule):
     # ---- what a kind of data supplies
 
     def key(self, part: Part) -> list[object]:
-        """Return the settings by which the files of a part are read."""
-        raise NotImplementedError
+        """Return what decides how the files of a part are read: values that JSON has."""
+        return [self.hparams[name] for name in self.read_by]
 
     def texts(self) -> Iterator[str]:
         """Yield the texts that a tokenizer is trained on."""
@@ -292,9 +294,4 @@ class RowData(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Return what is in `predict_files`, `batch_size` at a time, in order."""
-        files = as_list(self.hparams["predict_files"])
-        if not files:
-            raise UserError("data.predict_files: nothing to predict. Give text files, or - for standard input")
-        length, batch_size = self.hparams["max_length"], self.hparams["batch_size"]
-        inputs = PredictionInputs(lambda: self.inputs(files), self.encode_inputs, batch_size, length)
-        return DataLoader(inputs, batch_size=None)
+        return prediction_loader(self)

@@ -10,7 +10,6 @@ from leanbert.data.formats.conll import read_columns, read_roles
 from leanbert.data.formats.span_labels import PREDICATE
 from leanbert.data.labelled import LabelledData
 from leanbert.data.sentence_reader import SentenceReader, Tagged
-from leanbert.data.settings import Part
 from leanbert.errors import UserError
 from leanbert.ranges import WHOLE, Range
 
@@ -32,6 +31,7 @@ class TokenLabelData(LabelledData):
 
     sample = "srl"
     of_words: ClassVar = True
+    read_by: ClassVar = (*TAGS, "label_column")
     mark: Mark = "tokens"
 
     def __init__(
@@ -48,10 +48,6 @@ class TokenLabelData(LabelledData):
             tokens_field=tokens_field, labels_field=labels_field, word_column=word_column, label_column=label_column,
             **settings,
         )  # fmt: skip
-
-    def key(self, part: Part) -> list[object]:
-        """Return the settings of reading, and whether words that do not fit count."""
-        return [*(self.hparams[name] for name in (*TAGS, "label_column")), part != "train"]
 
     @property
     def reader(self) -> SentenceReader:
@@ -84,6 +80,7 @@ class SemanticRoleData(LabelledData):
     sample = "srl"
     of_words: ClassVar = True
     fixed: ClassVar = (*LabelledData.fixed, "mark", "find_predicates")
+    read_by: ClassVar = (*TAGS, "predicate_field", "mark", "find_predicates", "role_columns", "last_column")
 
     def __init__(
         self,
@@ -109,11 +106,6 @@ class SemanticRoleData(LabelledData):
     def mark(self) -> Mark:
         """How the predicate is marked."""
         return self.hparams["mark"]
-
-    def key(self, part: Part) -> list[object]:
-        """Return the settings of reading, and whether words that do not fit count."""
-        names = ("predicate_field", "mark", "find_predicates", "role_columns", "last_column")
-        return [*(self.hparams[name] for name in (*TAGS, *names)), part != "train"]
 
     @property
     def reader(self) -> SentenceReader:

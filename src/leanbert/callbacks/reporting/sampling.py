@@ -37,8 +37,10 @@ class SampleClock:
         """Return whether to sample `step` of the run, which begins now."""
         self._steps += 1
         self._started = self.clock()
-        if self._steps == 2 or self.every_n_steps is not None:
-            return self._steps == 2 or step % (self.every_n_steps or step) == 0
+        if self._steps == 2:
+            return True
+        if self.every_n_steps is not None:
+            return step % self.every_n_steps == 0
         return self._steps > FIRST_STEPS and self._started >= self._due
 
     def end(self, sampled: bool) -> None:
