@@ -13,8 +13,8 @@ from leanbert.callbacks.techniques.accumulation import GradientAccumulation
 from leanbert.callbacks.techniques.activations import ActivationCheckpointing
 from leanbert.callbacks.techniques.base import TechniqueCallback
 from leanbert.callbacks.techniques.precision import Precision
-from leanbert.data.batches.labelled import Shape
-from leanbert.data.batches.pairs import PairShape
+from leanbert.data.batches.labelled import LabelledCollator
+from leanbert.data.batches.pairs import PairCollator
 from leanbert.data.mlm import MaskedLMData
 from leanbert.errors import UserError
 from leanbert.planning import dry_run, timing
@@ -210,11 +210,11 @@ def test_batches_are_valid_and_repeatable():
 
 
 def test_batches_of_labels_and_of_pairs_are_valid():
-    batch = fill(Shape(16, 4, 0, "single", 5).blank(3), 300)
+    batch = fill(LabelledCollator(16, 4, 0, "single", 5).blank(3), 300)
     assert batch.targets.tolist() == [[0] * 4] * 3
     assert (batch.target_index.diff(dim=1) > 0).all()
     assert not batch.inputs.document_ids.any()
-    pairs = fill(PairShape((16, 8), (0, 0)).blank(3), 300, 7)
+    pairs = fill(PairCollator((16, 8), (0, 0)).blank(3), 300, 7)
     assert pairs.decoder_inputs.position_ids.tolist() == [list(range(8))] * 3
     assert pairs.targets.min() == pairs.decoder_inputs.input_ids.min() == 0
     assert pairs.targets.max() == pairs.decoder_inputs.input_ids.max() == 6

@@ -7,7 +7,7 @@ import torch
 
 from leanbert.data.batches.batch import PairBatch
 from leanbert.data.batches.loading import pad_rows
-from leanbert.data.batches.pairs import PairShape
+from leanbert.data.batches.pairs import PairCollator
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.seq2seq import Seq2SeqModel
 from leanbert.pretrained.build import build_model
@@ -51,7 +51,7 @@ def some_pairs(count=9, seed=0, vocabulary=VOCABULARY, longest=8, targets=None):
 def pack(rows, source_length, target_length) -> PairBatch:
     """Rows of pairs as a batch."""
     sides = ([[np.asarray(pair[side]) for pair in row] for row in rows] for side in (0, 1))
-    return PairShape((source_length, target_length), (0, 0)).batch(*sides)
+    return PairCollator((source_length, target_length), (0, 0)).collate(*sides)
 
 
 def packed_batch(seed=0, targets=None) -> PairBatch:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from leanbert.data.batches.batch import Batch, LabelledBatch
-from leanbert.data.batches.labelled import Encoded, Shape, labelled_batch
+from leanbert.data.batches.labelled import Encoded, LabelledCollator
 from leanbert.data.batches.loading import ENCODED_TOGETHER, Make, in_batches
 from leanbert.data.labels import Numbering, Problem
 from leanbert.data.module import RowData
@@ -228,19 +228,19 @@ class LabelledData(RowData):
     # ---- rows
 
     @property
-    def shape(self) -> Shape:
-        """What batches look like."""
-        return Shape(self.room[0], self.slots, self.tokenizer.pad_id, self.problem, len(self.labels))
+    def collator(self) -> LabelledCollator:
+        """What makes batches of the values of examples."""
+        return LabelledCollator(self.room[0], self.slots, self.tokenizer.pad_id, self.problem, len(self.labels))
 
     def batches_of(self, part: Part, training: bool) -> Make:
         """Return what makes batches of a part, with the model's numbers of the labels."""
         cache, number = self.cache(part), {label: number for number, label in enumerate(self.names(part))}
         numbers = [] if self.problem == "regression" else [number[label] for label in cache.notes.labels]
-        return partial(labelled_batch, cache, self.packing(part), self.shape, np.asarray(numbers, dtype=np.int64))
+        return partial(self.collator.read, cache, self.packing(part), np.asarray(numbers, dtype=np.int64))
 
     def blank_batch(self, rows: int, *, validation: bool = False) -> LabelledBatch:
         """Return a batch of padding in the shapes of a real one."""
-        return self.shape.blank(rows)
+        return self.collator.blank(rows)
 
 
 def listed(labels: Sequence[str]) -> str:

@@ -28,8 +28,9 @@ def training_loader(data: RowData) -> DataLoader[Batch]:
             f"data.train_files: has {rows} rows, which {world_size} devices cannot share. Give more text, or use fewer "
             "devices"
         )
-    start = lambda: data.samples_consumed  # noqa: E731
-    sampler = PositionSampler(batch_size, data.batches_per_epoch, start=start, rank=rank, world_size=world_size)
+    sampler = PositionSampler(
+        batch_size, data.batches_per_epoch, start=lambda: data.samples_consumed, rank=rank, world_size=world_size
+    )
     return _loader(data, data.training_rows(), sampler)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from leanbert.data.batches.batch import PairBatch, PredictBatch
 from leanbert.data.batches.loading import ENCODED_TOGETHER, Make, encode_lines, in_batches
-from leanbert.data.batches.pairs import PairShape, output_frame, pair_batch
+from leanbert.data.batches.pairs import PairCollator, output_frame
 from leanbert.data.caching import trained_tokenizer
 from leanbert.data.formats.corpora import Corpus, as_list
 from leanbert.data.formats.documents import document_hash
@@ -269,17 +269,17 @@ class PairData(RowData):
         return super().needed(part) - np.asarray([0, 1])
 
     @property
-    def shape(self) -> PairShape:
-        """What batches look like."""
-        return PairShape(self.room, (self.tokenizer.pad_id, self.target_tokenizer.pad_id))
+    def collator(self) -> PairCollator:
+        """What makes batches of the ids of pairs."""
+        return PairCollator(self.room, (self.tokenizer.pad_id, self.target_tokenizer.pad_id))
 
     def batches_of(self, part: Part, training: bool) -> Make:
         """Return what makes batches of a part."""
-        return partial(pair_batch, self.cache(part), self.packing(part), self.shape)
+        return partial(self.collator.read, self.cache(part), self.packing(part))
 
     def blank_batch(self, rows: int, *, validation: bool = False) -> PairBatch:
         """Return a batch of padding in the shapes of a real one."""
-        return self.shape.blank(rows)
+        return self.collator.blank(rows)
 
     def sources(
         self, part: Part, batch_size: int, most: int | None = None

@@ -6,8 +6,8 @@ import torch
 from lightning.pytorch.plugins.precision import HalfPrecision
 
 from leanbert.data.batches.batch import MLMBatch, PredictBatch
-from leanbert.data.batches.labelled import Shape
-from leanbert.data.batches.pairs import PairShape
+from leanbert.data.batches.labelled import LabelledCollator
+from leanbert.data.batches.pairs import PairCollator
 from leanbert.models.packed_inputs import PackedInputs
 
 
@@ -48,7 +48,7 @@ def test_predict_batch_keeps_its_texts() -> None:
 
 
 def test_tensors_have_names_and_pieces() -> None:
-    batch = PairShape((8, 4), (0, 0)).blank(3)
+    batch = PairCollator((8, 4), (0, 0)).blank(3)
     inputs = ("input_ids", "position_ids", "document_ids")
     assert {name: tuple(tensor.shape) for name, tensor in batch.tensors().items()} == {
         **dict.fromkeys(inputs, (3, 8)), **{f"decoder_{name}": (3, 4) for name in inputs}, "targets": (3, 4),
@@ -58,12 +58,12 @@ def test_tensors_have_names_and_pieces() -> None:
 
 
 def test_lists_are_split_too_and_may_be_empty() -> None:
-    batch = Shape(8, 2, 0, "single", 5).blank(3)
+    batch = LabelledCollator(8, 2, 0, "single", 5).blank(3)
     assert [piece.cut for piece in batch.split(2)] == [[], []]
     pieces = replace(batch, cut=[[[1]], [[2]], []]).split(2)
     assert [piece.cut for piece in pieces] == [[[[1]], [[2]]], [[]]]
 
 
 def test_lightning_converts_a_batch_to_16_bits() -> None:
-    batch = HalfPrecision("bf16-true").convert_input(Shape(8, 2, 0, "regression", 5).blank(3))
+    batch = HalfPrecision("bf16-true").convert_input(LabelledCollator(8, 2, 0, "regression", 5).blank(3))
     assert (batch.targets.dtype, batch.inputs.input_ids.dtype) == (torch.bfloat16, torch.int64)

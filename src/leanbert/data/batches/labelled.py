@@ -39,8 +39,8 @@ def pad_encoded(encoded: list[Encoded], pad_id: int) -> tuple[np.ndarray, np.nda
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What a batch of labelled rows looks like: the length of rows, their targets, kind and number of labels."""
+class LabelledCollator:
+    """Makes batches of labelled rows: `length` tokens and at most `slots` targets in each, of so many `labels`."""
 
     length: int
     slots: int
@@ -48,7 +48,7 @@ class Shape:
     problem: Problem
     labels: int
 
-    def batch(self, columns: Mapping[str, list[list[np.ndarray]]]) -> LabelledBatch:
+    def collate(self, columns: Mapping[str, list[list[np.ndarray]]]) -> LabelledBatch:
         """Return the batch of rows of examples.
 
         `columns` has for each row the values of its examples: "ids" and "segments" of the tokens, "index" of the
@@ -72,7 +72,7 @@ class Shape:
     def blank(self, rows: int) -> LabelledBatch:
         """Return a batch of padding, with all target slots unused."""
         nothing: list[list[np.ndarray]] = [[] for _ in range(rows)]
-        return self.batch(dict.fromkeys(("ids", "segments", "index", "targets"), nothing))
+        return self.collate(dict.fromkeys(("ids", "segments", "index", "targets"), nothing))
 
     def _targets(self, rows: list[list[np.ndarray]]) -> np.ndarray:
         if self.problem == "single":
@@ -87,16 +87,15 @@ class Shape:
                     slot[:] = values
         return targets
 
-
-def labelled_batch(
-    cache: ExampleCache, packing: Packing, shape: Shape, numbers: np.ndarray, rows: np.ndarray, key: np.ndarray
-) -> LabelledBatch:
-    """Return the rows with these numbers, int64 [B]; `numbers`, int64, are the model's of the labels of the cache."""
-    groups = [packing.examples(row) for row in rows]
-    columns = {name: cache.read(name, groups) for name in cache.dtypes}
-    if "cut" in columns and not cache.size("cut"):
-        del columns["cut"]
-    if shape.problem != "regression":
-        for name in columns.keys() & {"targets", "cut"}:
-            columns[name] = [[numbers[labels] for labels in row] for row in columns[name]]
-    return shape.batch(columns)
+    def read(
+        self, cache: ExampleCache, packing: Packing, numbers: np.ndarray, rows: np.ndarray, key: np.ndarray
+    ) -> LabelledBatch:
+        """Return these rows, int64 [B]; `numbers`, int64, are the model's of the labels of the cache."""
+        groups = [packing.examples(row) for row in rows]
+        columns = {name: cache.read(name, groups) for name in cache.dtypes}
+        if "cut" in columns and not cache.size("cut"):
+            del columns["cut"]
+        if self.problem != "regression":
+            for name in columns.keys() & {"targets", "cut"}:
+                columns[name] = [[numbers[labels] for labels in row] for row in columns[name]]
+        return self.collate(columns)

@@ -30,13 +30,13 @@ def output_frame(tokenizer: TextTokenizer, name: str) -> tuple[list[int], list[i
 
 
 @dataclass(frozen=True)
-class PairShape:
-    """What a batch of pairs looks like: the lengths of its rows, (source, target), and what fills them."""
+class PairCollator:
+    """Makes batches of pairs: `room` is the length of rows and `pad_ids` what fills them, each (source, target)."""
 
     room: tuple[int, int]
     pad_ids: tuple[int, int]
 
-    def batch(self, sources: list[list[np.ndarray]], targets: list[list[np.ndarray]]) -> PairBatch:
+    def collate(self, sources: list[list[np.ndarray]], targets: list[list[np.ndarray]]) -> PairBatch:
         """Return the batch of rows of pairs: the ids of each row's sources, and of the targets that belong to them.
 
         All are in their tokenizer's template, and targets are read up to the end.
@@ -52,10 +52,9 @@ class PairShape:
     def blank(self, rows: int) -> PairBatch:
         """Return a batch of padding."""
         nothing: list[list[np.ndarray]] = [[] for _ in range(rows)]
-        return self.batch(nothing, nothing)
+        return self.collate(nothing, nothing)
 
-
-def pair_batch(cache: ExampleCache, packing: Packing, shape: PairShape, rows: np.ndarray, key: np.ndarray) -> PairBatch:
-    """Return the rows with these numbers, int64 [B], of the columns "source" and "target"."""
-    groups = [packing.examples(row) for row in rows]
-    return shape.batch(cache.read("source", groups), cache.read("target", groups))
+    def read(self, cache: ExampleCache, packing: Packing, rows: np.ndarray, key: np.ndarray) -> PairBatch:
+        """Return the rows with these numbers, int64 [B], of the columns "source" and "target"."""
+        groups = [packing.examples(row) for row in rows]
+        return self.collate(cache.read("source", groups), cache.read("target", groups))
