@@ -60,7 +60,7 @@ def apply_budget(settings: Any, arguments: list[str]) -> PlanReport:
         plan, chosen = json.loads(answer.read_text()), yaml.safe_load(overlay.read_text()) or {}
     add_overlay(settings, chosen)
     measured = max(size for phase, size in plan["by_phase"].items() if phase != TEACHER)  # by steps and validation
-    return PlanReport(measured, plan["predicted_needs_bytes"], plan["budget_bytes"], plan)
+    return PlanReport(measured, plan)
 
 
 def run_length(trainer: Any, datamodule: Any) -> RunLength:

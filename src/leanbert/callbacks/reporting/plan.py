@@ -22,30 +22,21 @@ class PlanReport(Callback):
     """Log what was predicted, what was measured, and the error; on CUDA hold the process to its budget.
 
     Args:
-        predicted_bytes: Peak of live tensors.
-        needs_bytes: Peak of what the device gives: on a CPU resident memory.
-        budget_bytes: What the run may need; None: no bound.
-        answer: The whole plan as `plan --json` writes it, for the run's folder.
+        predicted_bytes: Peak of live tensors in training steps and validation.
+        plan: The whole plan as `plan --json` writes it, also for the run's folder.
 
     """
 
-    def __init__(
-        self,
-        predicted_bytes: int,
-        needs_bytes: int,
-        budget_bytes: int | None = None,
-        answer: dict[str, Any] | None = None,
-    ) -> None:
-        self.predicted_bytes, self.needs_bytes, self.budget_bytes = predicted_bytes, needs_bytes, budget_bytes
-        self.answer = answer
+    def __init__(self, predicted_bytes: int, plan: dict[str, Any]) -> None:
+        self.predicted_bytes, self.plan = predicted_bytes, plan
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Bound what the CUDA allocator may take: the budget without what the context takes, as planned."""
-        device = trainer.strategy.root_device
-        if device.type == "cuda" and self.budget_bytes is not None:
-            context = (self.answer or {}).get("process_base_bytes", 0)
+        device, budget = trainer.strategy.root_device, self.plan["budget_bytes"]
+        if device.type == "cuda" and budget is not None:
             total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, (self.budget_bytes - context) / total), device)
+            share = min(1.0, (budget - self.plan["process_base_bytes"]) / total)
+            torch.cuda.set_per_process_memory_fraction(share, device)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare, log, and warn if the prediction was wrong."""
@@ -65,7 +56,7 @@ class PlanReport(Callback):
     def _say(self, trainer: Trainer, measured: int | None) -> None:
         pairs = [] if measured is None else [("live tensors", self.predicted_bytes, measured)]
         if trainer.strategy.root_device.type == "cpu":
-            pairs.append(("resident", self.needs_bytes, peak_rss_bytes()))
+            pairs.append(("resident", self.plan["predicted_needs_bytes"], peak_rss_bytes()))
         for name, predicted, found in pairs:
             error = error_percent(predicted, found)
             sizes = f"predicted {format_size(predicted)}, measured {format_size(found)}"

@@ -153,8 +153,7 @@ class RunSummary(Callback):
             for name, tokenizer in data_of(trainer).tokenizers.items():
                 tokenizer.save(self.folder / name)
             for plan in callbacks_of(trainer, PlanReport):
-                if plan.answer is not None:
-                    write_json(self.folder / "plan.json", plan.answer)
+                write_json(self.folder / "plan.json", plan.plan)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the summary of a finished run, after the last checkpoint."""
