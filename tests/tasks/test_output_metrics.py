@@ -4,7 +4,7 @@ import pytest
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
-from leanbert.tasks.output_metrics import OutputMetrics, bleu, bleu_signature, chrf, rouge
+from leanbert.tasks.output_metrics import bleu, bleu_signature, chrf, output_scores, rouge
 from leanbert.tasks.output_tokens import rouge_tokens
 
 NEWLINE = "\n"
@@ -50,10 +50,7 @@ def streams(references):
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_bleu_and_chrf_equal_sacrebleus(references, rate):
     outputs, right = made_up(references, rate=rate)
-    metrics = OutputMetrics("bleu")
-    for start in range(0, 500, 64):
-        metrics.update(outputs[start : start + 64], right[start : start + 64])
-    found = metrics.compute()
+    found = output_scores(outputs, right, "bleu")
     assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(outputs, streams(right)).score, abs=1e-4)
     assert found["chrf"] == pytest.approx(sacrebleu.corpus_chrf(outputs, streams(right)).score, abs=1e-4)
     assert 5 < found["bleu"] < 95
@@ -68,11 +65,9 @@ def test_rouge_equals_rouge_scores(references):
     """The third and fourth word in ten begins a line: sentences of a summary."""
     outputs, right = made_up(references)
     outputs, right = [lines(text) for text in outputs], [[lines(text) for text in own] for own in right]
-    metrics = OutputMetrics("rouge", rouge_tokens="ascii")
-    metrics.update(outputs, right)
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"])
     each = [scorer.score_multi(own, output) for output, own in zip(outputs, right, strict=True)]
-    found = metrics.compute()
+    found = output_scores(outputs, right, "rouge", rouge_tokens="ascii")
     assert list(found) == ["rouge1", "rouge2", "rougeL", "rougeLsum"]
     for name, value in found.items():
         assert value == pytest.approx(100 * sum(score[name].fmeasure for score in each) / 500, abs=1e-9)
@@ -81,10 +76,9 @@ def test_rouge_equals_rouge_scores(references):
 def test_each_rouge_has_its_own_best_reference():
     """Words of the first reference, order of the second."""
     output, right = "a b c d", ["d c b a", "a b x y"]
-    metrics = OutputMetrics("rouge")
-    metrics.update([output], [right])
+    found = output_scores([output], [right], "rouge")
     expected = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"]).score_multi(right, output)
-    assert {name: pytest.approx(100 * score.fmeasure) for name, score in expected.items()} == metrics.compute()
+    assert {name: pytest.approx(100 * score.fmeasure) for name, score in expected.items()} == found
     assert expected["rouge2"].fmeasure > 0
 
 
@@ -110,14 +104,12 @@ def test_smoothing_and_lengths_are_sacrebleus(output, references):
     )
 
 
-def test_compute_starts_afresh():
-    metrics = OutputMetrics("bleu")
-    metrics.update(["all wrong here now"], [["something else"]])
-    assert metrics.compute()["bleu"] == 0.0
-    metrics.update(["this is quite right"], [["this is quite right"]])
-    assert metrics.compute() == {"bleu": pytest.approx(100.0), "chrf": pytest.approx(100.0)}
+def test_scores_of_all_nothing_and_no_output():
+    assert output_scores(["all wrong here now"], [["something else"]], "bleu")["bleu"] == 0.0
+    text = "this is quite right"
+    assert output_scores([text], [[text]], "bleu") == {"bleu": pytest.approx(100.0), "chrf": pytest.approx(100.0)}
     with pytest.raises(ValueError, match="no output"):
-        metrics.compute()
+        output_scores([], [], "bleu")
 
 
 def test_the_signature_counts_references():

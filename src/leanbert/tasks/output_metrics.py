@@ -10,7 +10,6 @@ from typing import Literal
 import torchmetrics
 from torchmetrics.text.sacre_bleu import SacreBLEUScore
 
-from leanbert.tasks.metrics import over_ranks
 from leanbert.tasks.output_tokens import BleuTokens, RougeTokens, bleu_kind, bleu_tokenizer
 from leanbert.tasks.rouge import rouge
 
@@ -20,38 +19,24 @@ CHARACTER_ORDER, RECALL_WEIGHT = 6, 2.0
 """chrF's longest n-gram, and how many times recall counts as much as precision."""
 
 
-class OutputMetrics:
-    """BLEU and chrF, or ROUGE, of the outputs of all ranks, from 0 to 100.
+def output_scores(
+    outputs: Sequence[str],
+    references: Sequence[Sequence[str]],
+    quality: Quality,
+    bleu_tokens: BleuTokens = "auto",
+    rouge_tokens: RougeTokens = "auto",
+) -> dict[str, float]:
+    """Return BLEU and chrF, or ROUGE, of a whole set by name, from 0 to 100. Raises ValueError if it is empty.
 
-    BLEU is sacreBLEU's (Post 2018, arXiv 1804.08771), cased. chrF (Popović 2015) is counted as by sacreBLEU (chrF2);
-    ROUGE-1, 2, L and Lsum (Lin 2004) as by rouge-score, of several references the best.
-
-    Args:
-        quality: Which.
-        bleu_tokens: Tokens of BLEU, see `bleu_tokenizer` and `bleu_kind`.
-        rouge_tokens: Tokens of ROUGE, see `rouge_tokens`.
-
+    BLEU is sacreBLEU's (Post 2018, arXiv 1804.08771), cased, with tokens as `bleu_tokenizer` and `bleu_kind` say. chrF
+    (Popović 2015) is counted as by sacreBLEU (chrF2); ROUGE-1, 2, L and Lsum (Lin 2004) as by rouge-score, with tokens
+    of `rouge_tokens`, of several references the best.
     """
-
-    def __init__(self, quality: Quality, bleu_tokens: BleuTokens = "auto", rouge_tokens: RougeTokens = "auto") -> None:
-        self.quality, self.bleu_tokens, self.rouge_tokens = quality, bleu_tokens, rouge_tokens
-        self._outputs: list[str] = []
-        self._references: list[list[str]] = []
-
-    def update(self, outputs: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-        """Add outputs, each with its references."""
-        self._outputs += outputs
-        self._references += map(list, references)
-
-    def compute(self) -> dict[str, float]:
-        """Return the scores by name and start afresh. Raises ValueError if there is no output."""
-        outputs, references = over_ranks(self._outputs), over_ranks(self._references)
-        self._outputs, self._references = [], []
-        if not outputs:
-            raise ValueError("no output was added")
-        if self.quality == "rouge":
-            return rouge(outputs, references, self.rouge_tokens)
-        return {"bleu": bleu(outputs, references, self.bleu_tokens), "chrf": chrf(outputs, references)}
+    if not outputs:
+        raise ValueError("there is no output")
+    if quality == "rouge":
+        return rouge(outputs, references, rouge_tokens)
+    return {"bleu": bleu(outputs, references, bleu_tokens), "chrf": chrf(outputs, references)}
 
 
 def bleu_signature(references: Sequence[Sequence[str]], tokens: BleuTokens = "auto") -> str:

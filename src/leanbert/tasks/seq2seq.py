@@ -25,8 +25,8 @@ from leanbert.models.stored import ModelMetadata, Start, Stored
 from leanbert.pretrained.build import build_model, read_model
 from leanbert.ranges import COUNT, RATE, WHOLE
 from leanbert.tasks.base import Answer, Task
-from leanbert.tasks.metrics import ExactSums
-from leanbert.tasks.output_metrics import OutputMetrics, Quality, bleu_signature
+from leanbert.tasks.metrics import ExactSums, over_ranks
+from leanbert.tasks.output_metrics import Quality, bleu_signature, output_scores
 from leanbert.tasks.output_tokens import BleuTokens, RougeTokens, bleu_tokenizer
 from leanbert.tasks.tables import markdown_table
 
@@ -156,9 +156,8 @@ class Seq2Seq(Task[PairBatch]):
                 )
 
     def build_metrics(self) -> None:
-        """Make the sums of the loss, and the measures of generated outputs."""
+        """Make the sums of the loss; generated outputs are measured as a whole."""
         self.sums = ExactSums("loss", "targets")
-        self.outputs = OutputMetrics(self.quality, self.bleu_tokenize, self.rouge_tokenize)
         self._shown: list[tuple[str, str, str]] = []
 
     def count_targets(self, batch: PairBatch) -> Tensor:
@@ -198,28 +197,33 @@ class Seq2Seq(Task[PairBatch]):
         if most != 0:
             # gathered, for each rank generates as many tokens as its outputs have
             with gathered(self.model), self.precision_of_steps():
-                self.generate_part(part, config, most)
-            values.update(self.outputs.compute())
+                generated = self.generate_part(part, config, most)
+            values |= output_scores(*generated, self.quality, self.bleu_tokenize, self.rouge_tokenize)
         return values
 
-    def generate_part(self, part: Part, config: GenerationConfig, most: int | None) -> None:
-        """Add the outputs for a part's sources (None: all), each rank for its share of the batches."""
+    def generate_part(
+        self, part: Part, config: GenerationConfig, most: int | None
+    ) -> tuple[list[str], list[list[str]]]:
+        """Return the outputs for the first `most` sources of a part (None: all), and their references.
+
+        Each rank generates for its share of the batches, and has those of all ranks.
+        """
         if self.quality == "bleu" and self.bleu_tokenize != "auto":
             bleu_tokenizer(self.bleu_tokenize)  # what it lacks is said before anything is generated
         batches = self._data.sources(part, GENERATED_TOGETHER, most)
-        self._shown, counted = [], []
+        own: list[tuple[str, list[str], str]] = []  # sources, their references and outputs
         bar = tqdm(batches, desc="Generating", unit="batch", disable=None, leave=False)
         for number, (batch, references) in enumerate(bar):
-            counted += references
             if number % self.trainer.world_size == self.global_rank:
-                texts = [a["output"] for a in self._answers(batch.to(self.device), config)]
-                self.outputs.update(texts, references)
-                shown = zip(batch.texts, (own[0] for own in references), texts, strict=True)
-                self._shown += list(shown)[: 12 - len(self._shown)]
+                answers = self._answers(batch.to(self.device), config)
+                own += zip(batch.texts, references, (answer["output"] for answer in answers), strict=True)
+        self._shown = [(source, right[0], output) for source, right, output in own[:12]]
+        outputs, right_ones = over_ranks([row[2] for row in own]), over_ranks([row[1] for row in own])
         if part == "test" and self.quality == "bleu":
-            say_once(f"BLEU is sacreBLEU's: {bleu_signature(counted, self.bleu_tokenize)}")
+            say_once(f"BLEU is sacreBLEU's: {bleu_signature(right_ones, self.bleu_tokenize)}")
         elif part == "test":
             say_once(f"ROUGE is rouge-score's, without stemming, tokens: {self.rouge_tokenize}")
+        return outputs, right_ones
 
     def samples(self, batch: PairBatch) -> dict[str, str]:
         """Return a table of the first generated outputs; of long sources it has the beginning."""
