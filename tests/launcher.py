@@ -80,6 +80,7 @@ def answer(connection: socket.socket) -> list[str]:
     for place, stream in enumerate(streams):
         os.dup2(stream, place)
         os.close(stream)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - whether it can seek is asked once
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
