@@ -62,7 +62,7 @@ class LabelledData(RowData):
 
     shaped_by: ClassVar = ("max_length", "too_long")
     of_words: ClassVar[bool] = False
-    """Whether labels are of words: what only evaluation has, or does not fit, counts as missed. Else: an error."""
+    """Whether labels are of words. Then a label that only evaluation has counts as missed; else it is an error."""
 
     def __init__(
         self,

@@ -107,7 +107,7 @@ class MaskedLMData(RowData):
         return Corpus(files, self.hparams["text_field"], self.hparams["document_separator"], setting)
 
     def held_out(self, part: Part) -> tuple[float, float]:
-        """Return the hashes of documents, from and below, that belong to a part."""
+        """Return (low, high): a part has the documents that hash to [low, high)."""
         if self.hparams["val_files"] is not None:
             return 0.0, 1.0
         if self._border is None:

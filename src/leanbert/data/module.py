@@ -56,11 +56,11 @@ class RowData(LightningDataModule):
     sample: Sample
     """Name of the embedded sample."""
     fixed: ClassVar[tuple[str, ...]] = ("max_length",)
-    """Settings that decide how text is encoded for the model: its checkpoint's values hold wherever it is used."""
+    """Settings that decide how text is encoded: a checkpoint's values replace those of the run that uses it."""
     unit: ClassVar[str] = "examples"
     """What the data are counted in."""
     nothing: ClassVar[str] = "there is no example in it. Give files with examples"
-    """What is wrong with files without any."""
+    """What the error says of files without any."""
     other_columns: Mapping[str, str] = MappingProxyType({})
     """Columns of the cache besides the ids, and their types."""
     read_by: ClassVar[tuple[str, ...]] = ()
@@ -162,7 +162,7 @@ class RowData(LightningDataModule):
         return Corpus(tuple(self.files(part)), setting=f"data.{part}_files", suffixes=("",))
 
     def held_out(self, part: Part) -> tuple[float, float]:
-        """Return the hashes of texts, from and below, that belong to a part of shared files."""
+        """Return (low, high): of files that parts share, a part has the texts that hash to [low, high)."""
         if self.hparams["train_files"] is None or self.hparams["val_files"] is not None or part == "test":
             return 0.0, 1.0
         border = self.hparams["val_share"]

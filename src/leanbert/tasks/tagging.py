@@ -47,7 +47,7 @@ class TokenClassification(Labelling[Sentences]):
         return self.decoder.decode(scores, batch.targets != IGNORED)
 
     def kept(self, scores: Tensor, batch: LabelledBatch) -> Sentences:
-        """Return what `sentences_of` does of the sentences."""
+        """Return the tags of each sentence; see `sentences_of`."""
         return list(sentences_of(self.predictions(scores, batch), batch.targets, gather_documents(batch), batch.cut))
 
     def evaluate(self, part: Part, kept: list[Sentences]) -> dict[str, float]:
