@@ -25,7 +25,6 @@ from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.pointer import Copied, Pointer, add_copied, copied_log_probs
 from leanbert.models.stored import ModelMetadata, Start, Stored
 
-INHERITED_HEAD = "head."
 PASSED_ON = 0.7
 """What each of the two maps of a warm-started cross-attention first multiplies what it reads by."""
 
@@ -84,7 +83,7 @@ class Seq2SeqModel(EncoderModel):
 
     def inherits(self, name: str, metadata: ModelMetadata) -> bool:
         """Whether weight `name` of a stored model is taken over: of a masked language model the head of its tokens."""
-        if metadata.task == "mlm" and self.target_vocab_size is None and name.startswith(INHERITED_HEAD):
+        if metadata.task == "mlm" and self.target_vocab_size is None and name.startswith("head."):
             return True
         return super().inherits(name, metadata)
 
