@@ -60,8 +60,10 @@ def run_block(block: Any, hidden: Tensor, context: object, *more: Tensor) -> Ten
         return run_in_slices(block, hidden, context, block.slice_rows, *more)
     if block.keep == "all":
         return block(hidden, context, *more)
-    extra: dict[str, Any] = {} if block.keep == "input" else {"context_fn": _keep_products}
-    return checkpoint(block, hidden, context, *more, use_reentrant=False, **extra)
+    if block.keep == "input":
+        return checkpoint(block, hidden, context, *more, use_reentrant=False)
+    contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
+    return checkpoint(block, hidden, context, *more, use_reentrant=False, context_fn=contexts)
 
 
 def set_checkpointing(blocks: Iterable[nn.Module], keep: Keep, every: int = 1) -> int:
@@ -82,6 +84,3 @@ def set_checkpointing(blocks: Iterable[nn.Module], keep: Keep, every: int = 1) -
 def _policy(context: object, operation: object, *_: object, **__: object) -> CheckpointPolicy:
     kept = operation in PRODUCTS or (isinstance(operation, OpOverload) and operation.name() in PRODUCTS_BY_NAME)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-_keep_products = functools.partial(create_selective_checkpoint_contexts, _policy)

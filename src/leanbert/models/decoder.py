@@ -18,7 +18,7 @@ from leanbert.models.attention import AttentionContext, CrossAttention, SelfAtte
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.embeddings import Embeddings
 from leanbert.models.encoder import FeedForward, ResidualBlock, make_norm, note
-from leanbert.models.kernels.attention import additive, same_document, sight
+from leanbert.models.kernels.attention import additive_mask, make_mask, same_document
 from leanbert.models.packed_inputs import PackedInputs
 
 
@@ -100,10 +100,10 @@ class Decoder(nn.Module):
     def make_context(self, inputs: PackedInputs, source_documents: Tensor, like: Tensor) -> DecoderContext:
         """Return masks and angles of `inputs` for products with `like`."""
         rate = self.config.attention_dropout if self.training else 0.0
-        own = sight(inputs, like, self.config.head_size, rate, window=(-1, 0))  # causal
+        own = make_mask(inputs, like, self.config.head_size, rate, window=(-1, 0))  # causal
         cross = same_document(inputs.document_ids, source_documents)
         # padding of the target looks at the row's first source, whatever that is: nobody looks at it
         first = torch.arange(source_documents.shape[1], device=like.device) == 0
         cross = cross | (~cross.any(-1, keepdim=True) & first)
         own_context = AttentionContext(own, make_angles(self.config, inputs.position_ids, like))
-        return DecoderContext(own_context, additive(cross, like))
+        return DecoderContext(own_context, additive_mask(cross, like))

@@ -18,7 +18,7 @@ from leanbert.models.attention import AttentionContext, SelfAttention, make_angl
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.dropout import dropout
 from leanbert.models.embeddings import Embeddings
-from leanbert.models.kernels.attention import sight
+from leanbert.models.kernels.attention import make_mask
 from leanbert.models.linear import Linear
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.unit import Unit
@@ -122,5 +122,5 @@ class Encoder(nn.Module):
         A position looks at its document; with `local` attention at no more than half a window on either side.
         """
         rate = self.config.attention_dropout if self.training else 0.0
-        mask = sight(inputs, like, self.config.head_size, rate, self.config.window(local))
+        mask = make_mask(inputs, like, self.config.head_size, rate, self.config.window(local))
         return AttentionContext(mask, make_angles(self.config, inputs.position_ids, like, local))

@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from leanbert import shard_files
-from leanbert.errors import UserError
+from leanbert.errors import UserError, first_line
 from leanbert.files import explain_disk_errors, temporary
 from leanbert.models.config import EncoderConfig
 from leanbert.models.stored import LazyWeights, ModelMetadata, StateDict, Stored
-from leanbert.untrusted import check_sums, first_line, load_pickled, read_json, refuse_pointer
+from leanbert.untrusted import check_sums, load_pickled, read_json, refuse_pointer
 
 POSITION_IDS = "position_ids"
 """Of old files: integers that say that positions are 0, 1, 2 and so on."""

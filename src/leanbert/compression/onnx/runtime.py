@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from leanbert.compression.onnx.graphs import DECODER, ENCODER, KEY, MODEL, PAST
-from leanbert.errors import UserError
+from leanbert.errors import UserError, first_line
 from leanbert.models.kernels.loss import cross_entropy_sum
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.stored import read_description
-from leanbert.untrusted import first_line
 
 FIX = "Export the model again."
 
