@@ -24,7 +24,7 @@ from leanbert.compression.structured import (
 from leanbert.errors import UserError, under
 from leanbert.models.base import EncoderModel
 from leanbert.models.packed_inputs import PackedInputs
-from leanbert.ranges import COUNT, Range
+from leanbert.ranges import COUNT, PART
 
 
 class Calibrate(Protocol):
@@ -47,12 +47,10 @@ TAYLOR = ":taylor"
 TAYLOR_STEPS = 20
 """Of training before heads and neurons leave by their gradients."""
 
-FRACTION = Range(above=0, below=1)
-
 
 def _is_fraction(text: str) -> bool:
     try:
-        return float(text) in FRACTION
+        return float(text) in PART
     except ValueError:
         return False
 
@@ -238,7 +236,7 @@ def _check_value(text: str, name: str, value: str) -> None:
         if not re.fullmatch("[0-9]{1,15}", value) or int(value) not in COUNT:
             raise UserError(f"steps: {text!r} needs a whole number from 1: optimizer steps")
     elif not TECHNIQUES[name].takes(value):
-        raise UserError(f"steps: {text!r} needs {FRACTION}: {TECHNIQUES[name].text}")
+        raise UserError(f"steps: {text!r} needs {PART}: {TECHNIQUES[name].text}")
 
 
 def variants_of(steps: Sequence[Step]) -> list[Sequence[Step]]:

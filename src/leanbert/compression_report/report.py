@@ -63,27 +63,18 @@ class Row:
         """The steps but for quantization."""
         return [step for step in self.steps if not step.startswith(f"{QUANTIZE}=")]
 
-    def misses(self, limits: Limits) -> list[str]:
-        """Return the limits that it does not keep, in words."""
-        found = []
+    def misses(self, limits: Limits) -> dict[str, float]:
+        """Return the limits that it does not keep, in words, and by which factor it exceeds each."""
+        found = {}
         if limits.size_bytes is not None and self.size_bytes > limits.size_bytes:
-            found.append(f"{format_size(self.size_bytes)} of {format_size(limits.size_bytes)}")
+            words = f"{format_size(self.size_bytes)} of {format_size(limits.size_bytes)}"
+            found[words] = self.size_bytes / limits.size_bytes
         if limits.latency_seconds is not None and self.latency_p50 > limits.latency_seconds:
-            found.append(f"{self.latency_p50 * 1e3:.1f} of {limits.latency_seconds * 1e3:g} ms")
+            words = f"{self.latency_p50 * 1e3:.1f} of {limits.latency_seconds * 1e3:g} ms"
+            found[words] = self.latency_p50 / limits.latency_seconds
         if limits.drop is not None and self.drop is not None and self.drop > limits.drop:
-            found.append(f"a drop of {self.drop:.1%} of {limits.drop:.1%}")
+            found[f"a drop of {self.drop:.1%} of {limits.drop:.1%}"] = self.drop / max(limits.drop, 1e-6)
         return found
-
-    def excess(self, limits: Limits) -> float:
-        """Return by which factor it misses the limit that it misses most; 1 or less: none."""
-        factors = [0.0]
-        if limits.size_bytes is not None:
-            factors.append(self.size_bytes / limits.size_bytes)
-        if limits.latency_seconds is not None:
-            factors.append(self.latency_p50 / limits.latency_seconds)
-        if limits.drop is not None and self.drop is not None:
-            factors.append(self.drop / max(limits.drop, 1e-6))
-        return max(factors)
 
 
 def mark_front(rows: Sequence[Row]) -> None:
@@ -107,7 +98,7 @@ def answer_of(rows: Sequence[Row], limits: Limits, tag: str, command: str) -> tu
         return f"No other variant beats {names}. Give --max_size, --max_latency or --max_drop to choose", True
     fitting = [row for row in variants if not row.misses(limits)]
     if not fitting:
-        nearest = min(variants, key=lambda row: row.excess(limits))
+        nearest = min(variants, key=lambda row: max(row.misses(limits).values()))
         missed = " and ".join(nearest.misses(limits))
         return (
             f"compress: no variant keeps the limits. The nearest, {nearest.name}, has {missed}. "
