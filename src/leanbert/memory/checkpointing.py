@@ -21,19 +21,18 @@ Keep = Literal["all", "products", "input"]
 
 PRODUCTS = frozenset(
     {
-        torch.ops.aten.mm.default,
-        torch.ops.aten.addmm.default,
-        torch.ops.aten.bmm.default,
-        torch.ops.aten.baddbmm.default,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-        torch.ops.aten._scaled_dot_product_flash_attention.default,
-        torch.ops.aten._scaled_dot_product_efficient_attention.default,
-        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::baddbmm",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "torch_attn::_varlen_attn",
     }
 )
-"""Operations whose outputs cost most to compute again."""
-PRODUCTS_BY_NAME = frozenset({"torch_attn::_varlen_attn"})
-"""The same of a module that is imported where it is needed."""
+"""Operations whose outputs cost most to compute again, by name: one is of a module that is imported where needed."""
 
 
 class Checkpointable(nn.Module):
@@ -82,5 +81,5 @@ def set_checkpointing(blocks: Iterable[nn.Module], keep: Keep, every: int = 1) -
 
 
 def _policy(context: object, operation: object, *_: object, **__: object) -> CheckpointPolicy:
-    kept = operation in PRODUCTS or (isinstance(operation, OpOverload) and operation.name() in PRODUCTS_BY_NAME)
+    kept = isinstance(operation, OpOverload) and operation.name() in PRODUCTS
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

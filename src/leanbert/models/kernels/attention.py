@@ -52,7 +52,7 @@ def attend_packed(query: Tensor, key: Tensor, value: Tensor, documents: Document
 def make_mask(
     inputs: PackedInputs, like: Tensor, head_size: int, rate: float, window: tuple[int, int] = (-1, -1)
 ) -> Tensor | Documents:
-    """Return what tells `attend` the keys that a token of packed rows sees: those of its document, in its `window`.
+    """Return the mask of packed rows for `attend`: a token sees those of its document that are in its `window`.
 
     Args:
         inputs: Rows [B, S].
