@@ -42,7 +42,7 @@ class Row:
     steps: list[str]
     runtime: str
     exceptions: list[str] = field(default_factory=list)
-    metrics: dict[str, float] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
     drop: float | None = None
     parameters: int = 0
     nonzero: int = 0
@@ -124,11 +124,10 @@ def as_table(rows: Sequence[Row], tag: str) -> str:
     ]  # fmt: skip
     lines = []
     for row in rows:
-        metrics = row.metrics or {}
         change = "" if row.drop is None else f"{0.0 - row.drop:+.2%}"  # 0.0 has no sign so
         lines.append([
-            f"{row.name}{' *' if row.on_front else ''}", row.runtime, _number(metrics.get(tag)), change,
-            *([_number(metrics.get(test))] if _has(rows, test) else []), f"{row.parameters:,}", f"{row.nonzero:,}",
+            f"{row.name}{' *' if row.on_front else ''}", row.runtime, _number(row.metrics.get(tag)), change,
+            *([_number(row.metrics.get(test))] if _has(rows, test) else []), f"{row.parameters:,}", f"{row.nonzero:,}",
             format_size(row.size_bytes),
             *(format_size(size) if size else "" for size in (row.load_peak_bytes, row.run_peak_bytes)),
             f"{row.flops_per_token / 1e6:,.2f}", f"{row.latency_p50 * 1e3:,.2f} ms", f"{row.latency_p95 * 1e3:,.2f} ms",
@@ -161,13 +160,13 @@ def pareto_figure(rows: Sequence[Row], tag: str) -> Figure:
     figure, (left, right) = new_figure(
         f"{tag} of each variant; coloured: no other is at least as good in all three", columns=2
     )
-    shown = [row for row in rows if row.metrics and tag in row.metrics]
+    shown = [row for row in rows if tag in row.metrics]
     for axes, label, values in (
         (left, "file (MiB)", [row.size_bytes / MIB for row in shown]),
         (right, "one row of 32 tokens (ms, median)", [row.latency_p50 * 1e3 for row in shown]),
     ):
         for number, (row, x) in enumerate(zip(shown, values, strict=True)):
-            y = (row.metrics or {})[tag]
+            y = row.metrics[tag]
             (point,) = axes.plot(x, y, "o" if row.on_front else "x", color="#D55E00" if row.on_front else "#777777")
             offset = ((0, 11), (0, -11), (11, 0), (-11, 0))[number % 4]  # neighbours are often at the same point
             axes.annotate(str(number + 1), (x, y), offset, textcoords="offset points", ha="center", va="center")
@@ -214,7 +213,7 @@ def write_report(output: Path, rows: Sequence[Row], tag: str, answer: str, layer
 
 
 def _has(rows: Sequence[Row], tag: str) -> bool:
-    return any(tag in (row.metrics or {}) for row in rows)
+    return any(tag in row.metrics for row in rows)
 
 
 def _number(value: float | None) -> str:

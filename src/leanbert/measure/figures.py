@@ -84,8 +84,8 @@ def new_figure(title: str, columns: int = 1) -> tuple[Figure, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8 if columns == 1 else 6 * columns, 5), dpi=125, layout="constrained")
-    found = [figure.add_subplot(1, columns, number + 1) for number in range(columns)]
-    (found[0].set_title if columns == 1 else figure.suptitle)(title)
-    for axes in found:
+    found: Any = figure.subplots(1, columns)
+    (found.set_title if columns == 1 else figure.suptitle)(title)
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    return figure, found[0] if columns == 1 else found
+    return figure, found

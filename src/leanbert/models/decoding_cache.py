@@ -68,8 +68,7 @@ class Cache:
         for layer in self.layers:
             hidden = layer.step(hidden, self.position, angles, mask, self.cross_mask)
         self.position += 1
-        if decoder.final_norm is not None:
-            hidden = decoder.final_norm(hidden)
+        hidden = decoder.final_norm(hidden)
         pointer: Any = self.model.pointer
         copied = None if self.source is None else pointer(hidden, self.source)
         return self.model.logits(hidden, copied).flatten(0, 1).float()

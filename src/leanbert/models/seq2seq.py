@@ -18,7 +18,7 @@ from leanbert.models.base import EncoderModel
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.decoder import Decoder, DecoderBlock
 from leanbert.models.decoding_cache import Cache
-from leanbert.models.encoder import Block, Encoder
+from leanbert.models.encoder import Block, Stack
 from leanbert.models.heads import MaskedLMHead
 from leanbert.models.kernels.loss import Mixture
 from leanbert.models.packed_inputs import PackedInputs
@@ -77,7 +77,7 @@ class Seq2SeqModel(EncoderModel):
         return super().token_tables + own
 
     @property
-    def stacks(self) -> list[Encoder | Decoder]:
+    def stacks(self) -> list[Stack]:
         """Encoder and decoder."""
         return [self.encoder, self.decoder]
 
@@ -127,8 +127,7 @@ class Seq2SeqModel(EncoderModel):
         own, theirs = self.decoder.embeddings, self.encoder.embeddings
         copied = {name: weight for name, weight in theirs.state_dict().items() if not name.startswith("token.")}
         own.load_state_dict(own.state_dict() | copied)
-        if self.decoder.final_norm is not None and self.encoder.final_norm is not None:
-            self.decoder.final_norm.load_state_dict(self.encoder.final_norm.state_dict())
+        self.decoder.final_norm.load_state_dict(self.encoder.final_norm.state_dict())
         if self.pointer is not None:
             self.pointer.initialise_to_identity()
 

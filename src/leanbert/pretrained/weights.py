@@ -53,26 +53,22 @@ def read_checkpoint(path: Path) -> Stored:
     Tensors stay mapped to a file; of a checkpoint in shards each is read when it is asked for. Raises `UserError` if it
     is missing, damaged, carries code, or is not of LeanBERT.
     """
-    if shard_files.holds_shards(path):
-        stored = unpack(shard_files.read_rest(path, FIX), path)
-
-        def read_one(name: str, blank: Tensor) -> Tensor:
-            place = {"state_dict": {MODEL_PREFIX + name: blank}}
-            return next(iter(shard_files.fill(path, place, FIX)["state_dict"].values()))
-
-        def read_shards() -> Mapping[str, Tensor]:
-            shard_files.check_sums(path, FIX)
-            state = stored.read_weights()
-            return LazyWeights({name: partial(read_one, name, blank) for name, blank in state.items()})
-
-        return stored._replace(read_weights=read_shards)
-    if not path.is_file():
+    in_shards = shard_files.holds_shards(path)
+    if not in_shards and not path.is_file():
         raise UserError(f"{path}: no such checkpoint or folder. Correct model.init_from")
-    stored = unpack(load_pickled(path, FIX), path)
+    stored = unpack(shard_files.read_rest(path, FIX) if in_shards else load_pickled(path, FIX), path)
+
+    def read_one(name: str, blank: Tensor) -> Tensor:
+        place = {"state_dict": {MODEL_PREFIX + name: blank}}
+        return next(iter(shard_files.fill(path, place, FIX)["state_dict"].values()))
 
     def read_weights() -> Mapping[str, Tensor]:
-        check_sums(path, FIX)
-        return stored.read_weights()
+        state = stored.read_weights()
+        if not in_shards:
+            check_sums(path, FIX)
+            return state
+        shard_files.check_sums(path, FIX)
+        return LazyWeights({name: partial(read_one, name, blank) for name, blank in state.items()})
 
     return stored._replace(read_weights=read_weights)
 

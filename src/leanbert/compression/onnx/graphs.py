@@ -157,8 +157,7 @@ class DecoderGraph(nn.Module):
                 return cross(x, *source, there)
 
             hidden = block.run(hidden, attend, attend_to_source)  # type: ignore[operator]
-        if decoder.final_norm is not None:
-            hidden = decoder.final_norm(hidden)
+        hidden = decoder.final_norm(hidden)
         copied = None
         if self.model.pointer is not None and pointer_keys is not None and source_ids is not None:
             copied = self.model.pointer(hidden, Source(pointer_keys, source_ids, real[:, None, :]))
