@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional as F
 from torch.nn.modules import module as module_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
+from leanbert.distributed.sharding import pretend_group
 from leanbert.measure.trace import LiveBytes, live_tensors, phase
 from leanbert.memory.step import optimizer_step
 from tests.tiny import PlainTask, tiny_model, unequal_batch
@@ -241,6 +243,15 @@ def test_other_devices_do_not_count():
     with LiveBytes(nn.Identity(), device_type="cuda") as trace:
         torch.ones(10)
     assert trace.timeline().peak_bytes == 0
+
+
+def test_of_a_shard_the_bytes_of_this_device_count():
+    """DTensor derives shapes once, on fake tensors as large as the whole, which look as if they were on the device."""
+    with pretend_group(4) as mesh:
+        whole = distribute_tensor(torch.ones(52, 13), mesh, [Shard(0)])  # of shapes that no operation has met
+        with LiveBytes(nn.Identity()) as trace:
+            torch.sinh(whole)
+    assert trace.timeline().peak_bytes == 2 * 13 * 13 * 4
 
 
 def test_activations_are_named_by_the_module_that_made_them():

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from leanbert.distributed.sharding import shard
 from leanbert.distributed.spread import Spread
+from leanbert.measure.torch_compat import forget_passes
 from leanbert.models.base import EncoderModel
 
 Model = TypeVar("Model", bound=EncoderModel)
@@ -80,7 +81,7 @@ def unreduced(model: nn.Module) -> Iterator[None]:
 def free_gathered(model: nn.Module) -> None:
     """Free what a frozen model, if it is sharded, has gathered for its passes: no backward pass will."""
     if isinstance(model, FSDPModule):
-        model.reset_iter_state()
+        forget_passes(model)
 
 
 @contextmanager
@@ -98,7 +99,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        model.reset_iter_state()  # shards again; and forgets the passes, which backward passes would gather after
+        forget_passes(model)  # shards again; backward passes would gather after what ran here
         model.set_reshard_after_forward(True)
         model.set_reshard_after_forward(False, recurse=False)  # as by default: what is outside of blocks stays
 

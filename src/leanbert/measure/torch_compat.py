@@ -7,6 +7,7 @@ other modules only attributes of operators and tensors (`_schema`, `_opname`, `_
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._ops import OpOverload  # 1.11: one operation, as a dispatch mode is given it
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily  # 1.13, 2.1: dry runs
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass  # 1.13, 2.1: traces
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState  # 2.6
+from torch.distributed.tensor._sharding_prop import ShardingPropagator  # 2.5: what DTensor derives of an operation
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,  # 1.13: traces
+    _disable_current_modes,  # 2.1
+    is_traceable_wrapper_subclass,  # 2.1
+)
 from torch.utils._pytree import tree_map_only  # 1.13
 from torch.utils.hooks import RemovableHandle
 
@@ -23,9 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FakeTensor", "FakeTensorMode", "OpOverload", "TorchDispatchMode", "compiled", "cpu_computes_bf16",
-    "cpu_computes_int8", "dispatch_keys", "fake_store", "group_of", "in_backward_pass", "keep_cuda_history",
-    "runs_first", "tensors_in", "tree_map_only", "unset_fake_temporarily", "unwrapped", "wraps_tensors",
-    "write_cuda_history",
+    "cpu_computes_int8", "dispatch_keys", "fake_store", "forget_passes", "group_of", "in_backward_pass",
+    "keep_cuda_history", "runs_first", "shapes_unseen", "tensors_in", "tree_map_only", "unset_fake_temporarily",
+    "unwrapped", "wraps_tensors", "write_cuda_history",
 ]  # fmt: skip
 
 
@@ -80,6 +88,43 @@ def group_of(arguments: tuple[Any, ...]) -> dist.ProcessGroup:
         return dist.distributed_c10d._resolve_process_group(arguments[-1])  # type: ignore[arg-type]
     boxed = next(each for each in arguments if isinstance(each, torch.ScriptObject) and "ProcessGroup" in str(each))
     return dist.ProcessGroup.unbox(boxed)
+
+
+@contextmanager
+def shapes_unseen() -> Iterator[None]:
+    """Context in which no mode sees the fake tensors by which DTensor finds the shape of a result.
+
+    By `ShardingPropagator._propagate_tensor_meta_non_cached` (2.9), once for operation and shapes.
+    """
+    find = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def unseen(*arguments: Any) -> Any:
+        with _disable_current_modes():
+            return find(*arguments)
+
+    ShardingPropagator._propagate_tensor_meta_non_cached = unseen  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        ShardingPropagator._propagate_tensor_meta_non_cached = find  # type: ignore[method-assign]
+
+
+def forget_passes(model: FSDPModule) -> None:
+    """Free what a sharded model has gathered for forward passes that no backward pass follows: `reset_iter_state`.
+
+    It came with torch 2.13; before, by what it is made of (2.6).
+    """
+    if hasattr(model, "reset_iter_state"):
+        model.reset_iter_state()
+        return
+    state: Any = model._get_fsdp_state()
+    state._comm_ctx.post_forward_order.clear()
+    for each in state._state_ctx.all_states:
+        each._training_state = TrainingState.IDLE
+        if (group := each._fsdp_param_group) is not None:
+            group._post_forward_indices.clear()
+            group._training_state = TrainingState.IDLE
+            group._to_sharded()
 
 
 def compiled(module: nn.Module) -> bool:

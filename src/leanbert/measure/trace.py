@@ -97,6 +97,7 @@ class LiveBytes:
             if parameter.requires_grad:
                 self._watch_gradient(name, parameter)
         self._watch_resizes()
+        self._exit.enter_context(torch_compat.shapes_unseen())
         self._exit.enter_context(_Mode(self))
         _active.append(self)
         self._exit.callback(_active.remove, self)

@@ -226,22 +226,25 @@ def test_what_moved_towards_zero_leaves_and_has_no_importance_any_more(tmp_path)
 
 
 def scores_of(folder, *arguments, **options):
-    """Return the importance after a run of the command line's own code, as one tensor."""
+    """Return the last checkpoint of a run of the command line's own code, and the importance in it as one tensor."""
     overlay = folder / "movement.yaml"
     overlay.write_text("trainer: {callbacks+: [{class_path: MovementPruning, init_args: {start_step: 9}}]}\n")
     arguments = ["--data.batch_size=16", "--trainer.limit_train_batches=2", "--trainer.max_epochs=1", *arguments]
-    cli = fit_program(folder, f"--config={overlay}", *arguments, steps=9, **options)
-    checkpoint = torch.load(cli.runs.find("last").path, weights_only=True)
-    return torch.cat([scores.flatten() for scores in checkpoint["callbacks"]["MovementPruning"]["scores"].values()])
+    path = fit_program(folder, f"--config={overlay}", *arguments, steps=9, **options).runs.find("last").path
+    scores = torch.load(path, weights_only=True)["callbacks"]["MovementPruning"]["scores"]
+    return path, torch.cat([each.flatten() for each in scores.values()])
 
 
 def test_importance_is_of_the_whole_batch_in_every_precision(tmp_path):
     """Micro-batches change float32 sums alone, 16-mixed has gradients that are no longer scaled, bf16-true its own."""
     write_corpus(tmp_path / "train.txt")
-    plain = scores_of(tmp_path)
-    assert torch.allclose(scores_of(tmp_path, overlays=("accumulation",)), plain, rtol=1e-3, atol=1e-6)
+    start, plain = scores_of(tmp_path)
+    _, accumulated = scores_of(tmp_path, overlays=("accumulation",))
+    assert torch.allclose(accumulated, plain, rtol=1e-3, atol=1e-6)
+    same_weights = f"--model.init_from={start}"  # which in bfloat16 not every torch draws as in float32
+    _, plain = scores_of(tmp_path, same_weights)
     for overlay, least in (("fp16_mixed", 0.99), ("bf16_true", 0.9)):
-        found = scores_of(tmp_path, overlays=(overlay,))
+        _, found = scores_of(tmp_path, same_weights, overlays=(overlay,))
         assert found.dtype == torch.float32
         assert torch.cosine_similarity(found, plain, dim=0) > least, overlay
         assert float(found.norm()) == pytest.approx(float(plain.norm()), rel=0.1), overlay
