@@ -153,7 +153,7 @@ def write(line: str) -> None:
 
 
 @contextmanager
-def held(pass_on: Callable[[int], object] | None = None) -> Iterator[None]:
+def held(pass_on: Callable[[int], object] = lambda number: None) -> Iterator[None]:
     """Let a signal wait for the end of the block, in which nothing is to be cut in half; a second one ends at once.
 
     `pass_on` is told meanwhile which it is.
@@ -162,8 +162,7 @@ def held(pass_on: Callable[[int], object] | None = None) -> Iterator[None]:
 
     def receive(number: int) -> None:
         received.append(number)
-        if pass_on is not None:
-            pass_on(number)
+        pass_on(number)
 
     defer_to(receive)
     try:

@@ -80,8 +80,7 @@ def unpack(checkpoint: Any, path: Path) -> Stored:
         config = EncoderConfig(**kept["encoder"]).resolved()
         weights = checkpoint["state_dict"]
         said = {"max_length": kept.get("max_length"), **kept.get("data", {}), **kept.get("model", {})}
-        prefix = MODEL_PREFIX
-        state = {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
+        state = {name.removeprefix(MODEL_PREFIX): weights[name] for name in weights if name.startswith(MODEL_PREFIX)}
         task = kept.get("task", "mlm")
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: not a LeanBERT checkpoint. Name a .ckpt of a run, or a folder") from None
