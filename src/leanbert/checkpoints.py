@@ -32,7 +32,6 @@ AVERAGE = "average.ckpt"
 TRAINING_STATE = ("callbacks", "optimizer_states", "lr_schedulers")
 """What weights do not need, and training cannot go on without."""
 
-
 FALL_BACK = "Use --ckpt_path last, which falls back to the one before."
 
 

@@ -152,10 +152,9 @@ def make_low_rank(model: EncoderModel, energy: float, moments: dict[str, Tensor]
         UserError: No layer gets smaller, or a layer was never run for its moments.
 
     """
-    modules = dict(model.named_modules())
     replaced = 0
     for name in [name.removesuffix(".weight") for name in prunable(model)]:
-        layer = modules[name]
+        layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         if isinstance(layer, Output):
             continue

@@ -207,7 +207,7 @@ def decode_moment(state: dict[str, Any], name: str, elements: int) -> Tensor:
 
 
 def encode_moment(values: Tensor, name: str, bits: int) -> dict[str, Tensor]:
-    """Return what the state keeps of a moment [elements]: the nearest codes, the same ones of decoded values."""
+    """Return what the state keeps of a moment [elements]: the nearest codes; of decoded ones the same again."""
     code = CODES[bits, name]
     codes, scales = code.zeros(len(values), values.device)
     blocks = torch.nn.functional.pad(values, (0, -len(values) % code.block)).view(-1, code.block)
