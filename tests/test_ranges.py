@@ -13,14 +13,14 @@ from leanbert.data.module import RowData
 from leanbert.errors import UserError
 from leanbert.optim.build import OptimizerConfig
 from leanbert.optim.schedule import ScheduleConfig
-from leanbert.ranges import COUNT, FINITE, NOT_NEGATIVE, PART, POSITIVE, RATE, SHARE, WHOLE, Range, check_ranges
+from leanbert.ranges import COUNT, NOT_NEGATIVE, PART, POSITIVE, RATE, SHARE, WHOLE, Range, check_ranges
 from leanbert.tasks.base import Task
 
 
 @pytest.mark.parametrize(
     ("allowed", "inside", "outside", "text"),
     [
-        (FINITE, (-1e300, 0, 2), (), "a finite number"),
+        (Range(), (-1e300, 0, 2), (), "a finite number"),
         (NOT_NEGATIVE, (0, 0.0, 1e30), (-1e-9,), "a finite number, 0 or more"),
         (POSITIVE, (1e-300, 5), (0, 0.0, -1), "a finite number above 0"),
         (SHARE, (0, 0.5, 1), (-0.1, 1.0001), "a finite number from 0 to 1"),

@@ -32,7 +32,6 @@ AVERAGE = "average.ckpt"
 TRAINING_STATE = ("callbacks", "optimizer_states", "lr_schedulers")
 """What weights do not need, and training cannot go on without."""
 
-
 FALL_BACK = "Use --ckpt_path last, which falls back to the one before."
 
 
@@ -53,11 +52,10 @@ def save(checkpoint: dict[str, Any], path: str | Path) -> None:
     try:
         with temporary(path) as building:
             with open(building, "wb") as file:
-                stream = _Stream(file)
                 try:
-                    torch.save(checkpoint, stream)  # type: ignore[arg-type]
-                except RuntimeError:  # torch's writer hides the reason; the stream has kept it
-                    raise stream.error or RuntimeError(f"torch could not write {path}") from stream.error
+                    torch.save(checkpoint, file)
+                except RuntimeError as error:  # of torch's writer, which ends a file that an OSError has cut short
+                    raise error.__context__ or error from None
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(building, path)
@@ -68,24 +66,6 @@ def save(checkpoint: dict[str, Any], path: str | Path) -> None:
                 "Free space or set --trainer.default_root_dir to another disk."
             ) from error
         raise
-
-
-class _Stream:
-    """A binary file that remembers why writing failed."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 def load(path: str | Path) -> dict[str, Any]:

@@ -36,3 +36,8 @@ def require(holds: bool, message: str) -> None:
     """Raise UserError with the message unless the condition holds."""
     if not holds:
         raise UserError(message)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its class where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

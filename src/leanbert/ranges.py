@@ -53,7 +53,6 @@ class Range:
             raise UserError(f"{setting}: {value} is out of range. Give {self}.")
 
 
-FINITE = Range()
 NOT_NEGATIVE = Range(least=0)
 POSITIVE = Range(above=0)
 SHARE = Range(least=0, most=1)

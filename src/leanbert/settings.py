@@ -18,7 +18,6 @@ from leanbert.errors import UserError
 
 SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parents[2] / "configs")  # in the wheel; in a checkout
 
-
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 SHORT = {
     "lightning.pytorch.strategies.DDPStrategy": "ddp",
@@ -27,7 +26,6 @@ SHORT = {
 """Strategies by their class paths, which Lightning takes for names where they have no settings."""
 STRATEGIES = ("auto", "ddp", "fsdp", "hsdp", *SHORT)
 """Strategies that are tested: losses and weights of several processes are those of one."""
-
 
 MOST_VALUES = 100_000
 """Values of a configuration file: aliases of aliases can stand for more than any memory holds."""

@@ -153,10 +153,18 @@ def write(line: str) -> None:
 
 
 @contextmanager
-def held() -> Iterator[None]:
-    """Let a signal wait for the end of the block, in which nothing is to be cut in half; a second one ends at once."""
+def held(pass_on: Callable[[int], object] = lambda number: None) -> Iterator[None]:
+    """Let a signal wait for the end of the block, in which nothing is to be cut in half; a second one ends at once.
+
+    `pass_on` is told meanwhile which it is.
+    """
     received: list[int] = []
-    defer_to(received.append)
+
+    def receive(number: int) -> None:
+        received.append(number)
+        pass_on(number)
+
+    defer_to(receive)
     try:
         yield
     finally:
@@ -170,22 +178,12 @@ def run(command: list[str]) -> int:
 
     What this process is told meanwhile it passes on, and ends as it was told once the command has.
     """
-    received: list[int] = []
     environment = {name: value for name, value in os.environ.items() if name != LEADER}
-    with subprocess.Popen(command, stdout=sys.stderr, env=environment, start_new_session=True) as child:
-
-        def pass_on(number: int) -> None:
-            received.append(number)
-            child.send_signal(number)
-
-        defer_to(pass_on)
-        try:
-            code = child.wait()
-        finally:
-            defer_to(None)
-    if received:
-        _end(received[0])
-    return code
+    with (
+        subprocess.Popen(command, stdout=sys.stderr, env=environment, start_new_session=True) as child,
+        held(child.send_signal),
+    ):
+        return child.wait()
 
 
 def _receive(number: int, frame: object) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from leanbert.errors import UserError
+from leanbert.errors import UserError, first_line
 
 LFS = b"version https://git-lfs.github.com/spec/"
 """How a file begins that stands for another one, in a repository that was cloned without git-lfs."""
@@ -75,8 +75,3 @@ def check_sums(path: Path, fix: str) -> None:
         raise UserError(f"{path}: damaged, or no file that torch.save wrote. {fix}") from error
     if damaged is not None:
         raise UserError(f"{path}: damaged ({damaged}). {fix}")
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error, or its class where it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -27,11 +27,10 @@ def test_the_front_has_what_no_other_beats():
 
 def test_limits_that_are_missed_are_said():
     limits = Limits(25, 0.004, 0.01)
-    assert ROWS[1].misses(limits) == ["a drop of 2.0% of 1.0%"]
-    assert ROWS[3].misses(limits) == ["30 B of 25 B", "a drop of 30.0% of 1.0%"]
-    assert ROWS[0].misses(limits) == ["100 B of 25 B", "10.0 of 4 ms"]
-    assert [each.excess(limits) for each in ROWS] == pytest.approx([4.0, 2.0, 2.0, 30.0])
-    assert ROWS[0].misses(Limits()) == []
+    assert ROWS[1].misses(limits) == {"a drop of 2.0% of 1.0%": 2.0}
+    assert ROWS[3].misses(limits) == pytest.approx({"30 B of 25 B": 1.2, "a drop of 30.0% of 1.0%": 30.0})
+    assert ROWS[0].misses(limits) == {"100 B of 25 B": 4.0, "10.0 of 4 ms": 2.5}
+    assert ROWS[0].misses(Limits()) == {}
 
 
 def test_the_table_has_a_line_for_each_row_and_tests_only_where_there_are_some():

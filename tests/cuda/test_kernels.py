@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from leanbert.models.kernels.attention import attend, sight
+from leanbert.models.kernels.attention import attend, make_mask
 from leanbert.models.kernels.loss import cross_entropy_sum, linear_cross_entropy_sum
 from leanbert.models.packed_inputs import Documents, PackedInputs
 from leanbert.optim.build import OptimizerConfig, build_optimizer
@@ -55,7 +55,7 @@ def packed(seed=0, length=300):
 def attended(fused, inputs, window, device, dtype):
     """Return what attention gives, and its gradient for a loss that weights all of it, in float32 on the CPU."""
     leaf = fused.to(device, dtype, copy=True).requires_grad_()
-    mask = sight(inputs.map(lambda tensor: tensor.to(device)), leaf, 64, 0.0, window)
+    mask = make_mask(inputs.map(lambda tensor: tensor.to(device)), leaf, 64, 0.0, window)
     assert isinstance(mask, Documents) is (device == "cuda" and dtype is torch.bfloat16)
     out = attend(*leaf.transpose(1, 3).unbind(2), mask)
     (out.float() * torch.linspace(-1, 1, 64, device=device)).sum().backward()

@@ -10,6 +10,7 @@ import torch
 from leanbert.compression.pruning import apply_masks, magnitude_masks, prunable
 from leanbert.compression.rounding import set_rounding
 from leanbert.errors import UserError
+from leanbert.memory.finite import StepCheck
 from leanbert.memory.recovery import retry_smaller
 from leanbert.memory.step import optimizer_step
 from leanbert.models.seq2seq import Seq2SeqModel
@@ -99,9 +100,9 @@ def train(names, folder, make=lambda: tiny_model(dtype=torch.float64, preset="be
     optimizer = build_optimizer(model, OptimizerConfig(name=optimizer_name, lr=1e-3), sliced=adama)
     micro_batch, place = setting(names, "micro_batch", None), [0]
     if adama:
-        accumulate_in_backward(model, optimizer, lambda: (place[0], 3))
+        accumulate_in_backward(model, optimizer, lambda: (place[0], 3), StepCheck().guard)
     elif techniques.in_backward == "update":
-        update_in_backward(model, optimizer)
+        update_in_backward(model, optimizer, StepCheck().guard)
     kind = setting(names, "autocast", None)
     masks = {}
     if (sparsity := setting(names, "sparsity", None)) is not None:

@@ -1,10 +1,15 @@
 import pytest
 import torch
 
+from leanbert.memory.finite import StepCheck
 from leanbert.memory.step import optimizer_step
 from leanbert.optim.build import OptimizerConfig, build_optimizer
 from leanbert.optim.in_backward import accumulate_in_backward, update_in_backward
 from tests.tiny import PlainTask, tiny_model, unequal_batch
+
+
+def update_guarded(model, optimizer):
+    update_in_backward(model, optimizer, StepCheck().guard)
 
 
 def trained(name, steps=3, prepare=None, micro_batch=None, dtype=torch.float64, sliced=False):
@@ -30,7 +35,7 @@ def trained(name, steps=3, prepare=None, micro_batch=None, dtype=torch.float64, 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "adamw", "adafactor", "muon", "adamw8bit"])
 def test_same_parameters_and_one_gradient_at_a_time(name):
     plain, all_gradients = trained(name)
-    inside, gradients = trained(name, prepare=update_in_backward)
+    inside, gradients = trained(name, prepare=update_guarded)
     assert (all_gradients, gradients) == (len(plain), 1)
     for key, value in inside.items():
         torch.testing.assert_close(value, plain[key], rtol=1e-6, atol=1e-12)
@@ -39,7 +44,7 @@ def test_same_parameters_and_one_gradient_at_a_time(name):
 def test_several_backward_passes_would_update_several_times():
     """Why gradient accumulation is refused with it."""
     plain, _ = trained("adamw", micro_batch=2)
-    inside, _ = trained("adamw", prepare=update_in_backward, micro_batch=2)
+    inside, _ = trained("adamw", prepare=update_guarded, micro_batch=2)
     assert any(not torch.allclose(inside[key], plain[key], rtol=1e-3) for key in plain)
 
 
@@ -73,7 +78,7 @@ def test_adam_accumulation_is_that_of_the_paper():
 
     model = tiny_model()
     optimizer = build_optimizer(model, OptimizerConfig(name="adamw", lr=1e-2), sliced=True)
-    accumulate_in_backward(model, optimizer, lambda: (place[0], place[1]))
+    accumulate_in_backward(model, optimizer, lambda: (place[0], place[1]), StepCheck().guard)
     for step in range(3):
         optimizer_step(
             PlainTask(model),
@@ -90,7 +95,7 @@ def test_layer_major_makes_in_backward_exact_with_slices():
     def prepare(model, optimizer):
         for block in model.encoder.blocks:
             block.slice_rows = 3
-        update_in_backward(model, optimizer)
+        update_guarded(model, optimizer)
 
     plain, _ = trained("adamw")
     sliced, most = trained("adamw", prepare=prepare)

@@ -104,12 +104,10 @@ def relation_loss(
 
     """
     allowed = same_document(inputs.document_ids, inputs.document_ids)  # [B, 1, S, S]
-    relations = (
-        _all_relations(student, states, allowed, heads),
-        _all_relations(teacher, teacher_states, allowed, heads),
-    )
+    students = _all_relations(student, states, allowed, heads)
+    teachers = _all_relations(teacher, teacher_states, allowed, heads)
     total = states.new_zeros((), dtype=torch.float32)
-    for own, known in zip(*relations, strict=True):
+    for own, known in zip(students, teachers, strict=True):
         divergence = F.kl_div(own, known, reduction="none", log_target=True)
         total = total + (divergence.where(allowed, 0.0).sum(-1).mean(1) * inputs.real).sum()  # over [B, S]
     return total / 3

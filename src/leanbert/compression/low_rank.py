@@ -5,8 +5,10 @@ Shapes: m outputs, n inputs, r rank, R rows of a token embedding, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -57,13 +59,13 @@ def factorise(weight: Tensor, energy: float, moments: Tensor | None = None) -> F
     """
     matrix = weight.double()
     root = None if moments is None else torch.linalg.cholesky(_damped(moments.double()))  # [n, n]
-    down, up, kept = _singular(matrix if root is None else matrix @ root, energy)
+    down, up, kept = _truncated_svd(matrix if root is None else matrix @ root, energy)
     if root is not None:  # down = right @ root^-1
         down = torch.linalg.solve_triangular(root, down, upper=False, left=False)
     return Factors(down.to(weight.dtype), up.to(weight.dtype), kept)
 
 
-def _singular(matrix: Tensor, energy: float) -> Factors:
+def _truncated_svd(matrix: Tensor, energy: float) -> Factors:
     """Return the factors of the lowest rank that keep this fraction of the sum of squares."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     share = values.square().cumsum(0) / values.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
@@ -79,7 +81,7 @@ def factorise_embedding(table: Tensor, energy: float, counts: Tensor) -> Factors
     float64, as `factorise` where inputs are one token each.
     """
     often = (counts.double() + 1.0).sqrt()[:, None]  # [R, 1]
-    down, up, kept = _singular(often * table.double(), energy)
+    down, up, kept = _truncated_svd(often * table.double(), energy)
     return Factors(down.to(table.dtype), (up / often).to(table.dtype), kept)
 
 
@@ -92,29 +94,21 @@ def _damped(moments: Tensor) -> Tensor:
 def second_moments(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Collect the second moments [n, n] of the inputs of linear layers by name, in float64, while the model runs."""
     found: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
 
-    def collect(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            rows = given[0].detach().flatten(0, -2).double()
-            counts[name] = counts.get(name, 0) + len(rows)
-            total = found[name] if name in found else torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype)
-            found[name] = total.to(rows.device) + rows.T @ rows
+    def collect(name: str, _: nn.Module, given: tuple[Tensor, ...]) -> None:
+        rows = given[0].detach().flatten(0, -2).double()
+        products = rows.T @ rows
+        found[name] = found[name] + products if name in found else products
+        counts[name] += len(rows)
 
-        return hook
-
-    handles = [
-        module.register_forward_pre_hook(collect(name))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                hooks.enter_context(module.register_forward_pre_hook(partial(collect, name)))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, count in counts.items():
-            found[name] /= max(count, 1)
+    for name, count in counts.items():
+        found[name] /= max(count, 1)
 
 
 @contextmanager
@@ -126,11 +120,8 @@ def token_counts(model: EncoderModel) -> Iterator[Tensor]:
     def count(_: nn.Module, given: tuple[PackedInputs, ...]) -> None:
         counts.add_(torch.bincount(given[0].input_ids[given[0].real], minlength=len(counts)))
 
-    handle = embeddings.register_forward_pre_hook(count)
-    try:
+    with embeddings.register_forward_pre_hook(count):
         yield counts
-    finally:
-        handle.remove()
 
 
 def make_embedding_low_rank(model: EncoderModel, energy: float, counts: Tensor) -> None:
@@ -161,10 +152,9 @@ def make_low_rank(model: EncoderModel, energy: float, moments: dict[str, Tensor]
         UserError: No layer gets smaller, or a layer was never run for its moments.
 
     """
-    modules = dict(model.named_modules())
     replaced = 0
     for name in [name.removesuffix(".weight") for name in prunable(model)]:
-        layer = modules[name]
+        layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         if isinstance(layer, Output):
             continue

@@ -214,7 +214,7 @@ def _bin_of_rank(digits: Iterator[Tensor], rank: int, like: Tensor) -> tuple[int
 def _ordered_bits(tensors: Iterable[Tensor], signed: bool) -> Iterator[Tensor]:
     """Yield slices of the tensors as int32 that are ordered as the float32 numbers, or as their magnitudes.
 
-    Without its sign bit float32 is ordered so; negative numbers are with the other bits turned over.
+    The bits of positive floats, read as integers, are; of negative ones all bits but the sign are inverted.
     """
     for tensor in tensors:
         for part in own(tensor.detach()).reshape(-1).split(SLICE):

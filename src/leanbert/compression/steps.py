@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any, Protocol, cast
 
 from torch import nn
@@ -24,7 +26,7 @@ from leanbert.compression.structured import (
 from leanbert.errors import UserError, under
 from leanbert.models.base import EncoderModel
 from leanbert.models.packed_inputs import PackedInputs
-from leanbert.ranges import COUNT, Range
+from leanbert.ranges import COUNT, PART
 
 
 class Calibrate(Protocol):
@@ -47,12 +49,10 @@ TAYLOR = ":taylor"
 TAYLOR_STEPS = 20
 """Of training before heads and neurons leave by their gradients."""
 
-FRACTION = Range(above=0, below=1)
-
 
 def _is_fraction(text: str) -> bool:
     try:
-        return float(text) in FRACTION
+        return float(text) in PART
     except ValueError:
         return False
 
@@ -97,15 +97,10 @@ def _remove_structures(model: EncoderModel, value: str, calibrate: Calibrate) ->
     fraction = float(value.removesuffix(TAYLOR))
     with under(f"structured_pruning={value}"):
         heads, neurons = sizes_kept(model.config, fraction, fraction)
-    importance: Importance | None = None
-
-    def add() -> None:
-        nonlocal importance
-        importance = add_importance(importance, taylor_importance(model))
-
+    found: list[Importance] = []
     if value.endswith(TAYLOR):
-        calibrate(model, add)
-    prune_structured(model, heads, neurons, importance)
+        calibrate(model, lambda: found.append(taylor_importance(model)))
+    prune_structured(model, heads, neurons, reduce(add_importance, found, None))
 
 
 def _structured_settings(value: str) -> dict[str, Any]:
@@ -238,7 +233,7 @@ def _check_value(text: str, name: str, value: str) -> None:
         if not re.fullmatch("[0-9]{1,15}", value) or int(value) not in COUNT:
             raise UserError(f"steps: {text!r} needs a whole number from 1: optimizer steps")
     elif not TECHNIQUES[name].takes(value):
-        raise UserError(f"steps: {text!r} needs {FRACTION}: {TECHNIQUES[name].text}")
+        raise UserError(f"steps: {text!r} needs {PART}: {TECHNIQUES[name].text}")
 
 
 def variants_of(steps: Sequence[Step]) -> list[Sequence[Step]]:
@@ -267,15 +262,13 @@ def inputs_seen(model: EncoderModel, calibrate: Calibrate) -> list[Seen]:
     """Return what a model reads of real batches: of each what every stack of blocks does."""
     found: list[list[PackedInputs]] = [[] for _ in model.stacks]
 
-    def collect(into: list[PackedInputs]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _, given: into.append(given[0].unpacked().inputs)
+    def collect(into: list[PackedInputs], _: nn.Module, given: tuple[Any, ...]) -> None:
+        into.append(given[0].unpacked().inputs)
 
-    handles = [stack.register_forward_pre_hook(collect(into)) for stack, into in zip(model.stacks, found, strict=True)]
-    try:
+    with ExitStack() as hooks:
+        for stack, into in zip(model.stacks, found, strict=True):
+            hooks.enter_context(stack.register_forward_pre_hook(partial(collect, into)))
         calibrate(model)
-    finally:
-        for handle in handles:
-            handle.remove()
     return list(zip(*found, strict=True))
 
 

@@ -134,7 +134,7 @@ def prune_structured(
     neurons_kept: int,
     importance: Importance | None = None,
     optimizer: Optimizer | None = None,
-) -> ResolvedConfig:
+) -> None:
     """Shrink each attention to its `heads_kept` most important heads, each feed-forward to `neurons_kept` neurons.
 
     Parameters stay the same objects with smaller tensors, so that optimizers and hooks keep them. Call it between
@@ -148,9 +148,6 @@ def prune_structured(
         importance: What decides who stays; None: `weight_importance`.
         optimizer: Its state is cut along. State that does not line up with its parameter (quantized) starts afresh,
             which is logged as a warning.
-
-    Returns:
-        The new configuration.
 
     Raises:
         UserError: The model has fewer heads or neurons than are to stay, or none are.
@@ -173,23 +170,14 @@ def prune_structured(
     afresh = sum(_cut(cut, optimizer) for cut in cuts)
     if afresh:
         log.warning("The optimizer's state of %d pruned parameters is quantized: it starts afresh", afresh)
-    model.config = replace(config, num_heads=heads_kept, intermediate_size=neurons_kept)
-    for stack in model.stacks:
-        stack.config = model.config
-    return model.config
+    _set_config(model, num_heads=heads_kept, intermediate_size=neurons_kept)
 
 
-def remove_blocks(model: EncoderModel, fraction: float) -> ResolvedConfig:
+def remove_blocks(model: EncoderModel, fraction: float) -> None:
     """Remove this fraction of each stack's blocks; evenly chosen ones stay, the first of all among them.
 
-    So DistilBERT begins (Sanh et al. 2019, arXiv 1910.01108). Nothing of a tensor is read or copied.
-
-    Returns:
-        The new configuration.
-
-    Raises:
-        UserError: No block would leave, or a decoder that shares its weights would no longer find them.
-
+    So DistilBERT begins (Sanh et al. 2019, arXiv 1910.01108). Nothing of a tensor is read or copied. Raises `UserError`
+    if no block would leave, or a decoder that shares its weights would no longer find them.
     """
     depths = [len(stack.blocks) for stack in model.stacks]
     kept = [max(1, depth - round(fraction * depth)) for depth in depths]
@@ -203,11 +191,15 @@ def remove_blocks(model: EncoderModel, fraction: float) -> ResolvedConfig:
         stack.blocks = nn.ModuleList(stack.blocks[number] for number in chosen)
     for number, block in enumerate(model.blocks):
         block.layer = number
-    model.config = replace(model.config, num_layers=len(model.encoder.blocks))
+    _set_config(model, num_layers=len(model.encoder.blocks))
+    model.check_sharing()
+
+
+def _set_config(model: EncoderModel, **sizes: int) -> None:
+    """Let a model and its stacks have a configuration with these sizes."""
+    model.config = replace(model.config, **sizes)  # type: ignore[arg-type]
     for stack in model.stacks:
         stack.config = model.config
-    model.check_sharing()
-    return model.config
 
 
 def _check_windows(config: ResolvedConfig, chosen: list[int]) -> None:

@@ -42,7 +42,7 @@ class Row:
     steps: list[str]
     runtime: str
     exceptions: list[str] = field(default_factory=list)
-    metrics: dict[str, float] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
     drop: float | None = None
     parameters: int = 0
     nonzero: int = 0
@@ -63,27 +63,18 @@ class Row:
         """The steps but for quantization."""
         return [step for step in self.steps if not step.startswith(f"{QUANTIZE}=")]
 
-    def misses(self, limits: Limits) -> list[str]:
-        """Return the limits that it does not keep, in words."""
-        found = []
+    def misses(self, limits: Limits) -> dict[str, float]:
+        """Return the limits that it does not keep, in words, and by which factor it exceeds each."""
+        found = {}
         if limits.size_bytes is not None and self.size_bytes > limits.size_bytes:
-            found.append(f"{format_size(self.size_bytes)} of {format_size(limits.size_bytes)}")
+            words = f"{format_size(self.size_bytes)} of {format_size(limits.size_bytes)}"
+            found[words] = self.size_bytes / limits.size_bytes
         if limits.latency_seconds is not None and self.latency_p50 > limits.latency_seconds:
-            found.append(f"{self.latency_p50 * 1e3:.1f} of {limits.latency_seconds * 1e3:g} ms")
+            words = f"{self.latency_p50 * 1e3:.1f} of {limits.latency_seconds * 1e3:g} ms"
+            found[words] = self.latency_p50 / limits.latency_seconds
         if limits.drop is not None and self.drop is not None and self.drop > limits.drop:
-            found.append(f"a drop of {self.drop:.1%} of {limits.drop:.1%}")
+            found[f"a drop of {self.drop:.1%} of {limits.drop:.1%}"] = self.drop / max(limits.drop, 1e-6)
         return found
-
-    def excess(self, limits: Limits) -> float:
-        """Return by which factor it misses the limit that it misses most; 1 or less: none."""
-        factors = [0.0]
-        if limits.size_bytes is not None:
-            factors.append(self.size_bytes / limits.size_bytes)
-        if limits.latency_seconds is not None:
-            factors.append(self.latency_p50 / limits.latency_seconds)
-        if limits.drop is not None and self.drop is not None:
-            factors.append(self.drop / max(limits.drop, 1e-6))
-        return max(factors)
 
 
 def mark_front(rows: Sequence[Row]) -> None:
@@ -107,7 +98,7 @@ def answer_of(rows: Sequence[Row], limits: Limits, tag: str, command: str) -> tu
         return f"No other variant beats {names}. Give --max_size, --max_latency or --max_drop to choose", True
     fitting = [row for row in variants if not row.misses(limits)]
     if not fitting:
-        nearest = min(variants, key=lambda row: row.excess(limits))
+        nearest = min(variants, key=lambda row: max(row.misses(limits).values()))
         missed = " and ".join(nearest.misses(limits))
         return (
             f"compress: no variant keeps the limits. The nearest, {nearest.name}, has {missed}. "
@@ -133,11 +124,10 @@ def as_table(rows: Sequence[Row], tag: str) -> str:
     ]  # fmt: skip
     lines = []
     for row in rows:
-        metrics = row.metrics or {}
         change = "" if row.drop is None else f"{0.0 - row.drop:+.2%}"  # 0.0 has no sign so
         lines.append([
-            f"{row.name}{' *' if row.on_front else ''}", row.runtime, _number(metrics.get(tag)), change,
-            *([_number(metrics.get(test))] if _has(rows, test) else []), f"{row.parameters:,}", f"{row.nonzero:,}",
+            f"{row.name}{' *' if row.on_front else ''}", row.runtime, _number(row.metrics.get(tag)), change,
+            *([_number(row.metrics.get(test))] if _has(rows, test) else []), f"{row.parameters:,}", f"{row.nonzero:,}",
             format_size(row.size_bytes),
             *(format_size(size) if size else "" for size in (row.load_peak_bytes, row.run_peak_bytes)),
             f"{row.flops_per_token / 1e6:,.2f}", f"{row.latency_p50 * 1e3:,.2f} ms", f"{row.latency_p95 * 1e3:,.2f} ms",
@@ -170,13 +160,13 @@ def pareto_figure(rows: Sequence[Row], tag: str) -> Figure:
     figure, (left, right) = new_figure(
         f"{tag} of each variant; coloured: no other is at least as good in all three", columns=2
     )
-    shown = [row for row in rows if row.metrics and tag in row.metrics]
+    shown = [row for row in rows if tag in row.metrics]
     for axes, label, values in (
         (left, "file (MiB)", [row.size_bytes / MIB for row in shown]),
         (right, "one row of 32 tokens (ms, median)", [row.latency_p50 * 1e3 for row in shown]),
     ):
         for number, (row, x) in enumerate(zip(shown, values, strict=True)):
-            y = (row.metrics or {})[tag]
+            y = row.metrics[tag]
             (point,) = axes.plot(x, y, "o" if row.on_front else "x", color="#D55E00" if row.on_front else "#777777")
             offset = ((0, 11), (0, -11), (11, 0), (-11, 0))[number % 4]  # neighbours are often at the same point
             axes.annotate(str(number + 1), (x, y), offset, textcoords="offset points", ha="center", va="center")
@@ -223,7 +213,7 @@ def write_report(output: Path, rows: Sequence[Row], tag: str, answer: str, layer
 
 
 def _has(rows: Sequence[Row], tag: str) -> bool:
-    return any(tag in (row.metrics or {}) for row in rows)
+    return any(tag in row.metrics for row in rows)
 
 
 def _number(value: float | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,6 @@ from leanbert.api import Pretrained, load
 from leanbert.compression.onnx.quantization import STATIC, Scheme, Seen, quantize_plainly
 from leanbert.compression.onnx.runtime import read_onnx
 from leanbert.compression.steps import QUANTIZE, ZEROS, Calibrate, Step, apply_steps, inputs_seen, split_at_training
-from leanbert.compression_report.huggingface import FOLDER, leave_huggingface
 from leanbert.compression_report.measuring import bytes_of, flops_per_token, weights_of
 from leanbert.compression_report.report import Row
 from leanbert.compression_report.request import CompressRequest
@@ -26,8 +25,8 @@ from leanbert.memory.precision import default_precision
 from leanbert.messages import say
 from leanbert.models.base import EncoderModel
 
-TRAINING = "training"
-"""Folder of the runs of variants that are trained."""
+TRAINING, HUGGINGFACE = "training", "hf"
+"""Folders of the runs of variants that are trained, and, below that of a variant, of `transformers`."""
 
 ORIGINAL, ONNX, PLAIN = "original", "onnx", "onnxruntime-int8"
 """Names of what stands beside the variants: the model itself, the same in an ONNX file, and that file quantized as
@@ -165,10 +164,27 @@ def make_variants(
         row.parameters, row.nonzero = weights_of(model)
         row.flops_per_token = flops_per_token(model)
         others = [variant.row for variant in (*before, *found)]
-        leave_huggingface(smaller, row, request.output, f"{name}/{FOLDER}", others)
+        leave_huggingface(smaller, row, request.output, f"{name}/{HUGGINGFACE}", others)
         computed = model if sparse else read_onnx(path)
         found.append(Variant(row, path, computed, quantized=quantized))
     return found
+
+
+def leave_huggingface(model: Pretrained, row: Row, output: Path, folder: str, others: Iterable[Row] = ()) -> None:
+    """Write the model of a variant, as it is before quantization, to `folder` below `output`, and say so in its row.
+
+    Where transformers has no class for it the row has the reason. One of the `others` that differs only in its
+    quantization has the folder already.
+    """
+    for other in others:
+        if other.changes == row.changes:
+            row.huggingface, row.no_huggingface = other.huggingface, other.no_huggingface
+            return
+    try:
+        model.export(output / folder)
+        row.huggingface = folder
+    except UserError as error:
+        row.no_huggingface = str(error)
 
 
 def excepting(name: str, exceptions: Sequence[str]) -> str:

@@ -55,11 +55,11 @@ def breakdown_figure(phases: Mapping[str, Mapping[str, int]], title: str) -> Fig
     """
     figure, axes = new_figure(title)
     names = [name for name in PHASES if name in phases]
-    left = np.zeros(len(names))
+    left, widest = np.zeros(len(names)), max(sum(categories.values()) for categories in phases.values()) / MIB
     for category in CATEGORIES:
         width = np.array([phases[name].get(category, 0) / MIB for name in names])
         bars = axes.barh(names, width, left=left, color=COLOURS[category], label=category)
-        wide = [f"{value:,.1f}" if value > 0.06 * _widest(phases) / MIB else "" for value in width]
+        wide = [f"{value:,.1f}" if value > 0.06 * widest else "" for value in width]
         axes.bar_label(bars, wide, label_type="center", fontsize=9)
         left += width
     for name, total in zip(names, left, strict=True):
@@ -79,17 +79,13 @@ def pixels(figure: Figure) -> npt.NDArray[np.uint8]:
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
-def _widest(phases: Mapping[str, Mapping[str, int]]) -> int:
-    return max(sum(categories.values()) for categories in phases.values())
-
-
 def new_figure(title: str, columns: int = 1) -> tuple[Figure, Any]:
     """Return an empty figure and its axes, of several columns a list."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8 if columns == 1 else 6 * columns, 5), dpi=125, layout="constrained")
-    found = [figure.add_subplot(1, columns, number + 1) for number in range(columns)]
-    (found[0].set_title if columns == 1 else figure.suptitle)(title)
-    for axes in found:
+    found: Any = figure.subplots(1, columns)
+    (found.set_title if columns == 1 else figure.suptitle)(title)
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    return figure, found[0] if columns == 1 else found
+    return figure, found

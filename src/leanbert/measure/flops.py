@@ -7,21 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from leanbert.measure.torch_compat import OpOverload
 
 aten = torch.ops.aten
-
-
-def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
-
-
-def _attention_backward_flops(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object
-) -> int:
-    return sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
 
 
 def _product_flops(first: Tensor, second: Tensor, *_: object, **__: object) -> int:
@@ -41,11 +31,13 @@ def _packed_flops(products: int, longest: int) -> Callable[..., int]:
 
 
 FLOPS: dict[Any, Callable[..., int]] = {
-    **flop_registry,  # whose counts of products take as long as all else in a trace, and only accelerators' attention
+    **flop_registry,  # whose counts of products take as long as all else in a trace, and not of a CPU's attention
     **dict.fromkeys((aten.mm, aten.bmm), _product_flops),
     **dict.fromkeys((aten.addmm, aten.baddbmm), _sum_and_product_flops),
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
 }
 """Counts the floating-point operations of a call, by operation."""
 

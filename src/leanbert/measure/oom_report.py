@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from leanbert.errors import first_line
 from leanbert.measure.timeline import CATEGORIES, Storage, layer_of
 from leanbert.measure.trace import known_tensors, live_tensors, storages
 from leanbert.units import MIB
@@ -108,7 +109,7 @@ def oom_report(error: BaseException, live: Sequence[Storage], when: str, advice:
     for storage in live:
         sizes[storage.category] += storage.size_bytes
     total = sum(sizes.values())
-    lines = [f"Out of memory {when}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"]
+    lines = [f"Out of memory {when}: {first_line(error)}"]
     lines += ["", f"Live tensors {total / MIB:>12,.1f} MiB"]
     lines += [f"  {name:<11}{sizes[name] / MIB:>12,.1f}   {sizes[name] / max(total, 1):>6.1%}" for name in CATEGORIES]
     lines += ["", f"The {min(LARGEST, len(live))} largest"]

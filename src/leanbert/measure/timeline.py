@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -119,11 +120,9 @@ class Timeline:
     def spans(self) -> list[tuple[str, int, int]]:
         """(phase, first operation, last operation) of each stretch of one phase, in order."""
         spans: list[tuple[str, int, int]] = []
-        for name, operation in zip(self.phases, self.operations.tolist(), strict=True):
-            if spans and spans[-1][0] == name:
-                spans[-1] = (name, spans[-1][1], operation)
-            else:
-                spans.append((name, operation, operation))
+        for name, rows in groupby(range(len(self.phases)), self.phases.__getitem__):
+            operations = self.operations[list(rows)]
+            spans.append((name, int(operations[0]), int(operations[-1])))
         return spans
 
     @property

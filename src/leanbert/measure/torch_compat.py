@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,9 +25,6 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_map_only  # 1.13
 from torch.utils.hooks import RemovableHandle
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
 
 __all__ = [
     "FakeTensor", "FakeTensorMode", "OpOverload", "TorchDispatchMode", "compiled", "cpu_computes_bf16",
@@ -155,9 +152,8 @@ def write_cuda_history(path: str) -> None:
     torch.cuda.memory._dump_snapshot(path)
 
 
-def fake_store() -> Store:
+def fake_store() -> dist.Store:
     """Return a store of the process group "fake" (2.1), whose collectives do nothing; to import it registers that."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    store: Store = FakeStore()
-    return store
+    return FakeStore()

@@ -21,19 +21,18 @@ Keep = Literal["all", "products", "input"]
 
 PRODUCTS = frozenset(
     {
-        torch.ops.aten.mm.default,
-        torch.ops.aten.addmm.default,
-        torch.ops.aten.bmm.default,
-        torch.ops.aten.baddbmm.default,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-        torch.ops.aten._scaled_dot_product_flash_attention.default,
-        torch.ops.aten._scaled_dot_product_efficient_attention.default,
-        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::baddbmm",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "torch_attn::_varlen_attn",
     }
 )
-"""Operations whose outputs cost most to compute again."""
-PRODUCTS_BY_NAME = frozenset({"torch_attn::_varlen_attn"})
-"""The same of a module that is imported where it is needed."""
+"""Operations whose outputs cost most to compute again, by name: one is of a module that is imported where needed."""
 
 
 class Checkpointable(nn.Module):
@@ -60,8 +59,10 @@ def run_block(block: Any, hidden: Tensor, context: object, *more: Tensor) -> Ten
         return run_in_slices(block, hidden, context, block.slice_rows, *more)
     if block.keep == "all":
         return block(hidden, context, *more)
-    extra: dict[str, Any] = {} if block.keep == "input" else {"context_fn": _keep_products}
-    return checkpoint(block, hidden, context, *more, use_reentrant=False, **extra)
+    if block.keep == "input":
+        return checkpoint(block, hidden, context, *more, use_reentrant=False)
+    contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
+    return checkpoint(block, hidden, context, *more, use_reentrant=False, context_fn=contexts)
 
 
 def set_checkpointing(blocks: Iterable[nn.Module], keep: Keep, every: int = 1) -> int:
@@ -80,8 +81,5 @@ def set_checkpointing(blocks: Iterable[nn.Module], keep: Keep, every: int = 1) -
 
 
 def _policy(context: object, operation: object, *_: object, **__: object) -> CheckpointPolicy:
-    kept = operation in PRODUCTS or (isinstance(operation, OpOverload) and operation.name() in PRODUCTS_BY_NAME)
+    kept = isinstance(operation, OpOverload) and operation.name() in PRODUCTS
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-_keep_products = functools.partial(create_selective_checkpoint_contexts, _policy)

@@ -27,13 +27,9 @@ def retry_smaller(attempt: Callable[[], Result], shrink: Callable[[BaseException
     of the failed attempt.
     """
     while True:
-        failure: BaseException | None = None
-        try:
-            return attempt()
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            failure = error.with_traceback(None)  # frees the frames, and with them the activations
+        result, failure = _tried(attempt)
+        if failure is None:
+            return result  # type: ignore[return-value]
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -46,15 +42,18 @@ def agree(attempt: Callable[[], Result], any_rank: Callable[[bool], bool]) -> Re
 
     `any_rank` exchanges whether one has failed. Every rank must make the same calls.
     """
-    failure: BaseException | None = None
-    result: Result | None = None
-    try:
-        result = attempt()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        failure = error.with_traceback(None)
+    result, failure = _tried(attempt)
     if any_rank(failure is not None):
         del result
         raise failure or torch.OutOfMemoryError("another rank ran out of memory")
     return result  # type: ignore[return-value]
+
+
+def _tried(attempt: Callable[[], Result]) -> tuple[Result | None, BaseException | None]:
+    """Return the result of `attempt`, or the error that says that memory has run out."""
+    try:
+        return attempt(), None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None, error.with_traceback(None)  # frees the frames, and with them the activations

@@ -35,19 +35,13 @@ class AttentionContext(NamedTuple):
 def make_angles(config: ResolvedConfig, position_ids: Tensor, like: Tensor, local: bool = False) -> RotaryAngles | None:
     """Return the angles of int64 `position_ids` [B or 1, S] in the dtype of products with `like`.
 
-    None where positions enter otherwise. `local`: for local attention.
+    None where positions enter otherwise. `local`: for local attention. Computed in float32. Su et al. 2021, arXiv
+    2104.09864.
     """
     if config.position != "rotary":
         return None
-    return rotary_angles(position_ids, config.head_size, config.theta(local), product_dtype(like))
-
-
-def rotary_angles(position_ids: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> RotaryAngles:
-    """Return the angles of int64 `position_ids` [B or 1, S]; computed in float32, returned in `dtype`.
-
-    Su et al. 2021, arXiv 2104.09864.
-    """
-    angle = rotary_angle(position_ids, head_size, theta)[:, :, None, None]  # [B, S, 1, 1, d/2]
+    dtype = product_dtype(like)
+    angle = rotary_angle(position_ids, config.head_size, config.theta(local))[:, :, None, None]  # [B, S, 1, 1, d/2]
     cosine, sine = angle.cos().to(dtype), angle.sin().to(dtype)
     return RotaryAngles(torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1))
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from leanbert.models.config import ResolvedConfig
-from leanbert.models.decoder import Decoder, DecoderBlock
-from leanbert.models.encoder import Block, Encoder
+from leanbert.models.decoder import DecoderBlock
+from leanbert.models.encoder import Block, Encoder, Stack
 from leanbert.models.heads import MaskedLMHead
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.stored import ModelMetadata, Stored
@@ -65,7 +65,7 @@ class EncoderModel(Unit):
         return [(self.encoder.embeddings.token.weight, self.config.vocab_size or 0)]
 
     @property
-    def stacks(self) -> list[Encoder | Decoder]:
+    def stacks(self) -> list[Stack]:
         """All stacks of blocks, in the order in which they run: what activations are stored of elsewhere."""
         return [self.encoder]
 

@@ -87,8 +87,4 @@ class Classifier(EncoderModel):
         With `head_chunk`, the head works on so many targets at a time and is computed again in the backward pass.
         """
         hidden = self.encode(inputs, target_index)  # [B, M, D]
-
-        def loss(part: Tensor, truth: Tensor) -> Tensor:
-            return criterion(self.head(part), truth)
-
-        return sum_in_chunks(loss, self.head_chunk, hidden, targets)
+        return sum_in_chunks(lambda part, truth: criterion(self.head(part), truth), self.head_chunk, hidden, targets)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from leanbert.errors import UserError
@@ -23,8 +23,8 @@ COMMON: dict[str, Any] = {
 }
 PRESETS: dict[Preset, dict[str, Any]] = {
     # Devlin et al. 2019, arXiv 1810.04805
-    "bert": COMMON
-    | {
+    "bert": {
+        **COMMON,
         "type_vocab_size": 2,
         "position": "learned",
         "norm_position": "post",
@@ -35,8 +35,8 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "norm_eps": 1e-12,
     },
     # Warner et al. 2024, arXiv 2412.13663, with global attention in every layer
-    "modern": COMMON
-    | {
+    "modern": {
+        **COMMON,
         "type_vocab_size": 0,
         "position": "rotary",
         "norm_position": "pre",
@@ -143,24 +143,24 @@ class EncoderConfig:
         return ResolvedConfig(**values)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ResolvedConfig(EncoderConfig):
     """An `EncoderConfig` without open choices; what the modules are built from."""
 
-    head_size: int = field(kw_only=True)
-    intermediate_size: int = field(kw_only=True)
-    type_vocab_size: int = field(kw_only=True)
-    position: Position = field(kw_only=True)
-    norm_position: NormPosition = field(kw_only=True)
-    activation: Activation = field(kw_only=True)
-    bias: bool = field(kw_only=True)
-    dropout: float = field(kw_only=True)
-    attention_dropout: float = field(kw_only=True)
-    norm_eps: float = field(kw_only=True)
-    rotary_theta: float = field(kw_only=True)
-    local_window: int = field(kw_only=True)
-    global_every: int = field(kw_only=True)
-    local_rotary_theta: float = field(kw_only=True)
+    head_size: int
+    intermediate_size: int
+    type_vocab_size: int
+    position: Position
+    norm_position: NormPosition
+    activation: Activation
+    bias: bool
+    dropout: float
+    attention_dropout: float
+    norm_eps: float
+    rotary_theta: float
+    local_window: int
+    global_every: int
+    local_rotary_theta: float
 
     def __post_init__(self) -> None:
         """Raise `UserError` for values that do not fit together."""

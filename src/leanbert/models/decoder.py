@@ -6,9 +6,9 @@ Shapes: B batch, T target tokens (of which P are in a cache already), S source t
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ from leanbert.memory.checkpointing import run_block
 from leanbert.models.attention import AttentionContext, CrossAttention, SelfAttention, make_angles
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.embeddings import Embeddings
-from leanbert.models.encoder import FeedForward, ResidualBlock, make_norm, note
-from leanbert.models.kernels.attention import additive, same_document, sight
+from leanbert.models.encoder import FeedForward, ResidualBlock, Stack, make_norm
+from leanbert.models.kernels.attention import additive_mask, make_mask, same_document
 from leanbert.models.packed_inputs import PackedInputs
 
 
@@ -61,7 +61,7 @@ class DecoderBlock(ResidualBlock):
         return self.add(hidden, self.feed_forward_norm, self.feed_forward)
 
 
-class Decoder(nn.Module):
+class Decoder(Stack):
     """Target ids and the encoder's output to hidden states: [B, T], [B, S, D] -> [B, T, D].
 
     Args:
@@ -72,16 +72,10 @@ class Decoder(nn.Module):
     """
 
     def __init__(self, config: ResolvedConfig, num_layers: int, vocab_size: int | None = None) -> None:
-        super().__init__()
-        self.config = config
         own = config if vocab_size is None else replace(config, vocab_size=vocab_size)
-        self.embeddings = Embeddings(own, tokens=vocab_size is not None)
-        self.blocks = nn.ModuleList(
-            DecoderBlock(config, config.num_layers + layer, first=layer == 0) for layer in range(num_layers)
-        )
-        self.final_norm = make_norm(config) if config.norm_position == "pre" else None
-        self.storage: Callable[[], AbstractContextManager[Any]] = nullcontext  # of saved activations
-        self.states: list[Tensor] | None = None  # as of `Encoder`
+        embeddings = Embeddings(own, tokens=vocab_size is not None)
+        blocks = (DecoderBlock(config, config.num_layers + layer, first=layer == 0) for layer in range(num_layers))
+        super().__init__(config, embeddings, blocks)
 
     def forward(self, inputs: PackedInputs, embedding: Tensor, memory: Tensor, source_documents: Tensor) -> Tensor:
         """Decode rows [B, T] with the token embedding [R, D], looking at `memory` [B, S, D].
@@ -91,19 +85,19 @@ class Decoder(nn.Module):
         """
         self.config.check_length(inputs.input_ids.shape[1])
         with self.storage() if torch.is_grad_enabled() else nullcontext():
-            hidden = note(self.states, self.embeddings(inputs, embedding))
+            hidden = self.note(self.embeddings(inputs, embedding))
             context = self.make_context(inputs, source_documents, hidden)
             for block in self.blocks:
-                hidden = note(self.states, run_block(block, hidden, context, memory))
-            return hidden if self.final_norm is None else self.final_norm(hidden)
+                hidden = self.note(run_block(block, hidden, context, memory))
+            return self.final_norm(hidden)
 
     def make_context(self, inputs: PackedInputs, source_documents: Tensor, like: Tensor) -> DecoderContext:
         """Return masks and angles of `inputs` for products with `like`."""
         rate = self.config.attention_dropout if self.training else 0.0
-        own = sight(inputs, like, self.config.head_size, rate, window=(-1, 0))  # causal
+        own = make_mask(inputs, like, self.config.head_size, rate, window=(-1, 0))  # causal
         cross = same_document(inputs.document_ids, source_documents)
         # padding of the target looks at the row's first source, whatever that is: nobody looks at it
         first = torch.arange(source_documents.shape[1], device=like.device) == 0
         cross = cross | (~cross.any(-1, keepdim=True) & first)
         own_context = AttentionContext(own, make_angles(self.config, inputs.position_ids, like))
-        return DecoderContext(own_context, additive(cross, like))
+        return DecoderContext(own_context, additive_mask(cross, like))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from leanbert.models.attention import RotaryAngles, make_angles
 from leanbert.models.decoder import DecoderBlock
-from leanbert.models.kernels.attention import additive, product_dtype
+from leanbert.models.kernels.attention import additive_mask, product_dtype
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.pointer import Source
 
@@ -45,7 +45,7 @@ class Cache:
             self.source = model.pointer.read(memory, inputs.input_ids, real[:, None, :])
         self.cross_mask: Tensor | None = None
         if not bool(real.all()):
-            self.cross_mask = additive(real[:, None, None, :], memory)  # [N, 1, 1, S]
+            self.cross_mask = additive_mask(real[:, None, None, :], memory)  # [N, 1, 1, S]
         self.own_mask: Tensor | None = None
         if beams > 1:  # [N, 1, K, P * K]
             shape = (len(memory), 1, beams, positions * beams)
@@ -68,8 +68,7 @@ class Cache:
         for layer in self.layers:
             hidden = layer.step(hidden, self.position, angles, mask, self.cross_mask)
         self.position += 1
-        if decoder.final_norm is not None:
-            hidden = decoder.final_norm(hidden)
+        hidden = decoder.final_norm(hidden)
         pointer: Any = self.model.pointer
         copied = None if self.source is None else pointer(hidden, self.source)
         return self.model.logits(hidden, copied).flatten(0, 1).float()

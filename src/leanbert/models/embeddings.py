@@ -54,8 +54,9 @@ class Embeddings(nn.Module):
         self.token = nn.Embedding(padded_rows(config.vocab_size), width) if tokens else None  # type: ignore[assignment]
         self.segment = nn.Embedding(config.type_vocab_size, width) if config.type_vocab_size else None
         self.position = nn.Embedding(config.max_positions, width) if config.position == "learned" else None
-        fixed = sinusoidal_table(config.max_positions, width) if config.position == "sinusoidal" else None
-        fixed = None if fixed is None else fixed.to(torch.get_default_dtype())
+        fixed = None
+        if config.position == "sinusoidal":
+            fixed = sinusoidal_table(config.max_positions, width).to(torch.get_default_dtype())
         self.register_buffer("fixed_position", fixed, persistent=False)
         self.norm = nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
         self.dropout = config.dropout

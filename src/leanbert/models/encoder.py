@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, D hidden, I intermediate, d head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,7 +18,7 @@ from leanbert.models.attention import AttentionContext, SelfAttention, make_angl
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.dropout import dropout
 from leanbert.models.embeddings import Embeddings
-from leanbert.models.kernels.attention import sight
+from leanbert.models.kernels.attention import make_mask
 from leanbert.models.linear import Linear
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.unit import Unit
@@ -27,13 +27,6 @@ from leanbert.models.unit import Unit
 def make_norm(config: ResolvedConfig) -> nn.LayerNorm:
     """LayerNorm over D as the configuration wants it."""
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.bias)
-
-
-def note(states: list[Tensor] | None, hidden: Tensor) -> Tensor:
-    """Return `hidden`, which is added to `states` if there are some."""
-    if states is not None:
-        states.append(hidden)
-    return hidden
 
 
 class FeedForward(nn.Module):
@@ -93,28 +86,41 @@ class Block(ResidualBlock):
         return self.add(hidden, self.feed_forward_norm, self.feed_forward)
 
 
-class Encoder(nn.Module):
+class Stack(nn.Module):
+    """What encoder and decoder have in common: embeddings, blocks and, with pre-norm, a norm after the last one."""
+
+    def __init__(self, config: ResolvedConfig, embeddings: Embeddings, blocks: Iterable[ResidualBlock]) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = embeddings
+        self.blocks = nn.ModuleList(blocks)
+        self.final_norm = make_norm(config) if config.norm_position == "pre" else nn.Identity()
+        self.storage: Callable[[], AbstractContextManager[Any]] = nullcontext  # of saved activations
+        self.states: list[Tensor] | None = None  # of the embeddings and after each block, where somebody looks
+
+    def note(self, hidden: Tensor) -> Tensor:
+        """Return `hidden`, which is added to `states` if somebody looks."""
+        if self.states is not None:
+            self.states.append(hidden)
+        return hidden
+
+
+class Encoder(Stack):
     """Token ids to hidden states, [B, S] -> [B, S, D]."""
 
     def __init__(self, config: ResolvedConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embeddings = Embeddings(config)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.final_norm = make_norm(config) if config.norm_position == "pre" else None
-        self.storage: Callable[[], AbstractContextManager[Any]] = nullcontext  # of saved activations
-        self.states: list[Tensor] | None = None  # of the embeddings and after each block, where somebody looks
+        super().__init__(config, Embeddings(config), (Block(config, layer) for layer in range(config.num_layers)))
 
     def forward(self, inputs: PackedInputs) -> Tensor:
         """Encode rows. Raises `UserError` if S exceeds the model's positions."""
         self.config.check_length(inputs.input_ids.shape[1])
         with self.storage() if torch.is_grad_enabled() else nullcontext():
-            hidden = note(self.states, self.embeddings(inputs))
+            hidden = self.note(self.embeddings(inputs))
             local_layers = [self.config.is_local(layer) for layer in range(self.config.num_layers)]
             contexts = {local: self.make_context(inputs, hidden, local) for local in set(local_layers)}
             for block, local in zip(self.blocks, local_layers, strict=True):
-                hidden = note(self.states, run_block(block, hidden, contexts[local]))
-            return hidden if self.final_norm is None else self.final_norm(hidden)
+                hidden = self.note(run_block(block, hidden, contexts[local]))
+            return self.final_norm(hidden)
 
     def make_context(self, inputs: PackedInputs, like: Tensor, local: bool = False) -> AttentionContext:
         """Return mask and angles of `inputs` for products with `like`.
@@ -122,5 +128,5 @@ class Encoder(nn.Module):
         A position looks at its document; with `local` attention at no more than half a window on either side.
         """
         rate = self.config.attention_dropout if self.training else 0.0
-        mask = sight(inputs, like, self.config.head_size, rate, self.config.window(local))
+        mask = make_mask(inputs, like, self.config.head_size, rate, self.config.window(local))
         return AttentionContext(mask, make_angles(self.config, inputs.position_ids, like, local))

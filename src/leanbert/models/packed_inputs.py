@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from leanbert.slices import parts
 
@@ -131,9 +132,7 @@ class PackedInputs:
         place = torch.arange(len(number), device=real.device) - (counts.cumsum(0) - counts)[number]
 
         def documents(tensor: Tensor, padding: int = 0) -> Tensor:
-            rows = tensor.new_full((len(counts), int(counts.max())), padding)
-            rows[number, place] = tensor[real]
-            return rows
+            return pad_sequence(tensor[real].split(counts.tolist()), batch_first=True, padding_value=padding)
 
         def packed(values: Tensor) -> Tensor:
             return torch.zeros_like(self.input_ids).masked_scatter(real, values)

@@ -18,14 +18,13 @@ from leanbert.models.base import EncoderModel
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.decoder import Decoder, DecoderBlock
 from leanbert.models.decoding_cache import Cache
-from leanbert.models.encoder import Block, Encoder
+from leanbert.models.encoder import Block, Stack
 from leanbert.models.heads import MaskedLMHead
 from leanbert.models.kernels.loss import Mixture
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.pointer import Copied, Pointer, add_copied, copied_log_probs
 from leanbert.models.stored import ModelMetadata, Start, Stored
 
-INHERITED_HEAD = "head."
 PASSED_ON = 0.7
 """What each of the two maps of a warm-started cross-attention first multiplies what it reads by."""
 
@@ -78,13 +77,13 @@ class Seq2SeqModel(EncoderModel):
         return super().token_tables + own
 
     @property
-    def stacks(self) -> list[Encoder | Decoder]:
+    def stacks(self) -> list[Stack]:
         """Encoder and decoder."""
         return [self.encoder, self.decoder]
 
     def inherits(self, name: str, metadata: ModelMetadata) -> bool:
         """Whether weight `name` of a stored model is taken over: of a masked language model the head of its tokens."""
-        if metadata.task == "mlm" and self.target_vocab_size is None and name.startswith(INHERITED_HEAD):
+        if metadata.task == "mlm" and self.target_vocab_size is None and name.startswith("head."):
             return True
         return super().inherits(name, metadata)
 
@@ -128,8 +127,7 @@ class Seq2SeqModel(EncoderModel):
         own, theirs = self.decoder.embeddings, self.encoder.embeddings
         copied = {name: weight for name, weight in theirs.state_dict().items() if not name.startswith("token.")}
         own.load_state_dict(own.state_dict() | copied)
-        if self.decoder.final_norm is not None and self.encoder.final_norm is not None:
-            self.decoder.final_norm.load_state_dict(self.encoder.final_norm.state_dict())
+        self.decoder.final_norm.load_state_dict(self.encoder.final_norm.state_dict())
         if self.pointer is not None:
             self.pointer.initialise_to_identity()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -23,29 +24,13 @@ Start = Literal["encoder", "shared", "random"]
 StateDict = dict[str, Tensor]
 
 
-class LazyWeights(Mapping[str, Tensor]):
-    """Weights by name, of which those that are not there, mapped from a file, are made when they are asked for.
-
-    Args:
-        weights: Weights, or what makes them.
-
-    """
-
-    def __init__(self, weights: Mapping[str, Tensor | Callable[[], Tensor]]) -> None:
-        self._weights = weights
+class LazyWeights(UserDict[str, Any]):
+    """Weights by name: tensors, mapped from a file, or functions that make one when it is asked for."""
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a weight; one that is made is made anew each time."""
-        weight = self._weights[name]
+        weight = self.data[name]
         return weight if isinstance(weight, Tensor) else weight()
-
-    def __iter__(self) -> Iterator[str]:
-        """Go through the names."""
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        """Return how many weights there are."""
-        return len(self._weights)
 
 
 @dataclass(frozen=True)

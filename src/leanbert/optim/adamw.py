@@ -49,6 +49,19 @@ class SlicedAdamW(Optimizer):
 
     Besides `step`, single parameters can be updated as soon as their gradient exists: `update`; or, with several
     micro-batches, `accumulate` after each and `apply` after the last, so that gradients need not live until then.
+
+    Args:
+        params: Parameters or groups, as any torch optimizer takes; fp32, fp64 or bfloat16, contiguous.
+        lr: Learning rate, read from the groups at each update.
+        betas: Decay rates of the two moments.
+        eps: Offset of the denominator.
+        weight_decay: Decoupled decay, times the learning rate.
+        state_bits: Bits of each number of the moments: 32, 8 or 4.
+        seed: Seed of the stochastic rounding.
+
+    Raises:
+        UserError: A setting is out of range, or a parameter is of a type or layout that cannot be updated.
+
     """
 
     def __init__(
@@ -61,21 +74,6 @@ class SlicedAdamW(Optimizer):
         state_bits: int = 32,
         seed: int = 0,
     ) -> None:
-        """Check and store the settings.
-
-        Args:
-            params: Parameters or groups, as any torch optimizer takes; fp32, fp64 or bfloat16, contiguous.
-            lr: Learning rate, read from the groups at each update.
-            betas: Decay rates of the two moments.
-            eps: Offset of the denominator.
-            weight_decay: Decoupled decay, times the learning rate.
-            state_bits: Bits of each number of the moments: 32, 8 or 4.
-            seed: Seed of the stochastic rounding.
-
-        Raises:
-            UserError: A setting is out of range, or a parameter is of a type or layout that cannot be updated.
-
-        """
         if state_bits not in (32, 8, 4):
             raise UserError(f"state_bits: {state_bits} is not supported. Give 32, 8 or 4.")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -209,7 +207,7 @@ def decode_moment(state: dict[str, Any], name: str, elements: int) -> Tensor:
 
 
 def encode_moment(values: Tensor, name: str, bits: int) -> dict[str, Tensor]:
-    """Return what the state keeps of a moment [elements]: the nearest codes, the same ones of decoded values."""
+    """Return what the state keeps of a moment [elements]: the nearest codes; of decoded ones the same again."""
     code = CODES[bits, name]
     codes, scales = code.zeros(len(values), values.device)
     blocks = torch.nn.functional.pad(values, (0, -len(values) % code.block)).view(-1, code.block)

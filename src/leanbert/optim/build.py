@@ -84,12 +84,12 @@ class CombinedOptimizer(Optimizer):
         result = with_gradients(closure)
         with phase("optimizer"):
             for inner in self.optimizers:
-                if isinstance(inner, SlicedAdamW) or not _in_bfloat16(inner):
+                if isinstance(inner, SlicedAdamW) or all(p.dtype != torch.bfloat16 for p in _parameters(inner)):
                     inner.step()
-                else:
-                    for parameter in _parameters(inner):
-                        if parameter.grad is not None:
-                            self._update(inner, parameter)
+                    continue
+                for parameter in _parameters(inner):
+                    if parameter.grad is not None:
+                        self._update(inner, parameter)
         self.steps += 1
         self._share()  # the first step creates the state
         return result
@@ -97,20 +97,16 @@ class CombinedOptimizer(Optimizer):
     def update(self, parameter: Tensor) -> None:
         """Update one parameter from its gradient, as `step` does for all."""
         with phase("optimizer"):
-            self._update(self.owner(parameter), parameter)
+            self._update(self._owner[id(parameter)], parameter)
 
     def accumulate(self, parameter: Tensor, *, first: bool, last: bool) -> None:
         """Fold the gradient of one micro-batch into the moments of its `SlicedAdamW`; after the last one update."""
-        inner = self.owner(parameter)
+        inner = self._owner[id(parameter)]
         assert isinstance(inner, SlicedAdamW)
         with phase("optimizer"):
             inner.accumulate(parameter, first=first)
             if last:
                 inner.apply(parameter)
-
-    def owner(self, parameter: Tensor) -> Optimizer:
-        """Return the inner optimizer of a parameter."""
-        return self._owner[id(parameter)]
 
     def _update(self, inner: Optimizer, parameter: Tensor) -> None:
         if isinstance(inner, SlicedAdamW):
@@ -179,10 +175,6 @@ def _restore_dtypes(loaded: dict[str, Any], saved: dict[str, Any], device: torch
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _in_bfloat16(optimizer: Optimizer) -> bool:
-    return any(parameter.dtype == torch.bfloat16 for parameter in _parameters(optimizer))
 
 
 def build_optimizer(

@@ -12,11 +12,7 @@ Guard = Callable[[Iterable[Tensor]], None]
 """Is given each parameter before its gradient is used, and may take it away."""
 
 
-def let_all_through(parameters: Iterable[Tensor]) -> None:
-    """Guard nothing."""
-
-
-def update_in_backward(model: nn.Module, optimizer: CombinedOptimizer, guard: Guard = let_all_through) -> None:
+def update_in_backward(model: nn.Module, optimizer: CombinedOptimizer, guard: Guard) -> None:
     """Update each parameter as soon as its gradient is whole, and free the gradient.
 
     Exact with one backward pass a step; `optimizer.step` then finds nothing left to do. A tied weight's gradient is
@@ -26,10 +22,7 @@ def update_in_backward(model: nn.Module, optimizer: CombinedOptimizer, guard: Gu
 
 
 def accumulate_in_backward(
-    model: nn.Module,
-    optimizer: CombinedOptimizer,
-    position: Callable[[], tuple[int, int]],
-    guard: Guard = let_all_through,
+    model: nn.Module, optimizer: CombinedOptimizer, position: Callable[[], tuple[int, int]], guard: Guard
 ) -> None:
     """Fold each micro-batch's gradient into Adam's moments and free it; update after the last one.
 

@@ -49,13 +49,14 @@ class Muon(torch.optim.Muon):
         def iterate(matrix: Tensor) -> Tensor:
             return orthogonal(matrix.to(dtype), group["ns_coefficients"], group["ns_steps"], group["eps"])
 
-        moved = [self._moved(parameter, group["momentum"]) for parameter in parameters]
-        updates = map_whole(iterate, moved, dtype) if isinstance(moved[0], DTensor) else map(iterate, moved)
+        directions = [self._nesterov(parameter, group["momentum"]) for parameter in parameters]
+        sharded = isinstance(directions[0], DTensor)
+        updates = map_whole(iterate, directions, dtype) if sharded else map(iterate, directions)
         for parameter, update in zip(parameters, updates, strict=True):
             rate = group["lr"] * math.sqrt(max(1.0, parameter.shape[0] / parameter.shape[1]))
             own(parameter).mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
 
-    def _moved(self, parameter: Tensor, momentum: float) -> Tensor:
+    def _nesterov(self, parameter: Tensor, momentum: float) -> Tensor:
         """Take the gradient into the momentum, and return what is to be made orthogonal."""
         state, gradient = self.state[parameter], parameter.grad
         assert gradient is not None

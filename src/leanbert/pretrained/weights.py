@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from leanbert import shard_files
-from leanbert.errors import UserError
+from leanbert.errors import UserError, first_line
 from leanbert.files import explain_disk_errors, temporary
 from leanbert.models.config import EncoderConfig
 from leanbert.models.stored import LazyWeights, ModelMetadata, StateDict, Stored
-from leanbert.untrusted import check_sums, first_line, load_pickled, read_json, refuse_pointer
+from leanbert.untrusted import check_sums, load_pickled, read_json, refuse_pointer
 
 POSITION_IDS = "position_ids"
 """Of old files: integers that say that positions are 0, 1, 2 and so on."""
@@ -53,26 +53,22 @@ def read_checkpoint(path: Path) -> Stored:
     Tensors stay mapped to a file; of a checkpoint in shards each is read when it is asked for. Raises `UserError` if it
     is missing, damaged, carries code, or is not of LeanBERT.
     """
-    if shard_files.holds_shards(path):
-        stored = unpack(shard_files.read_rest(path, FIX), path)
-
-        def read_one(name: str, blank: Tensor) -> Tensor:
-            place = {"state_dict": {MODEL_PREFIX + name: blank}}
-            return next(iter(shard_files.fill(path, place, FIX)["state_dict"].values()))
-
-        def read_shards() -> Mapping[str, Tensor]:
-            shard_files.check_sums(path, FIX)
-            state = stored.read_weights()
-            return LazyWeights({name: partial(read_one, name, blank) for name, blank in state.items()})
-
-        return stored._replace(read_weights=read_shards)
-    if not path.is_file():
+    in_shards = shard_files.holds_shards(path)
+    if not in_shards and not path.is_file():
         raise UserError(f"{path}: no such checkpoint or folder. Correct model.init_from")
-    stored = unpack(load_pickled(path, FIX), path)
+    stored = unpack(shard_files.read_rest(path, FIX) if in_shards else load_pickled(path, FIX), path)
+
+    def read_one(name: str, blank: Tensor) -> Tensor:
+        place = {"state_dict": {MODEL_PREFIX + name: blank}}
+        return next(iter(shard_files.fill(path, place, FIX)["state_dict"].values()))
 
     def read_weights() -> Mapping[str, Tensor]:
-        check_sums(path, FIX)
-        return stored.read_weights()
+        state = stored.read_weights()
+        if not in_shards:
+            check_sums(path, FIX)
+            return state
+        shard_files.check_sums(path, FIX)
+        return LazyWeights({name: partial(read_one, name, blank) for name, blank in state.items()})
 
     return stored._replace(read_weights=read_weights)
 
@@ -84,8 +80,7 @@ def unpack(checkpoint: Any, path: Path) -> Stored:
         config = EncoderConfig(**kept["encoder"]).resolved()
         weights = checkpoint["state_dict"]
         said = {"max_length": kept.get("max_length"), **kept.get("data", {}), **kept.get("model", {})}
-        prefix = MODEL_PREFIX
-        state = {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
+        state = {name.removeprefix(MODEL_PREFIX): weights[name] for name in weights if name.startswith(MODEL_PREFIX)}
         task = kept.get("task", "mlm")
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: not a LeanBERT checkpoint. Name a .ckpt of a run, or a folder") from None

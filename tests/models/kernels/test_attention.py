@@ -7,7 +7,14 @@ from torch.nn.attention import varlen
 
 from leanbert.memory.checkpointing import set_checkpointing
 from leanbert.models.kernels import attention
-from leanbert.models.kernels.attention import additive, attend, prefers_products, same_document, sight, takes_documents
+from leanbert.models.kernels.attention import (
+    additive_mask,
+    attend,
+    make_mask,
+    prefers_products,
+    same_document,
+    takes_documents,
+)
 from leanbert.models.packed_inputs import Documents, PackedInputs
 from leanbert.planning.fake import Fake
 from tests.tiny import PlainTask, tiny_model, unequal_batch
@@ -16,8 +23,8 @@ from tests.tiny import PlainTask, tiny_model, unequal_batch
 def test_mask_has_the_dtype_of_the_products():
     allowed = torch.tensor([[[[True, False]]]])
     with torch.autocast("cpu", torch.bfloat16):
-        assert additive(allowed, torch.empty(0)).dtype == torch.bfloat16
-    mask = additive(allowed, torch.empty(0, dtype=torch.float64))
+        assert additive_mask(allowed, torch.empty(0)).dtype == torch.bfloat16
+    mask = additive_mask(allowed, torch.empty(0, dtype=torch.float64))
     assert mask.dtype == torch.float64
     assert mask.flatten().tolist() == [0.0, float("-inf")]
 
@@ -32,7 +39,7 @@ def test_products_and_fused_kernel_agree_forward_and_backward(monkeypatch, maske
     generator = torch.Generator().manual_seed(0)
     parts = torch.randn(3, 2, 4, 9, 8, generator=generator, dtype=torch.float64)
     ids = torch.tensor([[0] * 4 + [1] * 5, [0] * 9])
-    mask = additive(same_document(ids, ids), parts) if masked else None
+    mask = additive_mask(same_document(ids, ids), parts) if masked else None
     results = []
     for products in (False, True):
         monkeypatch.setattr(attention, "prefers_products", lambda *_, chosen=products: chosen)
@@ -95,7 +102,7 @@ def test_attention_inside_documents_is_attention_with_a_mask(monkeypatch, window
     results = []
     for chosen in (True, False):
         monkeypatch.setattr(attention, "takes_documents", lambda *_, chosen=chosen: chosen)
-        mask = sight(inputs, fused, 8, 0.0, window)
+        mask = make_mask(inputs, fused, 8, 0.0, window)
         assert isinstance(mask, Documents) is chosen
         leaf = fused.clone().requires_grad_()
         out = attend(*leaf.transpose(1, 3).unbind(2), mask)
@@ -153,7 +160,7 @@ def test_a_dry_run_for_cuda_calls_its_kernels():
             fused = torch.empty(3, 2, 4, 32, 8, dtype=dtype, requires_grad=True)
             ids = torch.zeros(2, 32, dtype=torch.int64)
             inputs = PackedInputs(ids, ids, ids).delimited(Documents.whole_rows)
-            mask = sight(inputs, fused, 8, rate)
+            mask = make_mask(inputs, fused, 8, rate)
             assert isinstance(mask, Documents) is documents
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 out = attend(*fused.unbind(0), mask, rate)

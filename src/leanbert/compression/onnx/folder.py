@@ -36,15 +36,13 @@ LENGTHS = (1, 7, 128)
 def write_onnx(
     model: EncoderModel, folder: Path, metadata: ModelMetadata, scheme: Scheme | None = None,
     exceptions: Sequence[str] = (), seen: Sequence[Seen] = (), float32: Path | None = None,
-) -> dict[str, int]:  # fmt: skip
-    """Write the files of a model, quantized if asked but for the layers `exceptions`, and return their sizes in bytes.
+) -> None:  # fmt: skip
+    """Write the files of a model, quantized if asked but for the layers `exceptions`.
 
     Before they are put into `folder`, they are opened by onnxruntime, and float32 is compared with the model.
-    Sizes are by name. What is quantized are the files in the folder `float32`, which this has written of the same
-    model; None: they are made. Raises `UserError` if something is not installed, the disk is full, or outputs differ,
-    and as `quantize`.
+    What is quantized are the files in the folder `float32`, which this has written of the same model; None: they are
+    made. Raises `UserError` if something is not installed, the disk is full, or outputs differ, and as `quantize`.
     """
-    sizes: dict[str, int] = {}
     model = deepcopy(model).float().eval()
     with scratch_folder() as scratch, ExitStack() as stack, explain_disk_errors(folder):
         if float32 is None:
@@ -67,8 +65,6 @@ def write_onnx(
             shutil.copyfile(file, copy)
         for path, copy in building.items():
             os.replace(copy, path)
-            sizes[path.name] = path.stat().st_size
-    return sizes
 
 
 @torch.no_grad()

@@ -157,8 +157,7 @@ class DecoderGraph(nn.Module):
                 return cross(x, *source, there)
 
             hidden = block.run(hidden, attend, attend_to_source)  # type: ignore[operator]
-        if decoder.final_norm is not None:
-            hidden = decoder.final_norm(hidden)
+        hidden = decoder.final_norm(hidden)
         copied = None
         if self.model.pointer is not None and pointer_keys is not None and source_ids is not None:
             copied = self.model.pointer(hidden, Source(pointer_keys, source_ids, real[:, None, :]))
@@ -182,7 +181,7 @@ def write_graph(graph: EncoderGraph | DecoderGraph, path: Path, metadata: ModelM
     size = sum(parameter.nbytes for parameter in graph.parameters())
     if size > MOST_BYTES:
         raise UserError(f"{path}: the model has {size / 1e9:.1f} GB, a file of this format 2 at most. Export with hf")
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             graph.eval(), graph.examples(), dynamo=True, dynamic_shapes=tuple(graph.axes()), opset_version=OPSET,
             input_names=graph.inputs, output_names=graph.outputs, verbose=False,
@@ -215,11 +214,9 @@ def _name_nodes(graph: Any) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out what the exporter says of itself and of what it does not need; without gradients."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def quiet() -> Iterator[None]:
+    """Leave out what exporter and quantizers say of each product and of what they do not need; without gradients."""
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -227,7 +224,7 @@ def _quiet() -> Iterator[None]:
     except ImportError as error:
         raise UserError(f'export: ONNX needs {error.name}. Run: pip install "leanbert[compress]"') from None
     finally:
-        logger.setLevel(level)
+        logging.disable(logging.NOTSET)
 
 
 def _by_block(model: Seq2SeqModel, *names: str) -> tuple[str, ...]:

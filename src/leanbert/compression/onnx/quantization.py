@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from leanbert.compression.onnx.graphs import DECODER, layer_of
-from leanbert.compression.onnx.runtime import Session, fed, read_onnx
+from leanbert.compression.onnx.graphs import DECODER, layer_of, quiet
+from leanbert.compression.onnx.runtime import Session, input_feed, read_onnx
 from leanbert.compression.onnx.tying import tie, tied_nodes
 from leanbert.errors import UserError
 from leanbert.files import scratch_folder
@@ -68,7 +66,7 @@ def fold(source: Path, target: Path) -> None:
         from onnxruntime.quantization.shape_inference import quant_pre_process
     except ImportError as error:
         raise UserError(f'export: quantization needs {error.name}. Run: pip install "leanbert[compress]"') from None
-    with _quiet():
+    with quiet():
         for file in source.glob("*.onnx"):
             quant_pre_process(file, target / file.name, skip_symbolic_shape=True)
 
@@ -97,7 +95,7 @@ def quantize_folded(
     """Do what `quantize` does with graphs that `fold` has written, and with exceptions that are layers."""
     import onnx
 
-    with _quiet():
+    with quiet():
         for file in folded.glob("*.onnx"):
             graph: Any = onnx.load(file)
             kept = [node for node in _quantized_nodes(graph.graph, scheme) if layer_of(node) in exceptions]
@@ -135,7 +133,7 @@ def quantize_plainly(source: Path, target: Path) -> None:
     """Write the graph in `source` to `target` as onnxruntime's dynamic quantization makes it where no more is set."""
     from onnxruntime.quantization import quantize_dynamic
 
-    with _quiet():
+    with quiet():
         quantize_dynamic(source, target, OPERATORS)
 
 
@@ -152,7 +150,7 @@ def _quantize_int8(source: Path, target: Path, kept: list[str], operators: Seque
 def _feeds(folder: Path, file: str, seen: Sequence[Seen]) -> Iterator[dict[str, Tensor]]:
     """Yield what the graph in a file of the folder reads of what was seen, by name."""
     if file != DECODER:
-        yield from (fed(rows[0]) for rows in seen)
+        yield from (input_feed(rows[0]) for rows in seen)
         return
     model: Any = read_onnx(folder)
     for sources, targets in seen:
@@ -205,13 +203,3 @@ def _quantize_int4(graph: Any, target: Path, kept: list[str], operators: Sequenc
     )  # fmt: skip
     quantizer.process()
     quantizer.model.save_model_to_file(str(target), False)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out what the quantizers log of each product."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from leanbert.compression.onnx.graphs import DECODER, ENCODER, KEY, MODEL, PAST
-from leanbert.errors import UserError
+from leanbert.errors import UserError, first_line
 from leanbert.models.kernels.loss import cross_entropy_sum
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.stored import read_description
-from leanbert.untrusted import first_line
 
 FIX = "Export the model again."
 
@@ -103,7 +102,7 @@ class OnnxModel(nn.Module):
 
     def run(self, inputs: PackedInputs, output: str) -> Tensor:
         """Return an output of the graph for rows of one document."""
-        return self.session(fed(inputs), [output])[output]
+        return self.session(input_feed(inputs), [output])[output]
 
 
 class OnnxSeq2Seq(OnnxModel):
@@ -130,7 +129,7 @@ class OnnxDecoding:
 
     def __init__(self, model: OnnxSeq2Seq, inputs: PackedInputs, beams: int) -> None:
         self._decoder, self._beams = model.decoder, beams
-        given = fed(inputs)
+        given = input_feed(inputs)
         source = {**model.session(given), "attention_mask": given["attention_mask"], "source_ids": given["input_ids"]}
         used = source.keys() & self._decoder.inputs
         self._source = {name: source[name].repeat_interleave(beams, 0) for name in used}
@@ -181,7 +180,7 @@ def read_onnx(folder: Path) -> OnnxModel:
     return OnnxSeq2Seq(Session(path), Session(decoder, threads), path)
 
 
-def fed(inputs: PackedInputs) -> dict[str, Tensor]:
+def input_feed(inputs: PackedInputs) -> dict[str, Tensor]:
     """Return what a graph reads of rows of one document each, by name, int64 [B, S]."""
     segments = torch.zeros_like(inputs.input_ids) if inputs.segment_ids is None else inputs.segment_ids
     return {"input_ids": inputs.input_ids, "attention_mask": inputs.real.long(), "token_type_ids": segments}

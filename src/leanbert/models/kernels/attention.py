@@ -26,11 +26,11 @@ in decoding with a cache (0.3 against 3 ms); with more it counts that the T x S 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, rate: float = 0.0) -> Tensor:
     """Softmax attention of queries [B, H, T, d] to keys and values [B, H, S, d]: [B, H, T, d].
 
-    A `mask` [B or 1, 1, T or 1, S], see `additive`, is added to the scores; with `Documents`, see `sight`, each attends
-    to itself; None: all see all. Probabilities are dropped at `rate`.
+    A `mask` [B or 1, 1, T or 1, S], see `additive_mask`, is added to the scores; with `Documents`, see `make_mask`,
+    each attends to itself; None: all see all. Probabilities are dropped at `rate`.
     """
     if isinstance(mask, Documents):
-        return attend_inside(query, key, value, mask)
+        return attend_packed(query, key, value, mask)
     if prefers_products(query, rate):
         return products(query, key, value, mask, rate)
     if mask is not None and stands_in(query) and target_type(query) == "cuda":  # what is called there for a mask
@@ -39,7 +39,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, rate: float = 
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate)
 
 
-def attend_inside(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
+def attend_packed(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
     """Attend as `attend` does, [B, H, S, d] each, inside documents and their window."""
     from torch.nn.attention.varlen import varlen_attn  # only here: this takes seconds
 
@@ -49,10 +49,10 @@ def attend_inside(query: Tensor, key: Tensor, value: Tensor, documents: Document
     return mixed.unflatten(0, (len(query), -1)).transpose(1, 2)
 
 
-def sight(
+def make_mask(
     inputs: PackedInputs, like: Tensor, head_size: int, rate: float, window: tuple[int, int] = (-1, -1)
 ) -> Tensor | Documents:
-    """Return what tells `attend` the keys that a token of packed rows sees: those of its document, in its `window`.
+    """Return the mask of packed rows for `attend`: a token sees those of its document that are in its `window`.
 
     Args:
         inputs: Rows [B, S].
@@ -67,7 +67,7 @@ def sight(
     """
     if inputs.documents is not None and takes_documents(like, head_size, rate):
         return inputs.documents._replace(window=window)
-    return additive(visible(inputs, window), like)
+    return additive_mask(visible(inputs, window), like)
 
 
 def visible(inputs: PackedInputs, window: tuple[int, int] = (-1, -1)) -> Tensor:
@@ -121,7 +121,7 @@ def same_document(query_documents: Tensor, key_documents: Tensor) -> Tensor:
     return query_documents[:, None, :, None] == key_documents[:, None, None, :]
 
 
-def additive(allowed: Tensor, like: Tensor) -> Tensor:
+def additive_mask(allowed: Tensor, like: Tensor) -> Tensor:
     """Return 0 where `allowed` (bool) and -inf elsewhere, in the dtype and on the device of products with `like`."""
     mask = torch.zeros(allowed.shape, dtype=product_dtype(like), device=like.device)
     return mask.masked_fill_(~allowed, float("-inf"))

@@ -29,7 +29,6 @@ ENCODER_DECODER = "EncoderDecoderModel"
 ADD_MODEL_TYPE = 'If it is a BERT, add "model_type": "bert"'
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 
-
 HEADS: dict[Kind, str] = {
     "mlm": "ForMaskedLM",
     "text": "ForSequenceClassification",

@@ -180,7 +180,10 @@ def _translate(theirs: StateDict, names: Names, layout: Layout, folder: Path) ->
 def _join(parts: list[Tensor], *, padded: bool) -> Tensor:
     """Return parts of a weight as one, float32, `padded` with rows of no token."""
     whole = torch.cat([part.float() for part in parts]) if len(parts) > 1 else parts[0].float()
-    return _pad(whole) if padded else whole
+    if not padded:
+        return whole
+    missing = padded_rows(len(whole)) - len(whole)
+    return F.pad(whole, (0, 0) * (whole.dim() - 1) + (0, missing))
 
 
 def _tokens(model: EncoderModel) -> dict[str, int]:
@@ -189,11 +192,6 @@ def _tokens(model: EncoderModel) -> dict[str, int]:
     if isinstance(model, Seq2SeqModel) and model.target_vocab_size is not None:
         targets = model.target_vocab_size
     return dict(zip(OF_VOCABULARY, (sources, targets, targets), strict=True))
-
-
-def _pad(tensor: Tensor) -> Tensor:
-    missing = padded_rows(len(tensor)) - len(tensor)
-    return F.pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, missing))
 
 
 def _their_state(model: EncoderModel, names: Names) -> StateDict:

@@ -8,8 +8,8 @@ import leanbert
 from leanbert.api import Pretrained
 from leanbert.compression.low_rank import make_embedding_low_rank, make_low_rank
 from leanbert.compression.structured import prune_structured
-from leanbert.compression_report.huggingface import leave_huggingface
 from leanbert.compression_report.report import Row, folders_in_words
+from leanbert.compression_report.variants import leave_huggingface
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.models.packed_inputs import PackedInputs
 from tests.compression.onnx.models import make
