@@ -35,6 +35,7 @@ ROOT = Path(__file__).parents[1]
 NEEDED = ("torch", "lightning", "jsonargparse", "transformers", "accelerate", "tokenizers", "torchmetrics", "pytest")
 NOTHING_ALONE = ("oom_recovery", "return_pages", "movement_pruning")
 """Techniques that lower nothing alone on a GPU, or need another one."""
+OFFLOADED = ("--config=configs/strategy/fsdp_offload.yaml", "--trainer.devices=1")
 TOGETHER = 7
 """Runs with a budget at a time: a plan takes one core for many seconds."""
 
@@ -218,20 +219,24 @@ def profile(run: Run) -> Iterator[list[str]]:
 
 
 def memory(run: Run) -> Iterator[list[str]]:
-    """Yield peak and time of each technique at base."""
+    """Yield peak and time of each technique at base, and of shards in host memory, which a CPU has not apart."""
     every = [technique.name for technique in TECHNIQUES if technique.name not in NOTHING_ALONE]
     chosen = ["checkpointing", "adamw_8bit"] if run.dry else every
+    sizes: tuple[str, int, int] = ("tiny", 8, 64) if run.dry else ("base", 32, 128)
+    cases = [Case(*sizes, overlays) for overlays in [(), *((technique,) for technique in chosen)]]
+    if not run.dry:  # the last: its process group stays
+        cases.append(Case(*sizes, more=OFFLOADED))
     plain = None
-    for overlays in [(), *((technique,) for technique in chosen)]:
-        case = Case("tiny", 8, 64, overlays) if run.dry else Case("base", 32, 128, overlays)
+    for case in cases:
+        label = "fsdp_offload, one device" if case.more else case.name
         try:
             found = measured_fit(run, run.arguments(case, steps=2 if run.dry else 8))
         except Exception as error:  # of one technique: the others are still to come
-            yield [case.name, failure(error), "", "", "", ""]
+            yield [label, failure(error), "", "", "", ""]
             continue
         plain = plain or found
         ratios = [f"{found.peak_bytes / plain.peak_bytes:.2f}", f"{found.step_seconds / plain.step_seconds:.2f}"]
         yield [
-            case.name, f"{found.peak_bytes / MIB:,.0f}", ratios[0], f"{1000 * found.step_seconds:,.1f}", ratios[1],
+            label, f"{found.peak_bytes / MIB:,.0f}", ratios[0], f"{1000 * found.step_seconds:,.1f}", ratios[1],
             f"{found.loss:.3f}",
         ]  # fmt: skip

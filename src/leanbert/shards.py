@@ -25,12 +25,16 @@ def own_rows(tensor: Tensor) -> int:
     return -(-tensor.shape[0] // shards_of(tensor))
 
 
+def rank_of(tensor: DTensor) -> int:
+    """Return this device's place among those that a tensor is sharded over."""
+    return tensor.device_mesh.get_local_rank(_dimension(tensor))
+
+
 def own_start(tensor: Tensor) -> int:
     """Return how many elements of the whole tensor come before this device's part."""
     if not isinstance(tensor, DTensor) or tensor.numel() == 0:
         return 0
-    place = tensor.device_mesh.get_local_rank(_dimension(tensor))
-    return min(own_rows(tensor) * place, tensor.shape[0]) * (tensor.numel() // tensor.shape[0])
+    return min(own_rows(tensor) * rank_of(tensor), tensor.shape[0]) * (tensor.numel() // tensor.shape[0])
 
 
 def sum_over_shards(value: Tensor, like: Tensor) -> Tensor:
@@ -42,19 +46,27 @@ def sum_over_shards(value: Tensor, like: Tensor) -> Tensor:
 
 
 def from_own(part: Tensor, like: Tensor, shape: torch.Size) -> Tensor:
-    """Return the tensor of `shape` of which each device has such a part, sharded as `like` is; else `part`."""
+    """Return the tensor of `shape` of which each device has such a part, sharded as `like` is; else `part`.
+
+    A part in host memory stays there.
+    """
     if not isinstance(like, DTensor):
         return part
-    return DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=shape, stride=part.stride()
-    )
+    mesh = like.device_mesh
+    host = part.device.type == "cpu" and mesh.device_type != "cpu"
+    given = part.to("meta") if host else part  # which would be moved to the mesh's device
+    found = DTensor.from_local(given, mesh, like.placements, run_check=False, shape=shape, stride=part.stride())
+    if host:
+        found = torch.empty_like(found, device="cpu")  # type: ignore[assignment]
+        own(found).copy_(part)
+    return found
 
 
 def counts_before(count: int, like: Tensor) -> tuple[int, int]:
     """Return the sums of a count over the devices with earlier parts of `like`, and over all with parts of it."""
     if not isinstance(like, DTensor):
         return 0, count
-    place = like.device_mesh.get_local_rank(_dimension(like))
+    place = rank_of(like)
     counts = torch.zeros(shards_of(like), dtype=torch.int64, device=own(like).device)
     counts[place] = count
     counts = sum_over_shards(counts, like)

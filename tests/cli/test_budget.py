@@ -16,8 +16,11 @@ SHARDS = {"class_path": "leanbert.distributed.strategy.FullySharded"}
         ("ddp_spawn", {"strategy": "ddp"}),
         ("fsdp", {"strategy": "fsdp2"}),
         ("hsdp", {"strategy": "fsdp2", "replicas": 3}),
-        (SHARDS, {"strategy": "fsdp2", "replicas": 1}),
-        ({**SHARDS, "init_args": {"replicas": "nodes"}}, {"strategy": "fsdp2", "replicas": 3}),
+        (SHARDS, {"strategy": "fsdp2", "replicas": 1, "offload": False}),
+        (
+            {**SHARDS, "init_args": {"replicas": "nodes", "offload": True}},
+            {"strategy": "fsdp2", "replicas": 3, "offload": True},
+        ),
         ({"class_path": "lightning.pytorch.strategies.DDPStrategy"}, {"strategy": "ddp"}),
     ],
 )

@@ -138,6 +138,51 @@ def test_fsdp2_reduces_the_norm_once_per_step():
     assert more.collectives["all_gather"] == 2 * fewer.collectives["all_gather"]
 
 
+def offloaded(run, devices=DEVICES):
+    """Return what is predicted of shards, on the device and in host memory."""
+    around = replace(run, strategy="fsdp2", devices=devices, rows=16 // devices)
+    return [predict(replace(around, offload=each)) for each in (False, True)]
+
+
+def test_offloaded_shards_are_not_in_the_memory_of_a_device():
+    plain, apart = offloaded(replace(settings(), device_type="cuda"))
+    shards = sum(parameter_bytes(DEVICES)) // DEVICES
+    update = apart.phases["optimizer"]
+    assert update["parameters"] == update["gradients"] == 0
+    assert update["optimizer"] < 400  # counters of steps
+    validation = [each.phases["validation"]["parameters"] for each in (plain, apart)]
+    assert validation[0] - validation[1] == shards
+    backward = [sum(each.phases["backward"].values()) for each in (plain, apart)]
+    assert backward[0] - backward[1] == 3 * shards  # and moments; at the peak there are no gradients yet
+    assert apart.collectives == plain.collectives
+    assert apart.flops == plain.flops
+
+
+def test_offloaded_gradients_of_each_micro_batch_are_reduced():
+    run = replace(settings(), device_type="cuda")
+    once = offloaded(run)[1]
+    plain, apart = offloaded(replace(run, callbacks=(GradientAccumulation(1),)))
+    assert apart.collectives == {kind: 4 * size for kind, size in once.collectives.items()}
+    assert plain.phases["backward"]["gradients"] >= sum(parameter_bytes())
+    assert apart.phases["backward"]["gradients"] < sum(parameter_bytes()) / 2
+
+
+def test_one_device_has_what_it_gathers_of_offloaded_shards():
+    whole, (blocks, rest) = sum(parameter_bytes()), parameter_bytes()
+    plain, apart = offloaded(replace(settings(), device_type="cuda"), devices=1)
+    assert plain.phases["optimizer"]["parameters"] == whole
+    update = apart.phases["optimizer"]
+    assert update["parameters"] == update["gradients"] == 0
+    assert update["optimizer"] < 400
+    assert apart.phases["forward"]["parameters"] == rest  # scores are made when no block is there
+    assert rest < apart.phases["backward"]["parameters"] + apart.phases["backward"]["gradients"] < rest + blocks
+
+
+def test_on_a_cpu_nothing_is_offloaded():
+    with pytest.raises(UserError, match=r"trainer\.strategy\.offload: a CPU's memory"):
+        offloaded(settings())
+
+
 def test_muon_gathers_each_matrix_on_one_device_and_hands_it_out_again():
     plain, muon = (predict_distributed(settings(optimizer=name), DEVICES, "fsdp2") for name in ("adamw", "muon"))
     matrices = build_optimizer(build_model(encoder(), VOCABULARY), OptimizerConfig(name="muon")).optimizers[0]

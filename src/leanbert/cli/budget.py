@@ -40,8 +40,10 @@ def strategy_of(settings: Any) -> dict[str, Any]:
         return kinds.get(asked, {"strategy": "ddp"})
     if not asked["class_path"].endswith("FullySharded"):
         return {"strategy": "ddp"}
-    replicas = asked.get("init_args", {}).get("replicas", 1)
-    return {"strategy": "fsdp2", "replicas": nodes if replicas == "nodes" else replicas}
+    given = asked.get("init_args", {})
+    replicas = given.get("replicas", 1)
+    shared = {"replicas": nodes if replicas == "nodes" else replicas, "offload": given.get("offload", False)}
+    return {"strategy": "fsdp2", **shared}
 
 
 def apply_budget(settings: Any, arguments: list[str]) -> PlanReport:

@@ -11,7 +11,7 @@ from typing import Any
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from leanbert.measure.torch_compat import TorchDispatchMode, group_of, tensors_in, wraps_tensors
+from leanbert.measure.torch_compat import TorchDispatchMode, group_of, in_backward_pass, tensors_in, wraps_tensors
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "gather", "scatter")
 """Collectives that are counted; the names of the last are parts of others."""
@@ -43,6 +43,7 @@ class Collectives(TorchDispatchMode):
 
     Args:
         updating: Says whether the update runs.
+        reduces_each: Whether gradients are reduced in each backward pass, and not in a step's last.
 
     Attributes:
         passes: Bytes by kind, of forward and backward passes: there are as many for each micro-batch.
@@ -50,9 +51,9 @@ class Collectives(TorchDispatchMode):
 
     """
 
-    def __init__(self, updating: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, updating: Callable[[], bool] = lambda: False, *, reduces_each: bool = False) -> None:
         super().__init__()
-        self._updating = updating
+        self._updating, self._reduces_each = updating, reduces_each
         self.passes: Counter[str] = Counter()
         self.update: Counter[str] = Counter()
 
@@ -68,7 +69,8 @@ class Collectives(TorchDispatchMode):
         if func.namespace in ("c10d", "_c10d_functional"):
             name = func._opname.replace("_", "")
             if kind := next((kind for kind in KINDS if kind.replace("_", "") in name), None):
-                once = kind != "all_gather" or self._updating()
+                of_pass = kind == "all_gather" or (self._reduces_each and in_backward_pass())
+                once = self._updating() or not of_pass
                 size = max(tensor.nbytes for tensor in tensors_in((args, kwargs, result)))  # a shard is smaller
                 (self.update if once else self.passes)[kind] += ring_bytes(kind, size, group_of(args).size())
         return result

@@ -28,6 +28,7 @@ def parallelize(
     mesh: DeviceMesh | None,
     *,
     dtype: torch.dtype | None = None,
+    offload: bool = False,
     fill: bool = True,
 ) -> Model:
     """Return a model with its initial weights, whole or sharded.
@@ -40,6 +41,7 @@ def parallelize(
         prepare: Does what comes before sharding: structured pruning, activation checkpointing, compilation.
         mesh: Devices to shard over, [N], or to replicate and shard over, [R, N]; None: each has the whole model.
         dtype: In which parameters are gathered; None: in their own.
+        offload: Shards are in host memory; see `shard`.
         fill: Whether the shards get weights; a plan needs none.
 
     Raises:
@@ -50,13 +52,13 @@ def parallelize(
         model = make()
         prepare(model)
         if mesh is not None:
-            shard(model, mesh, dtype)
+            shard(model, mesh, dtype, offload=offload)
         return model
-    with torch.device(mesh.device_type), Spread(mesh) as spread:
+    with torch.device(mesh.device_type), Spread(mesh, offload=offload) as spread:
         model = make()
         prepare(model)
     shards = {name: spread.shards(parameter) for name, parameter in model.named_parameters()}
-    shard(model, mesh, dtype)
+    shard(model, mesh, dtype, offload=offload)
     found = {name: each for name, each in shards.items() if each is not None}  # the others `shard` has cut
     model.load_state_dict(found, strict=False, assign=True)
     return model

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from leanbert.errors import UserError
 from leanbert.measure.torch_compat import fake_store
 from leanbert.models.unit import Unit
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
+def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None, *, offload: bool = False) -> None:
     """Shard parameters, gradients and optimizer state over `mesh` [N] in place: each block, then what remains.
 
     A block is gathered before it runs and freed after, forward and backward; what is outside of blocks (embeddings
     and head) stays from the forward to the end of the backward pass (the defaults of `fully_shard`, FSDP2). Over a mesh
     [R, N] there are R replicas, whose gradients are summed. Parameters are gathered in `dtype`, for mixed precision;
-    gradients are reduced in float32 then.
+    gradients are reduced in float32 then. With `offload` shards are in host memory, as are the gradients and the
+    optimizer's state of them, and a device has only what is gathered.
 
     Raises:
         UserError: Blocks have weights in common.
@@ -35,16 +43,18 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None) 
             "Use decoder_start=encoder, or ddp."
         )
     for unit in (*model.blocks, model):  # type: ignore[misc]
-        shard_unit(unit, mesh, dtype)
+        shard_unit(unit, mesh, dtype, offload=offload)
         register_fsdp_forward_method(unit, Unit.with_weights.__name__)
     register_fsdp_forward_method(model, "loss_sum")  # tasks train by it, not by `forward`
 
 
-def shard_unit(module: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
+def shard_unit(module: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None, *, offload: bool = False) -> None:
     """Shard what is not yet of a module's parameters, which are gathered together; the rest is as of `shard`."""
     # inputs stay as they are: autocast decides in what an operation computes
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32, cast_forward_inputs=False)
-    fully_shard(module, mesh=mesh, mp_policy=policy)
+    # from page-locked memory, which a CPU has no use for, copies run beside the computation
+    place = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
+    fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=place)
 
 
 def check_groups(devices: int, replicas: int) -> None:
@@ -56,11 +66,14 @@ def check_groups(devices: int, replicas: int) -> None:
         )
 
 
-def lay_out(device_type: str, devices: int, replicas: int) -> DeviceMesh:
-    """Return a process group's devices as a mesh [N], or [replicas, N / replicas]."""
+def lay_out(device_type: str, devices: int, replicas: int, backend: str | None = None) -> DeviceMesh:
+    """Return a process group's devices as a mesh [N], or [replicas, N / replicas], whose groups have a `backend`."""
     if replicas == 1:
         return init_device_mesh(device_type, (devices,))
-    return init_device_mesh(device_type, (replicas, devices // replicas), mesh_dim_names=("replicate", "shard"))
+    names = ("replicate", "shard")
+    backends: Any = None if backend is None else dict.fromkeys(names, backend)
+    shape = (replicas, devices // replicas)
+    return init_device_mesh(device_type, shape, mesh_dim_names=names, backend_override=backends)
 
 
 @contextmanager

@@ -37,12 +37,13 @@ class Spread(TorchDispatchMode):
 
     Args:
         mesh: Devices [N] that rows are spread over, or [R, N] with the same rows R times.
+        offload: Rows wait in host memory; operations run on the devices all the same.
 
     """
 
-    def __init__(self, mesh: DeviceMesh) -> None:
+    def __init__(self, mesh: DeviceMesh, *, offload: bool = False) -> None:
         super().__init__()
-        self._mesh = mesh
+        self._mesh, self._offload = mesh, offload
         self._parts: WeakKeyDictionary[torch.UntypedStorage, DTensor] = WeakKeyDictionary()
 
     def shards(self, tensor: Tensor) -> DTensor | None:
@@ -100,7 +101,7 @@ class Spread(TorchDispatchMode):
 
     def _add(self, tensor: Tensor, whole: Tensor | None = None) -> Tensor:
         """Return a tensor on the meta device, which is spread from now on, with these values or any."""
-        part = blank_shards(tensor.view(tensor.shape or (1,)), self._mesh)
+        part = blank_shards(tensor.view(tensor.shape or (1,)), self._mesh, offload=self._offload)
         self._parts[tensor.untyped_storage()] = part
         if whole is not None:
             self._keep(part, whole)
@@ -113,7 +114,8 @@ class Spread(TorchDispatchMode):
 
     def _whole(self, part: DTensor, *, gather: bool) -> Tensor:
         """Return a whole tensor, with its values if it is to `gather` them; `full_tensor` would need twice as much."""
-        whole, last = own(part).new_empty(part.shape), self._mesh.ndim - 1
+        whole = torch.empty(part.shape, dtype=part.dtype, device=self._mesh.device_type)
+        last = self._mesh.ndim - 1
         for owner, rows in enumerate(whole.split(own_rows(part)) if gather else ()):
             if owner == self._mesh.get_local_rank(last):
                 rows.copy_(own(part))

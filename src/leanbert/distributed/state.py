@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed.tensor as dtensor
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
 from leanbert.optim.adamw import MOMENTS, decode_moment, encode_moment
-from leanbert.shards import from_own, own
+from leanbert.shards import from_own, own, own_rows, rank_of
 
 
 def gather_state(state: dict[str, Any], optimizer: Optimizer, *, keep: bool) -> dict[str, Any]:
@@ -67,14 +68,19 @@ def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
     """Return a whole tensor, which each rank has, sharded as a parameter is, if it is; one that is sharded as it is."""
     if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
         return value
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None)
+    start = own_rows(parameter) * rank_of(parameter)
+    part = value[start : start + own_rows(parameter)].to(own(parameter).device, copy=True)
+    return from_own(part, parameter, value.shape)
 
 
-def blank_shards(like: Tensor, mesh: DeviceMesh) -> DTensor:
-    """Return a tensor without values that is sharded over a mesh as parameters are, of the shape of another."""
+def blank_shards(like: Tensor, mesh: DeviceMesh, *, offload: bool = False) -> DTensor:
+    """Return a tensor without values that is sharded over a mesh as parameters are, of the shape of another.
+
+    With `offload` each rank's part is in host memory.
+    """
     placements = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
-    return dtensor.empty(like.shape, dtype=like.dtype, device_mesh=mesh, placements=placements)
+    found = dtensor.empty(like.shape, dtype=like.dtype, device_mesh=mesh, placements=placements)
+    return torch.empty_like(found, device="cpu") if offload else found  # type: ignore[return-value]
 
 
 def _parameters(state: dict[str, Any], optimizer: Optimizer) -> dict[int, Tensor]:

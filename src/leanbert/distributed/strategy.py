@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
+from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
@@ -41,6 +44,8 @@ class FullySharded(ModelParallelStrategy):
         checkpoints: whole: one file, as of a single device, which the first device gathers and writes. sharded: those
             to go on from (`step-*.ckpt`) are folders, into which each device writes its part; on a GPU while training
             goes on, if the machine has free memory for two copies. The best is one file always.
+        offload: Parameters, gradients and optimizer state are in host memory, and the optimizer steps there; a device
+            has what it has gathered, and activations. Gradients of each micro-batch are reduced and sent to the host.
 
     Raises:
         UserError: `replicas` is not positive.
@@ -50,14 +55,17 @@ class FullySharded(ModelParallelStrategy):
     mesh: DeviceMesh
 
     def __init__(
-        self, replicas: int | Literal["nodes"] = 1, checkpoints: Literal["whole", "sharded"] = "whole"
+        self,
+        replicas: int | Literal["nodes"] = 1,
+        checkpoints: Literal["whole", "sharded"] = "whole",
+        offload: bool = False,
     ) -> None:
         if replicas != "nodes":
             COUNT.check("trainer.strategy.replicas", replicas)
         known = checkpoints in ("whole", "sharded")
         require(known, f"trainer.strategy.checkpoints: {checkpoints!r} is unknown. Give whole or sharded.")
         super().__init__(save_distributed_checkpoint=False)
-        self.replicas, self.checkpoints = replicas, checkpoints
+        self.replicas, self.checkpoints, self.offload = replicas, checkpoints, offload
         self.writing = ShardWriting(lambda rest, path: self.checkpoint_io.save_checkpoint(rest, path))
 
     def setup_environment(self) -> None:
@@ -67,7 +75,16 @@ class FullySharded(ModelParallelStrategy):
         check_groups(devices, replicas)
         self._data_parallel_size, self._tensor_parallel_size = devices, 1
         super().setup_environment()
-        self.mesh = lay_out(self.root_device.type, devices, replicas)
+        backend = self._get_process_group_backend() if self.offload else None
+        if backend is not None and ":" in backend:
+            atexit.register(_destroy_dist_connection)  # as Lightning does for nccl alone
+        self.mesh = lay_out(self.root_device.type, devices, replicas, backend)
+
+    def _get_process_group_backend(self) -> str:
+        """Return what exchanges tensors on the device, and with `offload` those in host memory too."""
+        backend, device_type = super()._get_process_group_backend(), self.root_device.type
+        both = self.offload and device_type != "cpu" and ":" not in backend
+        return f"cpu:gloo,{device_type}:{backend}" if both else backend
 
     def setup(self, trainer: Trainer) -> None:
         """Make the optimizer. Raises UserError if a weight is whole on each device."""
@@ -79,6 +96,12 @@ class FullySharded(ModelParallelStrategy):
                 "build it with leanbert.distributed.parallelize. Use ddp."
             )
         super().setup(trainer)
+
+    def model_to_device(self) -> None:
+        """Move what is not in shards, such as metrics, to the device, where shards are unless they are offloaded."""
+        assert self.lightning_module is not None
+        self.lightning_module._apply(lambda each: each if isinstance(each, DTensor) else each.to(self.root_device))
+        _update_properties(self.lightning_module, device=self.root_device)
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -92,7 +115,8 @@ class FullySharded(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read the whole file, memory-mapped, on each rank; of a checkpoint in shards each rank's part of tensors."""
-        return self.checkpoint_io.load_checkpoint(checkpoint_path, map_location=partial(blank_shards, mesh=self.mesh))
+        place = partial(blank_shards, mesh=self.mesh, offload=self.offload)
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, map_location=place)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Take this rank's part of weights."""
@@ -139,10 +163,9 @@ class FullySharded(ModelParallelStrategy):
         return self.root_device.type != "cpu" and needed < psutil.virtual_memory().available
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take this rank's part of state."""
-        states = checkpoint["optimizer_states"]
-        parts = [shard_state(state, each) for state, each in zip(states, self.optimizers, strict=True)]
-        Strategy.load_optimizer_state_dict(self, {"optimizer_states": parts})
+        """Take this rank's part of state, to where the parameters are."""
+        for state, optimizer in zip(checkpoint["optimizer_states"], self.optimizers, strict=True):
+            optimizer.load_state_dict(shard_state(state, optimizer))
 
 
 def _inner(optimizer: Optimizer) -> Optimizer:

@@ -19,3 +19,9 @@ def target_type(tensor: Tensor) -> str:
 def stands_in(tensor: Tensor) -> bool:
     """Return whether `tensor` stands for one on another kind of device."""
     return target_type(tensor) != tensor.device.type
+
+
+def stands_on_host(tensor: Tensor) -> bool:
+    """Return whether `tensor`, in a dry run, stands for one in the memory of a device's host."""
+    host = getattr(getattr(tensor, "fake_mode", None), "host", None)
+    return host is not None and tensor.untyped_storage() in host

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from leanbert.measure import torch_compat
 from leanbert.measure.flops import counter_of
+from leanbert.measure.target import stands_on_host
 from leanbert.measure.timeline import Event, Storage, Timeline
 
 aten = torch.ops.aten
@@ -190,7 +191,7 @@ class LiveBytes:
         if id(storage) in self._live or (here and storage.nbytes()):
             self._settle()
             self._set_phase()
-            self._made(storage, torch.Size([storage.nbytes()]), torch.uint8, "activations")
+            self._made(storage, torch.Size([storage.nbytes()]), torch.uint8, "parameters")
 
     def _records(self, tree: object) -> Iterator[Storage]:
         """Yield what is known of the storages of all tensors in a tree."""
@@ -292,9 +293,12 @@ def live_tensors() -> list[Tensor]:
 
 
 def storages(tensor: Tensor, device_type: str) -> Iterator[torch.UntypedStorage]:
-    """Yield the storages of a tensor on `device_type` that hold bytes; of a wrapper, those of its inner tensors."""
+    """Yield the storages of a tensor on `device_type` that hold bytes; of a wrapper, those of its inner tensors.
+
+    In a dry run host memory is not the device's, though all tensors are on the CPU.
+    """
     for inner in torch_compat.unwrapped(tensor):
         if inner.device.type == device_type and inner.layout is torch.strided:
             storage = inner.untyped_storage()
-            if storage.nbytes():
+            if storage.nbytes() and not stands_on_host(inner):
                 yield storage

@@ -27,10 +27,10 @@ class StepCheck:
 
     @property
     def values(self) -> Tensor:
-        """Loss and norm, shape [2]; of what has not been looked at 0."""
+        """Loss and norm, shape [2], where the gradients are; of what has not been looked at 0."""
         known = [value for value in (self.loss, self.norm) if value is not None]
-        zero = known[0].new_zeros(()) if known else torch.zeros(())
-        return torch.stack([zero if value is None else value for value in (self.loss, self.norm)])
+        zero = known[-1].new_zeros(()) if known else torch.zeros(())
+        return torch.stack([zero if value is None else value.to(zero.device) for value in (self.loss, self.norm)])
 
     def look(self, parameters: Iterable[Tensor], sum_over_ranks: Callable[[Tensor], Tensor] | None = None) -> None:
         """Take the gradients into account that are there; of sharded ones this rank's part.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from leanbert.models.config import ResolvedConfig
 from leanbert.models.decoder import DecoderBlock
@@ -48,8 +49,9 @@ class EncoderModel(Unit):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
-        return self.encoder.embeddings.token.weight.device
+        """Where the model computes; its shards may be in host memory."""
+        weight = self.encoder.embeddings.token.weight
+        return torch.device(weight.device_mesh.device_type) if isinstance(weight, DTensor) else weight.device
 
     @property
     def num_parameters(self) -> int:

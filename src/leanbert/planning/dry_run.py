@@ -33,7 +33,7 @@ from leanbert.measure.trace import LiveBytes
 from leanbert.memory.offload import DiskStorage, to_host
 from leanbert.models.packed_inputs import Documents
 from leanbert.optim.build import trainable
-from leanbert.planning.fake import Fake
+from leanbert.planning.fake import Fake, host_apart
 from leanbert.planning.run_settings import RunSettings, technique_callbacks
 from leanbert.pretrained.build import blank_model
 from leanbert.tasks.base import Task
@@ -96,7 +96,9 @@ def dry_run(settings: RunSettings, rows: int) -> DryRun:
 
     """
     task, data, trainer = stage(settings, rows)
-    with warnings.catch_warnings(), Fake(settings.device_type) as mode:
+    mode = Fake(settings.device_type)
+    host = host_apart(mode) if settings.mesh is not None and settings.offload else nullcontext()
+    with warnings.catch_warnings(), mode, host:
         warnings.simplefilter("ignore")
         set_up(task, trainer)
         _forgo_values(task, trainer)
@@ -111,7 +113,7 @@ def dry_run(settings: RunSettings, rows: int) -> DryRun:
             take_step(task, trainer, blank_batch(settings, data, 1))
         with LiveBytes(task.model, trainer.strategy.optimizers, existing=_existing(task, batch)) as trace:
             mode.flops = trace.flops
-            collectives = Collectives(lambda: trace.explicit_phase == "optimizer")
+            collectives = Collectives(lambda: trace.explicit_phase == "optimizer", reduces_each=task.offloads)
             with collectives if settings.mesh is not None else nullcontext():  # another mode takes time
                 take_step(task, trainer, batch)
         step = trace.timeline().with_state_before()
@@ -190,6 +192,7 @@ def build(task: Task, trainer: Trainer, settings: RunSettings) -> None:
     strategy: Any = trainer.strategy
     here, shards = task.surroundings(), settings.mesh is not None
     around = replace(here, device_type=settings.device_type, world_size=settings.devices, shards=shards)
+    around = replace(around, offloads=shards and settings.offload)
     with strategy.tensor_init_context(), strategy.precision_plugin.module_init_context():
         task.build(around, settings.mesh, fill=False)  # in the target dtype: nothing is left to convert
     strategy.optimizers = [task.configure_optimizers()["optimizer"]]

@@ -7,12 +7,17 @@ times as long as to make the tensor (`torch/_subclasses/fake_tensor.py`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar, NamedTuple
+from weakref import WeakSet
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from leanbert.measure.target import stands_on_host
 from leanbert.measure.torch_compat import FakeTensor, FakeTensorMode, OpOverload, dispatch_keys, tensors_in
 
 PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -51,6 +56,8 @@ class Fake(FakeTensorMode):
     def __init__(self, target: str = "cpu") -> None:
         super().__init__(allow_non_fake_inputs=True)
         self.target = target
+        self.host: WeakSet[torch.UntypedStorage] | None = None  # what is in host memory, if that is apart
+        self.moves_to_host = False
         self.flops: Counter[str] = Counter()
 
     def shorten(self, slices: list[slice], alike: bool) -> Iterator[slice]:
@@ -66,7 +73,14 @@ class Fake(FakeTensorMode):
         yield from slices[lead + len(same) :]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        result = self._run(func, types, args, kwargs or {})
+        if self.host is not None and isinstance(func, OpOverload) and not func._schema.is_mutable:
+            reads = any(map(stands_on_host, tensors_in((args, kwargs))))
+            made = tensors_in(result) if reads or self.moves_to_host else []
+            self.host.update(tensor.untyped_storage() for tensor in made)
+        return result
+
+    def _run(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             dtype = args[0].dtype
             return 1.0 if dtype.is_floating_point else True if dtype is torch.bool else 1
@@ -120,6 +134,37 @@ class Fake(FakeTensorMode):
         if made.source is not None:
             meta.set_(args[made.source].untyped_storage(), made.offset, made.shape, made.stride)
         return FakeTensor(self, meta, made.device)
+
+
+@contextmanager
+def host_apart(mode: Fake) -> Iterator[None]:
+    """Context in which host memory is not that of a pretended device, though both are on the CPU.
+
+    What FSDP2 copies to the host is there (`CPUOffloadPolicy`), and so is what is made of tensors that are; what it
+    copies to the device is not. `mode` knows what is there.
+    """
+    mode.host = WeakSet()
+    methods = {name: getattr(Tensor, name) for name in ("to", "cpu")}  # do nothing on a CPU: no mode sees them
+
+    def watched(name: str, before: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def copied(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if isinstance(tensor, DTensor) or (name == "to" and "non_blocking" not in kwargs):
+                return before(tensor, *args, **kwargs)
+            mode.moves_to_host = not kwargs.get("non_blocking", False)  # FSDP2 waits for it, but not for the device
+            try:
+                return torch.empty(tensor.shape, dtype=tensor.dtype)
+            finally:
+                mode.moves_to_host = False
+
+        return copied
+
+    try:
+        for name, method in methods.items():
+            setattr(Tensor, name, watched(name, method))
+        yield
+    finally:
+        for name, method in methods.items():
+            setattr(Tensor, name, method)
 
 
 def _made(result: Any, sources: dict[int, int]) -> Any:

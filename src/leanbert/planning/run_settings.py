@@ -45,6 +45,8 @@ class RunSettings:
     """Of several devices; auto: ddp, but a plan may choose."""
     replicas: int = 1
     """Groups of devices, over each of which fsdp2 shards the model."""
+    offload: bool = False
+    """Whether fsdp2 has the shards in host memory."""
     mesh: DeviceMesh | None = None
     """`DeviceMesh` of a process group, over which the model is sharded; None: it is whole on each device."""
 

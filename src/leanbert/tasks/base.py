@@ -163,14 +163,14 @@ class Task(SteppedModule[B]):
         refuse(self.techniques, around)
         seed_position(self.seed)
         self.build_metrics()
-        mixed = torch.bfloat16 if around.precision == "bf16-mixed" else None
-        self.model = self.ready_model or parallelize(self.build_model, self._prepare, mesh, dtype=mixed, fill=fill)
+        sharing: dict[str, Any] = {"dtype": torch.bfloat16 if around.precision == "bf16-mixed" else None}
+        sharing |= {"offload": around.offloads, "fill": fill}
+        self.offloads = around.offloads
+        self.model = self.ready_model or parallelize(self.build_model, self._prepare, mesh, **sharing)
         if self.trains and self.teacher_source is not None:
             if self.distillation_config.cache:
                 check_cache(self._data, shards=around.shards)
-            self.distillation = Distillation.build(
-                self.distillation_config, self.teacher_source, self, mesh, dtype=mixed, fill=fill
-            )
+            self.distillation = Distillation.build(self.distillation_config, self.teacher_source, self, mesh, **sharing)
             self.projections = self.distillation.projections
         # alike on all ranks: to exchange them in each forward pass would leave a rank waiting that has one more
         buffers = [name for name, _ in self.named_buffers()]
@@ -195,6 +195,7 @@ class Task(SteppedModule[B]):
             device_type=trainer.strategy.root_device.type,
             world_size=trainer.world_size,
             shards=isinstance(trainer.strategy, FullySharded),
+            offloads=isinstance(trainer.strategy, FullySharded) and trainer.strategy.offload,
             clips=bool(trainer.gradient_clip_val),
             compiles=self.compile_blocks,
         )

@@ -80,7 +80,7 @@ class Distillation:
     @classmethod
     def build(
         cls, config: DistillationConfig, source: str, task: Task[Any], mesh: DeviceMesh | None, *,
-        dtype: torch.dtype | None, fill: bool,
+        dtype: torch.dtype | None, fill: bool, offload: bool = False,
     ) -> Distillation:  # fmt: skip
         """Return it with the teacher at `source`, which is sharded as the student is; see `parallelize`.
 
@@ -98,10 +98,11 @@ class Distillation:
             finally:
                 torch.set_default_dtype(usual)
 
-        made = cls(config, parallelize(make, lambda _: None, mesh, dtype=dtype, fill=fill), task)
+        teacher = parallelize(make, lambda _: None, mesh, dtype=dtype, offload=offload, fill=fill)
+        made = cls(config, teacher, task)
         if mesh is not None:
             for projection in made.projections:
-                shard_unit(projection, mesh, dtype)
+                shard_unit(projection, mesh, dtype, offload=offload)
         return made
 
     def _compared(self, own: int, known: int, layers: list[int] | None) -> list[int]:

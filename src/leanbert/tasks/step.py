@@ -64,6 +64,8 @@ class SteppedModule(LightningModule, Generic[B]):
     techniques: Techniques
     step_state: StepState
     seed: int
+    offloads = False
+    """Whether shards are in host memory."""
 
     def count_targets(self, batch: B) -> Tensor:
         """Return the number of targets, shape []."""
@@ -114,9 +116,9 @@ class SteppedModule(LightningModule, Generic[B]):
     def _no_sync(self) -> AbstractContextManager[object]:
         """Return a context whose backward passes do not exchange gradients; a later one exchanges their sum.
 
-        Where each pass uses its gradients up (AdamA), each exchanges them.
+        Where each pass uses its gradients up (AdamA), or hands them over to the host, each exchanges them.
         """
-        if self.techniques.in_backward is not None:
+        if self.techniques.in_backward is not None or self.offloads:
             return nullcontext()
         if isinstance(self.model, FSDPModule):
             return unreduced(self)

@@ -42,6 +42,11 @@ def in_backward(t: Techniques, around: Surroundings) -> Iterator[str]:
             "OptimizerInBackward: frees nothing with ddp, which keeps all gradients in its buffers. Use "
             "trainer.strategy=fsdp, or one device."
         )
+    if around.offloads:
+        yield (
+            "OptimizerInBackward: with trainer.strategy.offload the device has no gradients to be freed, and torch "
+            "before 2.13 updates while they are still being copied to the host. Leave one of the two out."
+        )
     if t.recovery:
         yield (
             "OutOfMemoryRecovery: with OptimizerInBackward some parameters are updated already when memory runs "
@@ -92,6 +97,8 @@ def host(t: Techniques, around: Surroundings) -> Iterator[str]:
     """The host of a CPU is the CPU."""
     if t.storage == "host" and around.device_type == "cpu":
         yield "ActivationOffload: on a CPU activations are in host memory already. Use to=disk."
+    if around.offloads and around.device_type == "cpu":
+        yield "trainer.strategy.offload: a CPU's memory is that of the host already. Leave it out, or use a GPU."
 
 
 def pruning(t: Techniques, around: Surroundings) -> Iterator[str]:

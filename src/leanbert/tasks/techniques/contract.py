@@ -60,6 +60,8 @@ class Surroundings:
     device_type: str = "cpu"
     world_size: int = 1
     shards: bool = False
+    offloads: bool = False
+    """Shards are in host memory."""
     clips: bool = False
     compiles: bool = False
 
