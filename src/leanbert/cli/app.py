@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from leanbert import signals, strict_json
 from leanbert.callbacks.loop.checkpoint import RunCheckpoint
 from leanbert.callbacks.loop.interrupt import Interrupted, StopBetweenSteps
-from leanbert.callbacks.reporting.report import tagged
+from leanbert.callbacks.reporting.report import describe_corpora, tagged
 from leanbert.cli.budget import run_length
 from leanbert.cli.ending import one_line_errors
 from leanbert.cli.help import answer, program_name
@@ -110,13 +110,19 @@ class CLI(Setup):
 
     def validate(self, options: EvaluateOptions) -> None:
         """Print the metrics as one JSON line."""
+        self._say_if_untrained()
         self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path=options.ckpt_path, verbose=False)
         self._print_metrics()
 
     def test(self, options: EvaluateOptions) -> None:
         """Print the metrics as one JSON line."""
+        self._say_if_untrained()
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=options.ckpt_path, verbose=False)
         self._print_metrics()
+
+    def _say_if_untrained(self) -> None:
+        if self.start.path is None and self.model.init_from is None:
+            say("untrained   neither --ckpt_path nor --model.init_from is given: this is a new model")
 
     def _print_metrics(self) -> None:
         if leads():  # all ranks have the same
@@ -124,13 +130,17 @@ class CLI(Setup):
 
     def predict(self, options: Options) -> None:
         """Write answers as they come."""
+        self._say_if_untrained()
         self.trainer.predict(
             self.model, datamodule=self.datamodule, ckpt_path=options.ckpt_path, return_predictions=False
         )
 
     def prepare(self, options: Options) -> None:
-        """Build tokenizers and token cache."""
+        """Build tokenizers and token cache, and say what is in it."""
         self.datamodule.prepare_data()
+        self.datamodule.setup("fit")
+        for line in describe_corpora(self.datamodule):
+            say(line)
 
     def plan(self, options: PlanOptions) -> None:
         """Print what the run needs, and choose techniques for a budget; or sweep sizes and lengths."""

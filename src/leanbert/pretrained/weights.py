@@ -67,7 +67,10 @@ def read_checkpoint(path: Path) -> Stored:
 
         return stored._replace(read_weights=read_shards)
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint or folder. Correct model.init_from")
+        raise UserError(
+            f"{path}: no such checkpoint or folder. Correct model.init_from; a model of the Hugging Face Hub is "
+            "fetched first: hf download NAME --local-dir FOLDER"
+        )
     stored = unpack(load_pickled(path, FIX), path)
 
     def read_weights() -> Mapping[str, Tensor]:
