@@ -146,9 +146,9 @@ def test_an_older_run_never_stands_in_for_a_newer_one(tmp_path):
 
 
 def test_nothing_to_go_on_from(tmp_path):
-    with pytest.raises(UserError, match="no run below"):
+    with pytest.raises(UserError, match=r"no run below .*\. Train one with fit, or name a file\.$"):
         find(tmp_path)
-    with pytest.raises(UserError, match="no run below"):
+    with pytest.raises(UserError, match=r"no run below .*\. Leave --ckpt_path out to start one\.$"):
         runs(tmp_path).find_to_train("last", lock=True)
     assert runs(tmp_path).find_to_train("auto", lock=True) == (None, None)
     folder = make_run(tmp_path, 0, [5])

@@ -232,7 +232,8 @@ class TaskRuns:
 
     def _find(self, which: str, runs: list[Run], *, hold: bool = False, first: bool | None = None) -> Found:
         if not runs:
-            raise UserError(f"--ckpt_path {which}: no run below {self.folder}. Leave --ckpt_path out to start one.")
+            fix = "Train one with fit, or name a file" if hold else "Leave --ckpt_path out to start one"
+            raise UserError(f"--ckpt_path {which}: no run below {self.folder}. {fix}.")
         try:
             return runs[-1].find(which, hold=hold, first=first)
         except MissingCheckpointError as error:

@@ -60,6 +60,8 @@ def readable(message: str) -> str:
     names = re.findall(r'Parser key "([^"]+)":', text)
     if not names:
         hint = " Check its spelling; --help lists all settings." if "not accept" in text else ""
+        if "arguments are required" in text:
+            hint = " A configuration has them: --config configs/mlm.yaml, or that of another task."
         return text + ("" if text.endswith(".") else ".") + hint
     reason = re.split(r'Parser key "[^"]+":|Errors: (?:- )?', text)[-1]
     reason = re.split(r"(?:- )?Expected a <class 'NoneType'>|Given value type:", reason)[0]

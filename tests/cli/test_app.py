@@ -77,6 +77,9 @@ def test_validate_gives_the_same_loss_again(trained, corpus):
     result = run(corpus, "validate", *TINY, "--data.train_files=train.txt", "--ckpt_path=last")
     metrics = json.loads(result.stdout)
     assert metrics["val/loss"] == pytest.approx(scalars(trained[0])["val/loss"][30], abs=1e-6)
+    new = run(corpus, "validate", *TINY, "--data.train_files=train.txt")
+    assert json.loads(new.stdout)["val/loss"] == pytest.approx(scalars(trained[0])["val/loss"][0], abs=1e-6)
+    assert ["untrained" in each.stderr for each in (new, result)] == [True, False]
 
 
 def test_predict_from_a_file_and_from_standard_input(trained, corpus):
@@ -199,11 +202,15 @@ def test_a_plan_that_starts_from_a_model_has_its_architecture(trained, corpus, k
 def test_prepare_builds_what_fit_then_finds(tmp_path):
     write_corpus(tmp_path / "train.txt")
     settings = [*TINY, "--data.train_files=train.txt", "--data.cache_dir=cache"]
-    run(tmp_path, "prepare", *settings, "--trainer.accelerator=gpu")  # a login node has none
+    prepared = run(tmp_path, "prepare", *settings, "--trainer.accelerator=gpu")  # a login node has none
+    lines = [line for line in prepared.stderr.splitlines() if line.startswith(("train ", "val "))]
+    assert prepared.stdout == ""
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.bin")}
     assert made
     assert not (tmp_path / "runs").exists()
-    run(tmp_path, "fit", *settings, "--trainer.max_steps=1")
+    trained = run(tmp_path, "fit", *settings, "--trainer.max_steps=1").stderr.splitlines()
+    assert len(lines) == 2
+    assert set(lines) <= set(trained)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.bin")} == made
 
 

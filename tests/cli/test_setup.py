@@ -6,7 +6,7 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from leanbert.cli.setup import whole_numbers_first
-from leanbert.settings import check_devices
+from leanbert.settings import check_devices, readable
 from tests.cli.program import refused, run
 from tests.corpus import write_corpus
 from tests.training import TINY
@@ -63,6 +63,11 @@ def test_a_strategy_may_be_the_path_of_its_class(tmp_path):
     trainer = {"accelerator": "cpu", "strategy": "lightning.pytorch.strategies.DDPStrategy"}
     check_devices(trainer)
     assert trainer["strategy"] == "ddp"
+
+
+def test_without_a_configuration_one_is_named():
+    message = readable("the following arguments are required: fit.data, fit.model")
+    assert message.endswith(" fit.model. A configuration has them: --config configs/mlm.yaml, or that of another task.")
 
 
 def test_a_plan_is_not_made_for_a_folder(tmp_path):

@@ -140,7 +140,11 @@ def test_records_have_fields_of_any_name(tmp_path, suffix):
 @pytest.mark.parametrize(
     ("name", "lines", "message"),
     [
-        ("x.jsonl", [RECORDS[0], {"source": "a"}], r'^\S+x\.jsonl:2: no field "target"\. Set the name of the field'),
+        (
+            "x.jsonl",
+            [RECORDS[0], {"source": "a"}],
+            r'^\S+x\.jsonl:2: no field "target"\. Set data\.target_field; here is',
+        ),
         ("x.jsonl", [{"source": 3, "target": "a"}], r'^\S+x\.jsonl:1: no text in field "source" \(int\)\. Set'),
         ("x.jsonl", ["[1]"], r"^\S+x\.jsonl:1: not a JSON object but an array\. Write one"),
         ("x.jsonl", ["1"], r"^\S+x\.jsonl:1: not a JSON object\. Write one object a line$"),

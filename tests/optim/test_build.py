@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 
+from leanbert.errors import UserError
 from leanbert.memory.step import optimizer_step
 from leanbert.models.classifier import Classifier
 from leanbert.optim.build import OptimizerConfig, build_optimizer
@@ -63,6 +64,18 @@ def test_muon_leaves_outputs_and_embeddings_to_adamw(model, outputs):
     taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
     matrices = {name for name, p in model.named_parameters() if p.ndim == 2}
     assert matrices - taken == outputs | {name for name in matrices if ".embeddings." in name}
+
+
+@pytest.mark.parametrize(
+    ("saved", "name"), [("adamw", "sgd"), ("adamw", "adam"), ("sgd", "momentum"), ("muon", "adamw")]
+)
+def test_state_of_another_optimizer_is_refused(saved, name):
+    model = tiny_model(dtype=torch.float32)
+    state = build_optimizer(model, OptimizerConfig(name=saved)).state_dict()
+    with pytest.raises(UserError, match=rf"^model\.optimizer\.name: {name}, but the checkpoint is of {saved}\. Set it"):
+        build_optimizer(model, OptimizerConfig(name=name)).load_state_dict(state)
+    del state["name"]  # as older checkpoints are
+    build_optimizer(model, OptimizerConfig(name=saved)).load_state_dict(state)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -202,6 +202,7 @@ def test_a_sweep_finds_the_largest_micro_batch(folder):
         (["--target=tpu"], "choose from"),
         (["--target=mps", "--budget=auto"], "there is no mps here"),
         (["--device=abacus"], "device: abacus is unknown"),
+        (["--device=a100", "--share=0"], "share: 0.0 is out of range. Give a finite number"),
         (["--target=mps", "--measure=true"], "measure: times this machine's cpu"),
         (["--devices=3"], "not divisible by 3 devices"),
         (["--sweep", "size=mini"], "Give --budget"),

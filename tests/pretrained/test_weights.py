@@ -73,7 +73,7 @@ def test_a_foreign_checkpoint_is_named(tmp_path):
         torch.save(content, path)
         with pytest.raises(UserError, match=r"other\.ckpt: not a LeanBERT checkpoint"):
             read_checkpoint(path)
-    with pytest.raises(UserError, match=r"none\.ckpt: no such checkpoint or folder"):
+    with pytest.raises(UserError, match=r"none\.ckpt: no such checkpoint or folder\. .* hf download"):
         read_checkpoint(tmp_path / "none.ckpt")
 
 

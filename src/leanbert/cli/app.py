@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from leanbert import signals, strict_json
 from leanbert.callbacks.loop.checkpoint import RunCheckpoint
 from leanbert.callbacks.loop.interrupt import Interrupted, StopBetweenSteps
-from leanbert.callbacks.reporting.report import tagged
+from leanbert.callbacks.reporting.report import describe_corpora, tagged
 from leanbert.callbacks.values import callbacks_of
 from leanbert.cli.budget import run_length
 from leanbert.cli.help import program_name
@@ -110,6 +110,7 @@ class CLI(Setup):
 
     def validate(self, options: EvaluateOptions) -> None:
         """Print the metrics as one JSON line."""
+        self._say_if_untrained()
         evaluate = self.trainer.validate if self.subcommand == "validate" else self.trainer.test
         evaluate(self.model, datamodule=self.datamodule, ckpt_path=options.ckpt_path, verbose=False)
         if leads():  # all ranks have the same
@@ -117,15 +118,23 @@ class CLI(Setup):
 
     test = validate
 
+    def _say_if_untrained(self) -> None:
+        if self.start.path is None and self.model.init_from is None:
+            say("untrained   neither --ckpt_path nor --model.init_from is given: this is a new model")
+
     def predict(self, options: Options) -> None:
         """Write answers as they come."""
+        self._say_if_untrained()
         self.trainer.predict(
             self.model, datamodule=self.datamodule, ckpt_path=options.ckpt_path, return_predictions=False
         )
 
     def prepare(self, options: Options) -> None:
-        """Build tokenizers and token cache."""
+        """Build tokenizers and token cache, and say what is in it."""
         self.datamodule.prepare_data()
+        self.datamodule.setup("fit")
+        for line in describe_corpora(self.datamodule):
+            say(line)
 
     def plan(self, options: PlanOptions) -> None:
         """Print what the run needs, and choose techniques for a budget; or sweep sizes and lengths."""

@@ -70,10 +70,14 @@ class Classifier(EncoderModel):
         self.head = ClassificationHead(config, len(self.labels), of)
 
     def inherits(self, name: str, metadata: ModelMetadata) -> bool:
-        """Whether weight `name` of a stored model is taken over: all if it has the same labels, else not the scores."""
+        """Whether weight `name` of a stored model is taken over: all if it has the same labels, else not the scores.
+
+        With post-norm nothing of a masked language model's head: the head of labels has no such layers.
+        """
         if metadata.task == self.task and metadata.labels == self.labels:
             return True
-        return name.startswith(ENCODER) or (metadata.task in ("mlm", self.task) and name.startswith(INHERITED))
+        alike = metadata.task == self.task or (metadata.task == "mlm" and self.head.dense is not None)
+        return name.startswith(ENCODER) or (alike and name.startswith(INHERITED))
 
     def logits(self, hidden: Tensor, copied: None = None) -> Tensor:
         """Scores [B, M, L] of hidden states [B, M, D]."""

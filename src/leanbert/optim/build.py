@@ -62,11 +62,12 @@ class CombinedOptimizer(Optimizer):
     Args:
         optimizers: The inner optimizers.
         seed: Decides, with step and parameter, how bfloat16 parameters are rounded.
+        name: Of `OptimizerConfig`; kept in the state, which no other optimizer takes.
 
     """
 
-    def __init__(self, optimizers: list[Optimizer], seed: int = 0) -> None:
-        self.optimizers, self.seed = optimizers, seed
+    def __init__(self, optimizers: list[Optimizer], seed: int = 0, name: str | None = None) -> None:
+        self.optimizers, self.seed, self.name = optimizers, seed, name
         self.steps = 0
         super().__init__([group for inner in optimizers for group in inner.param_groups], {})
         self._share()
@@ -135,9 +136,9 @@ class CombinedOptimizer(Optimizer):
             write_bfloat16(values, draws, own(parameter.detach()).view(-1))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return state and groups, as torch's optimizers do, and the number of steps."""
+        """Return state and groups, as torch's optimizers do, the number of steps and the name."""
         self._share()
-        return {**super().state_dict(), "steps": self.steps}
+        return {**super().state_dict(), "steps": self.steps, "name": self.name}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, each inner optimizer its own groups, in the dtypes that were saved.
@@ -146,7 +147,12 @@ class CombinedOptimizer(Optimizer):
             UserError: The state is of another optimizer or of other parameters.
 
         """
-        groups, offset = list(state_dict["param_groups"]), 0
+        groups, offset, saved = list(state_dict["param_groups"]), 0, state_dict.get("name")
+        if saved is not None and saved != self.name:  # checkpoints of older code have no name
+            raise UserError(
+                f"model.optimizer.name: {self.name}, but the checkpoint is of {saved}. Set it to {saved}, or start "
+                "from the checkpoint's weights with --model.init_from."
+            )
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
             raise UserError(
                 "model.optimizer: the checkpoint's optimizer has other parameter groups. Resume with the optimizer "
@@ -195,7 +201,7 @@ def build_optimizer(
     first: list[Optimizer] = []
     if config.name == "muon":
         first = [Muon(matrices, lr=config.matrix_lr, momentum=config.momentum, weight_decay=config.weight_decay)]
-    return CombinedOptimizer([*first, _inner_optimizer(groups, config, seed, sliced)], seed)
+    return CombinedOptimizer([*first, _inner_optimizer(groups, config, seed, sliced)], seed, config.name)
 
 
 def _inner_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, seed: int, sliced: bool) -> Optimizer:

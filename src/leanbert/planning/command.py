@@ -187,7 +187,7 @@ def describe(plan: Plan, target: Target) -> list[str]:
             f"{candidate.micro_batch:>13,}{candidate.added_compute:>+9.0%}{fits:>6}  {names}"
         )
     used = {name for candidate in plan.candidates for name in candidate.techniques}
-    lines += ["", "What they cost"]
+    lines += ["", "What they cost"] if used else [""]
     if SHARDED in used:
         lines.append(f"  {SHARDED:<24}half as much again is sent as with ddp")
     lines += [f"  {technique.name:<24}{technique.costs}" for technique in TECHNIQUES if technique.name in used]

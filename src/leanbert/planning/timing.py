@@ -27,6 +27,7 @@ from leanbert.planning.dry_run import begin, build, keep_no_outputs, set_up, sta
 from leanbert.planning.predict import rows_of_dry_run
 from leanbert.planning.profile import Profile, bits
 from leanbert.planning.run_settings import RunSettings
+from leanbert.ranges import Range
 
 SMALLEST_STACK = 2
 """Blocks of the smaller stack that is timed, at least; the larger one has as many more, or a whole period."""
@@ -233,9 +234,10 @@ def estimator(device: str, share: float, profile: Profile | None, precision: str
     """Return what gives the seconds of a step for its operations: by a profile, or at a share of the device's peak.
 
     Raises:
-        UserError: The device is not in the table, or was not measured at that precision.
+        UserError: The device is not in the table, or was not measured at that precision; the share is none.
 
     """
+    Range(above=0, most=1).check("share", share)
     if profile is None:
         reached = share * peak_flops(device, precision)
         return lambda flops: flops / reached

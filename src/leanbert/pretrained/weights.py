@@ -55,7 +55,10 @@ def read_checkpoint(path: Path) -> Stored:
     """
     in_shards = shard_files.holds_shards(path)
     if not in_shards and not path.is_file():
-        raise UserError(f"{path}: no such checkpoint or folder. Correct model.init_from")
+        raise UserError(
+            f"{path}: no such checkpoint or folder. Correct model.init_from; a model of the Hugging Face Hub is "
+            "fetched first: hf download NAME --local-dir FOLDER"
+        )
     stored = unpack(shard_files.read_rest(path, FIX) if in_shards else load_pickled(path, FIX), path)
 
     def read_one(name: str, blank: Tensor) -> Tensor:

@@ -28,6 +28,12 @@ def test_what_is_not_there(field: str) -> None:
     )
 
 
+@pytest.mark.parametrize("field", ["text", "label", "tokens", "labels", "predicate", "source", "target"])
+def test_a_field_by_default_that_is_not_there_has_the_name_of_its_setting(field: str) -> None:
+    with pytest.raises(UserError, match=rf'^x:1: no field "{field}"\. Set data\.{field}_field; here is \'a\'$'):
+        value_of("x:1", {"a": 1}, field)
+
+
 def test_texts() -> None:
     assert text_of("x:1", RECORD, "a.f.g") == "deep"
     assert text_of("x:1", RECORD, "none") == ""

@@ -51,7 +51,7 @@ def test_another_delimiter_is_taken_from_the_header_and_said(
         ('text,label\n"a\nb",c,d\n', "x.csv:2: 3 cells, the header has 2. Quote"),
         ("text,label,text\na,b,c\n", 'x.csv:1: 2 columns are called "text". Rename all but one'),
         ("text,label,label\na,b,c\n", 'x.csv:1: 2 columns are called "label". Rename all but one'),
-        ("body,label\na,b\n", 'x.csv:1: no field "text". Set the name of the field (data.text_field, or its like);'),
+        ("body,label\na,b\n", 'x.csv:1: no field "text". Set data.text_field; here is'),
         ("body;label\na;b\n", 'x.csv:1: no field "text".'),
         ("text\n" * 2 + '"a' + "\nb" * 300, "x.csv:3: a cell begins with a quote here that does not close it"),
         ('text,label\n"a\nb","c\nd,e\n"f",g\n', "x.csv:3: a cell begins with a quote here that does not close it"),

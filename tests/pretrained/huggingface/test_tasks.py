@@ -305,3 +305,19 @@ def test_scores_of_other_labels_are_not_taken_over(tmp_path, preset):
     assert start(LABELS) == everything
     assert start(LABELS[::-1]) == everything - {"head.scores.weight", "head.scores.bias"}
     assert all(name.startswith(("encoder.", "head.norm.")) for name in start(LABELS, "tagging", "word"))
+
+
+@pytest.mark.parametrize("preset", ["bert", "modern"])
+@pytest.mark.parametrize(("of", "task"), [("text", "classification"), ("word", "tagging"), ("word", "srl")])
+def test_labels_start_from_a_masked_language_model(tmp_path, preset, of, task):
+    ours = randomise(build_model(EncoderConfig(**OURS | {"preset": preset}), 99))
+    write_huggingface(ours, tmp_path)
+    made = build_model(EncoderConfig(), 99, lambda full: Classifier(full, LABELS, of, task), init_from=tmp_path)
+    shared = set(ours.state_dict()) & set(made.state_dict())
+    assert any(name.startswith("head.") for name in shared) == (preset == "modern")
+    assert same_weights_of(shared, made, ours)
+
+
+def same_weights_of(names, one, other):
+    states = one.state_dict(), other.state_dict()
+    return all(torch.equal(*(state[name][:99] for state in states)) for name in names)

@@ -68,9 +68,7 @@ def start_report(trainer: Trainer, task: Task, seconds_per_token: float | None) 
     data = data_of(trainer)
     config, rows, length = task.model.config, data.hparams["batch_size"], data.hparams["max_length"]
     steps = int(trainer.estimated_stepping_batches) - trainer.global_step
-    corpora = data.statistics.items()
-    lines = [f"{name:<11} {_describe_corpus(statistics, data.unit, length)}" for name, statistics in corpora]
-    lines += _warn_of_unknown(data)
+    lines = describe_corpora(data)
     vocabulary = " and ".join(f"{tokens:,}" for _, tokens in task.model.token_tables)
     lines.append(
         f"{'model':<11} {config.preset}, {config.num_layers} x {config.hidden_size}, "
@@ -94,6 +92,13 @@ def start_report(trainer: Trainer, task: Task, seconds_per_token: float | None) 
     epochs = steps / data.batches_per_epoch
     lines.append(f"{'run':<11} {steps:,} steps of {rows} x {length} tokens = {epochs:.2f} epochs{estimate}")
     return lines
+
+
+def describe_corpora(data: RowData) -> list[str]:
+    """Return a line for training and for validation, and what to do where the tokenizer does not know the text."""
+    length, corpora = data.hparams["max_length"], data.statistics.items()
+    lines = [f"{name:<11} {_describe_corpus(statistics, data.unit, length)}" for name, statistics in corpora]
+    return lines + _warn_of_unknown(data)
 
 
 def _describe_corpus(statistics: CorpusStatistics, unit: str, length: int) -> str:

@@ -10,6 +10,9 @@ from leanbert.errors import UserError
 
 Record = dict[str, Any]
 
+BY_DEFAULT = ("text", "label", "tokens", "labels", "predicate", "source", "target")
+"""Fields that settings name unless told otherwise, `data.text_field` "text" and so on."""
+
 _NONE = object()
 
 
@@ -72,12 +75,11 @@ def refuse_doubles(where: str, names: Sequence[str]) -> None:
 
 
 def no_field(where: str, field: str, names: Iterable[str]) -> UserError:
-    """Return the error about a field that is not there."""
+    """Return the error about a field that is not there; a name by default is that of its setting."""
     there = ", ".join(repr(name) for name in names)
     there = f"{there[:200]}..." if len(there) > 200 else there or "nothing"
-    return UserError(
-        f'{where}: no field "{field}". Set the name of the field (data.text_field, or its like); here is {there}'
-    )
+    setting = f"data.{field}_field" if field in BY_DEFAULT else "the name of the field (data.text_field, or its like)"
+    return UserError(f'{where}: no field "{field}". Set {setting}; here is {there}')
 
 
 def _holds(column: str, field: str) -> bool:
