@@ -5,7 +5,6 @@ from __future__ import annotations
 from leanbert.cli import main
 from leanbert.tasks import techniques
 
-techniques.TECHNIQUES = tuple(each for each in techniques.TECHNIQUES if each.name != "offload_host")
-
 if __name__ == "__main__":
+    techniques.TECHNIQUES = tuple(each for each in techniques.TECHNIQUES if each.name != "offload_host")
     main()
