@@ -271,6 +271,7 @@ def quiet_libraries() -> None:
         ".*IterableDataset.*__len__.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*number of training batches .* is smaller than the logging interval.*",
+        ".*The `srun` command is available on your system but is not used.*",  # torchrun starts ranks too
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
     ):
         warnings.filterwarnings("ignore", pattern)
