@@ -122,12 +122,15 @@ def alive(pid):
         return False
 
 
-def test_who_wants_to_end_in_order_gets_the_first_signal_and_the_second_ends_at_once():
+def test_who_wants_to_end_in_order_gets_the_first_signal_and_one_a_second_later_ends_at_once():
     program = """
     received = []
     signals.defer_to(received.append)
     os.kill(os.getpid(), signal.SIGINT)
     assert received == [signal.SIGINT]
+    os.kill(os.getpid(), signal.SIGTERM)  # as `timeout` passes on what it got, as did all that it has started
+    assert received == [signal.SIGINT]
+    time.sleep(signals.ECHO_SECONDS)
     ready()
     wait()
     """

@@ -30,6 +30,9 @@ LEADER = "LEANBERT_LEADER"
 PATIENCE_SECONDS = 2.0
 """How long the main thread may take to answer: in a call of foreign code it cannot, however long that takes."""
 
+ECHO_SECONDS = 1.0
+"""How long a signal counts as the one before: `timeout`, and others that start a program, pass on what it got too."""
+
 GO_ON = "A training goes on with --ckpt_path last."
 
 ORPHAN_SECONDS = 10.0
@@ -42,6 +45,7 @@ temporary: set[str] = set()
 class _State:
     installed = False
     answered_at = 0.0
+    deferred_at = -ECHO_SECONDS
     hint = ""
     receiver: Callable[[int], None] | None = None
 
@@ -190,8 +194,9 @@ def _receive(number: int, frame: object) -> None:
     _State.answered_at = time.monotonic()
     receiver, _State.receiver = _State.receiver, None
     if receiver is not None:
+        _State.deferred_at = _State.answered_at
         receiver(number)
-    elif not follows():
+    elif not follows() and _State.answered_at >= _State.deferred_at + ECHO_SECONDS:
         _end(number)
 
 

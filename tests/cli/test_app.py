@@ -85,6 +85,10 @@ def test_validate_gives_the_same_loss_again(trained, corpus):
     assert ["untrained" in each.stderr for each in (new, result)] == [True, False]
 
 
+def test_a_task_without_a_test_says_what_to_use(trained, corpus):
+    refused(corpus, "test", *TINY, "--ckpt_path=last", says=["test: MaskedLM has no metrics but", "Use validate."])
+
+
 def test_predict_from_a_file_and_from_standard_input(trained, corpus):
     lines = "the [MASK] sat\n\nno mask here\n[MASK] and [MASK]\n"
     (corpus / "lines.txt").write_text(lines)

@@ -3,7 +3,8 @@
 import pytest
 from jsonargparse import Namespace
 
-from leanbert.cli.budget import strategy_of
+from leanbert.cli.budget import count_devices, strategy_of
+from leanbert.errors import UserError
 
 SHARDS = {"class_path": "leanbert.distributed.strategy.FullySharded"}
 
@@ -30,3 +31,9 @@ def test_a_strategy_is_planned_as_what_it_is(strategy, expected):
     if "replicas" in expected:
         again = {"trainer": Namespace(strategy=strategy, num_nodes=3), "nodes": None}
         assert strategy_of(again) == expected
+
+
+@pytest.mark.parametrize(("devices", "nodes", "named"), [(0, None, "--devices: 0"), (2, -1, "--nodes: -1")])
+def test_devices_and_machines_are_counted(devices, nodes, named):
+    with pytest.raises(UserError, match=named):
+        count_devices({"trainer": Namespace(devices=1, num_nodes=1), "devices": devices, "nodes": nodes})

@@ -8,6 +8,9 @@ from leanbert.cli import ending
 from leanbert.errors import TrainingFailed, UserError
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1."
+LATE = (
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 15000ms for recv operation"
+)
 
 
 @pytest.fixture
@@ -16,6 +19,7 @@ def waits(monkeypatch):
     found = []
     monkeypatch.setattr(ending.time, "sleep", found.append)
     monkeypatch.setattr(ending.signals, "defer_to", lambda receiver: None)
+    monkeypatch.setattr(ending.signals, "end_at_once", lambda code, words: ending.sys.exit(code))
     return found
 
 
@@ -27,6 +31,8 @@ def waits(monkeypatch):
         (1, 1, UserError("a.b: is bad."), 2, "error: rank 1: a.b: is bad.", [4.0]),
         (4, 0, UserError("a.b: is bad."), 2, "error: rank 4: a.b: is bad.", [3.0]),
         (0, 0, RuntimeError(GLOO), 1, "error: another rank has ended, or cannot be reached. A training", [10.0]),
+        (0, 0, RuntimeError(LATE), 1, "error: another rank has not answered in time: it hangs, or cannot be", [10.0]),
+        (0, 0, RuntimeError("Application timeout caused pair closure"), 1, "error: another rank has not ans", [10.0]),
         (3, 1, RuntimeError(GLOO), 1, "error: rank 3: another rank has ended, or cannot be reached.", [10.0, 4.0]),
     ],
 )

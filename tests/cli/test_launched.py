@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import pytest
 from torch.distributed import TCPStore
 
+from leanbert.cli.app import quiet_libraries
 from leanbert.cli.launched import prepare_restarts, take_launched
+from leanbert.cli.resume import resume_command
 from leanbert.errors import UserError
 
 TORCHRUN = {
@@ -98,3 +101,22 @@ def test_ranks_that_are_started_again_meet_in_a_new_store(restarts):
     assert (first, shared) == (str(old.port), "True")
     assert second == third != first != fourth != second
     assert own == others == "False"
+
+
+def test_the_command_that_goes_on_starts_the_ranks_too(launcher, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    program = {"torchrun": "torchrun ... train.py", "srun": "srun ... python train.py"}[launcher]
+    assert resume_command(["fit", "--ckpt_path", "auto"]) == f"{program} fit --ckpt_path last"
+
+
+@pytest.mark.parametrize("job", [None, "7"])
+def test_srun_is_asked_for_in_a_job_only(monkeypatch, job):
+    """Lightning warns wherever the program is installed: on a login node, of every command."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    if job is not None:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        quiet_libraries()
+        warnings.warn("The `srun` command is available on your system but is not used.", stacklevel=1)
+    assert len(found) == (job is not None)

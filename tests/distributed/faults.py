@@ -19,9 +19,10 @@ from leanbert.errors import UserError
 class Fault(Callback):
     """At a step one rank is killed, hangs outside of any exchange, or fails; and each leaves its process's number.
 
-    `kind` is kill, stop (by SIGTERM), hang, error, bug, torn (killed as it renames the next checkpoint), cut (killed as
-    it has written its shard of the next one), full (its disk is, from the next shard on), or machine: the rank on the
-    one that is `DOOMED` is killed with the process that started it. A rank that was started again has no fault.
+    `kind` is kill, stop (by SIGTERM), hang, freeze (answers SIGKILL only), error, bug, torn (killed as it renames the
+    next checkpoint), cut (killed as it has written its shard of the next one), full (its disk is, from the next shard
+    on), or machine: the rank on the one that is `DOOMED` is killed with the process that started it. A rank that was
+    started again has no fault.
     """
 
     def __init__(self, kind: str, rank: int, step: int = 3) -> None:
@@ -44,6 +45,8 @@ class Fault(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.kind == "stop":
             os.kill(os.getpid(), signal.SIGTERM)
+        if self.kind == "freeze":
+            os.kill(os.getpid(), signal.SIGSTOP)
         if self.kind == "torn":
             checkpoints.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         if self.kind == "cut":

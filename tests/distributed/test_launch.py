@@ -119,7 +119,7 @@ def test_a_run_goes_on_with_other_devices_and_the_same_rows_masks_and_losses(fol
 # ---- ranks that end before their time
 
 
-def ended_by_fault(folder, tmp_path, start, ranks, *faults):
+def ended_by_fault(folder, tmp_path, start, ranks, *faults, overlay=None):
     """Train in `tmp_path` until a fault; return exit code, errors, all words, and seconds until all had ended."""
     (tmp_path / "train.txt").symlink_to(folder / "train.txt")
     (tmp_path / "micro.yaml").symlink_to(folder / "micro.yaml")
@@ -127,7 +127,7 @@ def ended_by_fault(folder, tmp_path, start, ranks, *faults):
         callback(tmp_path, name, name, kind=kind, rank=rank)
         for name, (kind, rank) in zip(("Fault", "AnotherFault"), faults, strict=False)
     ]
-    [(code, words)] = started(tmp_path, start(*to("runs", *overlays, strategy("ddp")), ranks=ranks))
+    [(code, words)] = started(tmp_path, start(*to("runs", *overlays, overlay or strategy("ddp")), ranks=ranks))
     assert (tmp_path / "fault").exists(), words
     pids = [int((tmp_path / f"pid-{rank}").read_text()) for rank in range(ranks)]
     deadline = time.time() + 60
@@ -141,6 +141,16 @@ def test_a_rank_that_is_killed_ends_all_with_its_number(folder, tmp_path):
     code, found, words, seconds = ended_by_fault(folder, tmp_path, lightning, 4, ("kill", 2), ("hang", 1))
     assert code == 1
     assert found == [f"error: rank 2 was ended by SIGKILL (the system does so when its memory is full). {GO_ON}"]
+    assert "Traceback" not in words
+    assert seconds < 60
+
+
+def test_a_rank_that_hangs_ends_with_those_that_have_waited_for_it(folder, tmp_path):
+    settings = {"class_path": "FullySharded", "init_args": {"replicas": 2, "timeout": "0:00:05"}}
+    waits = f"--trainer.strategy={json.dumps(settings)}"
+    code, found, words, seconds = ended_by_fault(folder, tmp_path, lightning, 2, ("freeze", 1), overlay=waits)
+    assert code == 1
+    assert found == [f"error: another rank has not answered in time: it hangs, or cannot be reached. {GO_ON}"]
     assert "Traceback" not in words
     assert seconds < 60
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from types import SimpleNamespace
 
 import psutil
@@ -9,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 
+from leanbert.distributed import strategy as module
 from leanbert.distributed.strategy import FullySharded
 from leanbert.errors import UserError
 from leanbert.trainer import Trainer
@@ -32,6 +34,19 @@ def test_devices_must_make_whole_groups():
     strategy.parallel_devices = [torch.device("cpu")] * 3
     with pytest.raises(UserError, match=r"replicas: 3 devices cannot be divided into 2 groups"):
         strategy.setup_environment()
+
+
+def test_no_group_waits_longer_than_is_set(monkeypatch):
+    limited = []
+    monkeypatch.setattr(module.ModelParallelStrategy, "setup_environment", lambda self: None)
+    monkeypatch.setattr(FullySharded, "root_device", torch.device("cpu"))
+    monkeypatch.setattr(module, "lay_out", lambda *_: SimpleNamespace(get_all_groups=lambda: ["replicate", "shard"]))
+    monkeypatch.setattr(module, "limit_waiting", lambda *given: limited.append(given))
+    strategy = FullySharded(replicas=2, timeout=timedelta(seconds=5))
+    assert strategy._timeout == timedelta(seconds=5)
+    strategy.parallel_devices = [torch.device("cpu")] * 2
+    strategy.setup_environment()
+    assert limited == [("replicate", timedelta(seconds=5)), ("shard", timedelta(seconds=5))]
 
 
 def test_replicas_are_counted():

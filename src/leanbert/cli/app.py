@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import shlex
 import sys
 import warnings
@@ -17,6 +18,7 @@ import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from leanbert import signals, strict_json
 from leanbert.callbacks.loop.checkpoint import RunCheckpoint
@@ -110,6 +112,8 @@ class CLI(Setup):
 
     def validate(self, options: EvaluateOptions) -> None:
         """Print the metrics as one JSON line."""
+        if self.subcommand == "test" and not is_overridden("test_step", self.model):
+            raise UserError(f"test: {type(self.model).__name__} has no metrics but those of validation. Use validate.")
         self._say_if_untrained()
         evaluate = self.trainer.validate if self.subcommand == "validate" else self.trainer.test
         evaluate(self.model, datamodule=self.datamodule, ckpt_path=options.ckpt_path, verbose=False)
@@ -273,6 +277,8 @@ def quiet_libraries() -> None:
         ".*number of training batches .* is smaller than the logging interval.*",
         ".*The `srun` command is available on your system but is not used.*",  # torchrun starts ranks too
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+        ".*torch.distributed.nn.functional.all_gather is deprecated.*",
+        *(() if "SLURM_JOB_ID" in os.environ else (".*`srun` command is available.*",)),  # a login node has it too
     ):
         warnings.filterwarnings("ignore", pattern)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):

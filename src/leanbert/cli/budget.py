@@ -16,12 +16,15 @@ from leanbert.files import scratch_folder
 from leanbert.messages import leads
 from leanbert.planning.predict import TEACHER
 from leanbert.planning.timing import RunLength, count_validations, limited
+from leanbert.ranges import COUNT
 from leanbert.settings import add_overlay
 
 
 def count_devices(settings: Any) -> int:
     """Return on how many devices the run is planned. Raises UserError where they cannot share the batch evenly."""
     trainer = settings["trainer"]
+    for name in ("devices", "nodes"):
+        COUNT.check(f"--{name}", settings[name])
     devices = settings["devices"] or trainer["devices"]
     if isinstance(devices, str):
         devices = int(devices) if devices.isdigit() else 1

@@ -9,7 +9,7 @@ import os
 import select
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
@@ -25,8 +25,10 @@ FIRST_SECONDS = 3.0
 """How long a rank lets the first one speak, after which whoever started the ranks ends them."""
 LOST_SECONDS = 10.0
 """How long a rank that has lost another one lets those speak who know which one."""
-LOST = ("gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer")
-"""What an error says where another rank has ended in the middle of an exchange."""
+LOST = ("gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer", "Application timeout")
+"""What an error says where another rank has ended in the middle of an exchange, or hangs."""
+LATE = ("timed out", "timeout")
+"""What it says where another rank has not answered within the time that the strategy gives it."""
 READER_HAS_GONE = 141
 """Exit code where nobody reads standard output any longer, as behind `| head`: what a shell gives for SIGPIPE."""
 
@@ -48,7 +50,10 @@ def one_line_errors() -> Iterator[None]:
             raise
         wait_for_the_end(LOST_SECONDS, code=1)  # which rank has ended, and how, whoever started the ranks knows
         which = "rank 0 has ended" if signals.orphaned() else "another rank has ended, or cannot be reached"
-        fail(f"{which}. {signals.GO_ON}", error, code=1)
+        if any(sign in str(error).lower() for sign in LATE):
+            which = "another rank has not answered in time: it hangs, or cannot be reached"
+        # ranks that hang end with the one that has started them
+        fail(f"{which}. {signals.GO_ON}", error, code=1, leave=lambda code: signals.end_at_once(code, None))
     except OSError as error:
         gone = isinstance(error, BrokenPipeError) and reader_has_gone()
         drop_output()
@@ -58,7 +63,7 @@ def one_line_errors() -> Iterator[None]:
         fail(f"{error.filename or 'output'}: {reason}. Mend that, or choose another file or folder.", error)
 
 
-def fail(message: str, error: BaseException, code: int = REFUSED) -> None:
+def fail(message: str, error: BaseException, code: int = REFUSED, leave: Callable[[int], object] = sys.exit) -> None:
     """Print the message as one line and leave with an exit code; LEANBERT_DEBUG=1 shows the traceback instead."""
     if os.environ.get("LEANBERT_DEBUG") == "1":
         raise error
@@ -69,7 +74,7 @@ def fail(message: str, error: BaseException, code: int = REFUSED) -> None:
         wait_for_the_end(FIRST_SECONDS + (os.environ.get("LOCAL_RANK", "0") != "0"), code)
         message = f"rank {rank()}: {message}"
     tqdm.write(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
+    leave(code)
 
 
 def wait_for_the_end(seconds: float, code: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from leanbert import checkpoints
 from leanbert.checkpoints import TRAINING_STATE
 from leanbert.cli.help import program_name
+from leanbert.cli.launched import launched_by
 from leanbert.compression.onnx.runtime import OnnxModel, holds_onnx, read_onnx
 from leanbert.data.module import RowData
 from leanbert.data.pairs import TARGET
@@ -154,7 +155,10 @@ def resume_command(arguments: list[str]) -> str:
             skip = True
         else:
             kept.append(argument)
-    return f"{program_name()} {shlex.join([*kept, '--ckpt_path', 'last'])}"
+    starter, program = launched_by(), program_name()
+    if starter is not None:  # whose options are not known here
+        program = f"{starter} ... {program.removeprefix('python ') if starter == 'torchrun' else program}"
+    return f"{program} {shlex.join([*kept, '--ckpt_path', 'last'])}"
 
 
 def config_arguments(arguments: list[str]) -> str:

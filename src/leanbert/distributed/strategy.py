@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Mapping
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.pytorch import Trainer
@@ -23,6 +25,7 @@ from leanbert.distributed.shard_writing import ShardWriting
 from leanbert.distributed.sharding import check_groups, lay_out
 from leanbert.distributed.state import blank_shards, decoded_state, gather, gather_state, shard_state
 from leanbert.errors import UserError, require
+from leanbert.measure.torch_compat import limit_waiting
 from leanbert.ranges import COUNT
 from leanbert.shard_files import map_tensors
 
@@ -46,6 +49,7 @@ class FullySharded(ModelParallelStrategy):
             goes on, if the machine has free memory for two copies. The best is one file always.
         offload: Parameters, gradients and optimizer state are in host memory, and the optimizer steps there; a device
             has what it has gathered, and activations. Gradients of each micro-batch are reduced and sent to the host.
+        timeout: How long a device waits for another one that hangs.
 
     Raises:
         UserError: `replicas` is not positive.
@@ -59,12 +63,13 @@ class FullySharded(ModelParallelStrategy):
         replicas: int | Literal["nodes"] = 1,
         checkpoints: Literal["whole", "sharded"] = "whole",
         offload: bool = False,
+        timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         if replicas != "nodes":
             COUNT.check("trainer.strategy.replicas", replicas)
         known = checkpoints in ("whole", "sharded")
         require(known, f"trainer.strategy.checkpoints: {checkpoints!r} is unknown. Give whole or sharded.")
-        super().__init__(save_distributed_checkpoint=False)
+        super().__init__(save_distributed_checkpoint=False, timeout=timeout)
         self.replicas, self.checkpoints, self.offload = replicas, checkpoints, offload
         self.writing = ShardWriting(lambda rest, path: self.checkpoint_io.save_checkpoint(rest, path))
 
@@ -79,6 +84,9 @@ class FullySharded(ModelParallelStrategy):
         if backend is not None and ":" in backend:
             atexit.register(_destroy_dist_connection)  # as Lightning does for nccl alone
         self.mesh = lay_out(self.root_device.type, devices, replicas, backend)
+        if self._timeout is not None:
+            for group in self.mesh.get_all_groups():
+                limit_waiting(group, self._timeout)
 
     def _get_process_group_backend(self) -> str:
         """Return what exchanges tensors on the device, and with `offload` those in host memory too."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ from torch.utils.hooks import RemovableHandle
 __all__ = [
     "FakeTensor", "FakeTensorMode", "OpOverload", "TorchDispatchMode", "compiled", "cpu_computes_bf16",
     "cpu_computes_int8", "dispatch_keys", "fake_store", "forget_passes", "group_of", "in_backward_pass",
-    "keep_cuda_history", "runs_first", "shapes_unseen", "tensors_in", "tree_map_only", "unset_fake_temporarily",
-    "unwrapped", "wraps_tensors", "write_cuda_history",
+    "keep_cuda_history", "limit_waiting", "runs_first", "shapes_unseen", "tensors_in", "tree_map_only",
+    "unset_fake_temporarily", "unwrapped", "wraps_tensors", "write_cuda_history",
 ]  # fmt: skip
 
 
@@ -85,6 +86,11 @@ def group_of(arguments: tuple[Any, ...]) -> dist.ProcessGroup:
         return dist.distributed_c10d._resolve_process_group(arguments[-1])  # type: ignore[arg-type]
     boxed = next(each for each in arguments if isinstance(each, torch.ScriptObject) and "ProcessGroup" in str(each))
     return dist.ProcessGroup.unbox(boxed)
+
+
+def limit_waiting(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """Limit how long a group's devices wait for one another, `_set_pg_timeout` (2.1); a mesh makes its own groups."""
+    dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 @contextmanager

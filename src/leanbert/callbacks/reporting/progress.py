@@ -33,15 +33,21 @@ class ProgressBar(TQDMProgressBar):
 
     def __init__(self) -> None:
         self.as_lines = not sys.stderr.isatty()
+        self._due = False
         super().__init__(refresh_rate=0 if self.as_lines else 1)  # 0 disables the bars
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Write the line of the step before, of which all is logged now, unless a validation has written it."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._due:
+            self._write_line(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
     ) -> None:
-        """Advance the bar, or write a line now and then."""
+        """Advance the bar, or have a line written now and then."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self.as_lines and trainer.global_step % LINE_EVERY_STEPS == 0:
-            self._write_line(trainer)
+        self._due = self.as_lines and trainer.global_step % LINE_EVERY_STEPS == 0
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the bar, or write a line."""
@@ -54,8 +60,8 @@ class ProgressBar(TQDMProgressBar):
         for bar in list(getattr(Tqdm, "_instances", ())):
             bar.close()
 
-    @staticmethod
-    def _write_line(trainer: Trainer) -> None:
+    def _write_line(self, trainer: Trainer) -> None:
+        self._due = False
         values = "  ".join(f"{name} {value:g}" for name, value in trainer.progress_bar_metrics.items())
         total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
         say(f"step {trainer.global_step}{total}  {values}")

@@ -67,7 +67,7 @@ def start_report(trainer: Trainer, task: Task, seconds_per_token: float | None) 
     """Return the lines of the report; `seconds_per_token` of a forward pass is None where it was not measured."""
     data = data_of(trainer)
     config, rows, length = task.model.config, data.hparams["batch_size"], data.hparams["max_length"]
-    steps = int(trainer.estimated_stepping_batches) - trainer.global_step
+    steps = max(0, int(trainer.estimated_stepping_batches) - trainer.global_step)
     lines = describe_corpora(data)
     vocabulary = " and ".join(f"{tokens:,}" for _, tokens in task.model.token_tables)
     lines.append(
