@@ -275,7 +275,6 @@ def quiet_libraries() -> None:
         ".*IterableDataset.*__len__.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*number of training batches .* is smaller than the logging interval.*",
-        ".*The `srun` command is available on your system but is not used.*",  # torchrun starts ranks too
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*torch.distributed.nn.functional.all_gather is deprecated.*",
         *(() if "SLURM_JOB_ID" in os.environ else (".*`srun` command is available.*",)),  # a login node has it too
