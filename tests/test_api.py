@@ -1,6 +1,8 @@
 """`leanbert.load` of each task: from a run, a checkpoint and an exported folder, the answers of `predict`."""
 
 import json
+import os
+import re
 import shutil
 
 import pytest
@@ -52,6 +54,7 @@ ASKED = {
 METHODS = {"mlm": "fill_mask", "classification": "classify", "tagging": "tag", "srl": "label_roles"} | {
     "seq2seq": "translate"
 }
+ONNX_FILES = ("model.onnx", "encoder_model.onnx", "decoder_model.onnx")
 
 
 def records(task):
@@ -160,6 +163,9 @@ def test_onnx_files_answer_as_the_model_does(run, tmp_path):
             assert same(written.translate(ASKED[task], **generation), model.translate(ASKED[task], **generation))
     with pytest.raises(UserError, match=r"^export: this model is in ONNX files already"):
         written.export(tmp_path)
+    TextTokenizer.train(lambda: [" ".join(f"w{i} x{i}" for i in range(500))], vocab_size=900).save(tmp_path)
+    with pytest.raises(UserError, match=r": the model knows \d+ tokens, the tokenizer has \d+\. Copy its own there$"):
+        leanbert.load(tmp_path)
     with pytest.raises(UserError, match=r"^to: cuda, but a model in ONNX files is computed on the CPU"):
         written.to("cuda")
     CLI([*arguments(folder, task, "export"), "--ckpt_path=best", "--format=onnx", "--quantize=int8",
@@ -259,16 +265,42 @@ def test_formats_and_weights_that_there_are_not_or_that_cannot_be(run, tmp_path)
     with pytest.raises(UserError, match=r"^weights: sparse, but no layer of this model has enough zeros"):
         leanbert.load(run[2], weights="sparse")
     assert not (tmp_path / "new").exists()
-    for first, second, file in (("hf", "sparse", "config.json"), ("sparse", "hf", "leanbert.json")):
-        model.export(tmp_path / first, format=first)
-        with pytest.raises(UserError, match=rf"{first}: has a model of another format \({file}\)\. Choose another"):
-            model.export(tmp_path / first, format=second)
-        assert ask(leanbert.load(tmp_path / first)) == ask(model)
+    others = ["model.onnx"] if run[0] == "seq2seq" else ["encoder_model.onnx", "decoder_model.onnx"]
+    for format, files in (
+        ("hf", ["leanbert.json", *ONNX_FILES]),
+        ("sparse", ["config.json", *ONNX_FILES]),
+        ("onnx", ["config.json", "leanbert.json", *others]),
+    ):
+        for file in files:
+            folder = tmp_path / format / file
+            folder.mkdir(parents=True)
+            (folder / file).write_text("another model")
+            with pytest.raises(UserError, match=rf"{file}: has a model of another format \({file}\)\. Choose another"):
+                model.export(folder, format=format)
+            assert [path.read_text() for path in folder.iterdir()] == ["another model"]
+    for format in ("hf", "sparse"):  # of its own format what is there is replaced
+        model.export(tmp_path / "again" / format, format=format)
+        model.export(tmp_path / "again" / format, format=format)
+        assert ask(leanbert.load(tmp_path / "again" / format)) == ask(model)
+
+
+def test_weights_are_for_whom_the_other_files_are_for(run, tmp_path):
+    mask = os.umask(0o027)
+    try:
+        for format in ("hf", "sparse"):
+            leanbert.load(run[2]).export(tmp_path / format, format=format)
+    finally:
+        os.umask(mask)
+    modes = {path: path.stat().st_mode & 0o777 for path in tmp_path.glob("*/*") if path.is_file()}
+    assert len(modes) >= 8
+    assert set(modes.values()) == {0o640}
 
 
 def test_only_onnx_files_are_quantized(run, tmp_path):
     with pytest.raises(UserError, match=r"^export: --quantize int8 is of ONNX files\. Give --format onnx$"):
         leanbert.load(run[2]).export(tmp_path / "new", quantize="int8")
+    with pytest.raises(UserError, match=r"^export: quantize 'int3' is unknown\. Give int8, int4, int8_int4, "):
+        leanbert.load(run[2]).export(tmp_path / "new", "onnx", "int3")
     with pytest.raises(UserError, match=r"^export: int8_static needs data to calibrate on\. Use compress, with --"):
         leanbert.load(run[2]).export(tmp_path / "new", "onnx", "int8_static")
     rows = PackedInputs.whole_rows(torch.ones(1, 1))
@@ -341,6 +373,41 @@ def test_methods_of_other_tasks_name_the_right_one(run):
                 getattr(model, method)(["the dog"])
     with pytest.raises(UserError, match=r"^'the dog' is one text\. Give a list of texts$"):
         ask(model, "the dog")
+
+
+def test_items_and_numbers_that_cannot_be_are_named(run):
+    model, item = leanbert.load(run[2]), "sentence" if run[0] in ("tagging", "srl") else "text"
+    for wrong in (None, 3, ["the", 3]):
+        with pytest.raises(UserError, match=rf"^{item} 1: {re.escape(repr(wrong))} is n[^\n]*\. Give [^\n]*$"):
+            ask(model, ["the dog", wrong])
+    for method in (model.encode, getattr(model, METHODS[run[0]])):
+        for size in (0, -1, 1.5):
+            with pytest.raises(UserError, match=rf"^batch_size: {size} is out of range\. Give a whole number, 1"):
+                method(["the dog"], batch_size=size)
+    with pytest.raises(UserError, match=r"^text 0: \['a', 'b'\] is no text\. Give a str$"):
+        model.encode([["a", "b"]])
+    if run[0] == "mlm":
+        with pytest.raises(UserError, match=r"^top_k: -1 is out of range\. Give a whole number, 1 or more"):
+            model.fill_mask(["a [MASK]"], top_k=-1)
+    if run[0] == "classification":
+        for group in ((), ("a", "b", "c")):
+            with pytest.raises(UserError, match=r"^text 0: \([^\n]* is neither a text nor a pair of texts\. Give one"):
+                model.classify([group])
+
+
+def test_transformers_cuts_where_our_answers_are_cut(run, tmp_path):
+    model = leanbert.load(run[2])
+    model.export(tmp_path)
+    cut = 48 if run[0] == "mlm" else 32
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.model_max_length == cut
+    assert len(theirs("dog " * 100, truncation=True)["input_ids"]) == cut
+    if run[0] not in ("tagging", "srl"):  # which answer for what is cut, too
+        whole = ("[MASK]" if run[0] == "mlm" else "cat") + " dog" * (cut - 3)  # with [CLS] and [SEP]
+        texts = [whole, f"{whole} cat cat"]
+        answers = ask(model, texts)
+        assert [answer.pop("text" if "text" in answer else "source") for answer in answers] == texts
+        assert same(*answers)
 
 
 def test_export_by_the_command_line_loads_in_transformers(run, tmp_path):
@@ -428,6 +495,7 @@ def test_predicates_are_given_or_found(tmp_path, tokenizer):
     for wrong, message in (
         ({"tokens": SENTENCE, "predicate": 9}, r"^sentence 1: predicate 9 is not the place of one of 9 words, 0 to 8$"),
         ({"predicate": 3}, r'^sentence 1: no "tokens" in it'),
+        ({"tokens": "the dog"}, r"^sentence 1: 'the dog' is no list of words\. Give one, or a text with spaces"),
     ):
         with pytest.raises(UserError, match=message):
             model.label_roles([SENTENCE, wrong])

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from leanbert.checkpoints import BEST
 from leanbert.compression.onnx.quantization import Scheme, Seen
-from leanbert.compression.onnx.runtime import OnnxModel, holds_onnx, read_onnx
+from leanbert.compression.onnx.runtime import OnnxModel, check_tokens, holds_onnx, read_onnx
 from leanbert.compression.sparse import make_sparse
 from leanbert.data.batches.batch import PredictBatch
 from leanbert.data.batches.loading import encode_lines
 from leanbert.data.batches.sentences import Sentence, word_batch
-from leanbert.data.batches.texts import encode_groups
+from leanbert.data.batches.texts import encode_groups, given_groups, given_texts
 from leanbert.data.pairs import TARGET
 from leanbert.data.sentence_reader import given_sentences
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
@@ -29,6 +29,7 @@ from leanbert.models.generation import GenerationConfig
 from leanbert.models.stored import ModelMetadata, Stored
 from leanbert.pretrained.build import read_model, rebuild
 from leanbert.pretrained.weights import holds_model
+from leanbert.ranges import COUNT
 from leanbert.runs import Run
 from leanbert.shard_files import holds_shards
 from leanbert.tasks.classification import classify
@@ -86,9 +87,12 @@ class Pretrained:
         Texts longer than the model's positions are cut.
         """
         self._require("fill_mask", "mlm")
-        return self._answers(
-            texts, batch_size, lambda part: fill_masks(self.model, self.tokenizer, self._lines(part), top_k)
-        )
+        COUNT.check("top_k", top_k)
+
+        def answer(part: list[str]) -> Answers:
+            return fill_masks(self.model, self.tokenizer, self._lines(part), top_k)
+
+        return self._answers(given_texts(_listed(texts)), batch_size, answer)
 
     def encode(self, texts: Sequence[str], batch_size: int = 32) -> Tensor:
         """Return one vector per text, float32 [N, D]: the mean of the encoder's last hidden states over its tokens.
@@ -96,7 +100,7 @@ class Pretrained:
         A model of any task has them. Texts longer than the model's positions are cut.
         """
         with torch.inference_mode():
-            vectors = [self._mean(self._lines(part)) for part in _batches(texts, batch_size)]
+            vectors = [self._mean(self._lines(part)) for part in _batches(given_texts(_listed(texts)), batch_size)]
         return torch.cat(vectors).cpu() if vectors else torch.empty(0, self.model.config.hidden_size)
 
     def classify(self, texts: Sequence[str | Sequence[str]], batch_size: int = 32) -> Answers:
@@ -106,7 +110,7 @@ class Pretrained:
         numbers `{"text", "values": [...]}`. The end of texts longer than in training is cut.
         """
         self._require("classify", "classification")
-        groups = [[text] if isinstance(text, str) else list(text) for text in _listed(texts)]
+        groups = given_groups(_listed(texts))
         problem, threshold = self.metadata.problem or "single", self.metadata.threshold
 
         def answer(part: list[list[str]]) -> Answers:
@@ -197,7 +201,7 @@ class Pretrained:
             raise UserError(f"{strange[0]}: no setting of generation. There are {', '.join(sorted(known))}")
         stored = {name: value for name, value in (self.metadata.generation or {}).items() if name in known}
         config = replace(GenerationConfig(**stored), **changes)
-        texts = _listed(texts)
+        texts = given_texts(_listed(texts))
         order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
 
         def answer(part: list[str]) -> Answers:
@@ -207,7 +211,7 @@ class Pretrained:
         found = dict(zip(order, self._answers([texts[index] for index in order], batch_size, answer), strict=True))
         return [found[index] for index in range(len(texts))]
 
-    def _answers(self, items: Sequence[Item], batch_size: int, answer: Callable[[list[Item]], Answers]) -> Answers:
+    def _answers(self, items: list[Item], batch_size: int, answer: Callable[[list[Item]], Answers]) -> Answers:
         with torch.inference_mode():
             return [each for part in _batches(items, batch_size) for each in answer(part)]
 
@@ -265,6 +269,7 @@ def load(path: str | Path, weights: Weights = "dense") -> Pretrained:
     if isinstance(stored, OnnxModel):
         if weights == "sparse":
             raise UserError(f"weights: sparse, but {path} is in ONNX files. Load the checkpoint that they are of")
+        check_tokens(stored, path, tokenizer.vocab_size, None if targets is None else targets.vocab_size)
         return Pretrained(stored, tokenizer, stored.metadata, targets)
     model = rebuild(stored, tokenizer.vocab_size, None if targets is None else targets.vocab_size)
     if weights == "sparse":
@@ -278,8 +283,8 @@ def _listed(texts: Sequence[Item]) -> list[Item]:
     return list(texts)
 
 
-def _batches(items: Sequence[Item], batch_size: int) -> Iterator[list[Item]]:
+def _batches(items: list[Item], batch_size: int) -> Iterator[list[Item]]:
     """Yield `batch_size` items at a time."""
-    items = _listed(items)
+    COUNT.check("batch_size", batch_size)
     for start in range(0, len(items), batch_size):
         yield items[start : start + batch_size]

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from leanbert.compression.onnx.folder import write_onnx
-from leanbert.compression.onnx.quantization import STATIC, Scheme, Seen
+from leanbert.compression.onnx.graphs import DECODER, ENCODER, MODEL
+from leanbert.compression.onnx.quantization import SCHEMES, STATIC, Scheme, Seen
 from leanbert.compression.onnx.runtime import OnnxModel
 from leanbert.compression.sparse import SparseLinear
 from leanbert.data.pairs import TARGET
@@ -18,6 +19,7 @@ from leanbert.files import expand, write_text_atomically
 from leanbert.pretrained.huggingface.convert import write_huggingface
 from leanbert.pretrained.huggingface.tasks import generation_settings
 from leanbert.pretrained.sparse import write_sparse
+from leanbert.pretrained.weights import SETTINGS_FILES
 from leanbert.tasks.seq2seq import special_tokens
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ def write_folder(
         raise UserError("export: this model was loaded with weights='sparse'. Load it with 'dense'")
     if format not in get_args(Format):
         raise UserError(f"export: format {format!r} is unknown. Give {', '.join(get_args(Format))}")
+    if quantize not in (None, *SCHEMES):
+        raise UserError(f"export: quantize {quantize!r} is unknown. Give {', '.join(SCHEMES)}")
     if quantize is not None and format != "onnx":
         raise UserError(f"export: --quantize {quantize} is of ONNX files. Give --format onnx")
     if exceptions and quantize is None:
@@ -50,6 +54,7 @@ def write_folder(
     if any(len(rows) != len(model.stacks) for rows in seen):
         raise UserError("export: seen has a tuple of rows for each batch, with those of the targets for a decoder")
     folder = expand(folder, "output")
+    _refuse_other_models(folder, format, trained.task)
     if format == "onnx":
         write_onnx(model, folder, trained.metadata, quantize, exceptions, seen, float32)
     elif format == "sparse":
@@ -57,9 +62,20 @@ def write_folder(
     else:
         _write_huggingface(trained, folder)
     segments = trained.task != "seq2seq" and model.config.type_vocab_size > 1
-    trained.tokenizer.save(folder, segments=segments)
+    positions = model.config.max_positions
+    longest = positions if trained.task == "mlm" else trained.max_length  # what our own answers are cut to
+    trained.tokenizer.save(folder, segments=segments, max_length=longest)
     if trained.target_tokenizer is not trained.tokenizer:
         trained.target_tokenizer.save(folder / TARGET)
+
+
+def _refuse_other_models(folder: Path, format: Format, task: str) -> None:
+    """Raise `UserError` for a model that would stay in the folder, beside the new one and with the new tokenizer."""
+    onnx = (ENCODER, DECODER) if task == "seq2seq" else (MODEL,)
+    own = {"hf": ("config.json",), "sparse": ("leanbert.json",), "onnx": onnx}[format]
+    for name in (*SETTINGS_FILES, MODEL, ENCODER, DECODER):
+        if name not in own and (folder / name).is_file():
+            raise UserError(f"{folder}: has a model of another format ({name}). Choose another folder")
 
 
 def _write_huggingface(trained: Pretrained, folder: Path) -> None:

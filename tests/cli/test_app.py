@@ -8,13 +8,16 @@ import pickle
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import leanbert
+from leanbert.cli.app import quiet_libraries
 from leanbert.measure.counters import device_name
 from tests import launcher
 from tests.cli.program import command, environment, refused, run
@@ -332,3 +335,14 @@ def test_a_checkpoint_of_another_shape(trained, corpus):
     before = {path: path.read_bytes() for path in trained[0].rglob("*") if path.is_file()}
     refused(corpus, "fit", *settings, "--trainer.max_steps=40", says=says)
     assert {path: path.read_bytes() for path in trained[0].rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_where_slurm_is_installed_nobody_is_asked_to_use_it(monkeypatch, quiet):
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        if quiet:
+            quiet_libraries()
+        SLURMEnvironment._validate_srun_used()  # as every trainer does
+    assert bool(found) is not quiet

@@ -1,6 +1,7 @@
 """`compress` and `export` with layers that stay in 32 bits: the whole program."""
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -26,12 +27,19 @@ def test_layers_are_reported_and_a_choice_is_exported_by_one_command(tmp_path, m
     left = '["encoder.blocks.1.feed_forward.output", "head"]'
     CLI([
         "compress", *given, f"--output={tmp_path / 'out'}", "--seconds=0.01", '--steps=["quantize=int8"]',
-        "--sensitivity=true", f"--exceptions={left}",
+        "--sensitivity=true", f"--exceptions={left}", "--max_drop", "1000%",
     ])  # fmt: skip
     found = json.loads((tmp_path / "out/report.json").read_text())
     row = next(row for row in found["variants"] if row["name"] == "int8-except-2")
     (layers,) = found["sensitivity"]
     assert (row["exceptions"], layers["variant"], layers["choice"]) == (json.loads(left), "int8-except-2", None)
+    again = shlex.split(found["answer"].partition("Made again by: ")[2])
+    start = again.index("compress")
+    assert again[start + 1 : start + len(given)] == given[:-1]
+    assert again[start + len(given) :] == [
+        f"--output={tmp_path / 'out'}", "--seconds=0.01", "--ckpt_path", str(checkpoint), "--steps",
+        '["quantize=int8"]', "--exceptions", left,
+    ]  # fmt: skip
     names = [effect["layer"] for effect in layers["effects"]]
     parts = ("attention.qkv", "attention.output", "feed_forward.input", "feed_forward.output")
     every = {f"encoder.blocks.{index}.{part}" for index in (0, 1) for part in parts}

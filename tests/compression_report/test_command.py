@@ -31,9 +31,9 @@ def test_every_list_of_the_ladder_can_be():
 
 def test_without_limits_the_front_is_named():
     mark_front(ROWS)
-    words, fits = answer_of(ROWS, Limits(), "val/f1", "again")
+    words, fits = answer_of(ROWS, Limits(), "val/f1", "again", False)
     assert (words, fits) == (
-        "No other variant beats int8, int4, both. Give --max_size, --max_latency or --max_drop to choose", True,
+        "No other variant beats onnx, int8, int4, both. Give --max_size, --max_latency or --max_drop to choose", True,
     )  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def test_without_limits_the_front_is_named():
     [(Limits(size_bytes=5 * MIB, drop=0.05), "int8"), (Limits(size_bytes=3 * MIB), "int4"), (Limits(drop=0.5), "both")],
 )
 def test_the_fastest_that_keeps_the_limits_is_chosen_with_its_command(limits, name):
-    words, fits = answer_of(ROWS, limits, "val/f1", "train.py compress --output x")
+    words, fits = answer_of(ROWS, limits, "val/f1", "train.py compress --output x", False)
     assert fits
     assert words.startswith(f"Take {name}: ")
     given = shlex.split(words.partition("Made again by: ")[2])
@@ -52,7 +52,10 @@ def test_the_fastest_that_keeps_the_limits_is_chosen_with_its_command(limits, na
 
 
 def test_where_none_does_the_nearest_is_named_and_what_training_would_do():
-    words, fits = answer_of(ROWS, Limits(size_bytes=4 * MIB, drop=0.01), "val/f1", "again")
+    limits = Limits(size_bytes=4 * MIB, drop=0.01)
+    words, fits = answer_of(ROWS, limits, "val/f1", "again", False)
     assert not fits
     assert words.startswith("compress: no variant keeps the limits. The nearest, int8, has 5.0 MiB of 4.0 MiB. Raise")
-    assert words.endswith("let smaller ones be trained by distillation: --search true")
+    assert words.endswith("Raise a limit, or let smaller ones be trained by distillation: --search true")
+    words, _ = answer_of(ROWS, limits, "val/f1", "again", True)
+    assert words.endswith("Raise a limit, or train longer (trainer.max_steps)")

@@ -36,7 +36,7 @@ from leanbert.cli.options import (
     Options,
     PlanOptions,
 )
-from leanbert.cli.resume import config_arguments, resume_command
+from leanbert.cli.resume import command_with, config_arguments, resume_command
 from leanbert.cli.setup import Setup
 from leanbert.errors import UserError
 from leanbert.messages import leads, say
@@ -189,9 +189,8 @@ class CLI(Setup):
             self._trained(), self._metrics_of, self._calibrate, self._train_student, best.monitor, best.sign,
             self.trainer.max_steps,
         )  # fmt: skip
-        again = [config_arguments(self.arguments), "--ckpt_path", shlex.quote(str(source.path))]
-        again += ["--output", shlex.quote(str(options.output))]
-        run_compress(options, source, f"{program_name()} compress {' '.join(again)}")
+        again = dict.fromkeys(("search", "sensitivity", "max_size", "max_latency", "max_drop", "steps", "exceptions"))
+        run_compress(options, source, command_with(self.arguments, {**again, "ckpt_path": str(source.path)}))
 
     def _metrics_of(self, model: Any = None, test: bool = True) -> dict[str, float]:
         """Return the metrics of a model in place of the run's own, by tag; on test files too if asked and given."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -147,18 +148,25 @@ def adopt_start(model: Task, data: RowData, source: str, subcommand: str) -> Non
 
 def resume_command(arguments: list[str]) -> str:
     """Return the command that goes on with the run that `arguments` started."""
+    return command_with(arguments, {"ckpt_path": "last"})
+
+
+def command_with(arguments: list[str], options: Mapping[str, str | None]) -> str:
+    """Return the command of `arguments` with other values of some options; None: without it."""
     kept, skip = [], False
     for argument in arguments:
-        if skip or argument.startswith("--ckpt_path="):
+        name, equals, _ = argument.partition("=")
+        if skip or not (name.startswith("--") and name[2:] in options):
+            kept += [] if skip else [argument]
             skip = False
-        elif argument == "--ckpt_path":
-            skip = True
         else:
-            kept.append(argument)
+            skip = not equals
+    for name, value in options.items():
+        kept += [] if value is None else [f"--{name}", value]
     starter, program = launched_by(), program_name()
     if starter is not None:  # whose options are not known here
         program = f"{starter} ... {program.removeprefix('python ') if starter == 'torchrun' else program}"
-    return f"{program} {shlex.join([*kept, '--ckpt_path', 'last'])}"
+    return f"{program} {shlex.join(kept)}"
 
 
 def config_arguments(arguments: list[str]) -> str:

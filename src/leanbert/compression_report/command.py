@@ -84,7 +84,7 @@ def run_compress(request: CompressRequest, source: Source, command: str) -> None
         _measure([variants[0], *found], request.seconds)
         rows += [variant.row for variant in found]
     mark_front(rows)
-    answer, fits = answer_of(rows, limits, source.tag, command)
+    answer, fits = answer_of(rows, limits, source.tag, command, request.search)
     write_report(request.output, rows, source.tag, answer, layers)
     print(as_table(rows, source.tag))
     say(folders_in_words(rows))

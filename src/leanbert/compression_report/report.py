@@ -90,20 +90,21 @@ def _costs(row: Row) -> tuple[float, float, float]:
     return row.size_bytes, row.latency_p50, row.drop or 0.0
 
 
-def answer_of(rows: Sequence[Row], limits: Limits, tag: str, command: str) -> tuple[str, bool]:
-    """Return in words which variant to take, and whether it keeps the limits."""
+def answer_of(rows: Sequence[Row], limits: Limits, tag: str, command: str, searched: bool) -> tuple[str, bool]:
+    """Return in words which variant to take, and whether it keeps the limits; `searched`: smaller ones were trained."""
     variants = [row for row in rows if row.steps]
     if not limits.any:
-        names = ", ".join(row.name for row in variants if row.on_front) or "the model itself"
+        names = ", ".join(dict.fromkeys(row.name for row in rows if row.on_front))
         return f"No other variant beats {names}. Give --max_size, --max_latency or --max_drop to choose", True
     fitting = [row for row in variants if not row.misses(limits)]
     if not fitting:
         nearest = min(variants, key=lambda row: max(row.misses(limits).values()))
         missed = " and ".join(nearest.misses(limits))
-        return (
-            f"compress: no variant keeps the limits. The nearest, {nearest.name}, has {missed}. "
-            "Raise a limit, or let smaller ones be trained by distillation: --search true"
-        ), False
+        more = "train longer (trainer.max_steps)"
+        if not searched:
+            more = "let smaller ones be trained by distillation: --search true"
+        words = f"compress: no variant keeps the limits. The nearest, {nearest.name}, has {missed}."
+        return f"{words} Raise a limit, or {more}", False
     best = min(fitting, key=lambda row: row.latency_p50)
     drop = "" if best.drop is None else f", {tag} {-best.drop:+.2%}"
     again = f"{command} --steps {shlex.quote(json.dumps(best.steps))}"

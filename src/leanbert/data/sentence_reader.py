@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -176,11 +176,18 @@ def _given_sentence(where: str, value: Any) -> Sentence:
     if isinstance(value, str):
         return Sentence(value.split())
     if not isinstance(value, Mapping):
-        return Sentence(list(value))
+        return Sentence(_given_words(where, value))
     if "tokens" not in value:
         raise UserError(f'{where}: no "tokens" in it. Give the list of words')
-    tokens, predicate = list(value["tokens"]), value.get("predicate")
+    tokens, predicate = _given_words(where, value["tokens"]), value.get("predicate")
     return Sentence(tokens, None if predicate is None else predicate_place(where, predicate, len(tokens)))
+
+
+def _given_words(where: str, value: Any) -> list[str]:
+    words = None if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+    if words is None or not all(isinstance(word, str) for word in words):
+        raise UserError(f"{where}: {value!r:.40} is no list of words. Give one, or a text with spaces between words")
+    return words
 
 
 def predicate_place(where: str, value: object, words: int) -> int:

@@ -293,12 +293,8 @@ def live_tensors() -> list[Tensor]:
 
 
 def storages(tensor: Tensor, device_type: str) -> Iterator[torch.UntypedStorage]:
-    """Yield the storages of a tensor on `device_type` that hold bytes; of a wrapper, those of its inner tensors.
-
-    In a dry run host memory is not the device's, though all tensors are on the CPU.
-    """
+    """Yield the storages, with bytes on `device_type` and not on its host, of a tensor or of a wrapper's inner ones."""
     for inner in torch_compat.unwrapped(tensor):
-        if inner.device.type == device_type and inner.layout is torch.strided:
-            storage = inner.untyped_storage()
-            if storage.nbytes() and not stands_on_host(inner):
-                yield storage
+        here = inner.device.type == device_type and inner.layout is torch.strided and not stands_on_host(inner)
+        if here and (storage := inner.untyped_storage()).nbytes():
+            yield storage

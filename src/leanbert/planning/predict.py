@@ -62,8 +62,7 @@ def predict(settings: RunSettings) -> Prediction:
         UserError: Techniques that cannot combine, or match nothing, or this process is part of a distributed run.
 
     """
-    sharded = settings.strategy == "fsdp2" and (settings.devices > 1 or settings.offload)
-    if sharded and settings.mesh is None:
+    if settings.shards and settings.mesh is None:
         with pretend_group(settings.devices, settings.replicas) as mesh:
             return predict(replace(settings, mesh=mesh))
     rows, whole = rows_of_dry_run(settings), settings.rows_per_step

@@ -57,6 +57,11 @@ class RunSettings:
         return replace(self, task=task)
 
     @property
+    def shards(self) -> bool:
+        """Whether the model is sharded, as one device too is if its shards are in host memory."""
+        return self.strategy == "fsdp2" and (self.devices > 1 or self.offload)
+
+    @property
     def techniques(self) -> Techniques:
         """What the callbacks ask for."""
         asked = Techniques()

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 from leanbert.errors import UserError
@@ -16,7 +19,7 @@ from leanbert.planning import overlays
 from leanbert.planning.device import Target
 from leanbert.planning.predict import Prediction, predict
 from leanbert.planning.run_settings import RunSettings
-from leanbert.tasks.techniques import TECHNIQUES, Surroundings, Technique
+from leanbert.tasks.techniques import TECHNIQUES, Surroundings, Technique, refuse
 
 ENOUGH = 8
 """Micro-batches that are tried as if needs were affine."""
@@ -62,23 +65,42 @@ def ladder(settings: RunSettings, target: Target) -> list[tuple[str, ...]]:
 
     Of several devices whose strategy is left open each set is tried on shards too.
     """
-    precision = settings.techniques.precision or str(settings.precision)
-    around = Surroundings(settings.task.optimizer_config.name, precision, target.device_type)
-    rungs = {technique: technique.rung(around) for technique in TECHNIQUES}
-    numbers = {technique: number for technique, number in rungs.items() if number is not None}
-    sets = [(), *(_set_at(number, numbers) for number in sorted(set(numbers.values())))]
-    if settings.devices == 1 or settings.strategy != "auto":
-        return sets
-    return [names for each in sets for names in (each, (overlays.SHARDED, *each))]
+    strategies: list[tuple[str, ...]] = [()]
+    if settings.devices > 1 and settings.strategy == "auto":
+        strategies.append((overlays.SHARDED,))
+    ladders = (_ladder(settings, target, strategy) for strategy in strategies)
+    return list(dict.fromkeys(chain.from_iterable(zip(*ladders, strict=True))))
 
 
-def _set_at(most: int, numbers: dict[Technique, int]) -> tuple[str, ...]:
-    """Return the names of the techniques up to a rung, without those that another one of them replaces."""
+def _ladder(settings: RunSettings, target: Target, strategy: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Return the set of each rung, without techniques that are refused beside the cheaper ones."""
+    around = _surroundings(settings, target)
+    rungs = {technique: number for technique in TECHNIQUES if (number := technique.rung(around)) is not None}
+    usable: dict[Technique, int] = {}
+    for technique, number in sorted(rungs.items(), key=itemgetter(1)):
+        overlay = overlays.merge([overlays.read(name) for name in (*strategy, *_set_at(number, usable, technique))])
+        changed = overlays.apply(settings, overlay)
+        with suppress(UserError):
+            refuse(changed.techniques, _surroundings(changed, target))
+            usable[technique] = number
+    return [strategy, *((*strategy, *_set_at(number, usable)) for number in sorted(set(rungs.values())))]
+
+
+def _surroundings(settings: RunSettings, target: Target) -> Surroundings:
+    return Surroundings(
+        settings.task.optimizer_config.name, settings.techniques.precision or str(settings.precision),
+        target.device_type, settings.devices, shards=settings.shards, offloads=settings.shards and settings.offload,
+        clips=bool(settings.clip), compiles=settings.task.compile_blocks,
+    )  # fmt: skip
+
+
+def _set_at(most: int, numbers: dict[Technique, int], *more: Technique) -> tuple[str, ...]:
+    """Return the names of the techniques up to a rung, and of `more`, but of those that another of them replaces."""
     names: set[str] = set()
-    for technique in sorted(numbers, key=lambda technique: -numbers[technique]):
-        if numbers[technique] <= most and names.isdisjoint(technique.replaced_by):
+    for technique in (*more, *sorted(numbers, key=lambda technique: -numbers[technique])):
+        if (technique in more or numbers[technique] <= most) and names.isdisjoint(technique.replaced_by):
             names.add(technique.name)
-    return tuple(technique.name for technique in numbers if technique.name in names)
+    return tuple(technique.name for technique in TECHNIQUES if technique.name in names)
 
 
 def search(

@@ -95,19 +95,18 @@ def unpack(checkpoint: Any, path: Path) -> Stored:
 def write_safetensors(state: StateDict, path: Path, settings: Path) -> None:
     """Write tensors, beside what is at `path`, and rename them; `settings`, the file that is about the old ones, goes.
 
-    Raises `UserError` if the disk is full, or forbids it, or what is there is of another format: nothing has changed
-    then.
+    Raises `UserError` if the disk is full, or forbids it: nothing has changed then.
     """
-    for name in SETTINGS_FILES:
-        if name != settings.name and (path.parent / name).is_file():
-            raise UserError(f"{path.parent}: has a model of another format ({name}). Choose another folder")
     with explain_disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary(path) as building:
+            building.touch()
+            mode = building.stat().st_mode
             try:
                 safetensors.torch.save_file(state, building, metadata={"format": "pt"})
             except SafetensorError as error:  # what the system says is in its text
                 raise UserError(f"{path}: cannot be written ({error}). Free space, or choose another folder") from None
+            building.chmod(mode)  # safetensors makes files that nobody else may read
             settings.unlink(missing_ok=True)
             os.replace(building, path)
 

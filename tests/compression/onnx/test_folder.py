@@ -1,6 +1,7 @@
 """What is written computes what the model does, is whole or not there, and says what it is."""
 
 import copy
+import errno
 
 import onnx
 import pytest
@@ -73,6 +74,23 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path, monkeypat
     monkeypatch.setattr(onnx_folder, "ROUNDINGS", 1e9)  # a model that rounds so much
     write_onnx(model, tmp_path, metadata)
     assert (tmp_path / "model.onnx").read_bytes() != b"what was there"
+
+
+@pytest.mark.parametrize("full", ["folder", "TMPDIR"])
+def test_the_disk_that_is_full_is_named(tmp_path, monkeypatch, full):
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model, metadata = make("classification")
+    if full == "folder":
+        monkeypatch.setattr(onnx_folder.shutil, "copyfile", no_space)
+    else:
+        monkeypatch.setattr(onnx_folder, "write_graph", no_space)
+    with pytest.raises(UserError, match="the disk is full") as caught:
+        write_onnx(model, tmp_path / "new", metadata)
+    assert str(caught.value).startswith(f"{tmp_path / 'new'}: ") == (full == "folder")
+    assert str(caught.value).endswith("choose another disk with TMPDIR") == (full == "TMPDIR")
+    assert list(tmp_path.rglob("*.onnx*")) == []
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def write_onnx(
     made. Raises `UserError` if something is not installed, the disk is full, or outputs differ, and as `quantize`.
     """
     model = deepcopy(model).float().eval()
-    with scratch_folder() as scratch, ExitStack() as stack, explain_disk_errors(folder):
+    with scratch_folder() as scratch, explain_disk_errors(scratch, "TMPDIR"), ExitStack() as stack:
         if float32 is None:
             float32 = scratch
             for name, graph in graphs_of(model).items():
@@ -59,6 +59,7 @@ def write_onnx(
             if not largest_difference(model, read_onnx(scratch / scheme)) < math.inf:
                 raise UserError(f"{folder}: quantized outputs are not finite. Export without --quantize {scheme}")
             written = [scratch / scheme / file.name for file in written]
+        stack.enter_context(explain_disk_errors(folder))
         folder.mkdir(parents=True, exist_ok=True)
         building = {folder / file.name: stack.enter_context(temporary(folder / file.name)) for file in written}
         for file, copy in zip(written, building.values(), strict=True):

@@ -180,6 +180,13 @@ def read_onnx(folder: Path) -> OnnxModel:
     return OnnxSeq2Seq(Session(path), Session(decoder, threads), path)
 
 
+def check_tokens(model: OnnxModel, path: Path, tokens: int, target_tokens: int | None = None) -> None:
+    """Raise `UserError` if the tokenizers beside a model have more tokens than it knows; onnxruntime would fail."""
+    for known, given in ((model.config.vocab_size, tokens), (model.metadata.target_vocab_size, target_tokens)):
+        if given is not None and given > (known or 0):
+            raise UserError(f"{path}: the model knows {known} tokens, the tokenizer has {given}. Copy its own there")
+
+
 def input_feed(inputs: PackedInputs) -> dict[str, Tensor]:
     """Return what a graph reads of rows of one document each, by name, int64 [B, S]."""
     segments = torch.zeros_like(inputs.input_ids) if inputs.segment_ids is None else inputs.segment_ids

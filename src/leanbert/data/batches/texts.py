@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 from leanbert.data.batches.batch import PredictBatch
 from leanbert.data.batches.labelled import Encoded, pad_encoded
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
+from leanbert.errors import UserError
 from leanbert.models.packed_inputs import PackedInputs
 
 
@@ -30,6 +34,25 @@ def encode_texts(texts: list[list[str]], tokenizer: TextTokenizer, length: int) 
             segments += [number] * (len(piece) + len(after))
         found.append(Encoded(ids, segments, [0], needed))
     return found
+
+
+def given_texts(values: Sequence[Any]) -> list[str]:
+    """Return the texts that a program gives. Raises `UserError`, naming it by its number, for what is none."""
+    for number, value in enumerate(values):
+        if not isinstance(value, str):
+            raise UserError(f"text {number}: {value!r:.40} is no text. Give a str")
+    return list(values)
+
+
+def given_groups(values: Sequence[Any]) -> list[list[str]]:
+    """Return the texts and pairs of texts that a program gives. Raises as `given_texts`."""
+    groups = []
+    for number, value in enumerate(values):
+        group = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+        if len(group) not in (1, 2) or not all(isinstance(text, str) for text in group):
+            raise UserError(f"text {number}: {value!r:.40} is neither a text nor a pair of texts. Give one of them")
+        groups.append(group)
+    return groups
 
 
 def encode_groups(groups: list[list[str]], tokenizer: TextTokenizer, length: int) -> tuple[PredictBatch, int]:

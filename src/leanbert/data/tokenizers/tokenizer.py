@@ -210,10 +210,11 @@ class TextTokenizer:
             return text
         return f"{text[:-1].rstrip()},\n  {json.dumps(_NAMED_KEY)}: {json.dumps(self._renamed, sort_keys=True)}\n}}"
 
-    def save(self, folder: str | Path, segments: bool = False) -> None:
+    def save(self, folder: str | Path, segments: bool = False, max_length: int | None = None) -> None:
         """Write tokenizer.json and the tokenizer_config.json that `AutoTokenizer` of transformers reads.
 
-        With `segments` it says there which of two texts each token is of, for a model that takes this in.
+        With `segments` it says there which of two texts each token is of, for a model that takes this in; `max_length`
+        is how many tokens it keeps of a text where truncation is asked for.
         """
         added = self._tokenizer.get_added_tokens_decoder()
         config: dict[str, Any] = {
@@ -227,6 +228,8 @@ class TextTokenizer:
         config.update({f"{role}_token": token for role, token in self._special.items() if token in self._added})
         if segments:
             config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+        if max_length is not None:
+            config["model_max_length"] = max_length
         write_text_atomically(Path(folder) / "tokenizer.json", str(self._tokenizer.to_str(pretty=True)))
         write_text_atomically(Path(folder) / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 

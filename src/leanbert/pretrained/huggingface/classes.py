@@ -137,7 +137,7 @@ def write_layout(
     if isinstance(model, Seq2SeqModel):
         _check_expressible(config, ENCODER_DECODER)
         if model.pointer is not None:
-            raise UserError("model.copy: transformers' EncoderDecoderModel cannot copy. Train without it to export")
+            raise UserError("model.copy: transformers' class cannot copy. Export with onnx, or train without it")
         layers, tokens = len(model.decoder.blocks), model.target_vocab_size
         ids, their_ids = (
             {name: given.get(name) for name in SPECIAL_IDS} for given in (special_ids, source_ids or special_ids)
@@ -227,7 +227,7 @@ def _check_expressible(config: ResolvedConfig, target: str) -> None:
     if modern and target == ENCODER_DECODER:
         raise UserError(
             f"{SETTING}.preset: transformers has no decoder with position 'rotary' that an {target} could take "
-            "(ModernBERT's looks at no encoder). Train with preset bert to export"
+            "(ModernBERT's looks at no encoder). Export with onnx, or train with preset bert"
         )
     needed: dict[str, tuple[Any, ...]] = (
         {"norm_position": ("pre",), "activation": ("geglu", "swiglu"), "type_vocab_size": (0,)}
