@@ -78,8 +78,8 @@ def _ladder(settings: RunSettings, target: Target, strategy: tuple[str, ...]) ->
     rungs = {technique: number for technique in TECHNIQUES if (number := technique.rung(around)) is not None}
     usable: dict[Technique, int] = {}
     for technique, number in sorted(rungs.items(), key=itemgetter(1)):
-        overlay = overlays.merge([overlays.read(name) for name in (*strategy, *_set_at(number, usable, technique))])
-        changed = overlays.apply(settings, overlay)
+        names = (*strategy, *_set_at(number, {**usable, technique: number}))
+        changed = overlays.apply(settings, overlays.merge([overlays.read(name) for name in names]))
         with suppress(UserError):
             refuse(changed.techniques, _surroundings(changed, target))
             usable[technique] = number
@@ -94,11 +94,11 @@ def _surroundings(settings: RunSettings, target: Target) -> Surroundings:
     )  # fmt: skip
 
 
-def _set_at(most: int, numbers: dict[Technique, int], *more: Technique) -> tuple[str, ...]:
-    """Return the names of the techniques up to a rung, and of `more`, but of those that another of them replaces."""
+def _set_at(most: int, numbers: dict[Technique, int]) -> tuple[str, ...]:
+    """Return the names of the techniques up to a rung, without those that another one of them replaces."""
     names: set[str] = set()
-    for technique in (*more, *sorted(numbers, key=lambda technique: -numbers[technique])):
-        if (technique in more or numbers[technique] <= most) and names.isdisjoint(technique.replaced_by):
+    for technique in sorted(numbers, key=lambda technique: -numbers[technique]):
+        if numbers[technique] <= most and names.isdisjoint(technique.replaced_by):
             names.add(technique.name)
     return tuple(technique.name for technique in TECHNIQUES if technique.name in names)
 
