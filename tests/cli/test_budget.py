@@ -33,6 +33,14 @@ def test_a_strategy_is_planned_as_what_it_is(strategy, expected):
         assert strategy_of(again) == expected
 
 
+@pytest.mark.parametrize(
+    ("devices", "count"), [(2, 2), ("2", 2), ([0, 3], 2), ("0,3", 2), ("0,", 1), ("auto", 1), (-1, 1), ("-1", 1)]
+)
+def test_devices_of_the_trainer_are_counted_as_a_launcher_counts_them(devices, count):
+    settings = {"trainer": Namespace(devices=devices, num_nodes=3), "devices": None, "nodes": None}
+    assert count_devices({**settings, "data": {"init_args": {"batch_size": 6}}}) == 3 * count
+
+
 @pytest.mark.parametrize(("devices", "nodes", "named"), [(0, None, "--devices: 0"), (2, -1, "--nodes: -1")])
 def test_devices_and_machines_are_counted(devices, nodes, named):
     with pytest.raises(UserError, match=named):

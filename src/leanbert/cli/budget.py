@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from leanbert.callbacks.reporting.plan import PlanReport
+from leanbert.cli.launched import number_of
 from leanbert.data.settings import rows_per_device
 from leanbert.files import scratch_folder
 from leanbert.messages import leads
@@ -25,10 +26,8 @@ def count_devices(settings: Any) -> int:
     trainer = settings["trainer"]
     for name in ("devices", "nodes"):
         COUNT.check(f"--{name}", settings[name])
-    devices = settings["devices"] or trainer["devices"]
-    if isinstance(devices, str):
-        devices = int(devices) if devices.isdigit() else 1
-    count = max(1, len(devices) if isinstance(devices, list) else devices) * (settings["nodes"] or trainer["num_nodes"])
+    devices = max(1, number_of(settings["devices"] or trainer["devices"]))
+    count = devices * (settings["nodes"] or trainer["num_nodes"])
     rows_per_device(settings["data"]["init_args"]["batch_size"], count)
     return count
 

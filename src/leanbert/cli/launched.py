@@ -43,7 +43,7 @@ def take_launched(trainer: Any, subcommand: str) -> None:
         given, started = trainer[setting], int(os.environ.get(variable, 1))
         if given in NOT_SET[setting]:
             given = trainer[setting] = started
-        if (number := _number(given)) != started:
+        if (number := number_of(given)) != started:
             raise UserError(
                 f"trainer.{setting}: {number}, but {by} has started ranks for {started}. Leave it out, or give {by} "
                 f"{option}={number}."
@@ -52,7 +52,7 @@ def take_launched(trainer: Any, subcommand: str) -> None:
             raise UserError(f"{subcommand}: one process does all of it. Start it without {by}.")
 
 
-def _number(given: object) -> int:
+def number_of(given: object) -> int:
     """Return how many devices are named: a number, a list, or either as text."""
     if isinstance(given, str):
         given = given.strip(",").split(",") if "," in given else int(given) if given.isdigit() else 0
