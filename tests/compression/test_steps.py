@@ -10,7 +10,7 @@ import yaml
 from leanbert.compression.steps import (
     TECHNIQUES,
     apply_steps,
-    callbacks_of,
+    as_callbacks,
     inputs_seen,
     parse_steps,
     split_at_training,
@@ -169,28 +169,28 @@ def test_steps_before_training_are_callbacks_of_the_run():
     steps = parse_steps(["blocks=0.5", "structured_pruning=0.25", "pruning=2:4", "train=70", "quantize=int8"])
     cuts, count, rest = split_at_training(steps)
     assert (count, [str(step) for step in rest]) == (70, ["quantize=int8"])
-    assert callbacks_of(cuts) == [
+    assert as_callbacks(cuts) == [
         {"class_path": "StructuredPruning", "init_args": {"heads": 0.25, "neurons": 0.25, "blocks": 0.5}},
         {"class_path": "MagnitudePruning", "init_args": {"final_sparsity": 0.5, "scope": "2:4"}},
     ]
     assert [len(each) for each in variants_of(steps)] == [1, 2, 3, 4, 5]
     rounded = ["pruning=0.5", "quantization_aware=int8_int4", "train=9", "quantize=int8_int4"]
-    assert callbacks_of(split_at_training(parse_steps(rounded))[0])[1:] == [
+    assert as_callbacks(split_at_training(parse_steps(rounded))[0])[1:] == [
         {"class_path": "QuantizationAwareTraining", "init_args": {"scheme": "int8_int4"}}
     ]
     assert [len(each) for each in variants_of(parse_steps(rounded))] == [1, 3, 4]
-    assert callbacks_of(parse_steps(["blocks=0.5"]))[0]["init_args"] == {"heads": 0.0, "neurons": 0.0, "blocks": 0.5}
+    assert as_callbacks(parse_steps(["blocks=0.5"]))[0]["init_args"] == {"heads": 0.0, "neurons": 0.0, "blocks": 0.5}
     assert split_at_training(rest) == ([], 0, rest)
     steps = parse_steps(["movement_pruning=0.8:16", "train=70"])
-    assert callbacks_of(steps[:1]) == [
+    assert as_callbacks(steps[:1]) == [
         {"class_path": "MovementPruning", "init_args": {"final_sparsity": 0.8, "block_size": 16}}
     ]
-    assert callbacks_of(parse_steps(["pruning=0.8"]))[0]["init_args"] == {
+    assert as_callbacks(parse_steps(["pruning=0.8"]))[0]["init_args"] == {
         "final_sparsity": 0.8, "include_embeddings": True,
     }  # fmt: skip
     parse_steps(["blocks=0.5", "structured_pruning=0.5:taylor"])  # without training blocks may leave
     parse_steps(["structured_pruning=0.5:taylor", "train=21"])
-    assert callbacks_of(parse_steps(["structured_pruning=0.5:taylor"]))[0]["init_args"] == {
+    assert as_callbacks(parse_steps(["structured_pruning=0.5:taylor"]))[0]["init_args"] == {
         "heads": 0.5, "neurons": 0.5, "importance": "taylor", "at_step": 20,
     }  # fmt: skip
 

@@ -13,7 +13,7 @@ import yaml
 
 from leanbert import signals
 from leanbert.checkpoints import BEST
-from leanbert.compression.steps import TECHNIQUES, ZEROS, Step, callbacks_of
+from leanbert.compression.steps import TECHNIQUES, ZEROS, Step, as_callbacks
 from leanbert.data.store.checksums import files_digests
 from leanbert.errors import REFUSED, UserError
 from leanbert.files import write_text_atomically
@@ -36,7 +36,7 @@ def student_settings(given: dict[str, Any], source: Path, cuts: Sequence[Step], 
     model["distillation"] = {**(model["distillation"] or {})}
     model["distillation"]["teacher"] = model["distillation"].get("teacher") or START
     trainer["max_steps"], trainer["max_epochs"] = steps, None
-    trainer["callbacks"] = [*own, *callbacks_of(cuts)]
+    trainer["callbacks"] = [*own, *as_callbacks(cuts)]
     return settings
 
 

@@ -272,7 +272,7 @@ def inputs_seen(model: EncoderModel, calibrate: Calibrate) -> list[Seen]:
     return list(zip(*found, strict=True))
 
 
-def callbacks_of(steps: Sequence[Step]) -> list[dict[str, Any]]:
+def as_callbacks(steps: Sequence[Step]) -> list[dict[str, Any]]:
     """Return the callbacks, as in a configuration, that do in a run of `fit` what these steps do."""
     found: dict[str, dict[str, Any]] = {}
     for step in steps:

@@ -22,6 +22,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
+from leanbert.callbacks.techniques.base import TechniqueCallback
+from leanbert.callbacks.values import callbacks_of
 from leanbert.compression.teacher_outputs import Outputs, TeacherOutputs, columns_of
 from leanbert.data.batches.batch import Batch
 from leanbert.data.module import RowData
@@ -34,7 +36,7 @@ from leanbert.memory.offload import DiskStorage, to_host
 from leanbert.models.packed_inputs import Documents
 from leanbert.optim.build import trainable
 from leanbert.planning.fake import Fake, host_apart
-from leanbert.planning.run_settings import RunSettings, technique_callbacks
+from leanbert.planning.run_settings import RunSettings
 from leanbert.pretrained.build import blank_model
 from leanbert.tasks.base import Task
 
@@ -160,7 +162,7 @@ def stage(
     task.schedule_config = replace(task.schedule_config, warmup_steps=0)
     data.hparams["batch_size"] = rows
     data.pretend_prepared(settings.vocab_size)
-    callbacks = copy.deepcopy(technique_callbacks(settings.callbacks))
+    callbacks = copy.deepcopy(settings.technique_callbacks)
     trainer = _trainer(settings, callbacks, settings.device_type if real else "cpu")
     trainer.strategy.connect(task)
     task.trainer = data.trainer = trainer
@@ -179,7 +181,7 @@ def _trainer(settings: RunSettings, callbacks: Sequence[Callback], device_type: 
 def set_up(task: Task, trainer: Trainer) -> None:
     """Let the callbacks register what they ask for. Raises UserError for what they refuse, or cannot be planned."""
     task.setup("fit")
-    for callback in technique_callbacks(trainer.callbacks):  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer, TechniqueCallback):
         callback.setup(trainer, task, "fit")
     if (task.techniques.micro_batch or 0) >= trainer.datamodule.hparams["batch_size"]:  # type: ignore[attr-defined]
         raise UserError(
@@ -227,7 +229,7 @@ def keep_no_outputs(task: Task, trainer: Trainer, batch: Batch) -> bool:
 
 def begin(task: Task, trainer: Trainer, batch: Batch) -> None:
     """Do what comes before the first step."""
-    for callback in technique_callbacks(trainer.callbacks):  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer, TechniqueCallback):
         callback.reach_peak()
         callback.on_train_start(trainer, task)
         callback.on_train_batch_start(trainer, task, batch, 0)
@@ -262,6 +264,6 @@ def _existing(task: Task, batch: Batch) -> list[Tensor]:
     own = [t for module in task.modules() for t in vars(module).values() if isinstance(t, Tensor)]
     if task.distillation is not None:
         own += task.distillation.teacher.parameters()
-    for callback in technique_callbacks(task.trainer.callbacks):  # type: ignore[attr-defined]
+    for callback in callbacks_of(task.trainer, TechniqueCallback):
         own += callback.tensors()
     return [*(t for t in (*own, *task.buffers()) if id(t) not in model), *batch.tensors().values()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,11 +16,6 @@ from leanbert.tasks.techniques import Techniques
 
 Strategy = Literal["auto", "ddp", "fsdp2"]
 """How several devices share a model."""
-
-
-def technique_callbacks(callbacks: Iterable[Callback]) -> list[TechniqueCallback]:
-    """Return the callbacks that change what a step needs."""
-    return [callback for callback in callbacks if isinstance(callback, TechniqueCallback)]
 
 
 @dataclass(frozen=True)
@@ -62,10 +56,15 @@ class RunSettings:
         return self.strategy == "fsdp2" and (self.devices > 1 or self.offload)
 
     @property
+    def technique_callbacks(self) -> list[TechniqueCallback]:
+        """The callbacks that change what a step needs."""
+        return [callback for callback in self.callbacks if isinstance(callback, TechniqueCallback)]
+
+    @property
     def techniques(self) -> Techniques:
         """What the callbacks ask for."""
         asked = Techniques()
-        for callback in technique_callbacks(self.callbacks):
+        for callback in self.technique_callbacks:
             callback.register(asked)
         return asked
 
