@@ -20,21 +20,16 @@ from tests.training import read_scalars
 pytestmark = pytest.mark.slow
 
 SRUN = f"""#!{sys.executable}
-import os, subprocess, sys, time
-assert sys.argv[1] == "--kill-on-bad-exit"
+import os, subprocess, sys
+assert sys.argv[1:3] == ["--kill-on-bad-exit=0", "--wait=600"]
 own = {{"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}}
 tasks = [
-    subprocess.Popen(sys.argv[2:], env={{**os.environ, **own, "SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)}})
+    subprocess.Popen(sys.argv[3:], env={{**os.environ, **own, "SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)}})
     for n in range(2)
 ]
 with open("tasks", "w") as file:
     print(*(task.pid for task in tasks), file=file)
-while None in (codes := [task.poll() for task in tasks]):
-    time.sleep(0.1)
-    if any(codes):
-        for task in tasks:
-            task.terminate()
-sys.exit(max(codes))
+sys.exit(max(task.wait() for task in tasks))
 """
 SCONTROL = "#!/bin/sh\necho $* > requeued\n"
 STEPS = 60
@@ -97,5 +92,6 @@ def test_a_job_that_is_told_to_end_saves_goes_into_the_queue_and_goes_on(folder)
 def test_tasks_that_contradict_the_settings(folder):
     path = script(folder, "--trainer.devices=4")
     assert start(folder, path).wait(TIMEOUT_SECONDS) == 2
-    [line] = errors((folder / "said").read_text())
-    assert "trainer.devices: 4, but srun has started ranks for 2" in line
+    says = "trainer.devices: 4, but srun has started ranks for 2. Leave it out, or give srun --ntasks-per-node=4."
+    assert errors((folder / "said").read_text()) == [f"error: {says}", f"error: rank 1: {says}"]
+    assert not (folder / "requeued").exists()
