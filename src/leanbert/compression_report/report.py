@@ -59,6 +59,11 @@ class Row:
     no_huggingface: str | None = None
 
     @property
+    def label(self) -> str:
+        """The name, and of the model itself what computes it, for it has several rows."""
+        return self.name if self.steps else f"{self.name}, {self.runtime}"
+
+    @property
     def changes(self) -> list[str]:
         """The steps but for quantization."""
         return [step for step in self.steps if not step.startswith(f"{QUANTIZE}=")]
@@ -92,28 +97,24 @@ def _costs(row: Row) -> tuple[float, float, float]:
 
 def answer_of(rows: Sequence[Row], limits: Limits, tag: str, command: str, searched: bool) -> tuple[str, bool]:
     """Return in words which variant to take, and whether it keeps the limits; `searched`: smaller ones were trained."""
-    variants = [row for row in rows if row.steps]
     if not limits.any:
         names = ", ".join(dict.fromkeys(row.name for row in rows if row.on_front))
         return f"No other variant beats {names}. Give --max_size, --max_latency or --max_drop to choose", True
-    fitting = [row for row in variants if not row.misses(limits)]
+    fitting = [row for row in rows if not row.misses(limits)]
     if not fitting:
-        nearest = min(variants, key=lambda row: max(row.misses(limits).values()))
+        nearest = min(rows, key=lambda row: max(row.misses(limits).values()))
         missed = " and ".join(nearest.misses(limits))
         more = "train longer (trainer.max_steps)"
         if not searched:
             more = "let smaller ones be trained by distillation: --search true"
-        words = f"compress: no variant keeps the limits. The nearest, {nearest.name}, has {missed}."
+        words = f"compress: no variant keeps the limits. The nearest, {nearest.label}, has {missed}."
         return f"{words} Raise a limit, or {more}", False
     best = min(fitting, key=lambda row: row.latency_p50)
-    drop = "" if best.drop is None else f", {tag} {-best.drop:+.2%}"
-    again = f"{command} --steps {shlex.quote(json.dumps(best.steps))}"
+    drop = "" if best.drop is None else f", {tag} {0.0 - best.drop:+.2%}"
+    again = f" Made again by: {command} --steps {shlex.quote(json.dumps(best.steps))}" if best.steps else ""
     if best.exceptions:
         again += f" --exceptions {shlex.quote(json.dumps(best.exceptions))}"
-    return (
-        f"Take {best.name}: {format_size(best.size_bytes)}, {best.latency_p50 * 1e3:.2f} ms a row{drop}. "
-        f"Made again by: {again}"
-    ), True
+    return f"Take {best.label}: {format_size(best.size_bytes)}, {best.latency_p50 * 1e3:.2f} ms a row{drop}.{again}", True
 
 
 def as_table(rows: Sequence[Row], tag: str) -> str:
@@ -172,7 +173,7 @@ def pareto_figure(rows: Sequence[Row], tag: str) -> Figure:
             offset = ((0, 11), (0, -11), (11, 0), (-11, 0))[number % 4]  # neighbours are often at the same point
             axes.annotate(str(number + 1), (x, y), offset, textcoords="offset points", ha="center", va="center")
             if axes is left:
-                point.set_label(f"{number + 1}  {row.name if row.steps else f'{row.name}, {row.runtime}'}")
+                point.set_label(f"{number + 1}  {row.label}")
         axes.set(xlabel=label, ylabel=tag, xscale="log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
