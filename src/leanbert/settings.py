@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -68,6 +69,9 @@ def readable(message: str) -> str:
     reason = re.sub(r"Expected a (?:typing\.)?Literal\[(.*?)\]", r"choose from \1", reason)
     reason = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", reason).strip().rstrip(".")
     hint = " Check its spelling; --help lists all settings." if "not accept" in reason else ""
+    if reason == "Expected a list":
+        values = re.findall(r"[^\s,\[\]\"']+", text.rpartition("Given value: ")[2])
+        hint = f" Give --{'.'.join(names)} '{json.dumps(values)}'."
     joint = "." if re.match(r"[\w.]+: ", reason) else ": "  # an inner parser has named its setting
     return f"{'.'.join(names)}{joint}{reason}.{hint}"
 
