@@ -5,8 +5,10 @@ from typing import Union
 import pytest
 from jsonargparse import ArgumentParser
 
+from leanbert.cli.app import CLI
 from leanbert.cli.setup import whole_numbers_first
-from leanbert.settings import check_devices, readable
+from leanbert.errors import UserError
+from leanbert.settings import Parser, check_devices, readable
 from tests.cli.program import refused, run
 from tests.corpus import write_corpus
 from tests.training import TINY
@@ -70,6 +72,15 @@ def test_without_a_configuration_one_is_named():
     assert message.endswith(" fit.model. A configuration has them: --config configs/mlm.yaml, or that of another task.")
 
 
+@pytest.mark.parametrize("given", ["blocks=0.5,train=3", "blocks=0.5 train=3", "[blocks=0.5, train=3"])
+def test_what_is_no_list_is_shown_as_one(given):
+    parser = Parser(exit_on_error=False)
+    parser.add_argument("--steps", type=list[str] | None)
+    with pytest.raises(UserError) as error:
+        parser.parse_args([f"--steps={given}"])
+    assert str(error.value) == """steps: Expected a list. Give --steps '["blocks=0.5", "train=3"]'."""
+
+
 def test_a_plan_is_not_made_for_a_folder(tmp_path):
     refused(tmp_path, "plan", "--json=.", says=["--json", "is a folder"])
 
@@ -108,3 +119,14 @@ def test_a_whole_number_is_one_where_fractions_are_allowed_first():
     for text, value in (("4", 4), ("1", 1), ("0.5", 0.5), ("1.0", 1.0), ("null", None)):
         found = parser.parse_args([f"--batches={text}"]).batches
         assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "compress"])
+def test_a_metric_that_these_data_do_not_have_is_refused_before_they_are_read(tmp_path, subcommand):
+    given = [f"--output={tmp_path / 'out'}"] if subcommand == "compress" else []
+    with pytest.raises(UserError, match=r"^checkpoint\.monitor: val/accuracy is not logged where data\.problem is"):
+        CLI([
+            subcommand, "--config=configs/classification.yaml", "--data.problem=regression", *given,
+            "--data.train_files=none.jsonl", f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu",
+        ])  # fmt: skip
+    assert not list(tmp_path.iterdir())

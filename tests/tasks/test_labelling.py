@@ -20,7 +20,7 @@ from leanbert.data.samples.synthetic import synthetic_roles
 from leanbert.data.token_labels import SemanticRoleData, TokenLabelData
 from leanbert.errors import UserError
 from leanbert.tasks import labelling
-from leanbert.tasks.classification import TextClassification, multilabel_scores
+from leanbert.tasks.classification import METRICS, TextClassification, multilabel_scores
 from leanbert.tasks.labelling import Labelling
 from leanbert.tasks.tagging import (
     SemanticRoleLabelling,
@@ -308,3 +308,20 @@ def last(folder):
         (folder / "runs" / "classification").iterdir(), key=lambda path: int(path.name.removeprefix("version_"))
     )
     return max((runs[-1] / "checkpoints").glob("step-*.ckpt"))
+
+
+@pytest.mark.parametrize("problem", list(METRICS))
+def test_metrics_of_texts_are_known_before_anything_is_read(problem):
+    task, data = TextClassification(), SimpleNamespace(hparams={"problem": problem})
+    task.problem, task.model = problem, SimpleNamespace(labels=["a", "b"])
+    targets = torch.tensor([0, 1, 1]) if problem == "single" else torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.5]])
+    assert set(task.evaluate("val", [(targets, targets)])) == set(METRICS[problem])
+    for name in ("loss", "of a callback", *METRICS[problem]):
+        task.check_monitor(f"val/{name}", data)
+    other = "spearman" if problem != "regression" else "accuracy"
+    with pytest.raises(UserError) as error:
+        task.check_monitor(f"val/{other}", data)
+    assert str(error.value) == (
+        f"checkpoint.monitor: val/{other} is not logged where data.problem is {problem}. "
+        f"Choose {', '.join(f'val/{name}' for name in ('loss', *METRICS[problem]))}."
+    )

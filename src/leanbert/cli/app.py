@@ -39,10 +39,12 @@ from leanbert.cli.options import (
 from leanbert.cli.resume import command_with, config_arguments, resume_command
 from leanbert.cli.setup import Setup
 from leanbert.errors import UserError
+from leanbert.files import expand
 from leanbert.messages import leads, say
 from leanbert.planning.device import target_of
 from leanbert.planning.profile import find_profile
 from leanbert.planning.run_settings import RunSettings
+from leanbert.units import format_size
 
 if TYPE_CHECKING:
     from leanbert.compression.steps import Step
@@ -65,6 +67,7 @@ class CLI(Setup):
         if 0 < most <= start.step and (start.run is None or start.run.finished_at(start.step)):
             say(f"Finished: step {start.step:,} of trainer.max_steps {most:,}. Raise it to go on.")
             return
+        self.model.check_monitor(self._checkpoint.monitor, self.datamodule)
         is_new = start.run is None
         if leads():
             self._open_run()
@@ -174,10 +177,16 @@ class CLI(Setup):
         )
 
     def export(self, options: ExportOptions) -> None:
-        """Write a trained model in a standard format. Raises UserError if there is none."""
+        """Write a trained model in a standard format, and say where it is. Raises UserError if there is none."""
         from leanbert.api import load
+        from leanbert.exporting import weight_files
 
-        load(self._trained()).export(options.output, options.format, options.quantize, options.exceptions or ())
+        trained = load(self._trained())
+        trained.export(options.output, options.format, options.quantize, options.exceptions or ())
+        files = weight_files(expand(options.output, "output"))
+        size = format_size(sum(file.stat().st_size for file in files))
+        precision = options.quantize or str(next(trained.model.parameters()).dtype).removeprefix("torch.")
+        say(f"Exported     {options.output}: {', '.join(file.name for file in files)}, {size}, {precision}")
 
     def compress(self, options: CompressOptions) -> None:
         """Make smaller variants of a trained model and report on them."""
@@ -185,6 +194,7 @@ class CLI(Setup):
         from leanbert.compression_report.variants import Source
 
         best = self._checkpoint
+        self.model.check_monitor(best.monitor, self.datamodule)
         source = Source(
             self._trained(), self._metrics_of, self._calibrate, self._train_student, best.monitor, best.sign,
             self.trainer.max_steps,

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanbert.exporting import weight_files
 from leanbert.measure.trace import LiveBytes
 from leanbert.models.base import EncoderModel
 from leanbert.models.packed_inputs import PackedInputs
@@ -132,7 +133,7 @@ def peak_memory(path: Path) -> tuple[int, int]:
 
 def bytes_of(folder: Path) -> int:
     """Return the bytes of the weights' files in a folder."""
-    return sum(file.stat().st_size for suffix in ("onnx", "safetensors") for file in folder.glob(f"*.{suffix}"))
+    return sum(file.stat().st_size for file in weight_files(folder))
 
 
 def _tokens(model: Any) -> int:

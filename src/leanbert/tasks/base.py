@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from leanbert.compression.distillation import soft_loss
+from leanbert.data.module import RowData
 from leanbert.data.settings import Part
 from leanbert.distributed.parallelize import parallelize
 from leanbert.distributed.strategy import FullySharded
@@ -222,6 +223,9 @@ class Task(SteppedModule[B]):
     def metrics_of(self, part: Part) -> dict[str, float]:
         """Return the metrics by name after all batches of "val" or "test", the same on all ranks, and start afresh."""
         raise NotImplementedError
+
+    def check_monitor(self, tag: str, data: RowData) -> None:
+        """Raise UserError if the metric `tag` is known not to be logged of such data."""
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from leanbert.compression.distillation import soft_loss
 from leanbert.data.batches.batch import IGNORED, LabelledBatch, PredictBatch
 from leanbert.data.classification import ClassificationData
 from leanbert.data.labels import Problem
+from leanbert.data.module import RowData
 from leanbert.data.settings import Part
 from leanbert.errors import UserError
 from leanbert.models.classifier import Classifier
@@ -26,6 +28,13 @@ from leanbert.tasks.base import Answer
 from leanbert.tasks.labelling import Labelling
 from leanbert.tasks.tables import markdown_table
 from leanbert.tasks.techniques import Surroundings
+
+METRICS: dict[Problem, tuple[str, ...]] = {
+    "single": ("accuracy", "f1", "matthews"),
+    "multi": ("accuracy", "f1", "f1_macro"),
+    "regression": ("spearman",),
+}
+"""What is logged besides the loss."""
 
 
 class TextClassification(Labelling[tuple[Tensor, Tensor]]):
@@ -97,6 +106,14 @@ class TextClassification(Labelling[tuple[Tensor, Tensor]]):
         if self.problem == "single":
             return scores.argmax(-1)
         return scores.float().sigmoid() if self.problem == "multi" else scores.float()
+
+    def check_monitor(self, tag: str, data: RowData) -> None:
+        """Raise UserError for a metric of another kind of labels."""
+        problem = data.hparams["problem"]
+        others = set(chain(*METRICS.values())).difference(METRICS[problem])
+        if tag.removeprefix("val/") in others:
+            names = ", ".join(f"val/{name}" for name in ("loss", *METRICS[problem]))
+            raise UserError(f"checkpoint.monitor: {tag} is not logged where data.problem is {problem}. Choose {names}.")
 
     def kept(self, scores: Tensor, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
         """Return predictions and targets of the texts, and of slots without one, [B * M] or [B * M, L]."""
