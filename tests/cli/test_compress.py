@@ -11,13 +11,16 @@ from leanbert.cli.app import CALIBRATION_BATCHES, CLI
 from leanbert.compression import steps
 from leanbert.compression.structured import add_importance, taylor_importance
 from leanbert.compression_report import command as report
+from leanbert.compression_report.report import answer_of
 from leanbert.errors import UserError
+from leanbert.units import format_size
 from tests.training import TINY, fit, read_scalars
 
 
 @pytest.mark.slow
 def test_layers_are_reported_and_a_choice_is_exported_by_one_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "peak_memory", lambda path: (1, 1))
+    monkeypatch.setattr(report, "answer_of", lambda rows, *more: answer_of([row for row in rows if row.steps], *more))
     (tmp_path / "train.txt").write_text("".join(f"the {i} tests of words {i * i}\n\n" for i in range(400)))
     checkpoint = fit(tmp_path, steps=4).runs.find("last").path
     given = [
@@ -50,7 +53,11 @@ def test_layers_are_reported_and_a_choice_is_exported_by_one_command(tmp_path, m
         assert effect["drop"] == pytest.approx(effect["metric"] / layers["metric"] - 1.0)
     assert "## Sensitivity of int8-except-2" in (tmp_path / "out/report.md").read_text()
     again = ["export", *given, "--format=onnx", f"--output={tmp_path / 'again'}"]
+    capsys.readouterr()
     CLI([*again, "--quantize=int8", f"--exceptions={left}"])
+    size = format_size((tmp_path / "again/model.onnx").stat().st_size)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"Exported     {tmp_path / 'again'}: model.onnx, {size}, int8"
     files = [folder / "model.onnx" for folder in (tmp_path / "out/int8-except-2", tmp_path / "again")]
     assert files[0].read_bytes() == files[1].read_bytes()
     with pytest.raises(UserError, match=r"^exceptions: 'encoder\.blocks\.7\.attention\.qkv' is no layer that int8"):

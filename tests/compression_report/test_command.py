@@ -35,7 +35,8 @@ def test_without_limits_the_front_is_named():
     mark_front(ROWS)
     words, fits = answer_of(ROWS, Limits(), "val/f1", "again", False)
     assert (words, fits) == (
-        "No other variant beats onnx, onnxruntime-int8, int8, int4, both. Give --max_size, --max_latency or --max_drop to choose", True,
+        "No other variant beats onnx, onnxruntime-int8, int8, int4, both. "
+        "Give --max_size, --max_latency or --max_drop to choose", True,
     )  # fmt: skip
 
 

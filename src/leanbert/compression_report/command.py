@@ -12,6 +12,7 @@ from tqdm import tqdm
 from leanbert.api import load
 from leanbert.compression.onnx.runtime import read_onnx
 from leanbert.compression.steps import QUANTIZE, Step, parse_steps, variants_of
+from leanbert.compression_report.earlier import files_of, listed_files, remove_files
 from leanbert.compression_report.measuring import (
     LONG,
     MANY,
@@ -53,19 +54,20 @@ def run_compress(request: CompressRequest, source: Source, command: str) -> None
     """Make the variants, measure and report them; `command` makes them again, but for the steps.
 
     Raises:
-        UserError: Steps that cannot be, or have no effect on the model; or, after the report is written, limits that no
-            variant keeps.
+        UserError: Steps that cannot be, or have no effect on the model; an output that holds the model or the report
+            of another program; or, after the report is written, limits that no variant keeps.
 
     """
     limits = request.limits()
     if request.search and source.max_steps < 1:
         raise UserError("search: trains for trainer.max_steps, which is not set. Set it")
-    lists = _lists(request)
+    lists, earlier = _lists(request), listed_files(request.output, source.path)
     metrics = source.evaluate(None)
     if source.tag not in metrics:
         raise UserError(f"checkpoint.monitor: no {source.tag} is logged. Choose from {', '.join(sorted(metrics))}.")
     with explain_disk_errors(request.output, "--output"):
         request.output.mkdir(parents=True, exist_ok=True)
+        others = remove_files(request.output, earlier)
         original = load(source.path)
         variants = make_references(source, original, request.output)
         variants += make_variants(request, source, original, lists, variants)
@@ -85,7 +87,7 @@ def run_compress(request: CompressRequest, source: Source, command: str) -> None
         rows += [variant.row for variant in found]
     mark_front(rows)
     answer, fits = answer_of(rows, limits, source.tag, command, request.search)
-    write_report(request.output, rows, source.tag, answer, layers)
+    write_report(request.output, rows, source.tag, answer, layers, files_of(request.output, rows, others))
     print(as_table(rows, source.tag))
     say(folders_in_words(rows))
     say(f"Report       {request.output / 'report.md'}, {request.output / 'pareto.png'}")

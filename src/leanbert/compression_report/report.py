@@ -27,6 +27,8 @@ from leanbert.units import MIB, format_size
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+JSON = "report.json"
+
 
 @dataclass
 class Row:
@@ -114,7 +116,8 @@ def answer_of(rows: Sequence[Row], limits: Limits, tag: str, command: str, searc
     again = f" Made again by: {command} --steps {shlex.quote(json.dumps(best.steps))}" if best.steps else ""
     if best.exceptions:
         again += f" --exceptions {shlex.quote(json.dumps(best.exceptions))}"
-    return f"Take {best.label}: {format_size(best.size_bytes)}, {best.latency_p50 * 1e3:.2f} ms a row{drop}.{again}", True
+    milliseconds = 1e3 * best.latency_p50
+    return f"Take {best.label}: {format_size(best.size_bytes)}, {milliseconds:.2f} ms a row{drop}.{again}", True
 
 
 def as_table(rows: Sequence[Row], tag: str) -> str:
@@ -183,8 +186,10 @@ def pareto_figure(rows: Sequence[Row], tag: str) -> Figure:
     return figure
 
 
-def write_report(output: Path, rows: Sequence[Row], tag: str, answer: str, layers: Sequence[Sensitivity]) -> None:
-    """Write report.md, report.json, pareto.png and TensorBoard's events."""
+def write_report(
+    output: Path, rows: Sequence[Row], tag: str, answer: str, layers: Sequence[Sensitivity], files: Sequence[str]
+) -> None:
+    """Write report.md, report.json, in which the variants' `files` are, pareto.png and TensorBoard's events."""
     from torch.utils.tensorboard import SummaryWriter
 
     processor = device_name(torch.device("cpu"))
@@ -200,8 +205,9 @@ def write_report(output: Path, rows: Sequence[Row], tag: str, answer: str, layer
     sections = "".join(f"\n\n{each.in_words(tag)}" for each in layers)
     text = f"# Variants\n\n{table}\n\n{note}\n\n![Pareto front](pareto.png){sections}\n"
     write_text_atomically(output / "report.md", text)
-    found = as_json(rows, tag, machine, answer) | {"sensitivity": [asdict(each) for each in layers]}
-    write_text_atomically(output / "report.json", strict_json.dumps(found, indent=2) + "\n")
+    more = {"sensitivity": [asdict(each) for each in layers], "files": files}
+    found = as_json(rows, tag, machine, answer) | more
+    write_text_atomically(output / JSON, strict_json.dumps(found, indent=2) + "\n")
     figure = pareto_figure(rows, tag)
     with explain_disk_errors(output, "--output"):
         building = output / ".pareto.png"
