@@ -21,6 +21,7 @@ from leanbert.models.config import EncoderConfig
 from leanbert.models.packed_inputs import PackedInputs
 from leanbert.models.stored import ModelMetadata
 from leanbert.pretrained.build import build_model
+from leanbert.units import format_size
 from tests.training import read_scalars as scalars
 
 WORDS = ["the", "a", "cook", "guest", "cake", "gives", "eats", "red", "old", "in", "of", "house", "dog", "cat"]
@@ -243,6 +244,9 @@ def test_a_sparse_folder_answers_as_the_pruned_model_does(run, tmp_path, capsys)
     dense, output = leanbert.load(tmp_path / "pruned.ckpt"), tmp_path / "sparse"
     CLI([*arguments(folder, task, "export"), f"--ckpt_path={tmp_path / 'pruned.ckpt'}", "--format=sparse",
          f"--output={output}"])  # fmt: skip
+    size = format_size((output / "model.safetensors").stat().st_size)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"Exported     {output}: model.safetensors, {size}, float32"
     written = leanbert.load(output)
     assert (written.metadata, written.max_length) == (dense.metadata, dense.max_length)
     assert ask(written) == ask(dense)
@@ -463,6 +467,18 @@ def test_pairs_are_classified_as_transformers_does(tmp_path, tokenizer):
     assert [answer["probability"] for answer in answers] == pytest.approx(best.values.tolist(), abs=2e-6)
     assert answers[0]["text"] == "the cook\ta cake"
     assert model.classify(["the cook"])[0]["probability"] != answers[0]["probability"]
+
+
+def test_texts_are_as_many_as_in_training(tmp_path, tokenizer):
+    pair, single = ("the cook", "a cake"), "the cook"
+    for texts, right, wrong, words in (
+        (1, single, pair, r"a pair, but the model was trained on single texts"),
+        (2, pair, single, r"one text, but the model was trained on pairs of texts"),
+    ):
+        model = classifier(tmp_path / str(texts), tokenizer, ["x", "y"], "classification", {"texts": texts})
+        assert len(model.classify([right])) == 1
+        with pytest.raises(UserError, match=rf"^text 1: is {words}\. Give such$"):
+            model.classify([right, wrong])
 
 
 def test_numbers_and_thresholds(tmp_path, tokenizer):

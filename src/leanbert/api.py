@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -15,7 +15,7 @@ from leanbert.compression.onnx.quantization import Scheme, Seen
 from leanbert.compression.onnx.runtime import OnnxModel, check_tokens, holds_onnx, read_onnx
 from leanbert.compression.sparse import make_sparse
 from leanbert.data.batches.batch import PredictBatch
-from leanbert.data.batches.loading import encode_lines
+from leanbert.data.batches.loading import encode_lines, in_batches
 from leanbert.data.batches.sentences import Sentence, word_batch
 from leanbert.data.batches.texts import encode_groups, given_groups, given_texts
 from leanbert.data.pairs import TARGET
@@ -39,6 +39,7 @@ from leanbert.tasks.spans import BioDecoder
 from leanbert.tasks.tagging import label_roles, tag_sentences
 
 Item = TypeVar("Item")
+One = TypeVar("One")
 Answers = list[dict[str, Any]]
 Weights = Literal["dense", "sparse"]
 
@@ -92,25 +93,24 @@ class Pretrained:
         def answer(part: list[str]) -> Answers:
             return fill_masks(self.model, self.tokenizer, self._lines(part), top_k)
 
-        return self._answers(given_texts(_listed(texts)), batch_size, answer)
+        return self._answers(given_texts(texts), batch_size, answer)
 
     def encode(self, texts: Sequence[str], batch_size: int = 32) -> Tensor:
         """Return one vector per text, float32 [N, D]: the mean of the encoder's last hidden states over its tokens.
 
         A model of any task has them. Texts longer than the model's positions are cut.
         """
-        with torch.inference_mode():
-            vectors = [self._mean(self._lines(part)) for part in _batches(given_texts(_listed(texts)), batch_size)]
-        return torch.cat(vectors).cpu() if vectors else torch.empty(0, self.model.config.hidden_size)
+        vectors = self._answers(given_texts(texts), batch_size, lambda part: self._mean(self._lines(part)))
+        return torch.stack(vectors).cpu() if vectors else torch.empty(0, self.model.config.hidden_size)
 
     def classify(self, texts: Sequence[str | Sequence[str]], batch_size: int = 32) -> Answers:
-        """Return for each text, or pair of texts, `{"text", "label", "probability"}`.
+        """Return for each text, or each pair of a model that was trained on pairs, `{"text", "label", "probability"}`.
 
         A model for several labels gives `{"text", "labels": [{"label", "probability"}, ...]}`, best first, one for
         numbers `{"text", "values": [...]}`. The end of texts longer than in training is cut.
         """
         self._require("classify", "classification")
-        groups = given_groups(_listed(texts))
+        groups = given_groups(texts, self.metadata.texts)
         problem, threshold = self.metadata.problem or "single", self.metadata.threshold
 
         def answer(part: list[list[str]]) -> Answers:
@@ -131,7 +131,7 @@ class Pretrained:
             batch = word_batch(part, self.tokenizer, self.max_length, "tokens").to(self.model.device)
             return tag_sentences(self.model, decoder, batch)
 
-        return self._answers(given_sentences(_listed(sentences)), batch_size, answer)
+        return self._answers(given_sentences(sentences), batch_size, answer)
 
     def label_roles(
         self, sentences: Sequence[str | Sequence[str] | Mapping[str, Any]], batch_size: int = 32
@@ -143,7 +143,7 @@ class Pretrained:
         """
         decoder, mark = self._decoder("label_roles", "srl"), self.metadata.mark or "tokens"
         return self._answers(
-            given_sentences(_listed(sentences)), batch_size,
+            given_sentences(sentences), batch_size,
             lambda part: label_roles(self.model, decoder, part, self.tokenizer, self.max_length, mark),
         )  # fmt: skip
 
@@ -201,7 +201,7 @@ class Pretrained:
             raise UserError(f"{strange[0]}: no setting of generation. There are {', '.join(sorted(known))}")
         stored = {name: value for name, value in (self.metadata.generation or {}).items() if name in known}
         config = replace(GenerationConfig(**stored), **changes)
-        texts = given_texts(_listed(texts))
+        texts = given_texts(texts)
         order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
 
         def answer(part: list[str]) -> Answers:
@@ -211,9 +211,12 @@ class Pretrained:
         found = dict(zip(order, self._answers([texts[index] for index in order], batch_size, answer), strict=True))
         return [found[index] for index in range(len(texts))]
 
-    def _answers(self, items: list[Item], batch_size: int, answer: Callable[[list[Item]], Answers]) -> Answers:
-        with torch.inference_mode():
-            return [each for part in _batches(items, batch_size) for each in answer(part)]
+    @torch.inference_mode()
+    def _answers(
+        self, items: list[Item], batch_size: int, answer: Callable[[list[Item]], Iterable[One]]
+    ) -> list[One]:  # fmt: skip
+        COUNT.check("batch_size", batch_size)
+        return [each for part in in_batches(items, batch_size) for each in answer(part)]
 
     def _lines(self, texts: list[str]) -> PredictBatch:
         masks = self.task == "mlm"
@@ -275,16 +278,3 @@ def load(path: str | Path, weights: Weights = "dense") -> Pretrained:
     if weights == "sparse":
         make_sparse(model)
     return Pretrained(model, tokenizer, stored.metadata, targets)
-
-
-def _listed(texts: Sequence[Item]) -> list[Item]:
-    if isinstance(texts, str):
-        raise UserError(f"{texts[:40]!r} is one text. Give a list of texts")
-    return list(texts)
-
-
-def _batches(items: list[Item], batch_size: int) -> Iterator[list[Item]]:
-    """Yield `batch_size` items at a time."""
-    COUNT.check("batch_size", batch_size)
-    for start in range(0, len(items), batch_size):
-        yield items[start : start + batch_size]

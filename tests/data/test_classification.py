@@ -101,7 +101,7 @@ def test_the_labels_of_a_checkpoint_number_those_of_all_parts(tmp_path, labels):
     expected = [labels.index(label) for label in ("pos", "neg", "pos")]
     assert batch_of(data).targets.tolist() == [expected]
     assert sorted(batch_of(data, "train").targets.flatten().tolist()) == sorted(expected)
-    assert data.metadata("x") == ModelMetadata("x", max_length=24, problem="single", labels=labels)
+    assert data.metadata("x") == ModelMetadata("x", max_length=24, problem="single", texts=1, labels=labels)
 
 
 def test_several_labels_are_numbered_by_the_checkpoint_too(tmp_path):
@@ -170,3 +170,17 @@ def test_a_yes_or_no_to_each_label(tmp_path):
     assert data.labels == ["0", "1", "2"]  # also the last, which is never given
     assert batch_of(data).targets[0].tolist() == [[0, 1, 0], [1, 0, 0], [1, 1, 0]]
     assert data_of(tmp_path, records, problem="multi", label_names=["a", "b", "c"]).labels == ["a", "b", "c"]
+
+
+def test_a_model_says_how_many_texts_it_was_trained_on(tmp_path):
+    single, pairs = data_of(tmp_path, setup=False), data_of(tmp_path, setup=False, pair_field="other")
+    said = [data.metadata("classification") for data in (single, pairs)]
+    assert [metadata.texts for metadata in said] == [1, 2]
+    (tmp_path / "x.txt").write_text("a\tb\n")
+    files = [str(tmp_path / "x.txt")]
+    assert (list(single.inputs(files)), list(pairs.inputs(files))) == ([["a\tb"]], [["a", "b"]])
+    single.adopt(said[1])
+    assert list(single.inputs(files)) == [["a", "b"]]
+    pairs.adopt(said[0])
+    with pytest.raises(UserError, match=r"x\.txt:1: is a pair, but the model was trained on single texts\. Leave data"):
+        list(pairs.inputs(files))

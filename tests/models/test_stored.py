@@ -8,7 +8,7 @@ from leanbert.models.stored import ALLOWED, ModelMetadata
 VALUES = {
     "max_length": 24, "max_target_length": 12, "labels": ["a", "b"], "problem": "multi", "threshold": 0.0,
     "mark": "segments", "find_predicates": False, "decoder_layers": 1, "decoder_start": "shared",
-    "target_vocab_size": 70, "copy": False, "generation": {"beams": 2},
+    "target_vocab_size": 70, "copy": False, "texts": 2, "generation": {"beams": 2},
 }  # fmt: skip
 ODD = {"labels": "ab", "problem": "some", "mark": ["tokens"], "decoder_start": 1, "find_predicates": 1, "copy": "yes"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from leanbert.data.batches.batch import PredictBatch
@@ -16,6 +16,7 @@ from leanbert.data.labelled import LabelledData
 from leanbert.data.labels import LabelReader, Numbering, Problem
 from leanbert.data.settings import Part, given_files
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
+from leanbert.models.stored import ModelMetadata
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class TextReader:
 
     fields: list[str]
     label: str
+    trained: int
+    """Texts of each example that the model was trained on."""
 
     def read(self, files: list[str], low: float, high: float) -> Iterator[tuple[str, list[str], Any]]:
         """Yield ("file:line", texts, label or labels as written) of the texts that hash to [low, high)."""
@@ -42,7 +45,7 @@ class TextReader:
 
     def inputs(self, files: list[str]) -> Iterator[list[str]]:
         """Yield texts, or pairs of them, between which a line has a tab."""
-        return prediction_texts(files, self.fields)
+        return prediction_texts(files, self.fields, self.trained)
 
     def batch(self, inputs: list[list[str]], tokenizer: TextTokenizer, length: int) -> tuple[PredictBatch, int]:
         """Return texts as a batch, and how many were cut."""
@@ -78,6 +81,7 @@ class ClassificationData(LabelledData):
         super().__init__(
             problem=problem, text_field=text_field, pair_field=pair_field, label_field=label_field, **settings
         )
+        self._trained: int | None = None
 
     @property
     def problem(self) -> Problem:
@@ -93,7 +97,16 @@ class ClassificationData(LabelledData):
     def reader(self) -> TextReader:
         """How texts are read and encoded."""
         fields = [name for name in (self.hparams["text_field"], self.hparams["pair_field"]) if name is not None]
-        return TextReader(fields, self.hparams["label_field"])
+        return TextReader(fields, self.hparams["label_field"], self._trained or len(fields))
+
+    def metadata(self, task: str) -> ModelMetadata:
+        """Return besides how many texts an example has."""
+        return replace(super().metadata(task), texts=len(self.reader.fields))
+
+    def adopt(self, metadata: ModelMetadata) -> None:
+        """Remember besides how many texts an example has that the model was trained on."""
+        super().adopt(metadata)
+        self._trained = metadata.texts
 
     def numbering(self, part: Part) -> Numbering:
         """Return a reader of the label field: what it means may depend on other examples."""

@@ -11,6 +11,7 @@ from typing import Any
 from leanbert.data.batches.batch import IGNORED, WordBatch
 from leanbert.data.batches.labelled import Encoded
 from leanbert.data.batches.sentences import Mark, Sentence, encode_sentences, word_batch
+from leanbert.data.batches.texts import given_list
 from leanbert.data.formats.conll import COLUMNS, DOCSTART, is_columns, looks_tagged, read_columns
 from leanbert.data.formats.corpora import expanded
 from leanbert.data.formats.documents import Skipped, document_hash
@@ -169,7 +170,7 @@ def given_sentences(values: Sequence[Any]) -> list[Sentence]:
 
     Raises `UserError`, naming the sentence by its number, if a predicate is none of its words.
     """
-    return [_given_sentence(f"sentence {number}", value) for number, value in enumerate(values)]
+    return [_given_sentence(f"sentence {number}", value) for number, value in enumerate(given_list(values))]
 
 
 def _given_sentence(where: str, value: Any) -> Sentence:

@@ -47,6 +47,8 @@ class ModelMetadata:
     """Tokens of its targets; None: as many as of sources, if their number is known."""
     labels: list[str] | None = None
     problem: Problem | None = None
+    texts: int | None = None
+    """Texts of each example: 2 of pairs."""
     threshold: float | None = None
     """Probability from which a label is given, where there may be several."""
     mark: Mark | None = None
@@ -83,6 +85,7 @@ ALLOWED: dict[str, Any] = {
     "max_target_length": RANGES["max_positions"],
     "labels": list,
     "problem": get_args(Problem),
+    "texts": (1, 2),
     "threshold": SHARE,
     "mark": get_args(Mark),
     "find_predicates": bool,

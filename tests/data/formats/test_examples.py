@@ -90,7 +90,7 @@ def test_endings_in_capitals_are_the_same(tmp_path: Path) -> None:
 def test_everything_that_training_reads_can_be_answered(tmp_path: Path) -> None:
     for kind, path in write(tmp_path).items():
         assert list(prediction_texts([path], ["text"])) == [["one"], ["two"]], kind
-        assert list(prediction_texts([path], ["text", "label"])) == [["one", "a"], ["two", "b"]], kind
+        assert list(prediction_texts([path], ["text", "label"], 2)) == [["one", "a"], ["two", "b"]], kind
 
 
 def test_lines_keep_order_and_blank_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,9 +106,29 @@ def test_lines_keep_order_and_blank_ones(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_lines_have_tabs_between_texts_if_there_are_several(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
-    path.write_text("a\tb\tc\nd\n")
-    assert list(prediction_texts([str(path)], ["text"])) == [["a\tb\tc"], ["d"]]
-    assert list(prediction_texts([str(path)], ["text", "pair"])) == [["a", "b\tc"], ["d"]]
+    path.write_text("a\tb\tc\n\td\n")
+    assert list(prediction_texts([str(path)], ["text"])) == [["a\tb\tc"], ["\td"]]
+    for fields in (["text"], ["text", "pair"]):
+        assert list(prediction_texts([str(path)], fields, 2)) == [["a", "b\tc"], ["", "d"]]
+
+
+@pytest.mark.parametrize(
+    ("line", "fields", "trained", "words"),
+    [
+        ("a", ["text", "pair"], 2, "one text, but the model was trained on pairs of texts. Put a tab between the two"),
+        ("a\tb", ["text", "pair"], 1, "a pair, but the model was trained on single texts. Leave data.pair_field out"),
+        ('{"text": "a"}', ["text"], 2, "one text, but the model was trained on pairs of texts. Name the second in"),
+        ('{"text": "a", "b": "c"}', ["text", "b"], 1, "a pair, but the model was trained on single texts. Leave data"),
+    ],
+)
+def test_texts_are_as_many_as_in_training(
+    tmp_path: Path, line: str, fields: list[str], trained: int, words: str
+) -> None:
+    path = tmp_path / ("x.jsonl" if line[0] == "{" else "x.txt")
+    path.write_text(f"{line}\n")
+    with pytest.raises(UserError) as error:
+        list(prediction_texts([str(path)], fields, trained))
+    assert str(error.value).startswith(f"{path}:1: is {words}")
 
 
 def test_a_record_without_text_is_answered_as_a_blank_line_is(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from leanbert.data.batches.batch import PredictBatch
 from leanbert.data.batches.labelled import Encoded, pad_encoded
+from leanbert.data.formats.examples import check_count
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.errors import UserError
 from leanbert.models.packed_inputs import PackedInputs
@@ -36,21 +37,30 @@ def encode_texts(texts: list[list[str]], tokenizer: TextTokenizer, length: int) 
     return found
 
 
-def given_texts(values: Sequence[Any]) -> list[str]:
-    """Return the texts that a program gives. Raises `UserError`, naming it by its number, for what is none."""
-    for number, value in enumerate(values):
-        if not isinstance(value, str):
-            raise UserError(f"text {number}: {value!r:.40} is no text. Give a str")
+def given_list(values: Sequence[Any]) -> list[Any]:
+    """Return what a program gives as a list. Raises `UserError` for one text alone."""
+    if isinstance(values, str):
+        raise UserError(f"{values[:40]!r} is one text. Give a list of texts")
     return list(values)
 
 
-def given_groups(values: Sequence[Any]) -> list[list[str]]:
-    """Return the texts and pairs of texts that a program gives. Raises as `given_texts`."""
+def given_texts(values: Sequence[Any]) -> list[str]:
+    """Return the texts that a program gives. Raises `UserError`, naming it by its number, for what is none."""
+    texts = given_list(values)
+    for number, value in enumerate(texts):
+        if not isinstance(value, str):
+            raise UserError(f"text {number}: {value!r:.40} is no text. Give a str")
+    return texts
+
+
+def given_groups(values: Sequence[Any], trained: int | None) -> list[list[str]]:
+    """Return the texts and pairs of texts that a program gives. Raises as `given_texts` and `check_count`."""
     groups = []
-    for number, value in enumerate(values):
+    for number, value in enumerate(given_list(values)):
         group = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
         if len(group) not in (1, 2) or not all(isinstance(text, str) for text in group):
             raise UserError(f"text {number}: {value!r:.40} is neither a text nor a pair of texts. Give one of them")
+        check_count(f"text {number}", group, trained, "Give such")
         groups.append(group)
     return groups
 

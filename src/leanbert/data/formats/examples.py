@@ -65,13 +65,26 @@ def prediction_inputs(
             yield f"{'standard input' if standard else name}:{number}", line.removesuffix("\n")
 
 
-def prediction_texts(files: Sequence[str], fields: Sequence[str]) -> Iterator[list[str]]:
-    """Yield the texts of all that is to be answered: those in the `fields`, or between the tabs of a line."""
+def prediction_texts(files: Sequence[str], fields: Sequence[str], trained: int = 1) -> Iterator[list[str]]:
+    """Yield the texts of all that is to be answered: those in the `fields`, or between the tabs of a line.
+
+    Raises UserError, naming file and line, where there are not as many as the model was `trained` on: 1, or 2 of pairs.
+    """
     for where, found in prediction_inputs(files, fields):
         if isinstance(found, str):
-            yield found.split("\t", len(fields) - 1) if len(fields) > 1 else [found]
+            texts = found.split("\t", 1) if max(trained, len(fields)) > 1 else [found]
         else:
-            yield [text_of(where, found, field) for field in fields]
+            texts = [text_of(where, found, field) for field in fields]
+        fix = "Put a tab between the two" if isinstance(found, str) else "Name the second in data.pair_field"
+        check_count(where, texts, trained, fix if trained > 1 else "Leave data.pair_field out")
+        yield texts
+
+
+def check_count(where: str, texts: Sequence[str], trained: int | None, fix: str) -> None:
+    """Raise UserError unless there are as many texts as the model was `trained` on; None: it does not say."""
+    if trained not in (None, len(texts)):
+        here, there = ("a pair", "single texts") if trained == 1 else ("one text", "pairs of texts")
+        raise UserError(f"{where}: is {here}, but the model was trained on {there}. {fix}")
 
 
 def parallel_lines(sources: list[str], targets: list[str], part: str) -> Iterator[tuple[str, str, str]]:
