@@ -70,6 +70,23 @@ def test_without_a_configuration_one_is_named():
     assert message.endswith(" fit.model. A configuration has them: --config configs/mlm.yaml, or that of another task.")
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("strategy: {class_path: FullySharded, init_args: {depth: 2}}", "strategy: Option 'depth' is not accepted. "),
+        ("callbacks+: [{class_path: LayerMajor, init_args: {depth: 2}}]", "callbacks: Option 'depth' is not acc"),
+        ("strategy: {class_path: FullySharded, init_args: {replicas: x}}", "strategy.replicas: Expected a int - "),
+    ],
+)
+def test_an_option_that_a_class_does_not_take_is_said_once(tmp_path, given, says):
+    (tmp_path / "overlay.yaml").write_text(f"trainer:\n  {given}\n")
+    line = refused(tmp_path, "fit", "--config=overlay.yaml", says=[])
+    assert line.startswith(f"error: trainer.{says}")
+    spelling = "is not accepted. Check its spelling; --help lists all settings."
+    assert line.endswith(spelling if "depth" in given else "choose from 'nodes'.")
+    assert line.count("spelling") == ("depth" in given)
+
+
 def test_a_plan_is_not_made_for_a_folder(tmp_path):
     refused(tmp_path, "plan", "--json=.", says=["--json", "is a folder"])
 
