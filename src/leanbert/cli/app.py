@@ -68,7 +68,7 @@ class CLI(Setup):
         is_new = start.run is None
         if leads():
             self._open_run()
-        signals.hint(f"To go on:\n  {resume_command(self.arguments)}")
+        signals.hint(self._how_to_go_on)
         try:
             trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=options.ckpt_path)
         except (UserError, MisconfigurationException):
@@ -92,6 +92,12 @@ class CLI(Setup):
             root = folder.parent.parent
             logger = TensorBoardLogger(root, folder.parent.name, version=folder.name, purge_step=purge)
             self.trainer.loggers = [logger]
+
+    def _how_to_go_on(self) -> str:
+        """Return what to do where a signal ends the run at once, which may have no checkpoint yet."""
+        if self.start.run is not None and not any(self.start.run.checkpoints.glob("*.ckpt")):
+            return "Nothing is saved yet. Give the same command again."
+        return f"To go on:\n  {resume_command(self.arguments)}"
 
     def _say_how_to_go_on(self) -> None:
         """Say what came out, where it is, and the next commands."""
