@@ -48,6 +48,29 @@ def test_a_rank_that_ends_before_its_time_ends_all(words, code, says):
     assert not any(lives(int(number)) for number in done.stdout.split())
 
 
+FROZEN = "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"
+
+
+@pytest.mark.parametrize(
+    ("function", "code", "says"), [("lambda: 1 / 0", 1, "ZeroDivisionError: division by zero"), ("str", 0, "")]
+)
+def test_a_frozen_rank_does_not_outlive_the_first(function, code, says):
+    program = PROGRAM.replace("time.sleep, 4", function).replace("launcher.SUMMARY", "launcher.signals.ORPHAN")
+    done = subprocess.run([sys.executable, "-c", program, FROZEN, WAITS], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr[-100:].endswith(f"{says}\n" if says else "")) == (code, True)
+    assert not any(lives(int(number)) for number in done.stdout.split())
+
+
+def test_a_run_that_is_stopped_leaves_the_others_to_end_by_themselves(tmp_path):
+    program = PROGRAM.replace("ranks.launch(time.sleep, 4)", "ranks.launch(stop)").replace(
+        "def start", "def stop(): raise launcher.Interrupted(15)\ndef start"
+    )
+    slow = f"import time; time.sleep(1); open({str(tmp_path / 'saved')!r}, 'w')"
+    done = subprocess.run([sys.executable, "-c", program, slow], capture_output=True, text=True, timeout=60)
+    assert done.stderr.endswith("Interrupted: SIGTERM\n")
+    assert (tmp_path / "saved").exists()
+
+
 def test_the_line_names_rank_and_signal():
     assert ending(2, 2) is None
     assert ending(7, -signal.SIGSEGV).startswith("error: rank 7 was ended by SIGSEGV. A training goes on")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shlex
 import signal
@@ -15,7 +16,8 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from leanbert import signals
-from leanbert.errors import REFUSED, TrainingFailed, UserError
+from leanbert.callbacks.loop.interrupt import Interrupted
+from leanbert.errors import REFUSED, UserError, tells_of_lost_rank
 
 POLL_SECONDS = 0.5
 SUMMARY_SECONDS = 1.0
@@ -43,15 +45,24 @@ class Launcher(_SubprocessScriptLauncher):
             if self.num_nodes > 1:
                 meet(self.num_nodes, self.num_processes)
             self._call_children_scripts()
+            atexit.register(self._end_others, signals.ORPHAN_SECONDS)
             threading.Thread(target=self._observe, daemon=True, name="ranks").start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         try:
             return function(*args, **kwargs)
-        except (UserError, TrainingFailed):  # the others wait for this rank to say it
-            others, self.procs = self.procs, []
-            for process in others:
-                process.kill()
+        except Exception as error:
+            if not (isinstance(error, Interrupted) or tells_of_lost_rank(error)):  # which others meet too
+                self._end_others(0)  # they wait for this rank to say it
             raise
+
+    def _end_others(self, seconds: float) -> None:
+        """Kill the ranks that do not end by themselves: one that is frozen does not notice that this one has."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and any(process.poll() is None for process in self.procs):
+            time.sleep(POLL_SECONDS / 10)
+        others, self.procs = self.procs, []
+        for process in others:
+            process.kill()
 
     def _observe(self) -> None:
         codes: list[int | None] = [None]
