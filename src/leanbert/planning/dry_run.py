@@ -115,7 +115,7 @@ def dry_run(settings: RunSettings, rows: int) -> DryRun:
             take_step(task, trainer, blank_batch(settings, data, 1))
         with LiveBytes(task.model, trainer.strategy.optimizers, existing=_existing(task, batch)) as trace:
             mode.flops = trace.flops
-            collectives = Collectives(lambda: trace.explicit_phase == "optimizer", reduces_each=task.offloads)
+            collectives = Collectives(lambda: trace.explicit_phase == "optimizer", reduces_each=task.reduces_each)
             with collectives if settings.mesh is not None else nullcontext():  # another mode takes time
                 take_step(task, trainer, batch)
         step = trace.timeline().with_state_before()
