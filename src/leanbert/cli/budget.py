@@ -32,6 +32,14 @@ def count_devices(settings: Any) -> int:
     return count
 
 
+def planned_target(settings: Any, here: str) -> str:
+    """Return the kind of device that is planned for; `here` is that of trainer.accelerator."""
+    if settings["target"] != "auto":
+        return str(settings["target"])
+    # all that --device knows are CUDA devices
+    return "cuda" if settings["device"] is not None and not settings["measure"] else here
+
+
 def strategy_of(settings: Any) -> dict[str, Any]:
     """Return how several devices share the model, as `RunSettings` says it."""
     asked, nodes = settings["trainer"]["strategy"], settings["nodes"] or settings["trainer"]["num_nodes"]
