@@ -201,7 +201,12 @@ def test_a_plan_that_starts_from_a_model_has_its_architecture(trained, corpus, k
         leanbert.load(source).export(corpus / "planned")
         source = corpus / "planned"
     files = ["--data.train_files=train.txt", f"--model.init_from={source}", "--json=plan.json"]
-    run(corpus, "plan", "--config=configs/size/small.yaml", *files)
+    told = [
+        [line for line in run(corpus, "plan", *given, *files).stderr.splitlines() if line.startswith("model.init_from")]
+        for given in (["--config=configs/size/small.yaml", "--model.encoder.num_heads=2"], [])
+    ]
+    void = "model.encoder.num_layers 4 (it has 2), model.encoder.hidden_size 512 (it has 32)"
+    assert told == [[f"model.init_from: {source} brings its architecture, and does not use {void}"], []]
     planned, summary = (json.loads(path.read_text()) for path in (corpus / "plan.json", trained[0] / "summary.json"))
     assert planned["parameters"] == summary["parameters"]
 

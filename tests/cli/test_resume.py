@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from leanbert.cli.resume import given_of_encoder
 from leanbert.optim.schedule import ScheduleConfig, learning_rate_factor
 from tests import launcher
 from tests.cli.program import command, environment, run
@@ -121,3 +122,11 @@ def test_going_back_sets_later_checkpoints_aside(corpus):
         "abandoned-best.ckpt", "abandoned-step-00000006.ckpt", "abandoned-step-00000009.ckpt", "best.ckpt",
         "step-00000003.ckpt", "step-00000005.ckpt",
     ]  # fmt: skip
+
+
+def test_sizes_are_given_by_overlays_and_options_not_by_the_configuration_of_a_task():
+    given = ["fit", "--config=configs/mlm.yaml", "-c", "configs/size/base.yaml", "--config=configs/distillation.yaml"]
+    assert given_of_encoder(given[:2]) == set()
+    assert given_of_encoder(given) == {"num_layers", "hidden_size", "num_heads"}
+    assert given_of_encoder([*given[:2], "--model.encoder.dropout=0.1", "--model.init_args.encoder.bias", "true"]) == {
+        "dropout", "bias"}  # fmt: skip

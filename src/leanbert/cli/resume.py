@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from leanbert import checkpoints
 from leanbert.checkpoints import TRAINING_STATE
@@ -15,11 +19,12 @@ from leanbert.compression.onnx.runtime import OnnxModel, holds_onnx, read_onnx
 from leanbert.data.module import RowData
 from leanbert.data.pairs import TARGET
 from leanbert.errors import UserError
-from leanbert.messages import leads
+from leanbert.messages import leads, say
 from leanbert.models.stored import Stored
 from leanbert.pretrained.build import read_model, starting_config
 from leanbert.pretrained.weights import holds_model, unpack
 from leanbert.runs import NAMES, Found, Run, TaskRuns
+from leanbert.settings import find_shipped
 from leanbert.shard_files import holds_shards
 from leanbert.tasks.base import Task
 
@@ -126,13 +131,21 @@ def adopt_folder(model: Task, data: RowData, stored: Stored | OnnxModel, path: s
         model.ready_model, model.init_from = stored, None
 
 
-def adopt_start(model: Task, data: RowData, source: str, subcommand: str) -> None:
+def adopt_start(model: Task, data: RowData, source: str, subcommand: str, given: Iterable[str] = ()) -> None:
     """Take architecture, labels and the like from `source`, a model that is used as it is or where training starts.
 
-    Raises UserError where it has learnt another task than the one that shall answer.
+    A line names the settings of the encoder among those `given` that it makes void. Raises UserError where it has
+    learnt another task than the one that shall answer.
     """
     stored = read_model(source)
     metadata = stored.metadata
+    void = [
+        f"model.encoder.{name} {value} (it has {there})"
+        for name, value in asdict(model.encoder_config).items()
+        if name in given and "dropout" not in name and value not in (None, there := getattr(stored.config, name))
+    ]
+    if void:
+        say(f"model.init_from: {source} brings its architecture, and does not use {', '.join(void)}")
     trains = subcommand in ("fit", "prepare", "plan")
     model.encoder_config = starting_config(model.encoder_config, stored)
     if metadata.task == model.name:
@@ -144,6 +157,18 @@ def adopt_start(model: Task, data: RowData, source: str, subcommand: str) -> Non
             f"model.init_from: a model of task {metadata.task}, which has nothing of {model.name} learnt. "
             "Give a trained one, or --ckpt_path."
         )
+
+
+def given_of_encoder(arguments: list[str]) -> set[str]:
+    """Return the settings of the encoder that arguments give; the first configuration, of a task, is not counted."""
+    found = find_shipped(arguments)
+    names = {match[1] for word in found if (match := re.match(r"--model(?:\.init_args)?\.encoder\.(\w+)", word))}
+    for _, path in pairs_of(found, ("--config", "-c"))[1:]:
+        settings: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        for part in ("model", "init_args", "encoder"):
+            settings = settings.get(part) if isinstance(settings, dict) else None
+        names |= set(settings or ())
+    return names
 
 
 def resume_command(arguments: list[str]) -> str:
@@ -171,9 +196,11 @@ def command_with(arguments: list[str], options: Mapping[str, str | None]) -> str
 
 def config_arguments(arguments: list[str]) -> str:
     """Return the `--config` options and the run's root among `arguments`, as a shell would take them."""
-    kept: list[str] = []
-    for index, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name in ("--config", "-c", "--trainer.default_root_dir"):
-            kept += [name, value or arguments[index + 1]]
-    return shlex.join(kept)
+    kept = pairs_of(arguments, ("--config", "-c", "--trainer.default_root_dir"))
+    return shlex.join(word for pair in kept for word in pair)
+
+
+def pairs_of(arguments: list[str], names: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Return options of these names among `arguments`, and their values."""
+    parts = [argument.partition("=") for argument in arguments]
+    return [(name, value or arguments[index + 1]) for index, (name, _, value) in enumerate(parts) if name in names]

@@ -33,7 +33,7 @@ from leanbert.cli.budget import apply_budget, count_devices, planned_target, str
 from leanbert.cli.help import SUBCOMMANDS
 from leanbert.cli.launched import prepare_restarts, take_launched
 from leanbert.cli.options import OPTIONS
-from leanbert.cli.resume import Start, adopt_folder, adopt_start
+from leanbert.cli.resume import Start, adopt_folder, adopt_start, given_of_encoder
 from leanbert.compression.onnx.runtime import OnnxModel
 from leanbert.data.module import RowData
 from leanbert.data.pairs import TRAIN
@@ -233,7 +233,8 @@ class Setup(LightningCLI):
         elif self.start.checkpoint is not None:
             self.start.hand_over(self.model, self.datamodule, resumes=self.subcommand == "fit", shrinks=shrinks)
         elif self.model.init_from is not None:
-            adopt_start(self.model, self.datamodule, self.model.init_from, str(self.subcommand))
+            given = given_of_encoder(self.arguments)
+            adopt_start(self.model, self.datamodule, self.model.init_from, str(self.subcommand), given)
         elif self.model.teacher_source not in (None, START):
             self.datamodule.start_from(read_model(self.model.teacher_source).metadata)
 
