@@ -89,4 +89,5 @@ def run_length(trainer: Any, datamodule: Any) -> RunLength:
             batches_per_epoch=data.batches_per_epoch,
         ),
         batches_per_validation=limited(-(-data.statistics["val"].rows // rows), trainer["limit_val_batches"]),
+        training_rows=data.statistics["train"].rows,
     )  # fmt: skip

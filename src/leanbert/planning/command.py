@@ -97,14 +97,16 @@ def foretell(settings: RunSettings, length: RunLength, start_seconds: float) -> 
         "seconds_per_step": times.step,
         "seconds_per_validation_batch": times.validation_batch,
         "start_seconds": start_seconds,
+        "teacher_seconds": length.training_rows * times.teacher_row,
         "seconds": start_seconds + length.seconds(times),
     }
 
 
 def describe_time(time: Mapping[str, float]) -> str:
     """Return what `foretell` found as a sentence."""
+    teacher = f"teacher {time['teacher_seconds']:.3g} s, " if time["teacher_seconds"] else ""
     return (
-        f"{time['steps']:,} steps of {time['seconds_per_step']:.3g} s, {time['validations']} validations of "
+        f"{teacher}{time['steps']:,} steps of {time['seconds_per_step']:.3g} s, {time['validations']} validations of "
         f"{time['batches_per_validation']} x {time['seconds_per_validation_batch']:.3g} s, start "
         f"{time['start_seconds']:.0f} s: about {format_duration(time['seconds'])}, {time['tokens']:,} tokens"
     )
