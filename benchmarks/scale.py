@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -70,7 +71,10 @@ def fit(root: Path, strategy: str | None, devices: int, rows: int, more: Iterabl
     events = EventAccumulator(str(run))
     events.Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("communication/", "memory/fullest"))]
-    return {**json.loads((run / "summary.json").read_text()), **{tag: events.Scalars(tag)[-1].value for tag in tags}}
+    [update] = re.findall(r"^optimizer +([\d,. ]+)$", (root / "fit.log").read_text(), re.MULTILINE)
+    held = [float(cell.replace(",", "")) for cell in update.split()[1:4]]  # parameters, optimizer, gradients
+    found = {**json.loads((run / "summary.json").read_text()), "held_mib": sum(held)}
+    return {**found, **{tag: events.Scalars(tag)[-1].value for tag in tags}}
 
 
 def plan(root: Path, strategy: str, devices: int, rows: int, more: Iterable[str]) -> dict[str, Any]:
@@ -102,13 +106,13 @@ def balance(root: Path, counts: list[int], text: str) -> str:
             sent = found.get("communication/bytes_per_step", 0)
             rows.append([
                 str(devices), strategy or "", mib(found["peak_bytes"]),
-                mib(told["predicted_peak_bytes"]) if told else "", mib(state), mib(sent),
+                mib(told["predicted_peak_bytes"]) if told else "", mib(state), f"{found['held_mib']:,.1f}", mib(sent),
                 mib(told["sent_bytes_per_step"]) if told else "", f"{found.get('communication/wait_share', 0):.0%}",
                 f"{found['tokens_per_second']:,.0f}",
             ])  # fmt: skip
     header = [
         "devices", "strategy", "live at the peak, MiB", "foretold", "parameters, gradients, state at the peak",
-        "sent a step, MiB", "foretold", "waiting", "tokens/s, all",
+        "in the update", "sent a step, MiB", "foretold", "waiting", "tokens/s, all",
     ]  # fmt: skip
     return table(header, rows)
 

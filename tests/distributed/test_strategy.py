@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -58,10 +59,11 @@ def fit(folder, root, task, *arguments, strategy=None, devices=2, steps=STEPS):
     where = ["--trainer.accelerator=cpu", f"--trainer.devices={devices if strategy else 1}"]
     if strategy:
         where.append(f"--config=configs/strategy/{strategy}.yaml")
-    run(
+    done = run(
         folder, "fit", *TASKS[task], *where, *arguments, f"--trainer.max_steps={steps}",
         f"--trainer.default_root_dir={root}", "--trainer.val_check_interval=10",
     )  # fmt: skip
+    (folder / f"{root}.log").write_text(done.stderr)
     return folder / root / task / "version_0"
 
 
@@ -202,6 +204,17 @@ def test_a_process_without_a_validation_row_runs_the_model_with_the_others(folde
     one, two = (read_scalars(fit(folder, f"few-{s}", "srl", *ADAMW, strategy=s, steps=2)) for s in (None, "fsdp"))
     alike(two, one)
     assert two["val/f1"].keys() == {0, 2}
+
+
+def test_shards_are_half_of_what_one_process_holds(folder):
+    held = []
+    for strategy in (None, "fsdp"):
+        fit(folder, f"held-{strategy}", "mlm", *ADAMW, "--config=configs/size/mini.yaml", strategy=strategy, steps=3)
+        said = (folder / f"held-{strategy}.log").read_text()
+        [update] = re.findall(r"^optimizer +([\d. ]+)$", said, re.MULTILINE)
+        held.append(sum(map(float, update.split()[1:4])))  # parameters, optimizer, gradients
+    assert held[0] > 10
+    assert held[1] / held[0] == pytest.approx(0.5, abs=0.01)
 
 
 def test_the_plan_foretells_what_each_device_needs(folder):
