@@ -31,14 +31,19 @@ OUTPUT_TOKENS = 16
 FEWEST_ROUNDS = 5
 PAUSE_SECONDS = 0.03
 
+# not by `leanbert.load`, whose libraries take seconds to import
 _MEMORY = """
 import json, sys
+from pathlib import Path
 import onnxruntime
 import leanbert.compression_report.measuring as measuring
-from leanbert import load
+from leanbert.compression.onnx.runtime import holds_onnx, read_onnx
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.measure.counters import peak_rss_bytes
-before = peak_rss_bytes()
-model = load(sys.argv[1]).model
+from leanbert.pretrained.build import read_model, rebuild
+before, path = peak_rss_bytes(), Path(sys.argv[1])
+tokenizer = TextTokenizer.from_file(path)
+model = read_onnx(path) if holds_onnx(path) else rebuild(read_model(path), tokenizer.vocab_size).eval()
 loaded = peak_rss_bytes()
 measuring.prepared(model, int(sys.argv[2]), int(sys.argv[3]))()
 print(json.dumps([loaded - before, peak_rss_bytes() - before]))

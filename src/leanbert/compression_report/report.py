@@ -200,7 +200,7 @@ def write_report(output: Path, rows: Sequence[Row], tag: str, answer: str, layer
     text = f"# Variants\n\n{table}\n\n{note}\n\n![Pareto front](pareto.png){sections}\n"
     write_text_atomically(output / "report.md", text)
     found = as_json(rows, tag, machine, answer) | {"sensitivity": [asdict(each) for each in layers]}
-    write_text_atomically(output / "report.json", strict_json.dumps(found, indent=2) + "\n")
+    strict_json.write(output / "report.json", found)
     figure = pareto_figure(rows, tag)
     with explain_disk_errors(output, "--output"):
         building = output / ".pareto.png"
