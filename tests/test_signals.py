@@ -68,7 +68,9 @@ def test_what_has_ended_well_stays_so(number):
 
 
 def test_the_message_says_how_to_go_on():
-    assert interrupt('signals.hint("To go on:\\n  x"); ready(); wait()')[1] == ("Stopped by SIGTERM. To go on:\n  x\n")
+    assert interrupt('signals.hint(lambda: "To go on:\\n  x"); ready(); wait()')[1] == (
+        "Stopped by SIGTERM. To go on:\n  x\n"
+    )
 
 
 def test_nothing_half_written_stays(tmp_path):

@@ -53,6 +53,7 @@ def test_every_trainer_looks_for_bad_steps(given):
     ("settings", "message"),
     [
         ({"devices": "nosuch"}, "trainer: .*devices.* should be an int > 0"),
+        *(({"devices": none}, r"trainer\.devices: (0|\[\]) leaves none .* Give 1 or more") for none in (0, "0", [])),
         ({"accelerator": "gpu"}, "trainer: No supported gpu backend found"),
         ({"barebones": True, "log_every_n_steps": 10}, "trainer: .*barebones"),
         ({"overfit_batches": 1}, r"trainer\.overfit_batches: is not supported"),

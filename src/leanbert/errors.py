@@ -9,6 +9,10 @@ REFUSED = 2
 """Exit code for bad input."""
 
 
+LOST = ("gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer", "Application timeout")
+"""What an error says where another rank has ended in the middle of an exchange, or hangs."""
+
+
 class UserError(Exception):
     """Bad input: the message is one line that names the file and line, or the setting, and the fix.
 
@@ -41,3 +45,8 @@ def require(holds: bool, message: str) -> None:
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its class where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def tells_of_lost_rank(error: BaseException) -> bool:
+    """Return whether an error is that another rank has ended in the middle of an exchange, or hangs."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST)

@@ -69,11 +69,6 @@ def write_folder(
         trained.target_tokenizer.save(folder / TARGET)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the files of weights in a folder, by name."""
-    return sorted(file for suffix in ("onnx", "safetensors") for file in folder.glob(f"*.{suffix}"))
-
-
 def _refuse_other_models(folder: Path, format: Format, task: str) -> None:
     """Raise `UserError` for a model that would stay in the folder, beside the new one and with the new tokenizer."""
     onnx = (ENCODER, DECODER) if task == "seq2seq" else (MODEL,)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-"""Environment variables with a process's number, of torchrun, Lightning and srun."""
+VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK")
+"""Environment variables with a process's number, of torchrun, Lightning and srun, and by hand a machine's."""
 
 
 def launched_rank() -> int:

@@ -57,18 +57,19 @@ def one_line(message: str) -> str:
 
 def readable(message: str) -> str:
     """Return the innermost reason of a parser's message, with the whole name of the setting before it."""
-    text = one_line(message)
+    spelling = "Check its spelling; --help lists all settings."
+    text = one_line(message).replace(f". {spelling}", "")  # an inner parser has said it
     names = re.findall(r'Parser key "([^"]+)":', text)
     if not names:
-        hint = " Check its spelling; --help lists all settings." if "not accept" in text else ""
+        hint = f" {spelling}" if "not accept" in text else ""
         if "arguments are required" in text:
             hint = " A configuration has them: --config configs/mlm.yaml, or that of another task."
         return text + ("" if text.endswith(".") else ".") + hint
-    reason = re.split(r'Parser key "[^"]+":|Errors: (?:- )?', text)[-1]
-    reason = re.split(r"(?:- )?Expected a <class 'NoneType'>|Given value type:", reason)[0]
+    reason = re.split(r'Parser key "[^"]+":|Errors: (?:- )?(?:Expected a <class .str.> - (?!Expected))?', text)[-1]
+    reason = re.split(r"(?:- )?Expected a <class 'NoneType'>| - Not a valid subclass|Given value type:", reason)[0]
     reason = re.sub(r"Expected a (?:typing\.)?Literal\[(.*?)\]", r"choose from \1", reason)
     reason = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", reason).strip().rstrip(".")
-    hint = " Check its spelling; --help lists all settings." if "not accept" in reason else ""
+    hint = f" {spelling}" if "not accept" in reason else ""
     if reason == "Expected a list":
         values = re.findall(r"[^\s,\[\]\"']+", text.rpartition("Given value: ")[2])
         hint = f" Give --{'.'.join(names)} '{json.dumps(values)}'."

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,29 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 
 from leanbert import untrusted
-from leanbert.errors import UserError
+from leanbert.errors import UserError, tells_of_lost_rank
 from leanbert.files import REST
 
 FILES = "shards"
 """Entry of the rest: the files of shards, by name, each with its bytes and its CRC-32."""
 SUFFIX = ".safetensors"
 PIECE_BYTES = 2**20
+
+
+class Reader(dcp.HuggingFaceStorageReader):
+    """Reads parts of tensors from the shards in a folder, and what is in which file only once."""
+
+    def read_metadata(self) -> Metadata:
+        """Return where which part is."""
+        return self._places
+
+    @cached_property
+    def _places(self) -> Metadata:
+        return super().read_metadata()
 
 
 def holds_shards(path: Path) -> bool:
@@ -73,7 +87,9 @@ def check_sums(path: Path, fix: str) -> None:
             raise UserError(f"{path / name}: damaged. {fix}")
 
 
-def fill(path: Path, rest: Any, fix: str, place: Callable[[Tensor], Tensor] | None = None) -> Any:
+def fill(
+    path: Path, rest: Any, fix: str, place: Callable[[Tensor], Tensor] | None = None, reader: Reader | None = None
+) -> Any:
     """Return the rest, or a part of it, with the tensors that lie in shards in place of those on the meta device.
 
     Args:
@@ -82,9 +98,11 @@ def fill(path: Path, rest: Any, fix: str, place: Callable[[Tensor], Tensor] | No
         fix: What to do about damaged files.
         place: Makes the tensor that the values of one on the meta device are read into: the whole one, or a sharded
             one, of which each rank reads its part; all ranks call this together then. None: whole, on the CPU.
+        reader: What has read from the folder before.
 
     Raises:
         UserError: A file is damaged, or the rest is of other shards.
+        RuntimeError: Another rank was lost meanwhile.
 
     """
     make = place or (lambda blank: torch.empty_like(blank, device="cpu"))
@@ -100,10 +118,12 @@ def fill(path: Path, rest: Any, fix: str, place: Callable[[Tensor], Tensor] | No
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(
                 wanted,
-                storage_reader=dcp.HuggingFaceStorageReader(str(path)),
+                storage_reader=reader or Reader(str(path)),
                 planner=dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
                 no_dist=whole,
             )
     except (Exception, CheckpointException) as error:  # as whatever a header says may raise
+        if tells_of_lost_rank(error):
+            raise
         raise UserError(f"{path}: damaged, its shards do not make the tensors of {REST}. {fix}") from error
     return filled

@@ -46,7 +46,7 @@ class _State:
     installed = False
     answered_at = 0.0
     deferred_at = -ECHO_SECONDS
-    hint = ""
+    hint: Callable[[], str] = str
     receiver: Callable[[int], None] | None = None
 
 
@@ -139,9 +139,9 @@ def orphaned() -> bool:
     return os.environ.get(LEADER, "") not in ("", str(os.getpid()), str(os.getppid()))
 
 
-def hint(text: str) -> None:
-    """Set what the last message says after the signal's name."""
-    _State.hint = text
+def hint(words: Callable[[], str]) -> None:
+    """Set what returns, when a signal ends the process, what the last message says after the signal's name."""
+    _State.hint = words
 
 
 def defer_to(receiver: Callable[[int], None] | None) -> None:
@@ -205,7 +205,7 @@ def _end(number: int) -> None:
     if threading.current_thread() is threading.main_thread():
         for other in {*SIGNALS, getattr(signal, "SIGCHLD", signal.SIGINT)}:  # torch raises when it hears of a death
             signal.signal(other, signal.SIG_IGN)
-    words = f"Stopped by {signal.Signals(number).name}. {_State.hint}".rstrip()
+    words = f"Stopped by {signal.Signals(number).name}. {_State.hint()}".rstrip()
     end_at_once(128 + number, words if launched_rank() == 0 else None)  # torchrun passes a signal on to all ranks
 
 

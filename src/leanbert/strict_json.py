@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
+
+from leanbert.files import write_text_atomically
 
 
 def dumps(value: object, **options: Any) -> str:
     """Return `json.dumps(value, **options)`, with null for each number that is not finite."""
     return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def write(path: Path, value: object) -> None:
+    """Write a value atomically, or through what is no regular file."""
+    write_text_atomically(path, dumps(value, indent=2) + "\n")
 
 
 def _finite(value: Any) -> Any:

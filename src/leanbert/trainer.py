@@ -119,7 +119,7 @@ class Trainer(pl.Trainer):
 
 
 def _check_ranges(settings: dict[str, Any]) -> None:
-    """Raise UserError for a number that Lightning would take and that makes no sense."""
+    """Raise UserError for a number that makes no sense: Lightning would take it, or not say what to give instead."""
     for name, allowed in RANGES.items():
         allowed.check(f"trainer.{name}", settings.get(name))
     for name in ("max_steps", "max_epochs"):
@@ -128,6 +128,11 @@ def _check_ranges(settings: dict[str, Any]) -> None:
     for name in LIMITS:
         value = settings.get(name)
         (SHARE if isinstance(value, float) else WHOLE).check(f"trainer.{name}", value)
+    if (devices := settings.get("devices")) in ([], 0, "0"):
+        raise UserError(
+            f"trainer.devices: {devices} leaves none to train on. Give 1 or more, or auto; to leave GPUs alone set "
+            "trainer.accelerator to cpu."
+        )
     if settings.get("overfit_batches"):
         raise UserError(
             "trainer.overfit_batches: is not supported. Give a small file as data.train_files and data.val_files."

@@ -201,7 +201,8 @@ def test_a_plan_that_starts_from_a_model_has_its_architecture(trained, corpus, k
         leanbert.load(source).export(corpus / "planned")
         source = corpus / "planned"
     files = ["--data.train_files=train.txt", f"--model.init_from={source}", "--json=plan.json"]
-    run(corpus, "plan", "--config=configs/size/small.yaml", *files)
+    said = run(corpus, "plan", "--config=configs/size/small.yaml", *files).stderr
+    assert f"model.init_from: {source} has 2 layers of 32; of model.encoder only dropout counts\n" in said
     planned, summary = (json.loads(path.read_text()) for path in (corpus / "plan.json", trained[0] / "summary.json"))
     assert planned["parameters"] == summary["parameters"]
 

@@ -3,7 +3,7 @@
 import pytest
 from jsonargparse import Namespace
 
-from leanbert.cli.budget import count_devices, strategy_of
+from leanbert.cli.budget import count_devices, planned_target, strategy_of
 from leanbert.errors import UserError
 
 SHARDS = {"class_path": "leanbert.distributed.strategy.FullySharded"}
@@ -45,3 +45,17 @@ def test_devices_of_the_trainer_are_counted_as_a_launcher_counts_them(devices, c
 def test_devices_and_machines_are_counted(devices, nodes, named):
     with pytest.raises(UserError, match=named):
         count_devices({"trainer": Namespace(devices=1, num_nodes=1), "devices": devices, "nodes": nodes})
+
+
+@pytest.mark.parametrize(
+    ("target", "device", "measure", "planned"),
+    [
+        ("auto", None, False, "mps"),
+        ("auto", "rtx4090", False, "cuda"),
+        ("auto", "rtx4090", True, "mps"),  # where steps are timed
+        ("cpu", "rtx4090", False, "cpu"),
+        ("cuda", None, False, "cuda"),
+    ],
+)
+def test_who_names_a_device_plans_for_its_kind(target, device, measure, planned):
+    assert planned_target({"target": target, "device": device, "measure": measure}, "mps") == planned

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from leanbert import signals
 from leanbert.optim.schedule import ScheduleConfig, learning_rate_factor
 from tests import launcher
 from tests.cli.program import command, environment, run
-from tests.training import TINY
+from tests.corpus import write_corpus
+from tests.training import TINY, fit
 from tests.training import read_scalars as scalars
 
 pytestmark = pytest.mark.usefixtures("launcher_socket")
@@ -85,6 +87,17 @@ def test_a_signal_saves_and_prints_the_command_that_goes_on(corpus, undisturbed,
     run(corpus, "fit", *settings, "--ckpt_path=last")
     same_losses(undisturbed, scalars(folder))
     assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
+
+
+def test_a_signal_before_the_first_checkpoint_says_that_nothing_is_saved(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(signals, "hint", lambda words: found.extend([words(), words]))
+    write_corpus(tmp_path / "train.txt")
+    fit(tmp_path, steps=1)
+    before, words = found
+    assert before == "Nothing is saved yet. Give the same command again."
+    assert words().startswith("To go on:\n  ")
+    assert words().endswith("--trainer.max_steps=1 --ckpt_path last")
 
 
 def test_a_finished_run_is_extended(corpus):

@@ -81,6 +81,23 @@ def test_what_is_no_list_is_shown_as_one(given):
     assert str(error.value) == """steps: Expected a list. Give --steps '["blocks=0.5", "train=3"]'."""
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("strategy: {class_path: FullySharded, init_args: {depth: 2}}", "strategy: Option 'depth' is not accepted. "),
+        ("callbacks+: [{class_path: LayerMajor, init_args: {depth: 2}}]", "callbacks: Option 'depth' is not acc"),
+        ("strategy: {class_path: FullySharded, init_args: {replicas: x}}", "strategy.replicas: Expected a int - "),
+    ],
+)
+def test_an_option_that_a_class_does_not_take_is_said_once(tmp_path, given, says):
+    (tmp_path / "overlay.yaml").write_text(f"trainer:\n  {given}\n")
+    line = refused(tmp_path, "fit", "--config=overlay.yaml", says=[])
+    assert line.startswith(f"error: trainer.{says}")
+    spelling = "is not accepted. Check its spelling; --help lists all settings."
+    assert line.endswith(spelling if "depth" in given else "choose from 'nodes'.")
+    assert line.count("spelling") == ("depth" in given)
+
+
 def test_a_plan_is_not_made_for_a_folder(tmp_path):
     refused(tmp_path, "plan", "--json=.", says=["--json", "is a folder"])
 

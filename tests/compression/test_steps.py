@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from leanbert.compression.steps import (
-    TECHNIQUES,
+    METHODS,
     apply_steps,
     as_callbacks,
     inputs_seen,
@@ -136,7 +136,7 @@ def test_a_step_without_effect_is_an_error():
     with pytest.raises(UserError, match=r"^blocks=0\.01: 0\.01 of 2 blocks is less than one"):
         apply_steps(model, parse_steps(["blocks=0.01"]), run)
     with pytest.raises(UserError, match=r"^pruning=2:4: no matrix of this model consists of such groups"):
-        TECHNIQUES["pruning"].apply(torch.nn.Linear(6, 8), "2:4", run)
+        METHODS["pruning"].apply(torch.nn.Linear(6, 8), "2:4", run)
     with pytest.raises(UserError, match=r"^pruning=0\.5:7: no matrix of this model consists of such groups"):
         apply_steps(model, parse_steps(["pruning=0.5:7"]), run)
     with pytest.raises(UserError, match=r"^low_rank: encoder\.blocks\.0\.attention\.qkv was not run"):

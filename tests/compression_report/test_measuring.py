@@ -1,9 +1,13 @@
 """Counts by hand."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from leanbert.api import Pretrained
+from leanbert.compression_report import measuring
 from leanbert.compression_report.measuring import (
     LONG,
     OUTPUT_TOKENS,
@@ -80,3 +84,10 @@ def test_memory_grows_with_the_model(tmp_path):
     weights = sum(parameter.nbytes for parameter in model.parameters())
     assert found[1][0] - found[0][0] > 0.5 * weights
     assert all(ran > loaded > 0 for loaded, ran in found)
+
+
+def test_memory_is_measured_without_the_libraries_of_training():
+    imports = "\n".join(line for line in measuring._MEMORY.splitlines() if line.startswith(("import", "from")))
+    subprocess.run(
+        [sys.executable, "-c", f"{imports}\nassert not {{'lightning', 'transformers'}} & {{*sys.modules}}"], check=True
+    )

@@ -151,6 +151,7 @@ def test_records_have_fields_of_any_name(tmp_path, suffix):
         ("x.tsv", ["source\ttarget", "a"], r"^\S+x\.tsv:2: 1 cells, the header has 2\. Add the missing ones$"),
         ("x.csv", ["source,goal", "a,b"], r"""^\S+x\.csv:1: no field "target"\. .* here is 'source', 'goal'$"""),
         ("x.txt", ["a"], r"^\S+x\.txt: has no fields\. data\.train_files takes \.jsonl \.csv \.tsv, each also with"),
+        ("x.en", ["a"], r"^\S+x\.en: has no fields\. .* hf: names; with data\.train_target_files lines of text$"),
         ("x.jsonl", [], r"^data\.train_files: there is no example in it\. Give files with examples$"),
     ],
 )
@@ -240,7 +241,7 @@ def test_pairs_that_are_too_long_are_cut_counted_and_told(tmp_path, capsys):
     data.setup("fit")
     assert data.caches["train"].notes.cut == 2
     assert data.caches["val"].notes.cut == 0
-    told = "2 examples were longer than data.max_length (8 tokens) and were cut"
+    told = "2 training examples were longer than data.max_length (8 tokens) and were cut"
     assert [line for line in capsys.readouterr().err.splitlines() if "were cut" in line] == [told]
     begin, end = data.tokenizer.cls_id, data.tokenizer.sep_id
     ids = dict(zip("abcde", (piece[0] for piece in data.tokenizer.encode_words(list("abcde"))), strict=True))
@@ -249,8 +250,9 @@ def test_pairs_that_are_too_long_are_cut_counted_and_told(tmp_path, capsys):
     assert data.caches["train"].read("target", [np.asarray([1, 2, 3])])[0][1].tolist() == [
         begin, *(ids[letter] for letter in "edcbaed"), end]  # fmt: skip
     data_of(tmp_path, records, max_length=16, max_target_length=8).setup("fit")
-    told = "2 examples were longer than data.max_length (16 tokens) or data.max_target_length (8 tokens) and were cut"
-    assert capsys.readouterr().err.splitlines().count(told) == 2  # training and validation
+    told = "examples were longer than data.max_length (16 tokens) or data.max_target_length (8 tokens) and were cut"
+    assert [line for line in capsys.readouterr().err.splitlines() if "were cut" in line] == [
+        f"2 training {told}", f"2 validation {told}"]  # fmt: skip
 
 
 def test_lengths_are_the_models(tmp_path, capsys):

@@ -21,6 +21,7 @@ from leanbert.distributed.state import blank_shards, decoded_state
 from leanbert.errors import UserError
 from leanbert.files import REST
 from leanbert.optim.adamw import SlicedAdamW
+from leanbert.pretrained.weights import read_checkpoint
 from tests.distributed.ranks import on_ranks
 
 pytestmark = pytest.mark.slow
@@ -157,6 +158,27 @@ def test_one_process_reads_all_bit_by_bit(written, name):
     assert torch.equal(state["state"][0]["exp_avg"], wanted["state"][0]["exp_avg"])
     assert state["state"][0]["step"] == 3
     assert loaded["callbacks"] == expected["callbacks"]
+
+
+def test_weights_that_are_read_one_by_one_are_looked_for_once(path, monkeypatch):
+    rewrite(path, leanbert={"task": "mlm", "encoder": {}})
+    looked, kind = [], shard_files.dcp.HuggingFaceStorageReader
+    read = kind.read_metadata
+    monkeypatch.setattr(kind, "read_metadata", lambda self: looked.append(1) or read(self))
+    weights = read_checkpoint(path).read_weights()
+    expected = whole_tensors()
+    assert {f"model.{name}" for name in weights} == expected.keys()
+    assert all(torch.equal(weights[name], expected[f"model.{name}"]) for name in weights)
+    assert len(looked) == 1
+
+
+def test_a_rank_that_is_lost_while_shards_are_read_is_no_damage(path, monkeypatch):
+    def lose(*_, **__):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+    monkeypatch.setattr(shard_files.dcp, "load", lose)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        checkpoints.load(path)
 
 
 def test_each_part_is_written_once(written):

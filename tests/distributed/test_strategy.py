@@ -218,12 +218,15 @@ def test_shards_are_half_of_what_one_process_holds(folder):
 
 
 def test_the_plan_foretells_what_each_device_needs(folder):
-    for name, arguments in (("plain", ADAMW), ("all", ALL)):
+    adama = "{class_path: OptimizerInBackward, init_args: {accumulate: true}}"
+    (folder / "adama.yaml").write_text(f"trainer:\n  callbacks+: [{adama}]\n")
+    four = [*ADAMW, "--trainer.strategy=fsdp", "--config=micro.yaml", "--config=adama.yaml", "--data.batch_size=16"]
+    for name, arguments, within in (("plain", ADAMW, 0.02), ("all", ALL, 0.02), ("adama", four, 0.05)):
         path = fit(folder, f"planned-{name}", "mlm", *arguments, strategy="fsdp", steps=4)
         measured = json.loads((path / "summary.json").read_text())["peak_bytes"]
         run(folder, "plan", *TASKS["mlm"], *arguments, "--devices=2", "--prepare=true", f"--json={name}.json")
         planned = json.loads((folder / f"{name}.json").read_text())["devices"]["fsdp2"]
-        assert planned["predicted_peak_bytes"] == pytest.approx(measured, rel=0.02), name
+        assert planned["predicted_peak_bytes"] == pytest.approx(measured, rel=within), name
         logged = read_scalars(path)
         [sent] = logged["communication/bytes_per_step"].values()
         assert 0 < sent - planned["sent_bytes_per_step"] < 100  # the loss and the number of targets

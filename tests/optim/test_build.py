@@ -97,3 +97,19 @@ def test_state_survives_saving(name, tmp_path):
     optimizer_step(PlainTask(other), batch, resumed)
     for expected, actual in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(expected, actual)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_going_on_takes_the_settings_that_are_given(name):
+    """Of decays and offsets, as of rates; the state and its number of steps are the checkpoint's."""
+    model, batch = tiny_model(dtype=torch.float32), unequal_batch()
+    saved = build_optimizer(model, OptimizerConfig(name=name))
+    optimizer_step(PlainTask(model), batch, saved)
+    given = OptimizerConfig(name=name, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3, momentum=0.5)
+    resumed, new = build_optimizer(model, given), build_optimizer(model, given)
+    resumed.load_state_dict(copy.deepcopy(saved.state_dict()))
+    options = ("betas", "eps", "weight_decay", "momentum")
+    taken, right = ([[group.get(name) for name in options] for group in o.param_groups] for o in (resumed, new))
+    assert taken == right
+    assert taken != [[group.get(name) for name in options] for group in saved.param_groups]
+    assert resumed.steps == 1

@@ -138,6 +138,14 @@ def test_fsdp2_reduces_the_norm_once_per_step():
     assert more.collectives["all_gather"] == 2 * fewer.collectives["all_gather"]
 
 
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_adama_reduces_the_gradients_of_each_micro_batch(count):
+    once = predict_distributed(replace(settings(), rows=1), DEVICES, "fsdp2")
+    run = replace(settings(GradientAccumulation(1), OptimizerInBackward(accumulate=True)), rows=count)
+    sent = predict_distributed(run, DEVICES, "fsdp2").collectives
+    assert sent == {kind: count * size for kind, size in once.collectives.items()}
+
+
 def offloaded(run, devices=DEVICES):
     """Return what is predicted of shards, on the device and in host memory."""
     around = replace(run, strategy="fsdp2", devices=devices, rows=16 // devices)

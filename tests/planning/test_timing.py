@@ -259,6 +259,8 @@ def test_validations_and_their_batches_are_those_of_lightning(tmp_path, steps, i
 def test_a_whole_run():
     times = StepTimes(step=2.0, validation_batch=0.5)
     assert RunLength(steps=500, validations=3, batches_per_validation=19).seconds(times) == 1000 + 28.5
+    taught = RunLength(steps=500, validations=3, batches_per_validation=19, training_rows=100)
+    assert taught.seconds(replace(times, teacher_row=0.25)) == 25 + 1000 + 28.5
 
 
 def test_a_device_that_is_not_there():

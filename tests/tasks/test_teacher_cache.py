@@ -222,10 +222,14 @@ def test_shards_are_refused_and_masks_that_are_drawn(folder):
         predict(replace(settings, task=task, data=MaskedLMData(max_length=16)))
 
 
-def test_what_is_not_read_is_zero_so_that_steps_can_be_timed(folder):
+def test_what_is_not_read_is_zero_so_that_steps_can_be_timed(folder, monkeypatch):
+    """And the teacher before them, by the row."""
     settings = settings_of(student(folder, "classification", "timed", steps=1))
-    times = measure(settings)
-    assert 0 < times.step < 60
+    clock = iter(range(10**6))
+    times = measure(settings, clock=lambda: next(clock))  # a second between two looks at it
+    assert (times.teacher_row, times.validation_batch) == (1 / settings.micro_batch, 1)
+    settings.task.distillation_config.cache = False
+    assert measure(settings, clock=lambda: next(clock)).teacher_row == 0
 
 
 def test_what_a_task_makes_of_rows_counts(folder, monkeypatch, capsys):

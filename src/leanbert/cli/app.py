@@ -71,7 +71,7 @@ class CLI(Setup):
         is_new = start.run is None
         if leads():
             self._open_run()
-        signals.hint(f"To go on:\n  {resume_command(self.arguments)}")
+        signals.hint(self._how_to_go_on)
         try:
             trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=options.ckpt_path)
         except (UserError, MisconfigurationException):
@@ -95,6 +95,12 @@ class CLI(Setup):
             root = folder.parent.parent
             logger = TensorBoardLogger(root, folder.parent.name, version=folder.name, purge_step=purge)
             self.trainer.loggers = [logger]
+
+    def _how_to_go_on(self) -> str:
+        """Return what to do where a signal ends the run at once, which may have no checkpoint yet."""
+        if self.start.run is not None and not any(self.start.run.checkpoints.glob("*.ckpt")):
+            return "Nothing is saved yet. Give the same command again."
+        return f"To go on:\n  {resume_command(self.arguments)}"
 
     def _say_how_to_go_on(self) -> None:
         """Say what came out, where it is, and the next commands."""
@@ -179,14 +185,12 @@ class CLI(Setup):
     def export(self, options: ExportOptions) -> None:
         """Write a trained model in a standard format, and say where it is. Raises UserError if there is none."""
         from leanbert.api import load
-        from leanbert.exporting import weight_files
+        from leanbert.compression_report.measuring import bytes_of, weight_files
 
-        trained = load(self._trained())
-        trained.export(options.output, options.format, options.quantize, options.exceptions or ())
-        files = weight_files(expand(options.output, "output"))
-        size = format_size(sum(file.stat().st_size for file in files))
-        precision = options.quantize or str(next(trained.model.parameters()).dtype).removeprefix("torch.")
-        say(f"Exported     {options.output}: {', '.join(file.name for file in files)}, {size}, {precision}")
+        load(self._trained()).export(options.output, options.format, options.quantize, options.exceptions or ())
+        folder = expand(options.output, "output")
+        files, size = ", ".join(file.name for file in weight_files(folder)), format_size(bytes_of(folder))
+        say(f"Exported     {folder}: {files}, {size}, {options.quantize or 'float32'}")
 
     def compress(self, options: CompressOptions) -> None:
         """Make smaller variants of a trained model and report on them."""

@@ -32,6 +32,14 @@ def count_devices(settings: Any) -> int:
     return count
 
 
+def planned_target(settings: Any, here: str) -> str:
+    """Return the kind of device that is planned for; `here` is that of trainer.accelerator."""
+    if settings["target"] != "auto":
+        return str(settings["target"])
+    # all that --device knows are CUDA devices
+    return "cuda" if settings["device"] is not None and not settings["measure"] else here
+
+
 def strategy_of(settings: Any) -> dict[str, Any]:
     """Return how several devices share the model, as `RunSettings` says it."""
     asked, nodes = settings["trainer"]["strategy"], settings["nodes"] or settings["trainer"]["num_nodes"]
@@ -81,4 +89,5 @@ def run_length(trainer: Any, datamodule: Any) -> RunLength:
             batches_per_epoch=data.batches_per_epoch,
         ),
         batches_per_validation=limited(-(-data.statistics["val"].rows // rows), trainer["limit_val_batches"]),
+        training_rows=data.statistics["train"].rows,
     )  # fmt: skip

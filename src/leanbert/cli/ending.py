@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from leanbert import signals
-from leanbert.errors import REFUSED, TrainingFailed, UserError
+from leanbert.errors import REFUSED, TrainingFailed, UserError, tells_of_lost_rank
 from leanbert.files import DISK_FULL
 from leanbert.messages import rank
 
@@ -25,8 +25,6 @@ FIRST_SECONDS = 3.0
 """How long a rank lets the first one speak, after which whoever started the ranks ends them."""
 LOST_SECONDS = 10.0
 """How long a rank that has lost another one lets those speak who know which one."""
-LOST = ("gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer", "Application timeout")
-"""What an error says where another rank has ended in the middle of an exchange, or hangs."""
 LATE = ("timed out", "timeout")
 """What it says where another rank has not answered within the time that the strategy gives it."""
 READER_HAS_GONE = 141
@@ -46,7 +44,7 @@ def one_line_errors() -> Iterator[None]:
     except UserError as error:
         fail(str(error), error)
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in LOST):
+        if not tells_of_lost_rank(error):
             raise
         wait_for_the_end(LOST_SECONDS, code=1)  # which rank has ended, and how, whoever started the ranks knows
         which = "rank 0 has ended" if signals.orphaned() else "another rank has ended, or cannot be reached"

@@ -61,7 +61,8 @@ class PlanOptions(PlanRequest, Options):
     """Whose architecture counts: a checkpoint, `last`, `best` or `average` of the newest run, or a folder of
     `export`."""
     target: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Kind of device, which need not be here. auto: that of trainer.accelerator."""
+    """Kind of device, which need not be here. auto: cuda with --device, but what --measure times is here; else that of
+    trainer.accelerator."""
     nodes: int | None = None
     """Machines that share the batch. Default: trainer.num_nodes."""
     devices: int | None = None

@@ -15,7 +15,7 @@ from leanbert.compression.onnx.runtime import OnnxModel, holds_onnx, read_onnx
 from leanbert.data.module import RowData
 from leanbert.data.pairs import TARGET
 from leanbert.errors import UserError
-from leanbert.messages import leads
+from leanbert.messages import leads, say
 from leanbert.models.stored import Stored
 from leanbert.pretrained.build import read_model, starting_config
 from leanbert.pretrained.weights import holds_model, unpack
@@ -129,10 +129,14 @@ def adopt_folder(model: Task, data: RowData, stored: Stored | OnnxModel, path: s
 def adopt_start(model: Task, data: RowData, source: str, subcommand: str) -> None:
     """Take architecture, labels and the like from `source`, a model that is used as it is or where training starts.
 
-    Raises UserError where it has learnt another task than the one that shall answer.
+    A line says so if it is not as large as the settings are. Raises UserError where it has learnt another task than the
+    one that shall answer.
     """
     stored = read_model(source)
     metadata = stored.metadata
+    layers, width = stored.config.num_layers, stored.config.hidden_size
+    if (layers, width) != (model.encoder_config.num_layers, model.encoder_config.hidden_size):
+        say(f"model.init_from: {source} has {layers} layers of {width}; of model.encoder only dropout counts")
     trains = subcommand in ("fit", "prepare", "plan")
     model.encoder_config = starting_config(model.encoder_config, stored)
     if metadata.task == model.name:

@@ -29,7 +29,7 @@ from leanbert.callbacks.techniques.structured import StructuredPruning
 from leanbert.callbacks.values import callbacks_of
 from leanbert.class_paths import find_class, in_arguments
 from leanbert.cli.arguments import complete
-from leanbert.cli.budget import apply_budget, count_devices, strategy_of
+from leanbert.cli.budget import apply_budget, count_devices, planned_target, strategy_of
 from leanbert.cli.help import SUBCOMMANDS
 from leanbert.cli.launched import prepare_restarts, take_launched
 from leanbert.cli.options import OPTIONS
@@ -178,7 +178,7 @@ class Setup(LightningCLI):
         if self.subcommand == "plan":
             self.planned_devices = count_devices(settings)
             self.planned_strategy = strategy_of(settings)
-            self.device_type = self.device_type if settings["target"] == "auto" else settings["target"]
+            self.device_type = planned_target(settings, self.device_type)
         self.hardware = {name: trainer[name] for name in ("accelerator", "devices", "strategy")}
         if self.subcommand in DEVICELESS:
             trainer["accelerator"], trainer["devices"], trainer["strategy"] = "cpu", 1, "auto"

@@ -13,7 +13,7 @@ import yaml
 
 from leanbert import signals
 from leanbert.checkpoints import BEST
-from leanbert.compression.steps import TECHNIQUES, ZEROS, Step, as_callbacks
+from leanbert.compression.steps import METHODS, ZEROS, Step, as_callbacks
 from leanbert.data.store.checksums import files_digests
 from leanbert.errors import REFUSED, UserError
 from leanbert.files import write_text_atomically
@@ -29,7 +29,7 @@ def student_settings(given: dict[str, Any], source: Path, cuts: Sequence[Step], 
     """Return the settings of a run in which what the cuts leave of the model at `source` learns from all of it."""
     settings = copy.deepcopy({name: given[name] for name in SETTINGS})
     model, trainer = settings["model"]["init_args"], settings["trainer"]
-    cutting = {technique.callback[0] for technique in TECHNIQUES.values() if technique.callback is not None}
+    cutting = {method.callback[0] for method in METHODS.values() if method.callback is not None}
     given_callbacks = trainer["callbacks"] or []  # of which the cuts say what leaves
     own = [callback for callback in given_callbacks if callback["class_path"].rpartition(".")[2] not in cutting]
     model["init_from"] = str(source.resolve())

@@ -58,7 +58,7 @@ def _is_fraction(text: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Technique:
+class Method:
     """What a step of one name does."""
 
     text: str
@@ -150,37 +150,37 @@ def _factorise_embedding(model: EncoderModel, energy: str, calibrate: Calibrate)
 
 GROUPS = "; 0.8:8, of blocks of 8 x 8 in linear layers; 2:4 or 4:8 of neighbours there"
 
-TECHNIQUES = {
-    BLOCKS: Technique(
+METHODS = {
+    BLOCKS: Method(
         "fraction of the blocks that leave", _remove_blocks,
         ("StructuredPruning", lambda fraction: {"blocks": float(fraction)}),
     ),
-    "structured_pruning": Technique(
+    "structured_pruning": Method(
         "fraction of attention heads and feed-forward neurons that leave; 0.25:taylor, by the gradients of the loss",
         _remove_structures, ("StructuredPruning", _structured_settings),
         lambda value: _is_fraction(value.removesuffix(TAYLOR)),
     ),
-    PRUNING: Technique(
+    PRUNING: Method(
         f"fraction of all weights that become zero, the smallest{GROUPS}", _remove_weights,
         ("MagnitudePruning", _magnitude_settings), _are_zeros,
     ),
-    MOVEMENT: Technique(
+    MOVEMENT: Method(
         f"fraction of linear layers' weights that become zero, as training moves them there{GROUPS}", None,
         ("MovementPruning", _zeros_settings), _are_zeros,
     ),
-    QUANTIZATION_AWARE: Technique(
+    QUANTIZATION_AWARE: Method(
         "the scheme", None, ("QuantizationAwareTraining", lambda scheme: {"scheme": scheme}), ROUNDINGS.__contains__
     ),
-    LOW_RANK: Technique("fraction of the outputs' energy that two thin matrices keep of each large one", _factorise),
-    LOW_RANK_EMBEDDING: Technique(
+    LOW_RANK: Method("fraction of the outputs' energy that two thin matrices keep of each large one", _factorise),
+    LOW_RANK_EMBEDDING: Method(
         "fraction of the energy that two thin matrices keep of the token embedding", _factorise_embedding
     ),
 }  # fmt: skip
 """Steps that change the model, in the order in which they may follow each other: a layer that was made of two factors
 has no rows that belong to heads."""
 
-_TRAINED = tuple(name for name, technique in TECHNIQUES.items() if technique.callback)
-ORDER = (*_TRAINED, TRAIN, *(name for name in TECHNIQUES if name not in _TRAINED), QUANTIZE)
+_TRAINED = tuple(name for name, method in METHODS.items() if method.callback)
+ORDER = (*_TRAINED, TRAIN, *(name for name in METHODS if name not in _TRAINED), QUANTIZE)
 """Of all steps. Training makes good what those before it have cost. Quantized weights cannot be changed any more."""
 
 
@@ -232,14 +232,14 @@ def _check_value(text: str, name: str, value: str) -> None:
     elif name == TRAIN:
         if not re.fullmatch("[0-9]{1,15}", value) or int(value) not in COUNT:
             raise UserError(f"steps: {text!r} needs a whole number from 1: optimizer steps")
-    elif not TECHNIQUES[name].takes(value):
-        raise UserError(f"steps: {text!r} needs {PART}: {TECHNIQUES[name].text}")
+    elif not METHODS[name].takes(value):
+        raise UserError(f"steps: {text!r} needs {PART}: {METHODS[name].text}")
 
 
 def variants_of(steps: Sequence[Step]) -> list[Sequence[Step]]:
     """Return the lists that make a variant each: each step with those before it, if training need not come first."""
     lists = [steps[: count + 1] for count in range(len(steps))]
-    return [steps for steps in lists if steps[-1].name not in TECHNIQUES or TECHNIQUES[steps[-1].name].apply]
+    return [steps for steps in lists if steps[-1].name not in METHODS or METHODS[steps[-1].name].apply]
 
 
 def apply_steps(model: EncoderModel, steps: Sequence[Step], calibrate: Calibrate) -> Scheme | None:
@@ -252,7 +252,7 @@ def apply_steps(model: EncoderModel, steps: Sequence[Step], calibrate: Calibrate
         if step.name == QUANTIZE:
             scheme = cast(Scheme, step.value)
         else:
-            apply = TECHNIQUES[step.name].apply
+            apply = METHODS[step.name].apply
             assert apply is not None  # parse_steps has put training after it
             apply(model, step.value, calibrate)
     return scheme
@@ -276,7 +276,7 @@ def as_callbacks(steps: Sequence[Step]) -> list[dict[str, Any]]:
     """Return the callbacks, as in a configuration, that do in a run of `fit` what these steps do."""
     found: dict[str, dict[str, Any]] = {}
     for step in steps:
-        callback = TECHNIQUES[step.name].callback
+        callback = METHODS[step.name].callback
         assert callback is not None  # only such steps come before training
         name, settings = callback
         start = {"heads": 0.0, "neurons": 0.0} if name == "StructuredPruning" else {}

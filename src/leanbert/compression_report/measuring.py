@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanbert.exporting import weight_files
 from leanbert.measure.trace import LiveBytes
 from leanbert.models.base import EncoderModel
 from leanbert.models.packed_inputs import PackedInputs
@@ -32,14 +31,19 @@ OUTPUT_TOKENS = 16
 FEWEST_ROUNDS = 5
 PAUSE_SECONDS = 0.03
 
+# not by `leanbert.load`, whose libraries take seconds to import
 _MEMORY = """
 import json, sys
+from pathlib import Path
 import onnxruntime
 import leanbert.compression_report.measuring as measuring
-from leanbert import load
+from leanbert.compression.onnx.runtime import holds_onnx, read_onnx
+from leanbert.data.tokenizers.tokenizer import TextTokenizer
 from leanbert.measure.counters import peak_rss_bytes
-before = peak_rss_bytes()
-model = load(sys.argv[1]).model
+from leanbert.pretrained.build import read_model, rebuild
+before, path = peak_rss_bytes(), Path(sys.argv[1])
+tokenizer = TextTokenizer.from_file(path)
+model = read_onnx(path) if holds_onnx(path) else rebuild(read_model(path), tokenizer.vocab_size).eval()
 loaded = peak_rss_bytes()
 measuring.prepared(model, int(sys.argv[2]), int(sys.argv[3]))()
 print(json.dumps([loaded - before, peak_rss_bytes() - before]))
@@ -131,8 +135,13 @@ def peak_memory(path: Path) -> tuple[int, int]:
     return loaded, ran
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of weights in a folder, by name."""
+    return sorted(file for suffix in ("onnx", "safetensors") for file in folder.glob(f"*.{suffix}"))
+
+
 def bytes_of(folder: Path) -> int:
-    """Return the bytes of the weights' files in a folder."""
+    """Return the bytes of these files."""
     return sum(file.stat().st_size for file in weight_files(folder))
 
 

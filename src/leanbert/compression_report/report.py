@@ -206,8 +206,7 @@ def write_report(
     text = f"# Variants\n\n{table}\n\n{note}\n\n![Pareto front](pareto.png){sections}\n"
     write_text_atomically(output / "report.md", text)
     more = {"sensitivity": [asdict(each) for each in layers], "files": files}
-    found = as_json(rows, tag, machine, answer) | more
-    write_text_atomically(output / JSON, strict_json.dumps(found, indent=2) + "\n")
+    strict_json.write(output / JSON, as_json(rows, tag, machine, answer) | more)
     figure = pareto_figure(rows, tag)
     with explain_disk_errors(output, "--output"):
         building = output / ".pareto.png"

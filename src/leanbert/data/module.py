@@ -17,7 +17,7 @@ from leanbert.data.caching import examples_of, trained_tokenizer
 from leanbert.data.formats.corpora import Corpus
 from leanbert.data.loaders import evaluation_loader, prediction_loader, training_loader
 from leanbert.data.samples.embedded import Sample
-from leanbert.data.settings import Part, check_settings, files_of, take_over
+from leanbert.data.settings import PARTS, Part, check_settings, files_of, take_over
 from leanbert.data.statistics import CorpusStatistics, count
 from leanbert.data.store.examples import Example, ExampleCache, Notes
 from leanbert.data.tokenizers.tokenizer import TextTokenizer
@@ -191,7 +191,7 @@ class RowData(LightningDataModule):
     def check(self, part: Part, cache: ExampleCache) -> None:
         """Say what is to be known of a part: how many examples were cut."""
         if cache.notes.cut:
-            say(f"{cache.notes.cut:,} examples were longer than {self.limits} and were cut")
+            say(f"{cache.notes.cut:,} {PARTS[part]} examples were longer than {self.limits} and were cut")
 
     @property
     def limits(self) -> str:

@@ -246,7 +246,11 @@ class PairData(RowData):
             source, target = EMBEDDED_FIELDS[self.hparams["sample"]]
         lacking = further is not None
         optional = () if further is None else (further,)
-        for where, record in read_records(self.files(part), f"data.{part}_files", (), (source, target), optional):
+        owner = "train" if self.hparams[f"{part}_files"] is None else part
+        hint = f"; with data.{owner}_target_files lines of text"
+        for where, record in read_records(
+            self.files(part), f"data.{owner}_files", (), (source, target), optional, hint
+        ):
             right = [text_of(where, record, target)]
             if further is not None and has_field(record, further):
                 lacking = False

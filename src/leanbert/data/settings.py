@@ -14,6 +14,8 @@ from leanbert.ranges import COUNT, PART, SEED, Range, check_ranges
 
 TooLong = Literal["truncate", "refuse"]
 Part = Literal["train", "val", "test"]
+PARTS: dict[Part, str] = {"train": "training", "val": "validation", "test": "test"}
+"""Parts, as lines for the reader call them."""
 
 LENGTH = Range(least=8, whole=True)
 VOCABULARY = Range(least=1, most=2**31 - 1, whole=True)

@@ -149,20 +149,22 @@ def layer_of(module: str) -> tuple[str, str]:
     return ".".join(names[:depth]), names[depth] if len(names) > depth else "itself"
 
 
-def layer_table(saved: Iterable[Storage]) -> str:
-    """Return a Markdown table of the activations that each layer keeps for the backward pass."""
+LAYER_COLUMNS = ("layer", "MiB", "share", "parts (MiB)")
+
+
+def layer_rows(saved: Iterable[Storage]) -> list[tuple[str, str, str, str]]:
+    """Return what each layer keeps for the backward pass, and the sum, as rows of a table of `LAYER_COLUMNS`."""
     layers: dict[str, Counter[str]] = {}
     for storage in saved:
         layer, part = layer_of(storage.module)
         layers.setdefault(layer, Counter())[part] += storage.size_bytes
     total = sum(sum(parts.values()) for parts in layers.values())
-    lines = ["| layer | MiB | share | parts (MiB) |", "| --- | ---: | ---: | --- |"]
+    rows: list[tuple[str, str, str, str]] = []
     for layer, parts in layers.items():
         size = sum(parts.values())
         detail = ", ".join(f"{part} {_mib(count)}" for part, count in parts.most_common())
-        lines.append(f"| {layer} | {_mib(size)} | {size / total:.1%} | {detail} |")
-    lines.append(f"| **total** | **{_mib(total)}** | | |")
-    return "\n".join(lines)
+        rows.append((layer, _mib(size), f"{size / total:.1%}", detail))
+    return [*rows, ("total", _mib(total), "", "")]
 
 
 def _mib(size_bytes: int) -> str:

@@ -36,7 +36,6 @@ class Seq2SeqModel(EncoderModel):
         config: Architecture of the encoder and, but for the number of blocks, of the decoder.
         decoder_layers: Blocks of the decoder; None: as many as the encoder has.
         start: Where the decoder's weights come from (Rothe et al. 2020, arXiv 1907.12461).
-        task: Name of the task that trains it.
         target_vocab_size: Tokens of targets that have a vocabulary of their own; None: both have one.
         copy: Whether the next token may be copied from the source (`Pointer`).
 
@@ -45,8 +44,10 @@ class Seq2SeqModel(EncoderModel):
 
     """
 
+    task = "seq2seq"
+
     def __init__(
-        self, config: ResolvedConfig, decoder_layers: int | None, start: Start, task: str = "seq2seq",
+        self, config: ResolvedConfig, decoder_layers: int | None, start: Start,
         target_vocab_size: int | None = None, copy: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(config)
@@ -56,7 +57,6 @@ class Seq2SeqModel(EncoderModel):
                 "or set model.copy to false"
             )
         self.start = start
-        self.task = task
         self.target_vocab_size = target_vocab_size
         self.decoder = Decoder(config, decoder_layers or config.num_layers, target_vocab_size)
         self.head = MaskedLMHead(config if target_vocab_size is None else replace(config, vocab_size=target_vocab_size))

@@ -24,6 +24,8 @@ from leanbert.shards import own, own_start
 OptimizerName = Literal["sgd", "momentum", "adam", "adamw", "adamw8bit", "adamw4bit", "adafactor", "muon"]
 STATE_BITS = {"adamw8bit": 8, "adamw4bit": 4}
 """Bits of an element of each moment in the optimizers that quantize them."""
+STAYING = ("betas", "eps", "momentum", "weight_decay")
+"""Options of a parameter group that no checkpoint changes."""
 
 
 @dataclass
@@ -143,6 +145,8 @@ class CombinedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, each inner optimizer its own groups, in the dtypes that were saved.
 
+        What `STAYING` names stays as the optimizer was made with it: settings count, as those of the rate do.
+
         Raises:
             UserError: The state is of another optimizer or of other parameters.
 
@@ -163,7 +167,14 @@ class CombinedOptimizer(Optimizer):
             ids = [index for group in own for index in group["params"]]
             state = {index: state_dict["state"][index] for index in ids if index in state_dict["state"]}
             # inner optimizers number their parameters from 0
-            local = [{**group, "params": [index - offset for index in group["params"]]} for group in own]
+            local = [
+                {
+                    **there,
+                    **{name: group[name] for name in STAYING if name in group},
+                    "params": [index - offset for index in there["params"]],
+                }
+                for group, there in zip(inner.param_groups, own, strict=True)
+            ]
             inner.load_state_dict({"state": {i - offset: s for i, s in state.items()}, "param_groups": local})
             for index, parameter in zip(ids, _parameters(inner), strict=True):
                 _restore_dtypes(inner.state.get(parameter, {}), state.get(index, {}), parameter.device)

@@ -13,7 +13,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from leanbert.callbacks.reporting.report import write_json
+from leanbert import strict_json
 from leanbert.errors import UserError
 from leanbert.files import write_text_atomically
 from leanbert.measure.timeline import CATEGORIES
@@ -78,7 +78,7 @@ def run_plan(
         how = f"{request.device} at {100 * request.share:.0f} % of its peak" if profile is None else profile.device
         print(f"Time, estimated for {how}: {seconds:.3g} s a step, {tokens / seconds:,.0f} tokens/s")
     if request.json is not None:
-        write_json(request.json, answer)
+        strict_json.write(request.json, answer)
     if plan.chosen is None:
         raise UserError(nothing_fits(plan, settings, target))
     if request.save is not None:
@@ -97,14 +97,16 @@ def foretell(settings: RunSettings, length: RunLength, start_seconds: float) -> 
         "seconds_per_step": times.step,
         "seconds_per_validation_batch": times.validation_batch,
         "start_seconds": start_seconds,
+        "teacher_seconds": length.training_rows * times.teacher_row,
         "seconds": start_seconds + length.seconds(times),
     }
 
 
 def describe_time(time: Mapping[str, float]) -> str:
     """Return what `foretell` found as a sentence."""
+    teacher = f"teacher {time['teacher_seconds']:.3g} s, " if time["teacher_seconds"] else ""
     return (
-        f"{time['steps']:,} steps of {time['seconds_per_step']:.3g} s, {time['validations']} validations of "
+        f"{teacher}{time['steps']:,} steps of {time['seconds_per_step']:.3g} s, {time['validations']} validations of "
         f"{time['batches_per_validation']} x {time['seconds_per_validation_batch']:.3g} s, start "
         f"{time['start_seconds']:.0f} s: about {format_duration(time['seconds'])}, {time['tokens']:,} tokens"
     )
@@ -126,7 +128,7 @@ def run_sweep(settings: RunSettings, target: Target, request: PlanRequest) -> li
         row = [cell for cell in cells if cell.size == size]
         print(f"{size:<8}" + "".join(f"{cell.micro_batch or '-':>10}" for cell in row))
     if request.json is not None:
-        write_json(request.json, sweep_json(cells, target, budget))
+        strict_json.write(request.json, sweep_json(cells, target, budget))
     if request.figure is not None:
         request.figure.parent.mkdir(parents=True, exist_ok=True)
         sweep_figure(cells, f"Largest micro-batch in {format_size(budget)}").savefig(request.figure, dpi=120)

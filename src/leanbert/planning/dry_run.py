@@ -115,7 +115,7 @@ def dry_run(settings: RunSettings, rows: int) -> DryRun:
             take_step(task, trainer, blank_batch(settings, data, 1))
         with LiveBytes(task.model, trainer.strategy.optimizers, existing=_existing(task, batch)) as trace:
             mode.flops = trace.flops
-            collectives = Collectives(lambda: trace.explicit_phase == "optimizer", reduces_each=task.offloads)
+            collectives = Collectives(lambda: trace.explicit_phase == "optimizer", reduces_each=task.reduces_each)
             with collectives if settings.mesh is not None else nullcontext():  # another mode takes time
                 take_step(task, trainer, batch)
         step = trace.timeline().with_state_before()
@@ -218,13 +218,21 @@ def _store_nowhere(task: Task) -> None:
 
 def keep_no_outputs(task: Task, trainer: Trainer, batch: Batch) -> bool:
     """Let a teacher whose outputs are kept run and go, as before the first step; return whether there is one."""
-    distillation: Any = task.distillation
-    if distillation is None or not distillation.config.cache:
+    if not keeps_outputs(task):
         return False
-    with trainer.strategy.precision_plugin.train_step_context():
-        outputs = distillation.outputs(task.model_inputs(batch))
-    distillation.keep(_NoOutputs(outputs))
+    task.distillation.keep(_NoOutputs(run_teacher(task, trainer, batch)))  # type: ignore[union-attr]
     return True
+
+
+def keeps_outputs(task: Task) -> bool:
+    """Return whether there is a teacher whose outputs are kept."""
+    return task.distillation is not None and task.distillation.config.cache
+
+
+def run_teacher(task: Task, trainer: Trainer, batch: Batch) -> Outputs:
+    """Return the outputs of the teacher, computed in the run's precision."""
+    with trainer.strategy.precision_plugin.train_step_context():
+        return task.distillation.outputs(task.model_inputs(batch))  # type: ignore[union-attr]
 
 
 def begin(task: Task, trainer: Trainer, batch: Batch) -> None:

@@ -23,7 +23,16 @@ from tqdm import tqdm
 from leanbert.data.batches.batch import MLMBatch, PairBatch
 from leanbert.errors import UserError
 from leanbert.models.packed_inputs import PackedInputs
-from leanbert.planning.dry_run import begin, build, keep_no_outputs, set_up, stage, take_step
+from leanbert.planning.dry_run import (
+    begin,
+    build,
+    keep_no_outputs,
+    keeps_outputs,
+    run_teacher,
+    set_up,
+    stage,
+    take_step,
+)
 from leanbert.planning.predict import rows_of_dry_run
 from leanbert.planning.profile import Profile, bits
 from leanbert.planning.run_settings import RunSettings
@@ -49,10 +58,11 @@ PEAK_FLOPS: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds of a training step and of a validation batch on one device."""
+    """Seconds of a training step and of a validation batch on one device, and of a row of a teacher that runs first."""
 
     step: float
     validation_batch: float
+    teacher_row: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,10 +72,12 @@ class RunLength:
     steps: int
     validations: int
     batches_per_validation: int
+    training_rows: int = 0
 
     def seconds(self, times: StepTimes) -> float:
-        """Return the seconds from its first validation to its last, without start and checkpoints."""
-        return self.steps * times.step + self.validations * self.batches_per_validation * times.validation_batch
+        """Return the seconds from its teacher or first validation to its last, without start and checkpoints."""
+        validation = self.validations * self.batches_per_validation * times.validation_batch
+        return self.training_rows * times.teacher_row + self.steps * times.step + validation
 
 
 def measure(settings: RunSettings, *, clock: Callable[[], float] = time.perf_counter) -> StepTimes:
@@ -89,10 +101,10 @@ def measure(settings: RunSettings, *, clock: Callable[[], float] = time.perf_cou
     finally:
         gc.unfreeze()
     times = (layers - depths[0]) / (depths[-1] - depths[0]) if len(depths) > 1 else 0.0
-    passes, update, validation = (  # a block takes no negative time, however loud the noise
+    passes, update, validation, teacher = (  # a block takes no negative time, however loud the noise
         one + times * max(0.0, other - one) for one, other in zip(stacks[0], stacks[-1], strict=True)
     )
-    return StepTimes(passes * settings.rows_per_step / rows + update, validation)
+    return StepTimes(passes * settings.rows_per_step / rows + update, validation, teacher)
 
 
 def _depths(settings: RunSettings) -> list[int]:
@@ -113,8 +125,8 @@ def _period_of_blocks(settings: RunSettings) -> int:
 
 def _time_stack(
     settings: RunSettings, rows: int, layers: int, clock: Callable[[], float], tick: Callable[[], object]
-) -> tuple[float, float, float]:
-    """Return the median seconds of the passes of a step, of its update, and of a validation batch."""
+) -> tuple[float, float, float, float]:
+    """Return the median seconds of the passes of a step, of its update, of a validation batch and a teacher's row."""
     gc.collect()  # the stack before: task and trainer hold each other
     task, data, trainer = stage(settings, rows, layers, real=True)
     device = trainer.strategy.root_device
@@ -139,25 +151,36 @@ def _time_stack(
         tick()
         return backward_ended[-1] - started, now() - backward_ended[-1]
 
-    def validation() -> float:
-        started = now()
-        trainer.strategy.validation_step(held_out, 0)
-        tick()
-        return now() - started
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         set_up(task, trainer)
         build(task, trainer, replace(settings, mesh=None))
         trainer.strategy.model_to_device()  # weights are there already, metrics are not
         batch = filled(data.blank_batch(rows))
+        teacher = 0.0
+        if keeps_outputs(task):
+            part = batch.split(settings.micro_batch)[0]
+            teacher = median(_repeat(_lap(lambda: run_teacher(task, trainer, part), now, tick), clock)) / len(part)
         keep_no_outputs(task, trainer, batch)
         begin(task, trainer, batch)
         passes, updates = zip(*_repeat(step, clock), strict=True)
         task.eval()
         held_out = filled(data.blank_batch(settings.validation_rows, validation=True))
         with torch.no_grad():
-            return median(passes), median(updates), median(_repeat(validation, clock))
+            lap = _lap(lambda: trainer.strategy.validation_step(held_out, 0), now, tick)
+            return median(passes), median(updates), median(_repeat(lap, clock)), teacher
+
+
+def _lap(work: Callable[[], object], now: Callable[[], float], tick: Callable[[], object]) -> Callable[[], float]:
+    """Return what works and returns how long that took."""
+
+    def lap() -> float:
+        started = now()
+        work()
+        tick()
+        return now() - started
+
+    return lap
 
 
 def _repeat(lap: Callable[[], Any], clock: Callable[[], float]) -> list[Any]:

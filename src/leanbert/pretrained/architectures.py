@@ -35,7 +35,7 @@ def make_model(config: ResolvedConfig, metadata: ModelMetadata) -> EncoderModel:
         return MaskedLanguageModel(config)
     if kind == "seq2seq":
         start, tokens = metadata.decoder_start or "encoder", metadata.target_vocab_size
-        return Seq2SeqModel(config, metadata.decoder_layers, start, task, tokens, bool(metadata.copy))
+        return Seq2SeqModel(config, metadata.decoder_layers, start, tokens, bool(metadata.copy))
     if not metadata.labels:
         raise UserError(f"a model of task {task} without its labels. Use another checkpoint")
     return Classifier(config, metadata.labels, kind, task)

@@ -61,9 +61,9 @@ def read_checkpoint(path: Path) -> Stored:
         )
     stored = unpack(shard_files.read_rest(path, FIX) if in_shards else load_pickled(path, FIX), path)
 
-    def read_one(name: str, blank: Tensor) -> Tensor:
+    def read_one(reader: shard_files.Reader, name: str, blank: Tensor) -> Tensor:
         place = {"state_dict": {MODEL_PREFIX + name: blank}}
-        return next(iter(shard_files.fill(path, place, FIX)["state_dict"].values()))
+        return next(iter(shard_files.fill(path, place, FIX, reader=reader)["state_dict"].values()))
 
     def read_weights() -> Mapping[str, Tensor]:
         state = stored.read_weights()
@@ -71,7 +71,8 @@ def read_checkpoint(path: Path) -> Stored:
             check_sums(path, FIX)
             return state
         shard_files.check_sums(path, FIX)
-        return LazyWeights({name: partial(read_one, name, blank) for name, blank in state.items()})
+        reader = shard_files.Reader(str(path))
+        return LazyWeights({name: partial(read_one, reader, name, blank) for name, blank in state.items()})
 
     return stored._replace(read_weights=read_weights)
 

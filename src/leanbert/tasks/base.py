@@ -53,7 +53,7 @@ class Task(SteppedModule[B]):
         optimizer: Optimizer and its settings.
         schedule: Learning rate by step.
         init_from: Hugging Face folder or LeanBERT checkpoint whose weights and architecture to start from; of a model
-            of another task they are its encoder's.
+            of another task they are its encoder's. Other sizes of `encoder` are not used.
         compile: Compile each block with torch.compile: faster steps after about a minute of compilation.
         distillation: What is learnt of a teacher.
         seed: Seed of initial weights and dropout (the CLI sets it to seed_everything if it is 0).

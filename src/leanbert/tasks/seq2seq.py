@@ -104,7 +104,7 @@ class Seq2Seq(Task[PairBatch]):
         model: Seq2SeqModel = build_model(
             self.encoder_config,
             self._data.tokenizer.vocab_size,
-            lambda config: Seq2SeqModel(config, self.decoder_layers, self.decoder_start, self.name, targets, self.copy),
+            lambda config: Seq2SeqModel(config, self.decoder_layers, self.decoder_start, targets, self.copy),
             init_from=self.init_from,
         )
         return model

@@ -113,12 +113,17 @@ class SteppedModule(LightningModule, Generic[B]):
         rate = float(self.trainer.optimizers[0].param_groups[-1]["lr"])
         return {"loss": last, "step_loss": loss, "learning_rate": rate}
 
+    @property
+    def reduces_each(self) -> bool:
+        """Whether each backward pass exchanges gradients: it uses them up (AdamA), or hands them over to the host."""
+        return self.techniques.in_backward is not None or self.offloads
+
     def _no_sync(self) -> AbstractContextManager[object]:
         """Return a context whose backward passes do not exchange gradients; a later one exchanges their sum.
 
-        Where each pass uses its gradients up (AdamA), or hands them over to the host, each exchanges them.
+        Where `reduces_each`, they do.
         """
-        if self.techniques.in_backward is not None or self.offloads:
+        if self.reduces_each:
             return nullcontext()
         if isinstance(self.model, FSDPModule):
             return unreduced(self)

@@ -22,7 +22,7 @@ def make(task, preset="modern", copy=False, targets=None, **changes):
     if task == "mlm":
         model = MaskedLanguageModel(config)
     elif task == "seq2seq":
-        model = Seq2SeqModel(config, 3, "encoder", task, targets, copy)
+        model = Seq2SeqModel(config, 3, "encoder", targets, copy)
     else:
         model = Classifier(config, LABELS, "text" if task == "classification" else "word", task)
     initialise(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,6 +20,9 @@ SETTINGS_SHOWN = ("techniques", "optimizer", "precision", "micro_batch", "parame
 
 RESULTS_SHOWN = ("val/loss", "memory/peak_mib", "train/mean_tokens_per_second")
 """Tags whose last values the HParams page shows for each run."""
+
+LOSSES = r"val/\w*loss$"
+"""The losses of validation, whichever a task has: tags of a chart are regular expressions."""
 
 
 class Dashboard(Callback):
@@ -103,7 +107,6 @@ def page_layout(metrics: Iterable[str], device_type: str, devices: int) -> dict[
 
     """
     found = [tag for tag in metrics if tag.startswith("val/") and tag.count("/") == 1]
-    losses = [tag for tag in found if tag.endswith("loss")]
     memory = {
         "at the peak, by category": [f"memory/category/{name}_mib" for name in CATEGORIES],
         "peak by phase": [f"memory/phase/{phase}_peak_mib" for phase in PHASES if phase != "validation"],
@@ -116,8 +119,8 @@ def page_layout(metrics: Iterable[str], device_type: str, devices: int) -> dict[
         memory["of the device"] += ["memory/active_mib", "memory/fragmented_mib", "memory/device_used_mib"]
     sections = {
         "Loss and quality": {
-            "loss": ["train/loss", *losses],
-            **{tag.removeprefix("val/"): [tag] for tag in found if tag not in losses},
+            "loss": ["train/loss", LOSSES],  # the same for all tasks: charts that differ are shown beside each other
+            **{tag.removeprefix("val/"): [tag] for tag in found if not re.match(LOSSES, tag)},
         },
         "Memory (MiB)": memory,
         "Speed": {

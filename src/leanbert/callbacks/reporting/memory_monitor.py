@@ -18,12 +18,13 @@ from leanbert.errors import UserError
 from leanbert.measure.counters import cuda_allocator, device_bytes, restart_peak
 from leanbert.measure.figures import breakdown_figure, pixels, timeline_figure
 from leanbert.measure.oom_report import Makers, find_live, makers_by_size, oom_report
-from leanbert.measure.timeline import CATEGORIES, PHASES, Timeline, layer_table
+from leanbert.measure.timeline import CATEGORIES, LAYER_COLUMNS, PHASES, Timeline, layer_rows
 from leanbert.measure.torch_compat import compiled, keep_cuda_history, write_cuda_history
 from leanbert.measure.trace import LiveBytes, live_tensors
 from leanbert.memory.recovery import is_out_of_memory
 from leanbert.messages import say, say_once
 from leanbert.ranges import COUNT
+from leanbert.tasks.tables import markdown_table
 from leanbert.tasks.techniques import advice
 from leanbert.units import MIB
 
@@ -224,7 +225,9 @@ class MemoryMonitor(Callback):
                 ("memory/breakdown", breakdown_figure(phases, f"Where the memory goes, step {step:,}")),
             ):
                 writer.add_image(tag, pixels(figure), step, dataformats="HWC")
-            writer.add_text("memory/activations_by_layer", layer_table(timeline.saved), step)
+            writer.add_text(
+                "memory/activations_by_layer", markdown_table(LAYER_COLUMNS, layer_rows(timeline.saved)), step
+            )
 
     def _border(self, trainer: Trainer, ended: str) -> None:
         """Take the device's peak at the end of a phase, in steps that are logged."""

@@ -158,7 +158,7 @@ class RunSummary(Callback):
             for name, tokenizer in data_of(trainer).tokenizers.items():
                 tokenizer.save(self.folder / name)
             for plan in callbacks_of(trainer, PlanReport):
-                write_json(self.folder / "plan.json", plan.plan)
+                strict_json.write(self.folder / "plan.json", plan.plan)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the summary of a finished run, after the last checkpoint."""
@@ -171,7 +171,7 @@ class RunSummary(Callback):
 
     def _write(self, trainer: Trainer, module: LightningModule, status: str) -> None:
         if self.folder is not None:
-            write_json(self.folder / "summary.json", run_summary(trainer, task_of(module), status))
+            strict_json.write(self.folder / "summary.json", run_summary(trainer, task_of(module), status))
 
 
 def run_summary(trainer: Trainer, task: Task, status: str) -> dict[str, Any]:
@@ -212,8 +212,3 @@ def micro_batch_sequences(trainer: Trainer, task: Task) -> int:
 def tagged(metrics: dict[str, Any]) -> dict[str, float]:
     """Return the metrics that TensorBoard has under the same tag; the others are the progress bar's."""
     return {tag: float(value) for tag, value in metrics.items() if "/" in tag}
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write strict JSON atomically, or through what is no regular file."""
-    write_text_atomically(path, strict_json.dumps(value, indent=2) + "\n")

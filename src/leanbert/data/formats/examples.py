@@ -19,20 +19,20 @@ def read_records(
     wanted: Sequence[str] = (),
     texts: Sequence[str] = (),
     optional: Sequence[str] = (),
+    hint: str = "",
 ) -> Iterator[tuple[str, Record]]:
     """Yield ("file:line", record) of files and data sets with fields, in the order of their paths.
 
     Cells of tables are texts; a field of JSON or of a column may be anything. A `wanted` field has something in it, and
     is found in the record by its whole name, `a.b` too. A record that is blank in one of its `texts` is left out, and
     counted in a line. Other fields may be missing. Raises UserError: a pattern matches no file; a file has no such
-    fields, or cannot be read. Names file and line.
+    fields, or cannot be read. Names file and line, and of a file without fields what else, as the `hint`, is taken.
     """
     skipped = Skipped()
-    for name in Corpus(tuple(files), setting=setting).names:
+    for name in Corpus(tuple(files), setting=setting, suffixes=("",)).names:
         if not has_fields(name):
-            raise UserError(
-                f"{name}: has no fields. {setting} takes .jsonl .csv .tsv, each also with .gz, .parquet and hf: names"
-            )
+            taken = ".jsonl .csv .tsv, each also with .gz, .parquet and hf: names"
+            raise UserError(f"{name}: has no fields. {setting} takes {taken}{hint}")
         for where, record in records_of(name, (*texts, *wanted), optional):
             for field in wanted:
                 record[field] = value_of(where, record, field)
