@@ -208,8 +208,7 @@ class PairData(RowData):
         """Yield the examples, and note how many were cut."""
         before, after = self.tokenizer.template
         begin, end = output_frame(self.target_tokenizer, TARGET if self.separate else "tokenizer")
-        frame = len(before) + len(after)
-        target_frame = len(begin) + len(end) - 1  # a target is read up to its last token
+        frame, target_frame = len(before) + len(after), len(begin) + len(end) - 1  # a target's last is not read
         setting = "data.max_length" if self.hparams["max_target_length"] is None else "data.max_target_length"
         for batch in in_batches(self.pairs(part), ENCODED_TOGETHER):
             sources = self.tokenizer.encode_bare([pair.source for pair in batch])
@@ -245,12 +244,10 @@ class PairData(RowData):
         if self.hparams["train_files"] is None and self.hparams[f"{part}_files"] is None:
             source, target = EMBEDDED_FIELDS[self.hparams["sample"]]
         lacking = further is not None
-        optional = () if further is None else (further,)
+        fields, optional = (source, target), () if further is None else (further,)
         owner = "train" if self.hparams[f"{part}_files"] is None else part
         hint = f"; with data.{owner}_target_files lines of text"
-        for where, record in read_records(
-            self.files(part), f"data.{owner}_files", (), (source, target), optional, hint
-        ):
+        for where, record in read_records(self.files(part), f"data.{owner}_files", (), fields, optional, hint):
             right = [text_of(where, record, target)]
             if further is not None and has_field(record, further):
                 lacking = False
