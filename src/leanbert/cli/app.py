@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ from leanbert.cli.options import (
     Options,
     PlanOptions,
 )
-from leanbert.cli.resume import command_with, config_arguments, resume_command
+from leanbert.cli.resume import command_with, config_arguments, how_to_go_on, resume_command
 from leanbert.cli.setup import Setup
 from leanbert.errors import UserError
 from leanbert.files import expand
@@ -71,7 +72,8 @@ class CLI(Setup):
         is_new = start.run is None
         if leads():
             self._open_run()
-        signals.hint(self._how_to_go_on)
+        # not of this object: the last run's model would stay in memory
+        signals.hint(partial(how_to_go_on, self.start.run, self.arguments))
         try:
             trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=options.ckpt_path)
         except (UserError, MisconfigurationException):
@@ -95,12 +97,6 @@ class CLI(Setup):
             root = folder.parent.parent
             logger = TensorBoardLogger(root, folder.parent.name, version=folder.name, purge_step=purge)
             self.trainer.loggers = [logger]
-
-    def _how_to_go_on(self) -> str:
-        """Return what to do where a signal ends the run at once, which may have no checkpoint yet."""
-        if self.start.run is not None and not any(self.start.run.checkpoints.glob("*.ckpt")):
-            return "Nothing is saved yet. Give the same command again."
-        return f"To go on:\n  {resume_command(self.arguments)}"
 
     def _say_how_to_go_on(self) -> None:
         """Say what came out, where it is, and the next commands."""

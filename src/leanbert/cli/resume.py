@@ -150,6 +150,13 @@ def adopt_start(model: Task, data: RowData, source: str, subcommand: str) -> Non
         )
 
 
+def how_to_go_on(run: Run | None, arguments: list[str]) -> str:
+    """Return what to do where a signal ends the run that `arguments` started, which may have no checkpoint yet."""
+    if run is not None and not any(run.checkpoints.glob("*.ckpt")):
+        return "Nothing is saved yet. Give the same command again."
+    return f"To go on:\n  {resume_command(arguments)}"
+
+
 def resume_command(arguments: list[str]) -> str:
     """Return the command that goes on with the run that `arguments` started."""
     return command_with(arguments, {"ckpt_path": "last"})
