@@ -63,6 +63,20 @@ def test_what_one_process_does_is_not_done_by_many(launcher, subcommand):
         take_launched({"devices": "auto", "num_nodes": 1}, subcommand)
 
 
+@pytest.mark.parametrize(("devices", "used"), [("auto", 1), (-1, 1), (1, 1), ([3], [3])])
+def test_predict_takes_one_device_of_several(devices, used):
+    trainer = {"devices": devices, "num_nodes": 1}
+    take_launched(trainer, "predict")
+    assert trainer == {"devices": used, "num_nodes": 1}
+
+
+@pytest.mark.parametrize("given", [{"devices": 2}, {"devices": "0,1"}, {"num_nodes": 2}])
+def test_predict_refuses_several_devices(given):
+    [setting] = given
+    with pytest.raises(UserError, match=rf"trainer\.{setting}: predict writes in input order .* Set it to 1"):
+        take_launched({"devices": 1, "num_nodes": 1} | given, "predict")
+
+
 @pytest.fixture
 def restarts(monkeypatch):
     for name, value in {**TORCHRUN, "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_MAX_RESTARTS": "3"}.items():

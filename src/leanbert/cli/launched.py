@@ -39,6 +39,11 @@ def take_launched(trainer: Any, subcommand: str) -> None:
 
     """
     by = launched_by()
+    for setting, unset in NOT_SET.items() if by is None and subcommand == "predict" else ():
+        if trainer[setting] in unset:  # auto would be all GPUs
+            trainer[setting] = 1
+        elif number_of(trainer[setting]) > 1:
+            raise UserError(f"trainer.{setting}: predict writes in input order from one device. Set it to 1.")
     for setting, (variable, option) in STARTED.get(by or "", {}).items():
         given, started = trainer[setting], int(os.environ.get(variable, 1))
         if given in NOT_SET[setting]:

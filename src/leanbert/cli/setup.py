@@ -181,7 +181,8 @@ class Setup(LightningCLI):
             self.device_type = planned_target(settings, self.device_type)
         self.hardware = {name: trainer[name] for name in ("accelerator", "devices", "strategy")}
         if self.subcommand in DEVICELESS:
-            trainer["accelerator"], trainer["devices"], trainer["strategy"] = "cpu", 1, "auto"
+            trainer["accelerator"], trainer["strategy"] = "cpu", "auto"
+            trainer["devices"] = trainer["num_nodes"] = 1
         trains = self.subcommand in ("fit", "plan")  # answers shall not depend on the processor
         self.precision = trainer["precision"] or (default_precision(self.device_type) if trains else "32-true")
         for part in ("model", "data"):  # a seed of their own may be given

@@ -9,17 +9,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from leanbert import signals, strict_json
-from leanbert.errors import UserError
 from leanbert.tasks.base import Answer
 
 
 class PredictionWriter(Callback):
     """Write each answer of `predict_step` as one JSON object a line."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse several devices: their lines would mix."""
-        if trainer.world_size > 1:
-            raise UserError("trainer.devices: predict writes in input order from one device. Set it to 1.")
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Sequence[Answer], *_: object, **__: object
