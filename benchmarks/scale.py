@@ -71,7 +71,7 @@ def fit(root: Path, strategy: str | None, devices: int, rows: int, more: Iterabl
     events = EventAccumulator(str(run))
     events.Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("communication/", "memory/fullest"))]
-    [update] = re.findall(r"^optimizer +([\d,. ]+)$", (root / "fit.log").read_text(), re.MULTILINE)
+    *_, update = re.findall(r"^optimizer +([\d,. ]+)$", (root / "fit.log").read_text(), re.MULTILINE)  # of this run
     held = [float(cell.replace(",", "")) for cell in update.split()[1:4]]  # parameters, optimizer, gradients
     found = {**json.loads((run / "summary.json").read_text()), "held_mib": sum(held)}
     return {**found, **{tag: events.Scalars(tag)[-1].value for tag in tags}}
