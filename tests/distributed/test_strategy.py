@@ -85,9 +85,17 @@ def test_two_processes_train_as_one(folder, alone, task, strategy):
     alike(read_scalars(fit(folder, f"{strategy}-{task}", task, *ALL, strategy=strategy)), alone[task])
 
 
+FOUR = [each for each in ALL if "micro" not in each]  # two rows a device are a micro-batch
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_four_processes_train_as_one(folder, alone, strategy):
+    alike(read_scalars(fit(folder, f"four-{strategy}", "mlm", *FOUR, strategy=strategy, devices=4)), alone["mlm"])
+
+
 def test_four_processes_in_two_groups_train_as_one(folder, alone):
     groups = json.dumps({"class_path": "FullySharded", "init_args": {"replicas": 2}})
-    arguments = [*(each for each in ALL if "micro" not in each), f"--trainer.strategy={groups}"]
+    arguments = [*FOUR, f"--trainer.strategy={groups}"]
     path = fit(folder, "groups", "mlm", *arguments, strategy="hsdp", devices=4)
     alike(read_scalars(path), alone["mlm"])
     run(folder, "plan", *TASKS["mlm"], *arguments, "--devices=4", "--prepare=true", "--json=groups.json")
