@@ -39,11 +39,8 @@ def take_launched(trainer: Any, subcommand: str) -> None:
 
     """
     by = launched_by()
-    for setting, unset in NOT_SET.items() if by is None and subcommand == "predict" else ():
-        if trainer[setting] in unset:  # auto would be all GPUs
-            trainer[setting] = 1
-        elif number_of(trainer[setting]) > 1:
-            raise UserError(f"trainer.{setting}: predict writes in input order from one device. Set it to 1.")
+    if by is None and subcommand == "predict":
+        take_one(trainer)
     for setting, (variable, option) in STARTED.get(by or "", {}).items():
         given, started = trainer[setting], int(os.environ.get(variable, 1))
         if given in NOT_SET[setting]:
@@ -55,6 +52,15 @@ def take_launched(trainer: Any, subcommand: str) -> None:
             )
         if started > 1 and subcommand in ALONE:
             raise UserError(f"{subcommand}: one process does all of it. Start it without {by}.")
+
+
+def take_one(trainer: Any) -> None:
+    """Use one device for `predict`, where auto would be all GPUs. Raises UserError if several are named."""
+    for setting, unset in NOT_SET.items():
+        if trainer[setting] in unset:
+            trainer[setting] = 1
+        elif number_of(trainer[setting]) > 1:
+            raise UserError(f"trainer.{setting}: predict writes in input order from one device. Set it to 1.")
 
 
 def number_of(given: object) -> int:
